@@ -1,0 +1,10 @@
+// Package api holds the definitions machines and programs talk by: the commands
+// of the replicated log, the calls between machines, and the agent's control
+// socket. The Go code in flox/v1 is generated from the .proto files beside it.
+//
+// It must not know who serves or calls what. Conversions to and from the root
+// package's words and the one translation of errors to Connect and HTTP codes
+// live here as well.
+package api
+
+//go:generate protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative flox/v1/log.proto flox/v1/facts.proto flox/v1/agent.proto
