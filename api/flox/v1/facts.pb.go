@@ -760,10 +760,13 @@ func (x *InfoResponse) GetStoredBytes() uint64 {
 }
 
 type AddPathRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Info          *PathInfo              `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`   // first message only
-	Token         string                 `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"` // first message only
-	Nar           []byte                 `protobuf:"bytes,3,opt,name=nar,proto3" json:"nar,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// First message only: either the whole info, or just a name: then the path is
+	// content-addressed as `nix-store --add` names it and the server computes the rest.
+	Info          *PathInfo `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
+	Name          string    `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	Token         string    `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"` // first message only
+	Nar           []byte    `protobuf:"bytes,3,opt,name=nar,proto3" json:"nar,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -803,6 +806,13 @@ func (x *AddPathRequest) GetInfo() *PathInfo {
 		return x.Info
 	}
 	return nil
+}
+
+func (x *AddPathRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
 }
 
 func (x *AddPathRequest) GetToken() string {
@@ -927,9 +937,10 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x06blocks\x18\a \x01(\x04R\x06blocks\x12\x1f\n" +
 	"\vblock_bytes\x18\b \x01(\x04R\n" +
 	"blockBytes\x12!\n" +
-	"\fstored_bytes\x18\t \x01(\x04R\vstoredBytes\"_\n" +
+	"\fstored_bytes\x18\t \x01(\x04R\vstoredBytes\"s\n" +
 	"\x0eAddPathRequest\x12%\n" +
-	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x14\n" +
+	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x12\x10\n" +
 	"\x03nar\x18\x03 \x01(\fR\x03nar\"U\n" +
 	"\x0fAddPathResponse\x12%\n" +
