@@ -1,0 +1,321 @@
+// Package agent composes one endpoint: the mounted store directory, what is
+// cached, the facts known, the peers, and the control socket.
+//
+// It must not know how blocks move (p2p), how bytes lie on disk (content/cache)
+// or what a FUSE message looks like (fuse): it joins them. Nothing in it needs
+// root; the warden does what does.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent/warden"
+	"github.com/floxctl/flox/api"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/cache"
+	"github.com/floxctl/flox/fuse"
+	"github.com/floxctl/flox/p2p"
+)
+
+// Config says how an agent runs. StateDir, Invite and Socket are needed; every
+// other zero value is its default.
+type Config struct {
+	// StateDir holds key, facts and cache; one agent at a time uses it.
+	StateDir string
+	// StoreDir is the store directory served; default the invite's. Another one
+	// than the invite's is refused: it is part of every path hash.
+	StoreDir flox.StoreDir
+	// Socket is the unix socket floxctl talks to.
+	Socket string
+	// Invite names the storehouse and what to trust.
+	Invite *api.Invite
+	// Listen are the addresses for peers, multiaddrs or host:port. Default 0.0.0.0:7782.
+	Listen []string
+	// Advertise are the addresses told to peers. Default: those listened on.
+	Advertise []string
+	// Site is the label of the place this machine is at. Default "default".
+	Site string
+	// NoMDNS turns multicast discovery off; DHTClient asks the DHT without
+	// storing for others.
+	NoMDNS, DHTClient bool
+	// CacheBudget and CacheReserve are in bytes; see cache.Config.
+	CacheBudget, CacheReserve int64
+	// LookupTimeout bounds the wait for a name (default 5 s), ReadTimeout that
+	// for bytes (default 30 s).
+	LookupTimeout, ReadTimeout time.Duration
+	// Warden is the line to the process that made the mount; nil = nothing is
+	// mounted, the agent only serves peers and its socket.
+	Warden *warden.Conn
+	// Version is told to people.
+	Version string
+	// Log takes what an operator may need; nil = discard.
+	Log *slog.Logger
+}
+
+// pageCacheBytes bounds the memory for decoded manifest pages.
+const pageCacheBytes = 64 << 20
+
+// Agent is one endpoint.
+type Agent struct {
+	cfg       Config
+	log       *slog.Logger
+	lock      *os.File
+	started   time.Time
+	facts     *facts
+	negatives *negatives
+	cache     *cache.Cache
+	pages     *content.PageCache
+	host      *p2p.Host
+	calls     *calls
+	resolver  *resolver
+	fetcher   *fetcher
+	follower  *follower
+	executed  *executed
+	waits     *waits
+	traffic   *traffic
+	store     *store
+	mount     *fuse.Server // nil without a warden
+	kernel    *kernel
+}
+
+// New opens the state and binds the sockets. An Agent that is not run must be
+// closed. Errors: ErrBadInput (configuration), ErrBusy (another agent uses the
+// state directory, an address is taken), ErrCorrupt.
+func New(cfg Config) (*Agent, error) {
+	if err := cfg.fill(); err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, started: time.Now(),
+		negatives: newNegatives(), waits: newWaits(), traffic: &traffic{},
+		pages:  content.NewPageCache(pageCacheBytes),
+		kernel: &kernel{warden: cfg.Warden},
+	}
+	if err := a.openState(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	if err := a.openNetwork(); err != nil {
+		return nil, errors.Join(err, a.Close())
+	}
+	a.store = &store{a: a, trees: make(map[flox.CID]*tree)}
+	if cfg.Warden != nil {
+		if err := a.openMount(); err != nil {
+			return nil, errors.Join(err, a.Close())
+		}
+	}
+	return a, nil
+}
+
+func (c *Config) fill() error {
+	switch {
+	case c.StateDir == "" || c.Socket == "":
+		return fmt.Errorf("agent: state directory %q and socket %q are both needed: %w", c.StateDir, c.Socket, flox.ErrBadInput)
+	case c.Invite == nil || len(c.Invite.Storehouse) == 0:
+		return fmt.Errorf("agent: no invite; ask for the storehouse's invite.json: %w", flox.ErrBadInput)
+	case c.StoreDir == "":
+		c.StoreDir = c.Invite.StoreDir
+	case c.StoreDir != c.Invite.StoreDir:
+		return fmt.Errorf("store directory %s: this storehouse's paths are made for %s, and the directory is part of every path's hash: %w",
+			c.StoreDir, c.Invite.StoreDir, flox.ErrBadInput)
+	}
+	if len(c.Listen) == 0 {
+		c.Listen = []string{"0.0.0.0:7782"}
+	}
+	if c.Site == "" {
+		c.Site = "default"
+	}
+	if c.LookupTimeout == 0 {
+		c.LookupTimeout = 5 * time.Second
+	}
+	if c.ReadTimeout == 0 {
+		c.ReadTimeout = 30 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func (a *Agent) openState() (err error) {
+	dir := a.cfg.StateDir
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("agent state: %w", err)
+	}
+	if a.lock, err = lockDir(dir); err != nil {
+		return err
+	}
+	if a.facts, err = openFacts(filepath.Join(dir, "facts"), a.cfg.StoreDir, a.cfg.Invite.TrustList); err != nil {
+		return err
+	}
+	a.executed = loadExecuted(filepath.Join(dir, "executed.json"))
+	a.cache, err = cache.Open(cache.Config{
+		Dir: filepath.Join(dir, "cache"), Budget: a.cfg.CacheBudget, Reserve: a.cfg.CacheReserve,
+		Kernel: a.kernel, Log: a.log,
+	})
+	return err
+}
+
+// lockDir makes sure that one agent uses dir; the lock ends with the process.
+func lockDir(dir string) (*os.File, error) {
+	name := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("agent state: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		pid, _ := os.ReadFile(name)
+		return nil, errors.Join(fmt.Errorf("state directory %s is used by another agent (process %s): stop it, or give this one a --state-dir of its own: %w",
+			dir, pid, flox.ErrBusy), f.Close())
+	}
+	if err := f.Truncate(0); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	_, err = fmt.Fprintf(f, "%d", os.Getpid())
+	return f, err
+}
+
+func (a *Agent) openNetwork() error {
+	key, err := p2p.LoadOrCreateKey(filepath.Join(a.cfg.StateDir, "key"))
+	if err != nil {
+		return err
+	}
+	var bootstrap []p2p.PeerAddr
+	for _, s := range a.cfg.Invite.Storehouse {
+		bootstrap = append(bootstrap, p2p.PeerAddr{ID: p2p.PeerID(s.ID), Addrs: s.Addrs})
+	}
+	a.host, err = p2p.New(p2p.Config{
+		Key: key, Listen: a.cfg.Listen, Announce: a.cfg.Advertise, Secret: a.cfg.Invite.Secret,
+		Site: a.cfg.Site, Bootstrap: bootstrap, DHTClient: a.cfg.DHTClient, NoMDNS: a.cfg.NoMDNS,
+		Blocks: holder{a.cache}, Log: a.log,
+	})
+	if err != nil {
+		return err
+	}
+	house := bootstrap[0].ID
+	a.calls = newCalls(a.host)
+	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, log: a.log}
+	a.resolver = &resolver{
+		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.host, house: house, traffic: a.traffic, log: a.log,
+		places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
+	}
+	a.fetcher = &fetcher{
+		host: a.host, cache: a.cache, traffic: a.traffic, log: a.log,
+		places: make(chan struct{}, maxBatches), flights: make(map[flox.CID]*flight),
+	}
+	return nil
+}
+
+func (a *Agent) openMount() (err error) {
+	w := a.cfg.Warden
+	a.mount, err = fuse.NewServer(fuse.ServerConfig{
+		Device: w.Device, Init: w.Init, Store: a.store, NodeTable: w.NodeTable(),
+		LookupTimeout: a.cfg.LookupTimeout, ReadTimeout: a.cfg.ReadTimeout, Mapped: w.Mapped, Log: a.log,
+	})
+	a.kernel.mount = a.mount
+	return err
+}
+
+// Run serves until ctx ends or the mount is gone, then closes the agent. The
+// mount is served first: what is here can be read before the network is up.
+func (a *Agent) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	a.resolver.life, a.fetcher.life = ctx, ctx
+	if a.mount != nil {
+		group.Go(func() error { return ended(ctx, "warden", a.cfg.Warden.Run(ctx)) })
+		group.Go(func() error { return ended(ctx, "mount", a.mount.Run(ctx)) })
+	}
+	group.Go(func() error { return ended(ctx, "cache", a.cache.Run(ctx)) })
+	group.Go(func() error { return ended(ctx, "network", a.host.Run(ctx)) })
+	group.Go(func() error { return a.follower.run(ctx) })
+	group.Go(func() error { return a.announce(ctx) })
+	group.Go(func() error { return a.serveFacts(ctx) })
+	group.Go(func() error { return a.serveControl(ctx) })
+	err := group.Wait()
+	if errors.Is(err, errEnded) && ctx.Err() != nil {
+		err = nil
+	}
+	return errors.Join(err, a.Close())
+}
+
+// errEnded ends the group when a part ended by itself without an error: the
+// file system was unmounted, the warden left.
+var errEnded = errors.New("ended")
+
+// ended turns the end of one part into the end of all, and says which it was.
+func ended(ctx context.Context, part string, err error) error {
+	switch {
+	case ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled) || errors.Is(err, flox.ErrClosed)):
+		return nil
+	case err == nil || errors.Is(err, flox.ErrClosed):
+		return fmt.Errorf("%s: %w", part, errEnded)
+	}
+	return fmt.Errorf("%s: %w", part, err)
+}
+
+// Close frees everything of an Agent that is not running. It may be called twice.
+func (a *Agent) Close() error {
+	var errs []error
+	if a.calls != nil {
+		a.calls.close()
+	}
+	if a.host != nil {
+		errs = append(errs, a.host.Close())
+	}
+	if a.cache != nil {
+		errs = append(errs, a.cache.Close())
+		a.cache = nil
+	}
+	if a.facts != nil {
+		errs = append(errs, a.facts.close())
+		a.facts = nil
+	}
+	if a.lock != nil {
+		errs = append(errs, a.lock.Close())
+		a.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+// kernel lets the cache ask the mount which content is warm or in use.
+type kernel struct {
+	warden *warden.Conn
+	mount  *fuse.Server
+}
+
+// DropPages implements cache.Kernel.
+func (k *kernel) DropPages(ctx context.Context, nodes []uint64) error {
+	if k.mount == nil {
+		return nil
+	}
+	return k.mount.DropPages(ctx, nodes)
+}
+
+// InUse implements cache.Kernel.
+func (k *kernel) InUse(ctx context.Context) (map[uint64]struct{}, error) {
+	if k.warden == nil {
+		return nil, nil //nolint:nilnil // nothing is mounted, so nothing is in use
+	}
+	return k.warden.InUse(ctx)
+}
+
+// holder serves the cache to peers.
+type holder struct{ cache *cache.Cache }
+
+// Get implements p2p.Holder.
+func (h holder) Get(ctx context.Context, id flox.CID) ([]byte, error) { return h.cache.Get(ctx, id) }
+
+// Has implements p2p.Holder.
+func (h holder) Has(ids []flox.CID) []bool { return h.cache.Has(ids) }
+
+// Each implements p2p.Holder.
+func (h holder) Each(yield func(flox.CID) bool) { h.cache.Chunks(yield) }

@@ -1,0 +1,159 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"connectrpc.com/connect"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content/cache"
+)
+
+// downloadWindow is how many bytes of chunks a download asks for at once.
+const downloadWindow = 8 << 20
+
+// Download implements floxv1connect.AgentHandler. What is here already is not
+// fetched again, so a download that was cut off is resumed by asking again.
+func (c *control) Download(ctx context.Context, req *connect.Request[floxv1.DownloadRequest], stream *connect.ServerStream[floxv1.DownloadProgress]) error {
+	d := &download{a: c.a, began: time.Now(), stream: stream}
+	return api.ToConnect(d.run(ctx, req.Msg))
+}
+
+// download brings paths here whole, with progress.
+type download struct {
+	a        *Agent
+	began    time.Time
+	said     time.Time
+	fetched  uint64 // bytes that came from elsewhere
+	progress floxv1.DownloadProgress
+	stream   *connect.ServerStream[floxv1.DownloadProgress]
+}
+
+func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
+	infos, err := d.a.wanted(ctx, req.GetPaths(), req.GetClosure())
+	if err != nil {
+		return err
+	}
+	d.progress.TotalPaths = uint32(len(infos)) //nolint:gosec // a closure
+	trees := make([]*tree, len(infos))
+	for i, info := range infos {
+		if trees[i], err = d.a.open(ctx, info, nil); err != nil {
+			return err
+		}
+		err = trees[i].files(ctx, func(_ uint32, _ string, e flox.Entry) error {
+			d.progress.TotalBytes += e.Size
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		if req.GetKeep() { // first, so that eviction does not take what was just fetched
+			if err := d.a.keep(ctx, info); err != nil {
+				return err
+			}
+		}
+	}
+	for _, t := range trees {
+		d.progress.Path = d.a.cfg.StoreDir.Join(t.path)
+		if err := d.tree(ctx, t); err != nil {
+			return err
+		}
+		d.progress.DonePaths++
+	}
+	d.progress.Finished = true
+	return d.say(true)
+}
+
+// tree fetches what is missing of one path, a window of chunks at a time.
+func (d *download) tree(ctx context.Context, t *tree) error {
+	var window []piece
+	size := int64(0)
+	flush := func() error {
+		err := d.a.fetcher.fetch(ctx, window, d.a.hints(t.path), nil, func(one piece, _ []byte) error {
+			d.progress.DoneBytes += uint64(one.chunk.Size)
+			d.fetched += uint64(one.chunk.Size)
+			return d.say(false)
+		})
+		window, size = window[:0], 0
+		return err
+	}
+	err := t.files(ctx, func(i uint32, _ string, e flox.Entry) error {
+		file := cache.File{ID: e.File, Size: int64(e.Size)} //nolint:gosec // sizes fit
+		if e.Size <= uint64(t.Params().InlineLimit) || len(d.a.cache.Missing(file, 0, file.Size)) == 0 {
+			d.progress.DoneBytes += e.Size
+			return nil
+		}
+		var failed error
+		err := t.Chunks(ctx, i, 0, file.Size, func(off int64, c flox.Chunk) bool {
+			if len(d.a.cache.Missing(file, off, int64(c.Size))) == 0 {
+				d.progress.DoneBytes += uint64(c.Size)
+				return true
+			}
+			window = append(window, piece{file: file, off: off, chunk: c})
+			if size += int64(c.Size); size >= downloadWindow {
+				failed = flush()
+			}
+			return failed == nil
+		})
+		return errors.Join(failed, err)
+	})
+	if err != nil {
+		return err
+	}
+	return flush()
+}
+
+// say sends the progress, at most ten times a second.
+func (d *download) say(now bool) error {
+	if !now && time.Since(d.said) < 100*time.Millisecond {
+		return nil
+	}
+	d.said = time.Now()
+	d.progress.BytesPerSecond = uint64(float64(d.fetched) / max(time.Since(d.began).Seconds(), 0.001))
+	return d.stream.Send(&d.progress)
+}
+
+// Add implements floxv1connect.AgentHandler: it relays a NAR to the storehouse,
+// which names it by its content.
+func (c *control) Add(ctx context.Context, stream *connect.ClientStream[floxv1.AddRequest]) (*connect.Response[floxv1.AddResponse], error) {
+	response, err := c.add(ctx, stream)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return connect.NewResponse(response), nil
+}
+
+func (c *control) add(ctx context.Context, stream *connect.ClientStream[floxv1.AddRequest]) (*floxv1.AddResponse, error) {
+	if !c.a.follower.state().connected {
+		return nil, fmt.Errorf("the storehouse is not connected, and adding needs it; `floxctl status` says why: %w", flox.ErrUnreachable)
+	}
+	up := c.a.calls.storehouse(c.a.follower.house).AddPath(ctx)
+	for first := true; stream.Receive(); first = false {
+		m := stream.Msg()
+		out := &floxv1.AddPathRequest{Nar: m.GetNar()}
+		if first {
+			out.Name, out.Token = m.GetName(), m.GetToken()
+		}
+		if err := up.Send(out); err != nil {
+			if errors.Is(err, io.EOF) {
+				break // the server ended early: its answer says why
+			}
+			return nil, api.FromConnect(err)
+		}
+	}
+	if err := stream.Err(); err != nil {
+		_, _ = up.CloseAndReceive()
+		return nil, api.FromConnect(err)
+	}
+	answer, err := up.CloseAndReceive()
+	if err != nil {
+		return nil, api.FromConnect(err)
+	}
+	return &floxv1.AddResponse{Info: answer.Msg.GetInfo(), WasValid: answer.Msg.GetWasValid()}, nil
+}

@@ -1,0 +1,282 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/cockroachdb/pebble/v2"
+	"google.golang.org/protobuf/proto"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
+)
+
+// Key prefixes of the facts database.
+const (
+	prefixInfo     = 'p' // p<hash part> -> floxv1.PathInfo
+	prefixManifest = 'm' // m<CID> -> hash part
+	prefixReferrer = 'r' // r<hash part of the reference><hash part of the referrer> -> ""
+)
+
+// trustFile holds the newest trust list accepted, beside the database.
+const trustFile = "trust.json"
+
+// facts is what this machine knows of store paths: verified path infos on disk,
+// and the trust list they are verified with, which only moves forward. Infos are
+// kept when their content is evicted: they are small, and they make a path
+// readable from any peer while the storehouse is away.
+type facts struct {
+	dir    flox.StoreDir
+	state  string
+	anchor flox.CID // fingerprint of the first trust list, from the invite
+	db     *pebble.DB
+
+	mu    sync.RWMutex
+	trust *content.TrustList // nil until the first list was accepted
+	count uint64
+}
+
+// openFacts opens the database in dir. A damaged one is an error that says to
+// delete it: everything in it can be fetched again.
+func openFacts(dir string, store flox.StoreDir, anchor flox.CID) (*facts, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("facts: %w", err)
+	}
+	db, err := pebble.Open(filepath.Join(dir, "db"), &pebble.Options{Logger: quiet{}})
+	if err != nil {
+		return nil, fmt.Errorf("facts in %s: %w; if the disk is sound, delete the directory: it is fetched again", dir, err)
+	}
+	f := &facts{dir: store, state: dir, anchor: anchor, db: db}
+	if err := f.loadTrust(); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	if err := f.recount(); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return f, nil
+}
+
+func (f *facts) close() error { return f.db.Close() }
+
+func (f *facts) loadTrust() error {
+	file := filepath.Join(f.state, trustFile)
+	list, err := content.LoadTrustList(file)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("trust list %s: %w; delete it to fetch it again: the invite's fingerprint is checked anew", file, err)
+	}
+	f.trust = list
+	return nil
+}
+
+func (f *facts) recount() error {
+	it, err := f.db.NewIter(&pebble.IterOptions{LowerBound: []byte{prefixInfo}, UpperBound: []byte{prefixInfo + 1}})
+	if err != nil {
+		return fmt.Errorf("facts: %w", err)
+	}
+	for it.First(); it.Valid(); it.Next() {
+		f.count++
+	}
+	return it.Close()
+}
+
+// get returns the verified info for a hash part.
+func (f *facts) get(hashPart string) (*flox.PathInfo, bool) {
+	b, closer, err := f.db.Get(append([]byte{prefixInfo}, hashPart...))
+	if err != nil {
+		return nil, false
+	}
+	defer func() { _ = closer.Close() }()
+	return decodeInfo(b)
+}
+
+func decodeInfo(b []byte) (*flox.PathInfo, bool) {
+	var m floxv1.PathInfo
+	if proto.Unmarshal(b, &m) != nil {
+		return nil, false
+	}
+	info, err := api.ToPathInfo(&m)
+	return info, err == nil
+}
+
+// byManifest finds the info a manifest belongs to.
+func (f *facts) byManifest(id flox.CID) (*flox.PathInfo, bool) {
+	b, closer, err := f.db.Get(append([]byte{prefixManifest}, id[:]...))
+	if err != nil {
+		return nil, false
+	}
+	hash := string(b)
+	_ = closer.Close()
+	return f.get(hash)
+}
+
+// put stores infos that verify has passed. It is not synced: what a power cut
+// takes is fetched again.
+func (f *facts) put(infos ...*flox.PathInfo) error {
+	batch := f.db.NewBatch()
+	defer func() { _ = batch.Close() }()
+	added := uint64(0)
+	for _, info := range infos {
+		hash := info.Path.HashPart()
+		if _, known := f.get(hash); !known {
+			added++
+		}
+		b, err := proto.Marshal(api.FromPathInfo(info))
+		if err != nil {
+			return fmt.Errorf("facts of %s: %w", info.Path, err)
+		}
+		_ = batch.Set(append([]byte{prefixInfo}, hash...), b, nil)
+		_ = batch.Set(append([]byte{prefixManifest}, info.Manifest[:]...), []byte(hash), nil)
+		for _, ref := range info.References {
+			if ref != info.Path {
+				_ = batch.Set(referrerKey(ref, hash), nil, nil)
+			}
+		}
+	}
+	if err := batch.Commit(pebble.NoSync); err != nil {
+		return fmt.Errorf("facts: %w", err)
+	}
+	f.mu.Lock()
+	f.count += added
+	f.mu.Unlock()
+	return nil
+}
+
+func referrerKey(ref flox.StorePath, by string) []byte {
+	return append(append([]byte{prefixReferrer}, ref.HashPart()...), by...)
+}
+
+// remove forgets a path that is valid no longer.
+func (f *facts) remove(hashPart string) error {
+	info, ok := f.get(hashPart)
+	if !ok {
+		return nil
+	}
+	batch := f.db.NewBatch()
+	defer func() { _ = batch.Close() }()
+	_ = batch.Delete(append([]byte{prefixInfo}, hashPart...), nil)
+	for _, ref := range info.References {
+		_ = batch.Delete(referrerKey(ref, hashPart), nil)
+	}
+	if err := batch.Commit(pebble.NoSync); err != nil {
+		return fmt.Errorf("facts: %w", err)
+	}
+	f.mu.Lock()
+	f.count--
+	f.mu.Unlock()
+	return nil
+}
+
+// referrers lists at most limit paths known to refer to p.
+func (f *facts) referrers(p flox.StorePath, limit int) []flox.StorePath {
+	lower := referrerKey(p, "")
+	upper := append(bytes.Clone(lower[:len(lower)-1]), lower[len(lower)-1]+1)
+	it, err := f.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = it.Close() }()
+	var out []flox.StorePath
+	for it.First(); it.Valid() && len(out) < limit; it.Next() {
+		if info, ok := f.get(string(it.Key()[len(lower):])); ok {
+			out = append(out, info.Path)
+		}
+	}
+	return out
+}
+
+// each calls yield with every known info whose base name sorts behind after.
+func (f *facts) each(after string, yield func(*flox.PathInfo) bool) error {
+	it, err := f.db.NewIter(&pebble.IterOptions{
+		LowerBound: append([]byte{prefixInfo}, after[:min(len(after), flox.HashPartLen)]...),
+		UpperBound: []byte{prefixInfo + 1},
+	})
+	if err != nil {
+		return fmt.Errorf("facts: %w", err)
+	}
+	for it.First(); it.Valid(); it.Next() {
+		info, ok := decodeInfo(it.Value())
+		if ok && string(info.Path) > after && !yield(info) {
+			break
+		}
+	}
+	return it.Close()
+}
+
+func (f *facts) known() uint64 {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.count
+}
+
+// verify checks an info's manifest signature against the trust list.
+func (f *facts) verify(info *flox.PathInfo) error {
+	f.mu.RLock()
+	trust := f.trust
+	f.mu.RUnlock()
+	if trust == nil {
+		return fmt.Errorf("%s: no trust list here yet; it comes with the first contact to the storehouse: %w", info.Path, flox.ErrUnreachable)
+	}
+	return trust.VerifyInfo(f.dir, info)
+}
+
+// accept moves the trust list forward along lists, oldest first. The first one
+// ever is checked by the invite's fingerprint, each other by the one before.
+func (f *facts) accept(lists [][]byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	current := f.trust
+	for _, b := range lists {
+		next, err := content.ParseTrustList(b)
+		if err != nil {
+			return fmt.Errorf("trust list from the storehouse: %w", err)
+		}
+		switch {
+		case current == nil:
+			if err := next.CheckFirst(f.anchor); err != nil {
+				return fmt.Errorf("the storehouse's trust list is not the invite's; this is another storehouse, or somebody in between: %w", err)
+			}
+		case next.Version <= current.Version && next.Epoch == current.Epoch:
+			continue // known already
+		default:
+			if err := content.Newer(current, next); err != nil {
+				return fmt.Errorf("trust list: %w", err)
+			}
+		}
+		current = next
+	}
+	if current == nil || current == f.trust {
+		return nil
+	}
+	if err := current.Save(filepath.Join(f.state, trustFile)); err != nil {
+		return fmt.Errorf("trust list: %w", err)
+	}
+	f.trust = current
+	return nil
+}
+
+func (f *facts) trustVersion() uint64 {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.trust == nil {
+		return 0
+	}
+	return f.trust.Version
+}
+
+// quiet keeps Pebble's own chatter out of our log; its errors come back as errors.
+type quiet struct{}
+
+func (quiet) Infof(string, ...any)  {}
+func (quiet) Errorf(string, ...any) {}
+func (quiet) Fatalf(format string, args ...any) {
+	panic(fmt.Sprintf("pebble: "+format, args...)) // an impossible state: its invariants are broken
+}

@@ -1,0 +1,163 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
+)
+
+// streamSilence is how long the watch stream may be silent before what it told
+// counts as old: several of the storehouse's heartbeats.
+const streamSilence = 10 * time.Second
+
+// follower keeps up with the storehouse: which paths became valid, which went,
+// and the trust list. While it is current, "not valid" can be answered from memory.
+type follower struct {
+	facts     *facts
+	negatives *negatives
+	calls     *calls
+	house     p2p.PeerID
+	log       *slog.Logger
+
+	mu   sync.Mutex
+	link link
+}
+
+// link is the state of the connection to the storehouse.
+type link struct {
+	connected bool
+	lastSeen  time.Time
+	index     uint64
+	err       error
+	name      string
+	httpURL   string
+}
+
+func (f *follower) state() link {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.link
+}
+
+func (f *follower) update(change func(*link)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change(&f.link)
+}
+
+// run follows until ctx ends, reconnecting with a growing pause.
+func (f *follower) run(ctx context.Context) error {
+	for pause := retryMin; ctx.Err() == nil; pause = min(2*pause, 2*retryMax) {
+		began := time.Now()
+		err := f.once(ctx)
+		f.negatives.setCurrent(false)
+		was := f.state().connected
+		f.update(func(l *link) { l.connected, l.err = false, err })
+		if ctx.Err() != nil {
+			return nil
+		}
+		if was || time.Since(began) > time.Minute {
+			pause = retryMin
+			f.log.Warn("lost the storehouse", "error", err)
+		} else {
+			f.log.Debug("storehouse not reached", "error", err)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
+	return nil
+}
+
+// once follows one stream to its end.
+func (f *follower) once(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	if err := f.introduce(ctx); err != nil {
+		return err
+	}
+	stream, err := f.calls.storehouse(f.house).Watch(ctx, connect.NewRequest(&floxv1.WatchRequest{AfterIndex: f.state().index}))
+	if err != nil {
+		return fmt.Errorf("watch: %w", api.FromConnect(err))
+	}
+	defer func() { _ = stream.Close() }()
+	silence := time.AfterFunc(streamSilence, func() {
+		cancel(fmt.Errorf("the storehouse was silent for %s: %w", streamSilence, flox.ErrUnreachable))
+	})
+	defer silence.Stop()
+	for stream.Receive() {
+		silence.Reset(streamSilence)
+		if err := f.take(stream.Msg()); err != nil {
+			return err
+		}
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return errors.Join(errors.New("watch stream ended"), api.FromConnect(stream.Err()))
+}
+
+// introduce fetches what a first contact needs: the trust list and who this is.
+func (f *follower) introduce(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
+	defer cancel()
+	lists, err := f.calls.facts(f.house).TrustList(ctx, connect.NewRequest(&floxv1.TrustListRequest{HaveVersion: f.facts.trustVersion()}))
+	if err != nil {
+		return fmt.Errorf("trust list: %w", api.FromConnect(err))
+	}
+	if err := f.facts.accept(lists.Msg.GetLists()); err != nil {
+		return err
+	}
+	info, err := f.calls.storehouse(f.house).Info(ctx, connect.NewRequest(&floxv1.InfoRequest{}))
+	if err != nil {
+		return fmt.Errorf("info: %w", api.FromConnect(err))
+	}
+	f.update(func(l *link) { l.name, l.httpURL = info.Msg.GetName(), info.Msg.GetHttpUrl() })
+	return nil
+}
+
+// take applies one event.
+func (f *follower) take(e *floxv1.WatchEvent) error {
+	if e.GetReset_() {
+		f.negatives.reset(e.GetIndex())
+	}
+	for _, name := range e.GetAdded() {
+		if p, err := flox.ParseStorePath(name); err == nil {
+			f.negatives.add(p.HashPart(), e.GetIndex())
+		}
+	}
+	for _, name := range e.GetRemoved() {
+		if p, err := flox.ParseStorePath(name); err == nil {
+			if err := f.facts.remove(p.HashPart()); err != nil {
+				return err
+			}
+		}
+	}
+	if b := e.GetTrustList(); len(b) > 0 {
+		if err := f.facts.accept([][]byte{b}); err != nil {
+			f.log.Warn("trust list refused", "error", err)
+		}
+	}
+	first := false
+	f.update(func(l *link) {
+		first = !l.connected
+		l.connected, l.err, l.lastSeen = true, nil, time.Now()
+		l.index = max(l.index, e.GetIndex())
+	})
+	if first {
+		f.log.Info("following the storehouse", "index", e.GetIndex())
+	}
+	f.negatives.setCurrent(true)
+	return nil
+}

@@ -1,0 +1,287 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
+)
+
+const (
+	// maxLookups bounds the look-ups under way; more wait for a place.
+	maxLookups = 512
+	// lookupLife is how long a look-up goes on after the first who asked, so
+	// that the answer is here when they ask again.
+	lookupLife = 30 * time.Second
+	// peerHedge is how long the storehouse may take before peers are asked too.
+	peerHedge = 50 * time.Millisecond
+	// factsTimeout bounds one question to one machine.
+	factsTimeout = 3 * time.Second
+	// maxFactPeers is how many peers one look-up asks.
+	maxFactPeers = 8
+	// retryMin and retryMax bound the pause between rounds of a look-up or fetch.
+	retryMin, retryMax = 100 * time.Millisecond, 2 * time.Second
+)
+
+// resolver turns store path names into verified path infos: from disk, from the
+// storehouse, or from any peer that has the signed info. Each path is looked up
+// once at a time, however many wait for it, and the look-up outlives them.
+type resolver struct {
+	facts     *facts
+	negatives *negatives
+	calls     *calls
+	host      *p2p.Host
+	house     p2p.PeerID
+	traffic   *traffic
+	log       *slog.Logger
+
+	life   context.Context //nolint:containedctx // the agent's Run: look-ups outlive their callers
+	places chan struct{}
+
+	mu      sync.Mutex
+	flights map[string]*lookupFlight
+}
+
+type lookupFlight struct {
+	done chan struct{}
+	info *flox.PathInfo
+	err  error
+
+	mu   sync.Mutex
+	last error // of the newest round, for those who give up earlier
+}
+
+// lookup finds the info of p. ErrNotFound: the storehouse says it is not valid.
+// ErrUnreachable: nobody who knows could be asked before ctx ended.
+func (r *resolver) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+	hash := p.HashPart()
+	if info, ok := r.facts.get(hash); ok {
+		return matchName(info, p)
+	}
+	if r.negatives.holds(hash) {
+		return nil, fmt.Errorf("%s is not valid in the storehouse: %w", p, flox.ErrNotFound)
+	}
+	f, err := r.join(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-f.done:
+		if f.err != nil {
+			return nil, f.err
+		}
+		return matchName(f.info, p)
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s: no answer in time: %w", p, errors.Join(f.newest(), flox.ErrUnreachable))
+	}
+}
+
+// matchName guards against a name with a valid hash part and another name behind it.
+func matchName(info *flox.PathInfo, p flox.StorePath) (*flox.PathInfo, error) {
+	if info.Path != p {
+		return nil, fmt.Errorf("%s is not valid, %s is: %w", p, info.Path, flox.ErrNotFound)
+	}
+	return info, nil
+}
+
+func (f *lookupFlight) newest() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.last
+}
+
+// join starts the look-up of p or finds the one under way.
+func (r *resolver) join(ctx context.Context, p flox.StorePath) (*lookupFlight, error) {
+	hash := p.HashPart()
+	r.mu.Lock()
+	f, ok := r.flights[hash]
+	r.mu.Unlock()
+	if ok {
+		return f, nil
+	}
+	select {
+	case r.places <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s: %d other look-ups wait already: %w", p, maxLookups, flox.ErrUnreachable)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if f, ok := r.flights[hash]; ok {
+		<-r.places
+		return f, nil
+	}
+	f = &lookupFlight{done: make(chan struct{})}
+	r.flights[hash] = f
+	go func() { // owned by the agent's Run through r.life, bounded by r.places
+		defer func() { <-r.places }()
+		life, cancel := context.WithTimeout(r.life, lookupLife)
+		defer cancel()
+		f.info, f.err = r.search(life, p, f)
+		r.mu.Lock()
+		delete(r.flights, hash)
+		r.mu.Unlock()
+		close(f.done)
+	}()
+	return f, nil
+}
+
+// search asks in rounds until somebody proves the path, the storehouse says it
+// is not valid, or ctx ends.
+func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight) (*flox.PathInfo, error) {
+	for pause := retryMin; ; pause = min(2*pause, retryMax) {
+		info, err := r.round(ctx, p)
+		if err == nil || errors.Is(err, flox.ErrNotFound) {
+			return info, err
+		}
+		f.mu.Lock()
+		f.last = err
+		f.mu.Unlock()
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%s: %w", p, errors.Join(err, flox.ErrUnreachable))
+		}
+	}
+}
+
+// round asks the storehouse and, when it is slow or away, peers. The first
+// verified info wins; only the storehouse can say no.
+func (r *resolver) round(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
+	defer cancel()
+	type answer struct {
+		info *flox.PathInfo
+		err  error
+	}
+	house := make(chan answer, 1)
+	go func() {
+		info, err := r.askStorehouse(ctx, p)
+		house <- answer{info, err}
+	}()
+	var peers chan answer
+	hedge := time.NewTimer(peerHedge)
+	defer hedge.Stop()
+	var failed []error
+	for house != nil || peers != nil {
+		select {
+		case a := <-house:
+			if a.err == nil || errors.Is(a.err, flox.ErrNotFound) {
+				return a.info, a.err
+			}
+			failed = append(failed, a.err)
+			house = nil
+			hedge.Reset(0)
+		case a := <-peers:
+			if a.err == nil {
+				return a.info, nil
+			}
+			failed = append(failed, a.err)
+			peers = nil
+		case <-hedge.C:
+			peers = make(chan answer, 1)
+			go func(out chan<- answer) {
+				info, err := r.askPeers(ctx, p)
+				out <- answer{info, err}
+			}(peers)
+		}
+	}
+	return nil, errors.Join(failed...)
+}
+
+// askStorehouse also brings the infos of the path's closure: whoever starts a
+// program needs them next, and one round trip is cheaper than twenty.
+func (r *resolver) askStorehouse(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+	found, response, err := r.ask(ctx, r.house, p, true)
+	if err != nil {
+		return nil, fmt.Errorf("storehouse: %w", err)
+	}
+	if found != nil {
+		return found, nil
+	}
+	for _, hash := range response.GetInvalid() {
+		if hash == p.HashPart() {
+			r.negatives.remember(hash, response.GetIndex())
+			return nil, fmt.Errorf("%s is not valid in the storehouse: %w", p, flox.ErrNotFound)
+		}
+	}
+	return nil, fmt.Errorf("storehouse: no answer about %s: %w", p, flox.ErrUnreachable)
+}
+
+// ask puts one question to one machine and stores what can be verified.
+func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, closure bool) (*flox.PathInfo, *floxv1.PathsResponse, error) {
+	request := connect.NewRequest(&floxv1.PathsRequest{HashParts: []string{p.HashPart()}, Closure: closure})
+	response, err := r.calls.facts(peer).Paths(ctx, request)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", api.FromConnect(err), flox.ErrUnreachable)
+	}
+	var wanted *flox.PathInfo
+	var infos []*flox.PathInfo
+	for _, m := range response.Msg.GetFound() {
+		r.traffic.facts(m)
+		info, err := api.ToPathInfo(m)
+		if err == nil {
+			err = r.facts.verify(info)
+		}
+		if err != nil {
+			r.log.Warn("path info refused", "peer", string(peer), "error", err)
+			if m.GetPath() == string(p) {
+				return nil, nil, err
+			}
+			continue
+		}
+		infos = append(infos, info)
+		if info.Path.HashPart() == p.HashPart() {
+			wanted = info
+		}
+	}
+	if err := r.facts.put(infos...); err != nil {
+		return nil, nil, err
+	}
+	return wanted, response.Msg, nil
+}
+
+// askPeers asks connected peers, nearest first, then those that announced the
+// path or share the site. The storehouse is not among them.
+func (r *resolver) askPeers(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+	asked := make(map[p2p.PeerID]bool)
+	try := func(peer p2p.PeerID) *flox.PathInfo {
+		if asked[peer] || peer == r.house || len(asked) >= maxFactPeers || ctx.Err() != nil {
+			return nil
+		}
+		asked[peer] = true
+		one, cancel := context.WithTimeout(ctx, factsTimeout/3)
+		defer cancel()
+		info, _, err := r.ask(one, peer, p, false)
+		if err != nil {
+			r.log.Debug("peer does not know path", "peer", string(peer), "path", string(p), "error", err)
+		}
+		return info
+	}
+	for _, peer := range r.host.Peers() {
+		if info := try(peer.ID); info != nil {
+			return info, nil
+		}
+	}
+	providers, err := r.host.FindProviders(ctx, p2p.PathKey(p), maxFactPeers)
+	if err != nil {
+		r.log.Debug("providers not found", "path", string(p), "error", err)
+	}
+	for _, peer := range providers {
+		if err := r.host.AddPeer(peer); err != nil {
+			continue
+		}
+		if info := try(peer.ID); info != nil {
+			return info, nil
+		}
+	}
+	return nil, fmt.Errorf("none of %d peers knows %s: %w", len(asked), p, flox.ErrUnreachable)
+}

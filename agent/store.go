@@ -1,0 +1,150 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"syscall"
+
+	flox "github.com/floxctl/flox"
+)
+
+// maxTrees bounds the trees kept open; what they hold of manifests is bounded by
+// the page cache.
+const maxTrees = 4096
+
+// store is the store directory as the mount sees it.
+type store struct {
+	a *Agent
+
+	mu    sync.Mutex
+	trees map[flox.CID]*tree
+}
+
+var _ flox.Store = (*store)(nil)
+
+// Lookup implements flox.Store. A name that is no store path name is answered
+// here, for ever; any other waits for facts until ctx ends.
+func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error) {
+	p, err := flox.ParseStorePath(name)
+	if err != nil {
+		return flox.CID{}, true, fmt.Errorf("%s: no store path name: %w", name, flox.ErrNotFound)
+	}
+	if info, ok := s.a.facts.get(p.HashPart()); ok {
+		info, err := matchName(info, p)
+		if err != nil {
+			return flox.CID{}, false, err
+		}
+		return info.Manifest, false, nil
+	}
+	watch := s.a.waits.begin(0, "LOOKUP", s.a.cfg.StoreDir.Join(p), 0)
+	defer watch.end()
+	info, err := s.a.resolver.lookup(ctx, p)
+	if err != nil {
+		watch.reason(err)
+		return flox.CID{}, false, err
+	}
+	return info.Manifest, false, nil
+}
+
+// Names implements flox.Store: what is known here, which is what was used or
+// downloaded on this machine and the closures of that.
+func (s *store) Names(ctx context.Context, after string, limit int) ([]flox.Named, error) {
+	out := make([]flox.Named, 0, min(limit, 1024))
+	err := s.a.facts.each(after, func(info *flox.PathInfo) bool {
+		out = append(out, flox.Named{Name: string(info.Path), Manifest: info.Manifest})
+		return len(out) < limit && ctx.Err() == nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, ctx.Err()
+}
+
+// Tree implements flox.Store.
+func (s *store) Tree(ctx context.Context, manifest flox.CID) (flox.Tree, error) {
+	s.mu.Lock()
+	t, ok := s.trees[manifest]
+	s.mu.Unlock()
+	if ok {
+		return t, nil
+	}
+	info, ok := s.a.facts.byManifest(manifest)
+	if !ok {
+		return nil, fmt.Errorf("manifest %s belongs to no path known here: %w", manifest, flox.ErrNotFound)
+	}
+	watch := s.a.waits.begin(0, "MANIFEST", s.a.cfg.StoreDir.Join(info.Path), 0)
+	defer watch.end()
+	t, err := s.a.open(ctx, info, watch)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.trees) >= maxTrees {
+		for id := range s.trees { // any one: it is opened again from the page cache
+			delete(s.trees, id)
+			break
+		}
+	}
+	s.trees[manifest] = t
+	return t, nil
+}
+
+// Usage implements flox.Store: the disk the cache lies on. It asks the local
+// disk only.
+func (s *store) Usage() flox.Usage {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(s.a.cfg.StateDir, &st); err != nil {
+		return flox.Usage{}
+	}
+	size := uint64(st.Bsize) //nolint:gosec // a block size is positive
+	return flox.Usage{TotalBytes: st.Blocks * size, FreeBytes: st.Bavail * size, Files: s.a.facts.known()}
+}
+
+// info finds the facts of a path given as people give it: absolute or a base name.
+func (a *Agent) info(ctx context.Context, given string) (*flox.PathInfo, string, error) {
+	var p flox.StorePath
+	var rest string
+	var err error
+	if len(given) > 0 && given[0] == '/' {
+		p, rest, err = a.cfg.StoreDir.Split(given)
+	} else {
+		p, err = flox.ParseStorePath(given)
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	info, err := a.resolver.lookup(ctx, p)
+	if err != nil {
+		return nil, "", err
+	}
+	return info, rest, nil
+}
+
+// closure gives the infos of everything roots refer to, roots included, each once.
+func (a *Agent) closure(ctx context.Context, roots []*flox.PathInfo) ([]*flox.PathInfo, error) {
+	seen := make(map[flox.StorePath]bool)
+	queue := append([]*flox.PathInfo(nil), roots...)
+	for _, r := range roots {
+		seen[r.Path] = true
+	}
+	for i := 0; i < len(queue); i++ {
+		for _, ref := range queue[i].References {
+			if seen[ref] {
+				continue
+			}
+			seen[ref] = true
+			info, err := a.resolver.lookup(ctx, ref)
+			if err != nil {
+				if errors.Is(err, flox.ErrNotFound) {
+					err = fmt.Errorf("%s refers to %s, which is not valid: %w", queue[i].Path, ref, flox.ErrCorrupt)
+				}
+				return nil, err
+			}
+			queue = append(queue, info)
+		}
+	}
+	return queue, nil
+}

@@ -1,0 +1,207 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/cache"
+	"github.com/floxctl/flox/p2p"
+)
+
+// maxHintPaths bounds the store paths handed on as hints: the path, then referrers.
+const maxHintPaths = 8
+
+// tree is the file tree of one store path: its manifest's entries, and bytes from
+// the cache or the swarm.
+type tree struct {
+	*content.Manifest
+	path flox.StorePath
+	a    *Agent
+}
+
+var _ flox.Tree = (*tree)(nil)
+
+// ReadAt implements flox.Tree. It returns short of len(p) at the end of the file
+// only; what is not here is fetched, however often that must be tried, until ctx ends.
+func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, who flox.Reader) (int, error) {
+	e, err := t.Entry(ctx, index)
+	if err != nil {
+		return 0, err
+	}
+	if e.Kind != flox.Regular {
+		return 0, fmt.Errorf("read of %s entry %d: it is a %s: %w", t.path, index, e.Kind, flox.ErrBadInput)
+	}
+	if off >= int64(e.Size) {
+		return 0, nil
+	}
+	p = p[:min(int64(len(p)), int64(e.Size)-off)]
+	if off == 0 && (e.Executable || strings.Contains(e.Name, ".so")) {
+		t.a.executed.touch(t.path)
+	}
+	file := cache.File{ID: e.File, Size: int64(e.Size)}
+	if n, st := t.a.cache.ReadAt(file, p, off, who.Node); st == cache.Hit {
+		return n, nil
+	}
+	if data, ok, err := t.Inline(ctx, index); err != nil || ok {
+		if err != nil {
+			return 0, err
+		}
+		return copy(p, data[off:]), nil
+	}
+	return t.fill(ctx, index, file, p, off, who)
+}
+
+// fill reads p from chunks that are verified or fetched first.
+func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte, off int64, who flox.Reader) (int, error) {
+	end := off + int64(len(p))
+	watch := t.a.waits.begin(who.PID, "READ", t.name(ctx, index), uint64(len(p)))
+	defer watch.end()
+	var missing []piece
+	var verify []piece
+	err := t.Chunks(ctx, index, off, int64(len(p)), func(at int64, c flox.Chunk) bool {
+		one := piece{file: file, off: at, chunk: c}
+		switch t.a.cache.State(file, at, int64(c.Size)) {
+		case cache.Miss:
+			missing = append(missing, one)
+		case cache.Unverified:
+			verify = append(verify, one)
+		case cache.Hit:
+		}
+		return true
+	})
+	if err != nil {
+		return 0, err
+	}
+	for _, one := range verify {
+		ok, err := t.a.cache.Verify(ctx, file, one.off, one.chunk)
+		if err != nil || !ok {
+			missing = append(missing, one)
+		}
+	}
+	if len(missing) > 0 {
+		err = t.a.fetcher.fetch(ctx, missing, t.a.hints(t.path), watch, func(one piece, data []byte) error {
+			overlay(p, off, data, one.off)
+			return nil
+		})
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", t.path, err)
+		}
+		t.a.cache.Used(file, off, who.Node)
+	}
+	// What was not fetched just now lies in the cache; it may have been evicted in
+	// between, then it is fetched by itself.
+	for at := off; at < end; {
+		n, covered := fetchedUpTo(missing, at, end)
+		if covered {
+			at = n
+			continue
+		}
+		got, st := t.a.cache.ReadAt(file, p[at-off:n-off], at, who.Node)
+		if st == cache.Hit && got > 0 {
+			at += int64(got)
+			continue
+		}
+		return t.direct(ctx, index, file, p, off, watch)
+	}
+	return len(p), nil
+}
+
+// fetchedUpTo says how far from at the bytes are covered by one of pieces, or, if
+// at is not covered, where the next piece (or end) begins.
+func fetchedUpTo(pieces []piece, at, end int64) (next int64, covered bool) {
+	next = end
+	for _, one := range pieces {
+		first, last := one.off, one.off+int64(one.chunk.Size)
+		if first <= at && at < last {
+			return min(last, end), true
+		}
+		if first > at {
+			next = min(next, first)
+		}
+	}
+	return next, false
+}
+
+// direct reads p from freshly fetched chunks only, past the cache: for a disk that
+// is full or content evicted while it was read.
+func (t *tree) direct(ctx context.Context, index uint32, file cache.File, p []byte, off int64, watch *wait) (int, error) {
+	var all []piece
+	err := t.Chunks(ctx, index, off, int64(len(p)), func(at int64, c flox.Chunk) bool {
+		all = append(all, piece{file: file, off: at, chunk: c})
+		return true
+	})
+	if err != nil {
+		return 0, err
+	}
+	err = t.a.fetcher.fetch(ctx, all, t.a.hints(t.path), watch, func(one piece, data []byte) error {
+		overlay(p, off, data, one.off)
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", t.path, err)
+	}
+	return len(p), nil
+}
+
+// overlay copies the part of data, which lies at at in the file, that falls into
+// p, which lies at off.
+func overlay(p []byte, off int64, data []byte, at int64) {
+	if at >= off {
+		if at-off < int64(len(p)) {
+			copy(p[at-off:], data)
+		}
+		return
+	}
+	if off-at < int64(len(data)) {
+		copy(p, data[off-at:])
+	}
+}
+
+// name gives the full path of an entry, for people.
+func (t *tree) name(ctx context.Context, index uint32) string {
+	full := t.a.cfg.StoreDir.Join(t.path)
+	inside, err := t.Path(ctx, index)
+	if err != nil || inside == "" {
+		return full
+	}
+	return full + "/" + inside
+}
+
+// hints tells the swarm where to look for blocks of p: under p itself and under
+// the paths known to refer to it.
+func (a *Agent) hints(p flox.StorePath) p2p.Hints {
+	return p2p.Hints{Paths: append([]flox.StorePath{p}, a.facts.referrers(p, maxHintPaths-1)...)}
+}
+
+// open opens the tree of a path whose info is known and verified.
+func (a *Agent) open(ctx context.Context, info *flox.PathInfo, watch *wait) (*tree, error) {
+	source := blocks{fetcher: a.fetcher, watch: watch, hints: func() p2p.Hints { return a.hints(info.Path) }}
+	m, err := a.pages.Open(ctx, info.Manifest, source)
+	if err != nil {
+		return nil, fmt.Errorf("manifest of %s: %w", info.Path, err)
+	}
+	return &tree{Manifest: m, path: info.Path, a: a}, nil
+}
+
+// readFile streams a whole file of a tree to w.
+func (t *tree) readFile(ctx context.Context, index uint32, size int64, w io.Writer) error {
+	buf := make([]byte, 1<<20)
+	for off := int64(0); off < size; {
+		n, err := t.ReadAt(ctx, index, buf, off, flox.Reader{})
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return fmt.Errorf("%s: file ends at %d, want %d bytes: %w", t.path, off, size, flox.ErrCorrupt)
+		}
+		if _, err := w.Write(buf[:n]); err != nil {
+			return err
+		}
+		off += int64(n)
+	}
+	return nil
+}

@@ -1,0 +1,103 @@
+package agent
+
+import (
+	"sync"
+	"time"
+
+	"github.com/floxctl/flox/p2p"
+)
+
+// waits lists who waits for what right now, for people to see.
+type waits struct {
+	mu  sync.Mutex
+	all map[*wait]struct{}
+}
+
+// wait is one request that could not be answered from what is here.
+type wait struct {
+	list  *waits
+	pid   uint32
+	op    string
+	path  string
+	since time.Time
+	total uint64
+
+	mu     sync.Mutex
+	done   uint64
+	source string
+	why    string
+}
+
+func newWaits() *waits { return &waits{all: make(map[*wait]struct{})} }
+
+// begin registers a wait; end it with its end method. The number of waits is
+// bounded by the mount's own limit on requests under way.
+func (w *waits) begin(pid uint32, op, path string, total uint64) *wait {
+	e := &wait{list: w, pid: pid, op: op, path: path, since: time.Now(), total: total}
+	w.mu.Lock()
+	w.all[e] = struct{}{}
+	w.mu.Unlock()
+	return e
+}
+
+func (e *wait) end() {
+	e.list.mu.Lock()
+	delete(e.list.all, e)
+	e.list.mu.Unlock()
+}
+
+// arrived counts bytes in. A nil wait counts nothing.
+func (e *wait) arrived(n int, from p2p.Source) {
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.done += uint64(n)
+	e.source = from.Tier.String()
+	if from.Tier != p2p.TierStorehouse && from.Peer != "" {
+		e.source += " " + string(from.Peer)
+	}
+	e.why = ""
+}
+
+// reason says why nothing came so far.
+func (e *wait) reason(err error) {
+	if e == nil || err == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.why = err.Error()
+}
+
+// snapshot copies the waits that began before cutoff.
+func (w *waits) snapshot(cutoff time.Time) []waitView {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	out := make([]waitView, 0, len(w.all))
+	for e := range w.all {
+		if e.since.After(cutoff) {
+			continue
+		}
+		e.mu.Lock()
+		out = append(out, waitView{e.pid, e.op, e.path, e.since, e.total, e.done, e.source, e.why})
+		e.mu.Unlock()
+	}
+	return out
+}
+
+func (w *waits) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.all)
+}
+
+// waitView is a copy of a wait.
+type waitView struct {
+	pid         uint32
+	op, path    string
+	since       time.Time
+	total, done uint64
+	source, why string
+}
