@@ -17,6 +17,37 @@ import (
 // Main runs floxctl with the process's arguments and returns its exit code.
 func Main() int { return cli.Run(newRootCmd(), os.Args[1:]) }
 
+// globals are the options every command has.
+type globals struct {
+	socket  string
+	json    bool
+	noColor bool
+}
+
 func newRootCmd() *cobra.Command {
-	return &cobra.Command{Use: "floxctl"}
+	g := &globals{}
+	root := &cobra.Command{
+		Use:   "floxctl",
+		Short: "Look at and steer the package store of this machine",
+		Long: `floxctl talks to the agent that mounts the package store on this machine.
+
+It asks the agent over its control socket, ` + cli.DefaultSocket + ` unless
+--socket or ` + cli.EnvSocket + ` says otherwise. Sizes are binary (1 KiB = 1,024 bytes)
+and exact with --json; what goes on over time is JSON lines there.
+
+` + cli.ExitCodes,
+		Example: `  floxctl status                  is everything well, and if not, what to do
+  floxctl watch                   which program waits for which file
+  floxctl download ./result       fetch a path and all it needs, now
+  floxctl doctor                  check this machine`,
+	}
+	flags := root.PersistentFlags()
+	flags.StringVar(&g.socket, "socket", "", "the agent's control socket, a `FILE` (default $"+cli.EnvSocket+", then "+cli.DefaultSocket+")")
+	flags.BoolVar(&g.json, "json", false, "print facts as JSON")
+	flags.BoolVar(&g.noColor, "no-color", false, "print without colours (also: NO_COLOR in the environment)")
+	root.AddCommand(
+		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newDownloadCmd(g),
+		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
+	)
+	return root
 }

@@ -121,3 +121,17 @@ func (e *usageError) Unwrap() error { return flox.ErrBadInput }
 func Usage(format string, args ...any) error {
 	return &usageError{message: fmt.Sprintf(format, args...)}
 }
+
+// Explain makes an error that a person reads as it stands and that exits like
+// kind, one of flox's sentinels.
+func Explain(kind error, format string, args ...any) error {
+	return &explainedError{message: fmt.Sprintf(format, args...), kind: kind}
+}
+
+type explainedError struct {
+	message string
+	kind    error
+}
+
+func (e *explainedError) Error() string { return e.message }
+func (e *explainedError) Unwrap() error { return e.kind }

@@ -1,0 +1,181 @@
+package ctl
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	flox "github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/ctl/cli"
+)
+
+// agentPatience is how long doctor waits for the agent's own findings: a sick
+// agent must not keep doctor from speaking.
+const agentPatience = 10 * time.Second
+
+type doctorOptions struct {
+	*globals
+	storeDir string
+	stateDir string
+}
+
+func newDoctorCmd(g *globals) *cobra.Command {
+	opts := doctorOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Check this machine, line by line, each with its fix",
+		Long: `Check what the store needs on this machine: kernel, FUSE, mount, disk, clock,
+ports, keys; then ask the agent for its own findings. Everything but the last part
+works before anything is set up. Each line is ok, warning or error and says what
+to do; the exit code is 1 if there is an error. Run it with sudo to let it look
+everywhere.
+
+` + cli.ExitCodes,
+		Args: cli.Args(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runDoctor(cmd.Context(), opts, g.printer(cmd))
+		},
+	}
+	cmd.Flags().StringVar(&opts.storeDir, "store-dir", "", "where the store is or will be mounted (default: ask the agent, else "+string(flox.DefaultStoreDir)+")")
+	cmd.Flags().StringVar(&opts.stateDir, "state-dir", cli.DefaultStateDir, "where floxd keeps its state")
+	return cmd
+}
+
+// level says how bad a finding is.
+type level string
+
+const (
+	levelOK      level = "ok"
+	levelWarning level = "warning"
+	levelError   level = "error"
+)
+
+// finding is one line of doctor.
+type finding struct {
+	Check string `json:"check"`
+	Level level  `json:"level"`
+	What  string `json:"what"`
+	Fix   string `json:"fix"`
+}
+
+func ok(check, format string, args ...any) finding {
+	return finding{Check: check, Level: levelOK, What: fmt.Sprintf(format, args...)}
+}
+
+func warning(check, fix, format string, args ...any) finding {
+	return finding{Check: check, Level: levelWarning, What: fmt.Sprintf(format, args...), Fix: fix}
+}
+
+func failure(check, fix, format string, args ...any) finding {
+	return finding{Check: check, Level: levelError, What: fmt.Sprintf(format, args...), Fix: fix}
+}
+
+// patient is what the local checks know of the machine.
+type patient struct {
+	root     string // "" for the machine itself; a test looks elsewhere
+	storeDir string
+	stateDir string
+	socket   string
+	agent    *floxv1.StatusResponse // nil when it does not answer
+}
+
+func runDoctor(ctx context.Context, opts doctorOptions, out *output) error {
+	askCtx, cancel := context.WithTimeout(ctx, agentPatience)
+	defer cancel()
+	agent := opts.agent()
+	p := patient{storeDir: opts.storeDir, stateDir: opts.stateDir, socket: opts.socketPath()}
+	status, statusErr := agent.Status(askCtx, connect.NewRequest(&floxv1.StatusRequest{}))
+	if statusErr == nil {
+		p.agent = status.Msg
+	}
+	if p.storeDir == "" {
+		p.storeDir = string(flox.DefaultStoreDir)
+		if p.agent.GetMountDir() != "" {
+			p.storeDir = p.agent.GetMountDir()
+		}
+	}
+	findings := localChecks(ctx, p)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if statusErr != nil {
+		findings = append(findings, agentMissing(p, statusErr))
+	} else {
+		findings = append(findings, ok("agent", "%s answers at %s, pid %d", p.agent.GetVersion(), p.socket, p.agent.GetPid()))
+		resp, err := agent.Doctor(askCtx, connect.NewRequest(&floxv1.DoctorRequest{}))
+		if err != nil {
+			findings = append(findings, failure("agent", "see the agent's log", "it cannot examine itself: %v", explain(err)))
+		} else {
+			findings = append(findings, agentFindings(resp.Msg)...)
+		}
+	}
+	return printFindings(out, findings)
+}
+
+// agentFindings takes over what the agent found; a level nobody knows counts as
+// a warning.
+func agentFindings(m *floxv1.DoctorResponse) []finding {
+	var list []finding
+	for _, f := range m.GetFindings() {
+		l := level(f.GetLevel())
+		if l != levelOK && l != levelError {
+			l = levelWarning
+		}
+		list = append(list, finding{Check: f.GetCheck(), Level: l, What: f.GetWhat(), Fix: f.GetFix()})
+	}
+	return list
+}
+
+// agentMissing judges an agent that does not answer: nothing to worry about on
+// a machine that is not set up, an error where its mount is still there.
+func agentMissing(p patient, err error) finding {
+	const start = "start it: sudo floxd up (everything on this machine), or sudo floxd agent --invite FILE"
+	var dial *dialError
+	if !errors.As(err, &dial) {
+		return failure("agent", "see its log; if it hangs, restart floxd", "it does not answer at %s: %v", p.socket, explain(err))
+	}
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return warning("agent", "run: sudo floxctl doctor", "you may not open its socket %s", p.socket)
+	case storeMount(p) != nil:
+		return failure("agent", "start floxd again: it takes the mount over", "none is running at %s, but the store is mounted: readers wait", p.socket)
+	}
+	return warning("agent", start, "none is running at %s", p.socket)
+}
+
+func printFindings(out *output, findings []finding) error {
+	count := map[level]int{}
+	for _, f := range findings {
+		count[f.Level]++
+	}
+	var err error
+	if count[levelError] > 0 {
+		err = cli.Said(errors.New("doctor found errors"))
+	}
+	if out.json {
+		if werr := out.printJSON(struct {
+			OK       bool      `json:"ok"`
+			Findings []finding `json:"findings"`
+		}{err == nil, some(findings)}); werr != nil {
+			return werr
+		}
+		return err
+	}
+	colors := map[level]style{levelOK: green, levelWarning: yellow, levelError: red}
+	for _, f := range findings {
+		out.printf("%s %-10s %s\n", out.paint(colors[f.Level], fmt.Sprintf("%-7s", f.Level)), clean(f.Check), clean(f.What))
+		if f.Fix != "" && f.Level != levelOK {
+			out.printf("%s%s\n", strings.Repeat(" ", 19)+out.paint(bold, "fix: "), clean(f.Fix))
+		}
+	}
+	out.printf("\n%s, %s, %s.\n", plural(uint64(count[levelError]), "error", "errors"),
+		plural(uint64(count[levelWarning]), "warning", "warnings"), plural(uint64(count[levelOK]), "check well", "checks well"))
+	return err
+}

@@ -1,0 +1,14 @@
+package ctl
+
+import (
+	"github.com/spf13/cobra"
+)
+
+func newStoreCmd(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "store",
+		Short: "Look into store paths, add and verify them",
+	}
+	cmd.AddCommand(newStoreLsCmd(g), newStoreCatCmd(g), newStoreInfoCmd(g), newStoreAddCmd(g), newStoreVerifyCmd(g))
+	return cmd
+}
