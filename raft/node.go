@@ -1,0 +1,268 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	wal "github.com/hashicorp/raft-wal"
+
+	"github.com/floxctl/flox"
+)
+
+// Node is one server's part in a replicated log.
+type Node struct {
+	cfg       Config
+	machine   *machine
+	log       *wal.WAL
+	snapshots *snapshots
+
+	raft     atomic.Pointer[raft.Raft] // set while Run runs
+	slots    chan struct{}             // bounds what waits on raft
+	lastTime atomic.Int64              // Unix milliseconds of the newest proposal
+	readTerm atomic.Uint64             // term in which all entries of former leaders are applied
+
+	closers []func() error // in the order of opening
+	close   sync.Once
+	running atomic.Bool
+}
+
+// Open opens or makes the log and the state in cfg.Dir. Register every
+// Processor, then Run. A Node that is not run must be closed. Errors: ErrBusy
+// when another process uses Dir, ErrCorrupt when Dir holds something else.
+func Open(cfg Config) (*Node, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{cfg: cfg, slots: make(chan struct{}, cfg.MaxInFlight)}
+	if err := n.open(); err != nil {
+		return nil, errors.Join(err, n.Close())
+	}
+	return n, nil
+}
+
+// open opens what is on disk, in the order in which it depends on each other.
+func (n *Node) open() error {
+	if err := makeDir(n.cfg.Dir); err != nil {
+		return err
+	}
+	unlock, err := lockDir(n.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	n.closers = append(n.closers, unlock)
+
+	if n.snapshots, err = openSnapshots(filepath.Join(n.cfg.Dir, "snapshots"), n.cfg.Log); err != nil {
+		return err
+	}
+	state, err := openState(filepath.Join(n.cfg.Dir, "state"), n.cfg.CacheBytes, n.cfg.Log)
+	if err != nil {
+		return err
+	}
+	n.closers = append(n.closers, state.close)
+	n.machine = &machine{state: state, snapshots: n.snapshots, processors: map[uint32]Processor{}, closed: make(chan struct{})}
+
+	if n.log, err = openLog(filepath.Join(n.cfg.Dir, "log"), n.cfg); err != nil {
+		return err
+	}
+	n.closers = append(n.closers, n.log.Close)
+	return n.reconcile()
+}
+
+// openLog opens the log. The libraries below may panic on a file that is none of theirs.
+func openLog(dir string, cfg Config) (w *wal.WAL, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("open log %s: %v: %w", dir, r, flox.ErrCorrupt)
+		}
+	}()
+	if err := makeDir(dir); err != nil {
+		return nil, err
+	}
+	w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)))
+	if isFull(err) {
+		return nil, fmt.Errorf("open log %s: %w: %w", dir, err, flox.ErrFull)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open log %s: %w: %w", dir, err, flox.ErrCorrupt)
+	}
+	return w, nil
+}
+
+// reconcile brings state, snapshots and log together: a crash between taking
+// another server's snapshot and restoring it leaves the state behind.
+func (n *Node) reconcile() error {
+	if err := n.machine.load(); err != nil {
+		return err
+	}
+	found, err := n.snapshots.all()
+	if err != nil {
+		return err
+	}
+	newest := snapshotMeta{}
+	if len(found) > 0 {
+		newest = *found[0]
+	}
+	if n.machine.applied() < newest.Applied {
+		n.cfg.Log.Warn("restoring the state from a snapshot", "snapshot", newest.Raft.ID, "state_index", n.machine.applied())
+		_, rc, err := n.snapshots.Open(newest.Raft.ID)
+		if err != nil {
+			return err
+		}
+		if err := n.machine.restore(rc); err != nil {
+			return err
+		}
+	}
+	first, err1 := n.log.FirstIndex()
+	last, err2 := n.log.LastIndex()
+	if err := errors.Join(err1, err2); err != nil {
+		return fmt.Errorf("read log: %w", err)
+	}
+	if first > newest.Raft.Index+1 {
+		return fmt.Errorf("%s: the log begins at entry %d and no readable snapshot reaches it; put the directory back from a backup or let the server join again as a new one: %w",
+			n.cfg.Dir, first, flox.ErrCorrupt)
+	}
+	if have := max(last, newest.Raft.Index); n.machine.applied() > have {
+		return fmt.Errorf("%s: the state is at entry %d, the log ends at %d: part of the log was lost; put the directory back from a backup: %w",
+			n.cfg.Dir, n.machine.applied(), have, flox.ErrCorrupt)
+	}
+	n.lastTime.Store(n.machine.time)
+	return nil
+}
+
+// Register makes p apply the commands of a kind. It must be called before Run,
+// with the same kinds on every server; kinds are never reused.
+func (n *Node) Register(kind uint32, p Processor) {
+	n.machine.processors[kind] = p
+}
+
+// config is cfg in raft's words.
+func (n *Node) config() *raft.Config {
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(n.cfg.ID)
+	c.HeartbeatTimeout = n.cfg.Heartbeat
+	c.ElectionTimeout = n.cfg.Heartbeat
+	c.LeaderLeaseTimeout = n.cfg.Heartbeat / 2
+	c.CommitTimeout = max(n.cfg.Heartbeat/10, 5*time.Millisecond)
+	c.SnapshotThreshold = n.cfg.SnapshotEvery
+	c.SnapshotInterval = n.cfg.SnapshotCheck
+	c.TrailingLogs = n.cfg.KeepEntries
+	c.NoSnapshotRestoreOnStart = true // the state is on disk already
+	c.NoLegacyTelemetry = true
+	c.Logger = newRaftLog(n.cfg.Log)
+	return c
+}
+
+// Run takes part in the log until ctx ends, and closes the Node. It returns
+// nil when ctx ended, and the reason when an entry could not be applied.
+func (n *Node) Run(ctx context.Context) (err error) {
+	if !n.running.CompareAndSwap(false, true) {
+		return fmt.Errorf("raft: run twice: %w", flox.ErrBusy)
+	}
+	defer func() { err = errors.Join(err, n.closeAll()) }()
+
+	transport, closeTransport := newTransport(n.cfg)
+	defer func() { err = errors.Join(err, closeTransport()) }()
+	c := n.config()
+	if n.cfg.Bootstrap {
+		err := raft.BootstrapCluster(c, n.log, n.log, n.snapshots, transport, raft.Configuration{Servers: []raft.Server{{
+			ID: c.LocalID, Address: raft.ServerAddress(n.cfg.Address),
+		}}})
+		if err != nil && !errors.Is(err, raft.ErrCantBootstrap) {
+			return fmt.Errorf("begin a new log: %w", err)
+		}
+	}
+	r, err := raft.NewRaft(c, n.machine, n.log, n.log, n.snapshots, transport)
+	if err != nil {
+		return fmt.Errorf("start raft: %w", err)
+	}
+	n.raft.Store(r)
+	select {
+	case <-ctx.Done():
+	case <-n.machine.closed:
+	}
+	n.raft.Store(nil)
+	if err := r.Shutdown().Error(); err != nil {
+		return fmt.Errorf("stop raft: %w", err)
+	}
+	if why := n.machine.stopped.Load(); why != nil {
+		return *why
+	}
+	n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed)) // ends everybody's waiting
+	return nil
+}
+
+// Close frees what Open took if Run was never called. It may be called twice.
+func (n *Node) Close() error {
+	if !n.running.CompareAndSwap(false, true) {
+		return nil
+	}
+	return n.closeAll()
+}
+
+func (n *Node) closeAll() (err error) {
+	n.close.Do(func() {
+		for _, c := range slices.Backward(n.closers) {
+			err = errors.Join(err, c())
+		}
+	})
+	return err
+}
+
+// Ready waits until there is a leader, and if it is this server, until it
+// answers reads.
+func (n *Node) Ready(ctx context.Context) error {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if r := n.raft.Load(); r != nil {
+			if address, _ := r.LeaderWithID(); address != "" && r.State() != raft.Leader {
+				return nil
+			}
+			if r.State() == raft.Leader {
+				if _, err := n.ReadIndex(ctx); err == nil {
+					return nil
+				}
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-n.machine.closed:
+			return *n.machine.stopped.Load()
+		case <-ctx.Done():
+			return fmt.Errorf("no leader yet: %w: %w", ctx.Err(), flox.ErrUnreachable)
+		}
+	}
+}
+
+// Snapshot takes a snapshot now; nil when there is nothing new.
+func (n *Node) Snapshot(ctx context.Context) error {
+	r, err := n.active()
+	if err != nil {
+		return err
+	}
+	err = n.wait(ctx, r.Snapshot())
+	if errors.Is(err, raft.ErrNothingNewToSnapshot) {
+		return nil
+	}
+	return err
+}
+
+// active gives the running raft.
+func (n *Node) active() (*raft.Raft, error) {
+	if why := n.machine.stopped.Load(); why != nil {
+		return nil, *why
+	}
+	r := n.raft.Load()
+	if r == nil {
+		return nil, fmt.Errorf("raft is not running yet: %w", ErrNotLeader)
+	}
+	return r, nil
+}

@@ -1,0 +1,181 @@
+package raft
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/hashicorp/raft"
+
+	"github.com/floxctl/flox"
+)
+
+// Consistency says how old a View may be.
+type Consistency uint8
+
+const (
+	// Local is what this server has applied: never wrong, perhaps old.
+	Local Consistency = iota
+	// Linearizable holds every command that was answered, anywhere, before the
+	// View was asked for. Only a leader with a majority behind it gives one.
+	Linearizable
+)
+
+// View gives the state of a kind. It must be closed soon: it keeps old files alive.
+func (n *Node) View(ctx context.Context, kind uint32, c Consistency) (*Reader, error) {
+	if c == Linearizable {
+		index, err := n.ReadIndex(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if _, err := n.Wait(ctx, index); err != nil {
+			return nil, err
+		}
+	}
+	db, err := n.machine.state.acquire()
+	if err != nil {
+		return nil, err
+	}
+	r := &Reader{db: db, snap: db.NewSnapshot(), space: kindPrefix(kind)}
+	if r.index, _, err = applied(r.snap); err != nil {
+		r.Close() //nolint:errcheck // the first error counts
+		return nil, err
+	}
+	return r, nil
+}
+
+// ReadIndex confirms that this server leads and gives an index: a state that
+// holds it, here or on a follower, holds every command answered so far. It
+// costs one round of heartbeats, not an entry. ErrNotLeader.
+func (n *Node) ReadIndex(ctx context.Context) (uint64, error) {
+	r, err := n.active()
+	if err != nil {
+		return 0, err
+	}
+	term := r.CurrentTerm()
+	if r.State() != raft.Leader {
+		return 0, fmt.Errorf("read: %w", ErrNotLeader)
+	}
+	// A new leader may not have applied yet what its forerunners answered: the
+	// first read of a term waits for an entry of its own.
+	if n.readTerm.Load() != term {
+		if err := n.wait(ctx, r.Barrier(enqueueTimeout)); err != nil {
+			return 0, fmt.Errorf("read: %w: %w", err, ErrNotLeader)
+		}
+		if r.CurrentTerm() != term {
+			return 0, fmt.Errorf("read: leadership changed: %w", ErrNotLeader)
+		}
+		n.readTerm.Store(term)
+	}
+	// A leader answers a command after applying it, so its own state holds all
+	// that was answered, provided that it still leads after this was read.
+	index := n.machine.applied()
+	if err := n.wait(ctx, r.VerifyLeader()); err != nil {
+		return 0, fmt.Errorf("read: %w: %w", err, ErrNotLeader)
+	}
+	if r.CurrentTerm() != term {
+		return 0, fmt.Errorf("read: leadership changed: %w", ErrNotLeader)
+	}
+	return index, nil
+}
+
+// Applied is the log index of the last command in this server's state.
+func (n *Node) Applied() uint64 { return n.machine.applied() }
+
+// Wait waits until the state holds index and gives the index it holds then.
+func (n *Node) Wait(ctx context.Context, index uint64) (uint64, error) {
+	for {
+		have, changed := n.machine.next()
+		if have >= index {
+			return have, nil
+		}
+		select {
+		case <-changed:
+		case <-n.machine.closed:
+			return have, *n.machine.stopped.Load()
+		case <-ctx.Done():
+			return have, fmt.Errorf("waiting for log index %d, at %d: %w", index, have, ctx.Err())
+		}
+	}
+}
+
+// Follow is a subscription to the applied index for streams: it waits until
+// the state holds more than after. It is Wait for the next index.
+func (n *Node) Follow(ctx context.Context, after uint64) (uint64, error) { return n.Wait(ctx, after+1) }
+
+// Status is how a server stands in its cluster.
+type Status struct {
+	State   string // leader, follower, candidate, stopped
+	Leader  string // ID of the leader, "" = unknown
+	Term    uint64
+	Applied uint64 // index of the last command in the state
+	Last    uint64 // index of the last entry in the log
+	Members []Member
+}
+
+// Member is one server of a cluster.
+type Member struct {
+	ID, Address string
+	Voter       bool
+}
+
+// Status describes this server.
+func (n *Node) Status() Status {
+	s := Status{State: "stopped", Applied: n.Applied()}
+	r := n.raft.Load()
+	if r == nil {
+		return s
+	}
+	switch r.State() {
+	case raft.Leader:
+		s.State = "leader"
+	case raft.Follower:
+		s.State = "follower"
+	case raft.Candidate:
+		s.State = "candidate"
+	}
+	_, leader := r.LeaderWithID()
+	s.Leader, s.Term, s.Last = string(leader), r.CurrentTerm(), r.LastIndex()
+	f := r.GetConfiguration()
+	if f.Error() != nil {
+		return s
+	}
+	for _, m := range f.Configuration().Servers {
+		s.Members = append(s.Members, Member{string(m.ID), string(m.Address), m.Suffrage == raft.Voter})
+	}
+	return s
+}
+
+// AddVoter makes a server a voting member, on the leader. The server must run
+// without Bootstrap.
+func (n *Node) AddVoter(ctx context.Context, id, address string) error {
+	return n.change(ctx, "add server "+id, func(r *raft.Raft) raft.Future {
+		return r.AddVoter(raft.ServerID(id), raft.ServerAddress(address), 0, enqueueTimeout)
+	})
+}
+
+// RemoveServer takes a server out of the cluster, on the leader.
+func (n *Node) RemoveServer(ctx context.Context, id string) error {
+	return n.change(ctx, "remove server "+id, func(r *raft.Raft) raft.Future {
+		return r.RemoveServer(raft.ServerID(id), 0, enqueueTimeout)
+	})
+}
+
+// Transfer hands leadership to the server that is furthest.
+func (n *Node) Transfer(ctx context.Context) error {
+	return n.change(ctx, "transfer leadership", func(r *raft.Raft) raft.Future { return r.LeadershipTransfer() })
+}
+
+// change carries out a change of the members.
+func (n *Node) change(ctx context.Context, what string, start func(*raft.Raft) raft.Future) error {
+	r, err := n.active()
+	if err != nil {
+		return err
+	}
+	if r.State() != raft.Leader {
+		return fmt.Errorf("%s: %w", what, ErrNotLeader)
+	}
+	if err := n.wait(ctx, start(r)); err != nil {
+		return fmt.Errorf("%s: %w: %w", what, err, flox.ErrUnreachable)
+	}
+	return nil
+}
