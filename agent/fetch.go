@@ -31,11 +31,17 @@ type piece struct {
 
 func (p piece) manifest() bool { return p.file.ID.IsZero() }
 
+// swarm is what the fetcher needs of the p2p host.
+type swarm interface {
+	Fetch(ctx context.Context, wants []p2p.Want, hints p2p.Hints, deliver func(i int, data []byte, from p2p.Source)) error
+	Holding(ids ...flox.CID)
+}
+
 // fetcher brings blocks from the swarm into the cache. A block is fetched once
 // at a time; a fetch belongs to the block, not to the request that started it:
 // it goes on while anybody waits for a block of its batch.
 type fetcher struct {
-	host    *p2p.Host
+	host    swarm
 	cache   *cache.Cache
 	traffic *traffic
 	log     *slog.Logger
