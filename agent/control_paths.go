@@ -47,7 +47,7 @@ func (c *control) path(ctx context.Context, req *floxv1.PathRequest) (*floxv1.Pa
 	response := &floxv1.PathResponse{}
 	for _, info := range infos {
 		d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: kept[string(info.Path)]}
-		t, err := c.a.open(ctx, info, nil)
+		t, err := c.a.open(ctx, info)
 		if err != nil {
 			return nil, err
 		}
@@ -96,7 +96,7 @@ func (a *Agent) find(ctx context.Context, given string) (*tree, uint32, flox.Ent
 	if err != nil {
 		return nil, 0, flox.Entry{}, err
 	}
-	t, err := a.open(ctx, info, nil)
+	t, err := a.open(ctx, info)
 	if err != nil {
 		return nil, 0, flox.Entry{}, err
 	}
@@ -179,7 +179,7 @@ func (c *control) Verify(ctx context.Context, req *connect.Request[floxv1.Verify
 	}
 	progress := &floxv1.VerifyProgress{}
 	for _, info := range infos {
-		t, err := c.a.open(ctx, info, nil)
+		t, err := c.a.open(ctx, info)
 		if err != nil {
 			if len(req.Msg.GetPaths()) == 0 && errors.Is(err, flox.ErrUnreachable) {
 				continue // of a path only its facts are here: nothing to verify
@@ -323,7 +323,7 @@ func (a *Agent) wanted(ctx context.Context, given []string, closure bool) ([]*fl
 
 // keep keeps everything one store path consists of: blocks and files.
 func (a *Agent) keep(ctx context.Context, info *flox.PathInfo) error {
-	t, err := a.open(ctx, info, nil)
+	t, err := a.open(ctx, info)
 	if err != nil {
 		return err
 	}

@@ -15,8 +15,12 @@ import (
 	"github.com/floxctl/flox/content/cache"
 )
 
-// downloadWindow is how many bytes of chunks a download asks for at once.
-const downloadWindow = 8 << 20
+const (
+	// downloadWindow is how many bytes of chunks a download asks for at once.
+	downloadWindow = 8 << 20
+	// downloadStall is how long a download goes on without a single block.
+	downloadStall = time.Minute
+)
 
 // Download implements floxv1connect.AgentHandler. What is here already is not
 // fetched again, so a download that was cut off is resumed by asking again.
@@ -43,7 +47,7 @@ func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
 	d.progress.TotalPaths = uint32(len(infos)) //nolint:gosec // a closure
 	trees := make([]*tree, len(infos))
 	for i, info := range infos {
-		if trees[i], err = d.a.open(ctx, info, nil); err != nil {
+		if trees[i], err = d.a.open(ctx, info); err != nil {
 			return err
 		}
 		err = trees[i].files(ctx, func(_ uint32, _ string, e flox.Entry) error {
@@ -74,13 +78,21 @@ func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
 func (d *download) tree(ctx context.Context, t *tree) error {
 	var window []piece
 	size := int64(0)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	flush := func() error {
+		stall := time.AfterFunc(downloadStall, cancel)
+		defer stall.Stop()
 		err := d.a.fetcher.fetch(ctx, window, d.a.hints(t.path), nil, func(one piece, _ []byte) error {
+			stall.Reset(downloadStall)
 			d.progress.DoneBytes += uint64(one.chunk.Size)
 			d.fetched += uint64(one.chunk.Size)
 			return d.say(false)
 		})
 		window, size = window[:0], 0
+		if err != nil {
+			err = fmt.Errorf("download of %s stopped; what is here stays, ask again to go on: %w", t.path, err)
+		}
 		return err
 	}
 	err := t.files(ctx, func(i uint32, _ string, e flox.Entry) error {

@@ -264,15 +264,21 @@ func (f *fetcher) end(fl *flight, data []byte, from p2p.Source, err error) {
 // blocks serves the blocks of one path's manifest: from the cache, else from
 // the swarm.
 type blocks struct {
-	fetcher *fetcher
-	hints   func() p2p.Hints
-	watch   *wait
+	fetcher  *fetcher
+	hints    func() p2p.Hints
+	watch    *wait
+	patience time.Duration // how long one block may take; 0 = until the caller gives up
 }
 
 // Get implements flox.Blocks.
 func (b blocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
 	if data, err := b.fetcher.cache.Get(ctx, id); err == nil {
 		return data, nil
+	}
+	if b.patience > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, b.patience)
+		defer cancel()
 	}
 	var out []byte
 	err := b.fetcher.fetch(ctx, []piece{{chunk: flox.Chunk{ID: id}}}, b.hints(), b.watch, func(_ piece, data []byte) error {

@@ -76,7 +76,7 @@ func (s *store) Tree(ctx context.Context, manifest flox.CID) (flox.Tree, error) 
 	}
 	watch := s.a.waits.begin(0, "MANIFEST", s.a.cfg.StoreDir.Join(info.Path), 0)
 	defer watch.end()
-	t, err := s.a.open(ctx, info, watch)
+	t, err := s.a.openTree(ctx, info, watch, 0)
 	if err != nil {
 		return nil, err
 	}

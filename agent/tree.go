@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/content"
@@ -177,9 +178,17 @@ func (a *Agent) hints(p flox.StorePath) p2p.Hints {
 	return p2p.Hints{Paths: append([]flox.StorePath{p}, a.facts.referrers(p, maxHintPaths-1)...)}
 }
 
-// open opens the tree of a path whose info is known and verified.
-func (a *Agent) open(ctx context.Context, info *flox.PathInfo, watch *wait) (*tree, error) {
-	source := blocks{fetcher: a.fetcher, watch: watch, hints: func() p2p.Hints { return a.hints(info.Path) }}
+// open opens the tree of a path for somebody at the control socket: what cannot
+// be fetched within the read timeout is an error.
+func (a *Agent) open(ctx context.Context, info *flox.PathInfo) (*tree, error) {
+	return a.openTree(ctx, info, nil, a.cfg.ReadTimeout)
+}
+
+// openTree opens the tree of a path whose info is known and verified. Patience
+// bounds the fetch of each block of the manifest, now and later; 0 leaves that to
+// the contexts given.
+func (a *Agent) openTree(ctx context.Context, info *flox.PathInfo, watch *wait, patience time.Duration) (*tree, error) {
+	source := blocks{fetcher: a.fetcher, watch: watch, patience: patience, hints: func() p2p.Hints { return a.hints(info.Path) }}
 	m, err := a.pages.Open(ctx, info.Manifest, source)
 	if err != nil {
 		return nil, fmt.Errorf("manifest of %s: %w", info.Path, err)
@@ -191,7 +200,7 @@ func (a *Agent) open(ctx context.Context, info *flox.PathInfo, watch *wait) (*tr
 func (t *tree) readFile(ctx context.Context, index uint32, size int64, w io.Writer) error {
 	buf := make([]byte, 1<<20)
 	for off := int64(0); off < size; {
-		n, err := t.ReadAt(ctx, index, buf, off, flox.Reader{})
+		n, err := t.readPart(ctx, index, buf, off)
 		if err != nil {
 			return err
 		}
@@ -204,4 +213,11 @@ func (t *tree) readFile(ctx context.Context, index uint32, size int64, w io.Writ
 		off += int64(n)
 	}
 	return nil
+}
+
+// readPart is ReadAt within the read timeout.
+func (t *tree) readPart(ctx context.Context, index uint32, p []byte, off int64) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, t.a.cfg.ReadTimeout)
+	defer cancel()
+	return t.ReadAt(ctx, index, p, off, flox.Reader{})
 }
