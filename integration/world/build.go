@@ -1,0 +1,189 @@
+package world
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	iofs "io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox"
+)
+
+// build makes the world in dir. Packages are kept in base for the next one.
+func build(ctx context.Context, base, dir string) error {
+	start := time.Now()
+	// What an interrupted build left. Nothing is mounted there: the mounts of a
+	// build end with its processes.
+	if err := os.RemoveAll(dir); err != nil {
+		return err
+	}
+	debs := filepath.Join(base, "debs")
+	packages, err := debian(ctx, debs)
+	if err != nil {
+		return err
+	}
+	w := &World{Dir: dir}
+	expression := filepath.Join(w.Nix().Dir, "build")
+	if err := lay(expression, debs, packages); err != nil {
+		return err
+	}
+	built, err := w.realise(ctx)
+	if err != nil {
+		return err
+	}
+	if err := os.RemoveAll(expression); err != nil {
+		return err
+	}
+	if err := w.describe(ctx, built); err != nil {
+		return err
+	}
+	w.BuildSeconds = time.Since(start).Round(time.Second / 10).Seconds()
+	return w.save()
+}
+
+// lay puts the expression, its builders, packages.json and the packages where
+// the build sees them, at /nix/build.
+func lay(dir, debs string, packages map[string]*pkg) error {
+	nix, err := iofs.Sub(sources, "nix")
+	if err != nil {
+		return err
+	}
+	if err := os.CopyFS(dir, nix); err != nil {
+		return err
+	}
+	list, err := json.MarshalIndent(packages, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "packages.json"), list, 0o644); err != nil {
+		return err
+	}
+	if err := os.Mkdir(filepath.Join(dir, "debs"), 0o755); err != nil {
+		return err
+	}
+	for _, p := range packages {
+		if err := os.Link(filepath.Join(debs, p.Deb), filepath.Join(dir, "debs", p.Deb)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// realise builds every attribute of the expression and then drops what only
+// the build needed. It gives each attribute's store path.
+func (w *World) realise(ctx context.Context) (map[string]flox.StorePath, error) {
+	const roots = "/nix/var/nix/gcroots/world"
+	if err := os.MkdirAll(filepath.Join(w.Dir, roots), 0o755); err != nil {
+		return nil, err
+	}
+	instantiated, err := output(w.Command(ctx, "nix-instantiate", "--eval", "--strict", "--json", "-E",
+		"builtins.mapAttrs (n: d: d.outPath) (import /nix/build/world.nix)"))
+	if err != nil {
+		return nil, err
+	}
+	var outputs map[string]string
+	if err := json.Unmarshal(instantiated, &outputs); err != nil {
+		return nil, fmt.Errorf("nix-instantiate printed %.200q: %w", instantiated, err)
+	}
+	if _, err := output(w.Command(ctx, "nix-build", "/nix/build/world.nix", "-o", roots+"/result")); err != nil {
+		return nil, err
+	}
+	built := map[string]flox.StorePath{}
+	for name, out := range outputs {
+		if built[name], err = flox.DefaultStoreDir.Parse(out); err != nil {
+			return nil, err
+		}
+	}
+	_, err = output(w.Command(ctx, "nix-store", "--gc", "--quiet"))
+	return built, err
+}
+
+// pathInfo is what `nix path-info --json` prints of a path.
+type pathInfo struct {
+	Path       string   `json:"path"`
+	NarSize    uint64   `json:"narSize"`
+	References []string `json:"references"`
+}
+
+// describe fills in w from the store and the store paths of the expression's
+// attributes.
+func (w *World) describe(ctx context.Context, built map[string]flox.StorePath) error {
+	w.StoreDir = flox.DefaultStoreDir
+	system, err := output(w.Command(ctx, "nix-instantiate", "--eval", "-E", "builtins.currentSystem"))
+	if err != nil {
+		return err
+	}
+	w.System = strings.Trim(string(system), "\"\n")
+	out, err := output(w.Command(ctx, "nix", "path-info", "--all", "--json"))
+	if err != nil {
+		return err
+	}
+	var infos []pathInfo
+	if err := json.Unmarshal(out, &infos); err != nil {
+		return fmt.Errorf("nix path-info printed %.200q: %w", out, err)
+	}
+	for _, info := range infos {
+		p := Path{NarSize: info.NarSize}
+		if p.Path, err = w.StoreDir.Parse(info.Path); err != nil {
+			return err
+		}
+		for _, ref := range info.References {
+			parsed, err := w.StoreDir.Parse(ref)
+			if err != nil {
+				return err
+			}
+			p.References = append(p.References, parsed)
+		}
+		w.Paths = append(w.Paths, p)
+	}
+	slices.SortFunc(w.Paths, func(a, b Path) int { return strings.Compare(string(a.Path), string(b.Path)) })
+
+	w.Git = w.program(built["git"], "git")
+	w.Ripgrep = w.program(built["ripgrep"], "rg")
+	w.Python = w.program(built["python"], "python3")
+	w.Unused = w.program(built["file"], "file")
+	w.Versions = []Version{{Name: "python3-numpy", Old: built["numpy"], New: built["numpy-rebuilt"], Kind: "rebuild"}}
+	if old := built["git-previous"]; old != "" {
+		w.Versions = append(w.Versions, Version{Name: "git", Old: old, New: built["git"], Kind: "release"})
+	}
+	return nil
+}
+
+func (w *World) program(p flox.StorePath, name string) Program {
+	program := Program{Path: p, Exe: w.StoreDir.Join(p) + "/bin/" + name}
+	for _, c := range w.Closure(p) {
+		program.ClosurePaths++
+		program.ClosureBytes += c.NarSize
+	}
+	return program
+}
+
+// lock takes an exclusive lock on file, waiting for it; the result gives it
+// back. It ends with the process, however that ends.
+func lock(ctx context.Context, file string) (func(), error) {
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		wait := time.NewTimer(200 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			_ = f.Close()
+			return nil, ctx.Err()
+		case <-wait.C:
+		}
+	}
+}
