@@ -3,9 +3,15 @@ package fuse
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
 
 	"github.com/floxctl/flox"
 )
@@ -35,24 +41,160 @@ type ServerConfig struct {
 	Mapped func(ctx context.Context, node uint64) bool
 
 	// MaxInFlight is how many requests may be worked on at once; 0 = 1024. At
-	// the limit nothing more is read from the kernel until one ends.
+	// the limit nothing more is read from the kernel until one ends. A READ
+	// holds its bytes meanwhile, usually 64 KiB, at most 1 MiB.
 	MaxInFlight int
 
 	// Log; nil discards.
 	Log *slog.Logger
 }
 
+func (c *ServerConfig) setDefaults() error {
+	bad := func(what string) error {
+		return fmt.Errorf("FUSE server: %s: %w", what, flox.ErrBadInput)
+	}
+	switch {
+	case c.Device == nil:
+		return bad("Device is missing, want the file of Mount")
+	case c.Store == nil:
+		return bad("Store is missing")
+	case c.NodeTable == "":
+		return bad("NodeTable is missing, want a file on a tmpfs")
+	case c.LookupTimeout < 0 || c.ReadTimeout < 0 || c.MaxInFlight < 0:
+		return bad("LookupTimeout, ReadTimeout and MaxInFlight must not be negative")
+	}
+	if c.LookupTimeout == 0 {
+		c.LookupTimeout = 5 * time.Second
+	}
+	if c.ReadTimeout == 0 {
+		c.ReadTimeout = 30 * time.Second
+	}
+	if c.MaxInFlight == 0 {
+		c.MaxInFlight = 1024
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
 // Server serves one mount.
-type Server struct{}
+type Server struct {
+	cfg      ServerConfig
+	log      *slog.Logger
+	proto    *fuse.ProtocolServer
+	nodes    *nodeTable
+	requests *requests
+	gaveUp   deadReads
+	drops    chan drop
+	counts   counts
+
+	running atomic.Bool
+	stopped chan struct{} // closed when Run ends
+	cancel  context.CancelCauseFunc
+}
+
+// counts are what Stats shows.
+type counts struct {
+	requests                                [opCount]atomic.Uint64
+	errors, interrupted, readBytes, dropped atomic.Uint64
+}
 
 // NewServer prepares to serve and reads the node table. It does not touch the
 // mount. Errors: ErrBadInput (configuration, foreign INIT), ErrCorrupt (node table).
-func NewServer(cfg ServerConfig) (*Server, error) { return nil, errors.ErrUnsupported }
+func NewServer(cfg ServerConfig) (*Server, error) {
+	if err := cfg.setDefaults(); err != nil {
+		return nil, err
+	}
+	init, _, err := splitInit(cfg.Init)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg: cfg, log: cfg.Log, requests: newRequests(),
+		drops: make(chan drop, dropQueue), stopped: make(chan struct{}),
+	}
+	fs := &files{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s}
+	opts := options(slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug))
+	opts.PanicHandler = func(v any) fuse.Status {
+		s.log.Error("panic while serving", "panic", fmt.Sprint(v))
+		return fuse.EIO
+	}
+	s.proto = fuse.NewProtocolServer(fs, opts)
+	if _, err := handleInit(s.proto, init); err != nil {
+		return nil, err
+	}
+	if s.nodes, err = openNodeTable(cfg.NodeTable); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
 
 // Run serves until the file system is unmounted (nil) or ctx is done (its
 // error). Requests that were not answered when ctx ended stay with the kernel,
-// for the next server of the mount. The process must never touch the mount itself.
-func (s *Server) Run(ctx context.Context) error { return errors.ErrUnsupported }
+// for the next server of the mount. The process must never touch the mount
+// itself. A Server runs once.
+func (s *Server) Run(ctx context.Context) error {
+	if s.running.Swap(true) {
+		return fmt.Errorf("FUSE server: Run was called before, make a new Server: %w", flox.ErrBusy)
+	}
+	defer close(s.stopped)
+	dev, err := openDevice(s.cfg.Device)
+	if err != nil {
+		return fmt.Errorf("FUSE server: %w", err)
+	}
+	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancel(nil)
+	s.cancel = cancel
+	defer context.AfterFunc(ctx, func() {
+		cancel(errStopping)
+		dev.file.SetReadDeadline(time.Unix(1, 0)) // wakes the readers
+	})()
+
+	// What an earlier server was sent and did not answer. Old kernels cannot;
+	// there only new requests are served.
+	if err := dev.write(resend()); err != nil && !errors.Is(err, syscall.ENODEV) {
+		s.log.Warn("the kernel does not send again what the last server left", "error", err)
+	}
+	var helpers sync.WaitGroup
+	helpers.Go(func() { s.requests.watch(work) })
+	helpers.Go(func() { s.notify(work, dev) })
+	p := &pool{s: s, dev: dev, ctx: work}
+	p.start()
+	p.wg.Wait()
+	cancel(errStopping)
+	s.finish(&helpers, dev)
+
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if errors.Is(p.err, syscall.ENODEV) {
+		return nil
+	}
+	return fmt.Errorf("FUSE server: read a request: %w", p.err)
+}
+
+// finish waits for the helpers and closes the device. A notification can be held
+// up in the kernel by a page whose READ was left to the next server; that one
+// will free it, but not before this one is out of the way.
+func (s *Server) finish(helpers *sync.WaitGroup, dev *device) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		helpers.Wait()
+		dev.file.Close()
+	}()
+	timer := time.NewTimer(time.Second)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		s.log.Warn("a notification is still inside the kernel")
+	}
+}
+
+// unmounted lets go of everybody who waits for requests nobody wants answered.
+func (s *Server) unmounted() { s.cancel(errUnmounted) }
 
 // Stats counts since NewServer.
 type Stats struct {
@@ -61,7 +203,7 @@ type Stats struct {
 	// Total is the sum of Requests without FORGET, BATCH_FORGET and INTERRUPT,
 	// which want no answer.
 	Total uint64
-	// Errors counts answers EIO; Interrupted those of killed processes (EINTR).
+	// Errors counts answers EIO; Interrupted those to killed processes (EINTR).
 	Errors, Interrupted uint64
 	// ReadBytes is what READs were answered with.
 	ReadBytes uint64
@@ -72,30 +214,44 @@ type Stats struct {
 }
 
 // Stats gives the counters.
-func (s *Server) Stats() Stats { return Stats{} }
+func (s *Server) Stats() Stats {
+	st := Stats{
+		Requests: make(map[string]uint64), InFlight: s.requests.len(),
+		Errors: s.counts.errors.Load(), Interrupted: s.counts.interrupted.Load(),
+		ReadBytes: s.counts.readBytes.Load(), Dropped: s.counts.dropped.Load(),
+	}
+	for op := range s.counts.requests {
+		n := s.counts.requests[op].Load()
+		if n == 0 {
+			continue
+		}
+		st.Requests[opNames[op]] = n
+		if op != opForget && op != opBatchForget && op != opInterrupt {
+			st.Total += n
+		}
+	}
+	return st
+}
 
 // Wait is a request somebody waits for.
 type Wait struct {
 	PID   uint32 // thread id of who asked, 0 = the kernel
-	Node  uint64 // inode number
+	Node  uint64 // inode number; of the directory for a LOOKUP
 	Op    string // "LOOKUP", "READ", …
 	Name  string // LOOKUP: the name
 	Since time.Time
 }
 
 // Waiting lists the requests being worked on, oldest first.
-func (s *Server) Waiting() []Wait { return nil }
-
-// DropPages makes the kernel forget the cached pages of nodes, so that the
-// next use of one is seen as a READ. Nodes the kernel does not know, or is
-// reading right now, are left alone. Returns when it is done or ctx is.
-func (s *Server) DropPages(ctx context.Context, nodes []uint64) error { return errors.ErrUnsupported }
+func (s *Server) Waiting() []Wait { return s.requests.waiting() }
 
 // Node gives the inode number of an entry; false if nothing of that manifest
 // was looked up in this mount.
-func (s *Server) Node(manifest flox.CID, index uint32) (uint64, bool) { return 0, false }
+func (s *Server) Node(manifest flox.CID, index uint32) (uint64, bool) {
+	return s.nodes.node(manifest, index)
+}
 
 // Resolve is the inverse of Node; false for the root and for foreign numbers.
 func (s *Server) Resolve(node uint64) (manifest flox.CID, index uint32, ok bool) {
-	return flox.CID{}, 0, false
+	return s.nodes.resolve(node)
 }
