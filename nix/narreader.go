@@ -125,7 +125,7 @@ func (n *NarReader) child() (NarEntry, error) {
 			return n.node()
 		}
 		if string(tag) != narClose {
-			return NarEntry{}, n.bad("want an entry or the end of the directory, got " + quote(tag))
+			return NarEntry{}, n.bad("want an entry or the end of the directory, got " + tokenWords(string(tag)))
 		}
 		top := n.dirs[len(n.dirs)-1]
 		n.path, n.dirs = n.path[:top.end], n.dirs[:len(n.dirs)-1]
@@ -221,7 +221,7 @@ func (n *NarReader) node() (NarEntry, error) {
 		n.dirs = append(n.dirs, narDir{end: len(n.path), last: len(n.path)})
 		n.state = narInDir
 	default:
-		err = n.bad("want the type regular, directory or symlink, got " + quote(tag))
+		err = n.bad("want the type regular, directory or symlink, got " + tokenWords(string(tag)))
 	}
 	if err != nil {
 		return NarEntry{}, err
@@ -391,7 +391,11 @@ func (n *NarReader) expect(token string, sure int) error {
 		return err
 	}
 	if string(b) != token {
-		return n.bad(fmt.Sprintf("want %s, got %s", tokenWords(token), tokenWords(string(b))))
+		want, got := tokenWords(token), tokenWords(string(b))
+		if want == got {
+			got = "other lengths or padding, " + quote(b)
+		}
+		return n.bad("want " + want + ", got " + got)
 	}
 	n.consume(len(token))
 	return nil
