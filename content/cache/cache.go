@@ -2,9 +2,19 @@ package cache
 
 import (
 	"context"
-	"iter"
+	"encoding/binary"
+	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
 )
@@ -54,6 +64,12 @@ type Config struct {
 	Memory    int64         // bytes of memory for the records of warm files; 0 = 32 MiB
 	OpenFiles int           // content files held open; 0 = 512
 	Log       *slog.Logger  // nil = discard
+
+	// Set by tests of this package.
+	segment int64                                            // bytes of a segment; 0 = 64 MiB
+	small   int64                                            // files up to here go into packs; 0 = 128 KiB
+	pack    int64                                            // bytes of a pack; 0 = 32 MiB, at most Budget/16
+	wait    func(ctx context.Context, d time.Duration) error // lets the grace pass
 }
 
 // Usage says what the cache holds.
@@ -80,82 +96,227 @@ type Kept struct {
 
 // Cache is a content cache in a directory of its own. All methods may be called
 // by many goroutines at once.
-type Cache struct{ cfg Config }
+type Cache struct {
+	cfg     Config
+	dir     *os.File
+	lock    *os.File
+	index   *index
+	session *session
+	memory  *memory
+	objects *objects
+
+	keeping sync.RWMutex // shared by puts: a new record sees the keeps of before
+	sum     struct {
+		sync.Mutex
+		totals
+	}
+	pending   atomic.Int64 // bytes of puts under way
+	indexSize atomic.Int64 // bytes, as of the last look
+	poke      chan struct{}
+	evicting  chan struct{} // holds one token: who has it may evict
+	hand      hand          // owned by who evicts
+
+	evicted, refused, dropped atomic.Int64
+}
 
 var _ flox.Blocks = (*Cache)(nil)
 
 // Open opens the cache in cfg.Dir, creating it if need be. ErrBusy: another
-// process holds it. Whatever a crash left behind is cleaned up here.
-func Open(cfg Config) (*Cache, error) { return &Cache{cfg: cfg}, nil }
+// process holds it. ErrFull: the disk has no room even for an empty index.
+// Whatever a crash left behind is cleaned up here.
+func Open(cfg Config) (*Cache, error) {
+	c := &Cache{cfg: cfg, poke: make(chan struct{}, 1), evicting: make(chan struct{}, 1)}
+	if err := c.open(); err != nil {
+		c.release()
+		return nil, err
+	}
+	return c, nil
+}
 
-// Close makes what is here durable and lets go of the directory. Reads
-// after it are misses; everything else is ErrClosed.
-func (c *Cache) Close() error { return nil }
+func (c *Cache) open() (err error) {
+	cfg := &c.cfg
+	if cfg.Dir == "" {
+		return fmt.Errorf("cache: no directory given: %w", flox.ErrBadInput)
+	}
+	if err := os.MkdirAll(filepath.Join(cfg.Dir, "data"), 0o700); err != nil {
+		return fmt.Errorf("cache: %w", full(err))
+	}
+	if c.lock, err = lockDir(cfg.Dir); err != nil {
+		return err
+	}
+	if c.dir, err = os.Open(cfg.Dir); err != nil {
+		return fmt.Errorf("cache: %w", err)
+	}
+	total, _, err := c.disk()
+	if err != nil {
+		return err
+	}
+	if err := cfg.check(total); err != nil {
+		return err
+	}
+	if cfg.BootID == "" {
+		if cfg.BootID, err = systemSession(c.dir); err != nil {
+			return fmt.Errorf("cache: %w", err)
+		}
+	}
+	if c.index, err = c.openIndex(total); err != nil {
+		return err
+	}
+	if c.session, err = openSession(c.index, c.dir, cfg.BootID); err != nil {
+		return err
+	}
+	c.memory = newMemory(c.index, cfg.Memory)
+	c.objects = newObjects(filepath.Join(cfg.Dir, "data"), cfg.pack, cfg.OpenFiles)
+	return c.adopt()
+}
 
-// Run makes sync marks, watches budget and free disk space, and evicts, until
-// ctx ends; then it returns nil.
-func (c *Cache) Run(ctx context.Context) error { <-ctx.Done(); return nil }
-
-// ReadAt reads min(len(p), f.Size-off) bytes of f at off into p. Only with
-// Hit is p filled, and n is that many; else n is 0 and p's content is undefined. Node is the mount's inode
-// that is being read, 0 if none: it marks f as used and is remembered for the second chance.
-func (c *Cache) ReadAt(f File, p []byte, off int64, node uint64) (n int, st State) { return 0, Miss }
-
-// Used says that node was given bytes of f at off which did not come from
-// ReadAt (a fetch answers its readers from memory).
-func (c *Cache) Used(f File, off int64, node uint64) {}
-
-// State says what ReadAt of n bytes of f at off would find, without marking f used.
-func (c *Cache) State(f File, off, n int64) State { return Miss }
-
-// Missing gives the parts of [off, off+n) of f of which no byte is here,
-// in order. Unverified bytes count as here.
-func (c *Cache) Missing(f File, off, n int64) []Range { return nil }
-
-// PutChunk keeps a chunk of f that lies at off. The caller has checked data
-// against chunk.ID, and took both from a signed manifest. ErrFull: there is no
-// room now; use data and let it go. ErrBadInput: the sizes contradict each other.
-func (c *Cache) PutChunk(ctx context.Context, f File, off int64, chunk flox.Chunk, data []byte) error {
+// check fills in defaults for a disk of total bytes.
+func (cfg *Config) check(total int64) error {
+	for _, v := range []struct {
+		name  string
+		value *int64
+		def   int64
+	}{
+		{"Budget", &cfg.Budget, min(20<<30, total/10)},
+		{"Reserve", &cfg.Reserve, max(5<<30, total/20)},
+		{"Memory", &cfg.Memory, 32 << 20},
+		{"Grace", (*int64)(&cfg.Grace), int64(3 * time.Second)},
+		{"SyncEvery", (*int64)(&cfg.SyncEvery), int64(10 * time.Second)},
+		{"segment", &cfg.segment, 64 << 20},
+		{"small", &cfg.small, 128 << 10},
+	} {
+		if *v.value < 0 {
+			return fmt.Errorf("cache: %s is %d, want 0 for the default or more: %w", v.name, *v.value, flox.ErrBadInput)
+		}
+		if *v.value == 0 {
+			*v.value = v.def
+		}
+	}
+	if cfg.pack == 0 {
+		cfg.pack = min(32<<20, cfg.Budget/16)
+	}
+	if cfg.OpenFiles <= 0 {
+		cfg.OpenFiles = 512
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.wait == nil {
+		cfg.wait = sleep
+	}
 	return nil
 }
 
-// Verify hashes the chunk of f that lies at off. If it is right its bytes are
-// trusted from now on; if it is wrong or not all here, what is here of it is dropped, and ok is false.
-func (c *Cache) Verify(ctx context.Context, f File, off int64, chunk flox.Chunk) (ok bool, err error) {
-	return false, nil
+// lockDir makes this process the only one that uses dir.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cache: %w", full(err))
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder := make([]byte, 20)
+		n, _ := f.ReadAt(holder, 0)
+		f.Close()
+		return nil, fmt.Errorf("cache directory %s is in use by process %s: stop that, or give another directory: %w",
+			dir, strings.TrimSpace(string(holder[:n])), flox.ErrBusy)
+	}
+	// Who holds it is only told to people: a full disk must not stop us.
+	if err := f.Truncate(0); err == nil {
+		_, _ = f.WriteAt(strconv.AppendInt(nil, int64(os.Getpid()), 10), 0)
+	}
+	return f, nil
 }
 
-// PutBlock keeps a block (a manifest's root, a page) whose bytes hash to id. It
-// is evicted later than content. Errors as PutChunk.
-func (c *Cache) PutBlock(ctx context.Context, id flox.CID, data []byte) error { return nil }
+// openIndex opens the index; a damaged one is replaced: it is a cache.
+func (c *Cache) openIndex(disk int64) (*index, error) {
+	dir, ballast := filepath.Join(c.cfg.Dir, "index"), filepath.Join(c.cfg.Dir, "ballast")
+	ix, err := openIndex(dir, ballast, disk, c.cfg.Log)
+	if err == nil || !errors.Is(err, flox.ErrCorrupt) {
+		return ix, err
+	}
+	c.cfg.Log.Error("cache index is damaged: the cache and its keeps begin anew", "dir", dir, "err", err)
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, fmt.Errorf("remove the damaged index %s: %w", dir, err)
+	}
+	return openIndex(dir, ballast, disk, c.cfg.Log)
+}
 
-// Get gives a block, a chunk, or a whole small file by its CID. The bytes are
-// hashed on every call, so peers can be served with them. ErrNotFound: not here (any more).
-func (c *Cache) Get(ctx context.Context, id flox.CID) ([]byte, error) { return nil, flox.ErrNotFound }
+// adopt looks through the objects on disk and removes those the index does not know:
+// a crash came between their bytes and their entry, or between the removal of both.
+func (c *Cache) adopt() error {
+	if raw, err := c.index.get(keyTotals); err == nil {
+		if c.sum.totals, err = readTotals(raw); err != nil {
+			return err
+		}
+	} else if !errors.Is(err, flox.ErrNotFound) {
+		return err
+	}
+	known := map[uint64]bool{} // whether it is a pack
+	prefix := []byte{'o'}
+	err := c.index.scan(context.Background(), prefix, prefix, func(k, v []byte) error {
+		object := binary.BigEndian.Uint64(k[1:])
+		known[object] = len(v) == 0
+		c.objects.adopt(object, false, 0) // numbers of lost objects are not used again either
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return c.objects.found(func(object uint64, size int64) error {
+		pack, ok := known[object]
+		if !ok {
+			return os.Remove(c.objects.path(object))
+		}
+		c.objects.adopt(object, pack, size)
+		return nil
+	})
+}
 
-// Has says for each id whether Get would find it. Bytes are not hashed.
-func (c *Cache) Has(ids []flox.CID) []bool { return make([]bool, len(ids)) }
+// Close makes what is here durable and lets go of the directory. Reads
+// after it are misses; everything else is ErrClosed.
+func (c *Cache) Close() error {
+	c.evicting <- struct{}{} // waits for an eviction, and lets none begin
+	defer func() { <-c.evicting }()
+	c.keeping.Lock() // waits for puts
+	defer c.keeping.Unlock()
+	if errors.Is(c.index.usable(), flox.ErrClosed) {
+		return nil
+	}
+	err := errors.Join(c.memory.flush(), c.session.close())
+	return errors.Join(err, c.release())
+}
 
-// Chunks calls yield with the id of everything Get would find, in no
-// order, some more than once, until yield returns false.
-func (c *Cache) Chunks(yield func(flox.CID) bool) {}
+// release lets go of everything that open took.
+func (c *Cache) release() (err error) {
+	if c.index != nil {
+		err = c.index.close()
+	}
+	if c.objects != nil {
+		c.objects.close()
+	}
+	for _, f := range []*os.File{c.dir, c.lock} {
+		if f != nil {
+			f.Close()
+		}
+	}
+	return err
+}
 
-// Keep adds ids (of files and of blocks, here or not yet) to what owner keeps:
-// they are never evicted until Unkeep. It is durable when Keep returns.
-func (c *Cache) Keep(ctx context.Context, owner string, ids iter.Seq[flox.CID]) error { return nil }
+// segmentOf splits a place in a file into a segment and the place in it.
+func (c *Cache) segmentOf(f File, off int64) (k key, within int64) {
+	return key{f.ID, uint32(off / c.cfg.segment)}, off % c.cfg.segment
+}
 
-// Unkeep lets go of all that owner keeps. ErrNotFound: owner keeps nothing.
-func (c *Cache) Unkeep(ctx context.Context, owner string) error { return nil }
+// segmentSize is how many bytes of a file of size bytes lie in segment seg.
+func (c *Cache) segmentSize(size int64, seg uint32) int64 {
+	return min(size-int64(seg)*c.cfg.segment, c.cfg.segment)
+}
 
-// Keeps lists the owners in order.
-func (c *Cache) Keeps(ctx context.Context) ([]Kept, error) { return nil, nil }
-
-// Usage says what the cache holds now.
-func (c *Cache) Usage() Usage { return Usage{} }
-
-// GC evicts until at most target bytes are used, or nothing evictable is left
-// (kept and in use content stays). It gives the bytes freed on disk.
-func (c *Cache) GC(ctx context.Context, target int64) (freed int64, err error) { return 0, nil }
-
-// Sync makes everything put so far durable and trusted for good.
-func (c *Cache) Sync(ctx context.Context) error { return nil }
+// disk gives the size of the disk and what is free of it for us, in bytes.
+func (c *Cache) disk() (total, free int64, err error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(c.dir.Fd()), &st); err != nil {
+		return 0, 0, fmt.Errorf("cache: statfs %s: %w", c.cfg.Dir, err)
+	}
+	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil
+}
