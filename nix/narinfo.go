@@ -133,9 +133,12 @@ func parseSize(s string) (uint64, error) {
 }
 
 func parseNarHash(s string) ([32]byte, error) {
-	h, err := ParseHash(s, SHA256)
+	h, err := ParseHash(s, "")
 	if err != nil {
 		return [32]byte{}, err
+	}
+	if h.Algo != SHA256 {
+		return [32]byte{}, fmt.Errorf("a NAR is hashed with sha256: %w", flox.ErrBadInput)
 	}
 	return [32]byte(h.Sum), nil
 }
