@@ -86,7 +86,7 @@ func openLog(dir string, cfg Config) (w *wal.WAL, err error) {
 	if err := makeDir(dir); err != nil {
 		return nil, err
 	}
-	w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)))
+	w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)), wal.WithSegmentSize(cfg.segmentBytes))
 	if isFull(err) {
 		return nil, fmt.Errorf("open log %s: %w: %w", dir, err, flox.ErrFull)
 	}
@@ -189,6 +189,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	case <-n.machine.closed:
 	}
 	n.raft.Store(nil)
+	n.drain()
 	if err := r.Shutdown().Error(); err != nil {
 		return fmt.Errorf("stop raft: %w", err)
 	}
@@ -197,6 +198,16 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed)) // ends everybody's waiting
 	return nil
+}
+
+// drain waits until what was proposed is answered: raft drops what it has
+// committed and not yet applied when it shuts down, and never tells.
+func (n *Node) drain() {
+	// Without a majority a leader gives up, and answers, within its lease.
+	deadline := time.Now().Add(4 * n.cfg.Heartbeat)
+	for len(n.slots) > 0 && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // Close frees what Open took if Run was never called. It may be called twice.

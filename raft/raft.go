@@ -98,6 +98,8 @@ type Config struct {
 	CacheBytes int64
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger
+
+	segmentBytes int // of a file of the log; a hook of the tests, 0 = the library's default
 }
 
 // withDefaults checks c and fills in what is zero.
