@@ -125,6 +125,7 @@ type Config struct {
 	tierOf     func(PeerID) (Tier, bool)
 	recordTTL  time.Duration
 	maintainIn time.Duration
+	stall      time.Duration
 }
 
 // Limits bound what a Host uses. A zero field is its default.
@@ -175,6 +176,9 @@ type Hints struct {
 	// Paths are the store path the blocks belong to, then known referrers,
 	// best first. Only the first few are looked up.
 	Paths []flox.StorePath
+	// Background says that nobody waits for these blocks: where a peer has both
+	// to answer, others go first.
+	Background bool
 }
 
 // PeerStat is what is known of a connected peer.

@@ -1,0 +1,295 @@
+package p2p
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/zeebo/blake3"
+	"lukechampine.com/blake3/bao"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/p2p/wire"
+)
+
+// sliceGroup is the Bao group: verification works on 1024 << 4 = 16 KiB.
+const sliceGroup = 4
+
+// sliceOverhead is the most that a slice of n bytes takes beyond them: its
+// length, the rest of the first and last group, and the parents on the way.
+func sliceOverhead(n uint32) int {
+	const group = 1024 << sliceGroup
+	return 8 + 2*group + 64*(int(n)/group+24)
+}
+
+// runLane opens a block stream and asks on it until it is idle or broken.
+func (h *Host) runLane(l *lane) {
+	err := h.serveLane(l)
+	h.sched.laneEnded(l, err)
+}
+
+func (h *Host) serveLane(l *lane) error {
+	ctx, cancel := context.WithCancel(h.base)
+	defer cancel()
+	dialCtx, dialled := context.WithTimeout(ctx, h.cfg.Limits.DialTimeout)
+	defer dialled()
+	if err := h.reach(dialCtx, l.r.id); err != nil {
+		h.peers.unreachable(l.r)
+		return fmt.Errorf("%w: %w", errLost, err)
+	}
+	s, err := h.net.NewStream(dialCtx, l.r.id, protoBlocks)
+	if err != nil {
+		return fmt.Errorf("%w: %w", errLost, err)
+	}
+	defer s.Reset()
+	h.peers.mu.Lock()
+	l.stream = s
+	closed := l.closed
+	h.peers.mu.Unlock()
+	stop := context.AfterFunc(ctx, func() { s.Reset() })
+	defer stop()
+	done := make(chan error, 1)
+	if closed || !h.spawn(func() {
+		err := h.readLane(l, wire.NewReader(s, 64<<10))
+		cancel() // ends the writer
+		done <- err
+	}) {
+		return errLost
+	}
+	werr := h.writeLane(ctx, l)
+	if werr == nil { // idle
+		cancel()
+		<-done
+		return nil
+	}
+	cancel()
+	if err := <-done; errors.Is(err, flox.ErrCorrupt) {
+		h.peers.mu.Lock()
+		h.peers.punish(l.r, h.cfg.Limits.Ban, err.Error())
+		h.peers.mu.Unlock()
+		return err
+	}
+	return fmt.Errorf("%w: %w", errLost, werr)
+}
+
+func (h *Host) writeLane(ctx context.Context, l *lane) error {
+	idle := time.NewTimer(laneIdle)
+	defer idle.Stop()
+	var buf []byte
+	for {
+		req, cancels, open := h.sched.take(l)
+		if !open {
+			return errLost
+		}
+		buf = buf[:0]
+		if len(req.Items) > 0 {
+			buf = wire.AppendRequest(buf, req)
+		}
+		if len(cancels) > 0 {
+			buf = wire.AppendCancel(buf, cancels)
+		}
+		if len(buf) > 0 {
+			if err := l.stream.SetWriteDeadline(time.Now().Add(10 * time.Second)); err != nil {
+				return err
+			}
+			if _, err := l.stream.Write(buf); err != nil {
+				return err
+			}
+			idle.Reset(laneIdle)
+			continue
+		}
+		select {
+		case <-l.wake:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-idle.C:
+			if h.sched.retire(l) {
+				return nil
+			}
+			idle.Reset(laneIdle)
+		}
+	}
+}
+
+// retire closes an idle lane unless something is due on it.
+func (s *scheduler) retire(l *lane) bool {
+	t := s.h.peers
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(l.out) > 0 || l.r.link.pending > l.r.link.inflight {
+		return false
+	}
+	l.closed = true
+	return true
+}
+
+// readLane takes replies until the stream ends. ErrCorrupt says that the peer
+// broke the protocol or sent wrong bytes.
+func (h *Host) readLane(l *lane, in *wire.Reader) error {
+	for {
+		typ, n, err := in.Next()
+		if err != nil {
+			return err
+		}
+		if typ != wire.TypeReply {
+			return fmt.Errorf("peer protocol: frame %d instead of a reply: %w", typ, flox.ErrCorrupt)
+		}
+		rep, err := in.Reply(n)
+		if err != nil {
+			return err
+		}
+		h.peers.mu.Lock()
+		a := l.out[rep.ID]
+		h.peers.mu.Unlock()
+		if a == nil {
+			return fmt.Errorf("peer protocol: reply to what was not asked: %w", flox.ErrCorrupt)
+		}
+		if err := h.takeReply(l, in, a, rep); err != nil {
+			return err
+		}
+	}
+}
+
+func (h *Host) takeReply(l *lane, in *wire.Reader, a *attempt, rep wire.Reply) error {
+	if rep.Status != wire.StatusData {
+		if rep.Payload != 0 {
+			return fmt.Errorf("peer protocol: %d bytes with status %d: %w", rep.Payload, rep.Status, flox.ErrCorrupt)
+		}
+		h.peers.mu.Lock()
+		defer h.peers.mu.Unlock()
+		l.moved = time.Now()
+		h.sched.fail(a, rep.Status, statusError(rep.Status))
+		h.sched.refill(a.r)
+		return nil
+	}
+	if err := a.fits(rep); err != nil {
+		return err
+	}
+	payload := make([]byte, rep.Payload)
+	if err := in.Payload(payload); err != nil {
+		return err
+	}
+	data, err := a.check(rep, payload)
+	if err != nil {
+		return err
+	}
+	h.sched.answered(a, data, wire.FrameHeader+wire.ReplyHeader+rep.Payload)
+	return nil
+}
+
+func statusError(s wire.Status) error {
+	switch s {
+	case wire.StatusNotFound:
+		return fmt.Errorf("it does not have it: %w", flox.ErrNotFound)
+	case wire.StatusBusy:
+		return fmt.Errorf("it has no upload slot free: %w", flox.ErrBusy)
+	}
+	return fmt.Errorf("it could not read it (status %d): %w", s, flox.ErrUnreachable)
+}
+
+// fits checks a reply's sizes before any of its payload is read or allocated.
+func (a *attempt) fits(rep wire.Reply) error {
+	limit := int(rep.Size)
+	slice := a.key.length > 0
+	if slice {
+		limit = int(a.key.length) + sliceOverhead(a.key.length)
+	}
+	switch {
+	case rep.Size > MaxBlock, a.size != 0 && rep.Size != a.size, rep.Payload > limit,
+		slice != (rep.Flags&wire.FlagSlice != 0),
+		!slice && rep.Flags&wire.FlagZstd == 0 && rep.Payload != limit:
+		return fmt.Errorf("block %s: reply of %d bytes for a block of %d, flags %d, want %d: %w", a.key.id, rep.Payload, rep.Size, rep.Flags, a.size, flox.ErrCorrupt)
+	}
+	return nil
+}
+
+// check unpacks and verifies: no byte leaves here that was not proven.
+func (a *attempt) check(rep wire.Reply, payload []byte) ([]byte, error) {
+	if a.key.length > 0 {
+		return a.checkSlice(rep, payload)
+	}
+	data := payload
+	if rep.Flags&wire.FlagZstd != 0 {
+		var err error
+		if data, err = unzstd(payload, int(rep.Size)); err != nil {
+			return nil, fmt.Errorf("block %s: %w: %w", a.key.id, err, flox.ErrCorrupt)
+		}
+	}
+	if blake3.Sum256(data) != a.key.id {
+		return nil, fmt.Errorf("block %s: wrong bytes: %w", a.key.id, flox.ErrCorrupt)
+	}
+	return data, nil
+}
+
+func (a *attempt) checkSlice(rep wire.Reply, payload []byte) ([]byte, error) {
+	bad := func(why string) ([]byte, error) {
+		return nil, fmt.Errorf("block %s: slice %d+%d: %s: %w", a.key.id, a.key.off, a.key.length, why, flox.ErrCorrupt)
+	}
+	if len(payload) < 8 || binary.LittleEndian.Uint64(payload) != uint64(rep.Size) || a.key.off+a.key.length > rep.Size {
+		return bad("wrong length")
+	}
+	var out bytes.Buffer
+	out.Grow(int(a.key.length))
+	in := bytes.NewReader(payload)
+	ok, err := bao.DecodeSlice(&out, in, sliceGroup, uint64(a.key.off), uint64(a.key.length), a.key.id)
+	if !ok || err != nil || in.Len() > 0 || out.Len() != int(a.key.length) {
+		return bad("the proof does not hold")
+	}
+	return out.Bytes(), nil
+}
+
+var decoder = sync.OnceValues(func() (*zstd.Decoder, error) {
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(MaxBlock), zstd.WithDecoderLowmem(true))
+})
+
+// unzstd gives exactly size bytes.
+func unzstd(b []byte, size int) ([]byte, error) {
+	d, err := decoder()
+	if err != nil {
+		return nil, err
+	}
+	out, err := d.DecodeAll(b, make([]byte, 0, size))
+	if err == nil && len(out) != size {
+		err = fmt.Errorf("%d bytes unpacked, want %d", len(out), size)
+	}
+	return out, err
+}
+
+// reach makes sure that there is a connection to id.
+func (h *Host) reach(ctx context.Context, id peer.ID) error {
+	if h.net.Network().Connectedness(id) == network.Connected {
+		return nil
+	}
+	if len(h.net.Peerstore().Addrs(id)) == 0 {
+		info, err := h.dht.FindPeer(ctx, id)
+		if err != nil {
+			return fmt.Errorf("no address of peer %s is known: %w: %w", id, flox.ErrUnreachable, err)
+		}
+		return h.connect(ctx, info)
+	}
+	if err := h.connect(ctx, peer.AddrInfo{ID: id}); err != nil {
+		return fmt.Errorf("peer %s: %w: %w", id, dialError(err), err)
+	}
+	return nil
+}
+
+// dialError tells a peer that refused us, or that we refuse, from one that is away.
+func dialError(err error) error {
+	if errors.Is(err, flox.ErrDenied) {
+		return flox.ErrDenied
+	}
+	return flox.ErrUnreachable
+}
+
+func (t *peerTable) unreachable(r *remote) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r.downUntil = time.Now().Add(downPause)
+}
