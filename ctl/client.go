@@ -3,10 +3,7 @@ package ctl
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
-	"net"
-	"net/http"
 	"os"
 
 	"connectrpc.com/connect"
@@ -32,32 +29,9 @@ func (g *globals) socketPath() string {
 // agent gives a client of the agent. Nothing is dialled before the first call;
 // errors of calls go through explain.
 func (g *globals) agent() floxv1connect.AgentClient {
-	socket := g.socketPath()
-	transport := &http.Transport{
-		DisableCompression: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			conn, err := d.DialContext(ctx, "unix", socket)
-			if err != nil {
-				return nil, &dialError{socket: socket, err: err}
-			}
-			return conn, nil
-		},
-	}
-	// The host of the URL is never looked up. Compressing what a socket of this
-	// machine carries would only cost time.
-	return floxv1connect.NewAgentClient(&http.Client{Transport: transport}, "http://agent",
-		connect.WithAcceptCompression("gzip", nil, nil))
+	client, _ := cli.Agent(g.socketPath()) // its connections end with the command
+	return client
 }
-
-// dialError says that the control socket could not be opened.
-type dialError struct {
-	socket string
-	err    error
-}
-
-func (e *dialError) Error() string { return fmt.Sprintf("open %s: %v", e.socket, e.err) }
-func (e *dialError) Unwrap() error { return e.err }
 
 // explain turns the error of a call into one a person can act on, wrapping the
 // sentinel that sets the exit code.
@@ -65,7 +39,7 @@ func explain(err error) error {
 	if err == nil {
 		return nil
 	}
-	var dial *dialError
+	var dial *cli.DialError
 	if errors.As(err, &dial) && !errors.Is(err, context.Canceled) {
 		return explainDial(dial)
 	}
@@ -77,7 +51,7 @@ func explain(err error) error {
 		return cli.Explain(flox.ErrUnreachable, "the agent stopped answering (%s); see whether it is being restarted with: floxctl status", call.Message())
 	}
 	if call.Code() == connect.CodeUnimplemented {
-		return fmt.Errorf("the agent does not know this request: it is another version than this floxctl (%s); compare: floxctl version, floxctl status",
+		return cli.Explain(flox.ErrBadInput, "the agent does not know this request: it is another version than this floxctl (%s); compare: floxctl version, floxctl status",
 			cli.ReadVersion().Version)
 	}
 	translated := api.FromConnect(err)
@@ -87,19 +61,19 @@ func explain(err error) error {
 	return translated
 }
 
-func explainDial(e *dialError) error {
-	if errors.Is(e.err, fs.ErrPermission) {
-		return cli.Explain(flox.ErrDenied, "you may not open the agent's socket %s: ask with sudo, or as a member of the group that owns it", e.socket)
+func explainDial(e *cli.DialError) error {
+	if errors.Is(e.Err, fs.ErrPermission) {
+		return cli.Explain(flox.ErrDenied, "you may not open the agent's socket %s: ask with sudo, or as a member of the group that owns it", e.Socket)
 	}
 	what := "nothing answers"
-	if errors.Is(e.err, fs.ErrNotExist) {
+	if errors.Is(e.Err, fs.ErrNotExist) {
 		what = "there is no socket"
 	}
 	return cli.Explain(flox.ErrUnreachable, `no agent is running: %s at %s.
 Start one:
   sudo floxd up                      everything on this machine
   sudo floxd agent --invite FILE     with the storehouse that made the invite
-Or name its socket with --socket or %s.`, what, e.socket, cli.EnvSocket)
+Or name its socket with --socket or %s.`, what, e.Socket, cli.EnvSocket)
 }
 
 // storeDir asks the agent which store directory it serves.

@@ -137,7 +137,7 @@ func agentFindings(m *floxv1.DoctorResponse) []finding {
 // a machine that is not set up, an error where its mount is still there.
 func agentMissing(p patient, err error) finding {
 	const start = "start it: sudo floxd up (everything on this machine), or sudo floxd agent --invite FILE"
-	var dial *dialError
+	var dial *cli.DialError
 	if !errors.As(err, &dial) {
 		return failure("agent", "see its log; if it hangs, restart floxd", "it does not answer at %s: %v", p.socket, explain(err))
 	}

@@ -59,6 +59,9 @@ func runStoreLs(ctx context.Context, opts lsOptions, out *output) error {
 	defer stream.Close()
 	for stream.Receive() {
 		e := stream.Msg()
+		if e.GetPath() == "" && !out.json { // what was asked for is no directory
+			e.Path = path
+		}
 		switch {
 		case out.json:
 			err := out.printJSONLine(entryFacts{

@@ -3,7 +3,6 @@ package ctl
 import (
 	"context"
 	"errors"
-	"fmt"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -51,7 +50,8 @@ func runStoreVerify(ctx context.Context, g *globals, out, errOut *output, args [
 	bad, checked, finished := 0, uint64(0), false
 	for stream.Receive() {
 		m := stream.Msg()
-		bad += len(m.GetBad())
+		fresh := m.GetBad()[min(bad, len(m.GetBad())):] // the list only grows
+		bad += len(fresh)
 		checked, finished = m.GetDoneBytes(), m.GetFinished()
 		if out.json {
 			if err := out.printJSONLine(verifyFacts{m.GetDoneBytes(), m.GetTotalBytes(), some(m.GetBad()), finished}); err != nil {
@@ -59,10 +59,10 @@ func runStoreVerify(ctx context.Context, g *globals, out, errOut *output, args [
 			}
 			continue
 		}
-		if len(m.GetBad()) > 0 {
+		if len(fresh) > 0 {
 			bar.end()
 		}
-		for _, b := range m.GetBad() {
+		for _, b := range fresh {
 			out.printf("%s %s\n", out.paint(red, "bad"), clean(b))
 		}
 		bar.show(step{done: m.GetDoneBytes(), total: m.GetTotalBytes(), what: "checking"})
@@ -75,7 +75,7 @@ func runStoreVerify(ctx context.Context, g *globals, out, errOut *output, args [
 		return errors.New("the agent ended the check before it was through")
 	}
 	if bad > 0 {
-		return fmt.Errorf("%s wrong; dropped, and fetched again when somebody reads it: %w", plural(uint64(bad), "piece was", "pieces were"), flox.ErrCorrupt)
+		return cli.Explain(flox.ErrCorrupt, "%s wrong; dropped, and fetched again when somebody reads it", plural(uint64(bad), "piece was", "pieces were"))
 	}
 	if !out.json {
 		out.printf("%s checked, nothing wrong.\n", cli.FormatBytes(checked))

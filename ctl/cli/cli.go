@@ -1,8 +1,9 @@
 // Package cli is what floxctl and floxd share as programs of a command line:
-// exit codes, usage errors, the version, human units, signals.
+// exit codes, usage errors, the version, human units, signals, and the way to
+// the agent's socket.
 //
 // It must not know what any command does, and it links nothing of the system
-// but the root package, so that a program built on it starts at once.
+// but words and messages, so that a program built on it starts at once.
 package cli
 
 import (

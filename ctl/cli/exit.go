@@ -70,6 +70,10 @@ func ExitCode(err error) int {
 	if err == nil {
 		return CodeOK
 	}
+	var exited *exitedError
+	if errors.As(err, &exited) && exited.code > 0 {
+		return exited.code
+	}
 	for _, e := range exits {
 		if errors.Is(err, e.err) {
 			return e.code
@@ -77,3 +81,14 @@ func ExitCode(err error) int {
 	}
 	return CodeFailed
 }
+
+// Exited makes an error with the exit code of a process that has explained
+// itself already; message adds who it was.
+func Exited(code int, message string) error { return &exitedError{code, message} }
+
+type exitedError struct {
+	code    int
+	message string
+}
+
+func (e *exitedError) Error() string { return e.message }

@@ -5,6 +5,9 @@
 package daemon
 
 import (
+	"fmt"
+	"io"
+	"log/slog"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -16,5 +19,71 @@ import (
 func Main() int { return cli.Run(newRootCmd(), os.Args[1:]) }
 
 func newRootCmd() *cobra.Command {
-	return &cobra.Command{Use: "floxd"}
+	file := ""
+	root := &cobra.Command{
+		Use:   "floxd",
+		Short: "The store's daemons: agent, storehouse, or both on one machine",
+		Long: `floxd runs what stays running: the agent that mounts the package store on a
+machine, the storehouse that owns it, or both at once with: sudo floxd up
+
+Configuration comes from flags, then the environment (FLOXD_ and the key in
+capitals, such as FLOXD_AGENT_CACHE_BUDGET), then the configuration file
+` + cli.DefaultConfigFile + ` (--config or ` + cli.EnvConfig + ` names another), then defaults:
+
+` + ExampleConfig + `
+` + cli.ExitCodes,
+		Example: `  sudo floxd up                           everything on this machine
+  sudo floxd up --store-dir /flox/store   beside a Nix that is there already
+  sudo floxd storehouse                   a server
+  sudo floxd agent --invite invite.json   a machine that uses it`,
+	}
+	root.PersistentFlags().StringVar(&file, "config", "", "configuration `FILE` (default $"+cli.EnvConfig+", then "+cli.DefaultConfigFile+")")
+	root.AddCommand(newUpCmd(&file), newAgentCmd(&file), newStorehouseCmd(&file), newVersionCmd())
+	return root
+}
+
+// load resolves the configuration of a command.
+func load(file string, flags *overrides) (*Config, error) {
+	cfg := DefaultConfig()
+	required := true
+	if file == "" {
+		if file = os.Getenv(cli.EnvConfig); file == "" {
+			file, required = cli.DefaultConfigFile, false
+		}
+	}
+	if err := ReadConfig(cfg, file, required); err != nil {
+		return nil, err
+	}
+	if err := readEnv(cfg); err != nil {
+		return nil, err
+	}
+	flags.apply(cfg)
+	return cfg, cfg.check()
+}
+
+// newLogger writes structured logs to w. Without a level it takes fallback.
+func newLogger(w io.Writer, cfg *Config, fallback slog.Level) *slog.Logger {
+	level := fallback
+	if cfg.LogLevel != "" {
+		if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
+			level = fallback // check refused everything else already
+		}
+	}
+	opts := &slog.HandlerOptions{Level: level}
+	if cfg.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
+}
+
+func newVersionCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print which build of floxd this is",
+		Args:  cli.Args(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintf(cmd.OutOrStdout(), "floxd %s\n", cli.ReadVersion())
+			return err
+		},
+	}
 }

@@ -1,0 +1,199 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent"
+	"github.com/floxctl/flox/agent/warden"
+	"github.com/floxctl/flox/api"
+	"github.com/floxctl/flox/ctl/cli"
+)
+
+// Names in the state directory.
+const (
+	agentDir      = "agent"
+	storehouseDir = "storehouse"
+	inviteName    = "invite.json" // in both: the storehouse writes it, the agent gets a copy
+)
+
+func newAgentCmd(file *string) *cobra.Command {
+	child := false
+	cmd := &cobra.Command{
+		Use:   "agent [flags]",
+		Short: "Mount the store on this machine and keep it fed",
+		Long: `Mount the store and serve it: a small process of root mounts and watches, an
+unprivileged one does everything else. It needs the storehouse's invite once.
+
+` + cli.ExitCodes,
+		Args: cli.Args(0, 0, ""),
+	}
+	flags := bindFlags(cmd.Flags(), "agent")
+	cmd.Flags().BoolVar(&child, "child", false, "")
+	if err := cmd.Flags().MarkHidden("child"); err != nil {
+		panic(err) // the flag is the line above
+	}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		cfg, err := load(*file, flags)
+		if err != nil {
+			return err
+		}
+		log := newLogger(cmd.ErrOrStderr(), cfg, slog.LevelInfo)
+		if child {
+			return runAgentChild(cmd.Context(), cfg, log)
+		}
+		return runAgent(cmd.Context(), cfg, log)
+	}
+	return cmd
+}
+
+// runAgent is the privileged parent: it prepares the state and hands over to
+// the warden.
+func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
+	if err := needRoot("floxd agent"); err != nil {
+		return err
+	}
+	who, err := findAccount(cfg.User)
+	if err != nil {
+		return err
+	}
+	if err := checkStoreDir(cfg.StoreDir, "floxd agent"); err != nil {
+		return err
+	}
+	if err := makeStateDirs(cfg.StateDir, who, agentDir); err != nil {
+		return err
+	}
+	if err := installInvite(cfg, cfg.Agent.Invite, who); err != nil {
+		return err
+	}
+	for _, addr := range cfg.Agent.Listen {
+		if err := checkPort(ctx, "agent.listen", addr); err != nil {
+			return err
+		}
+	}
+	return runWarden(ctx, cfg, who, log)
+}
+
+// runWarden mounts and supervises the agent's child until ctx ends.
+func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) error {
+	program, err := ownProgram(who)
+	if err != nil {
+		return err
+	}
+	return warden.Run(ctx, warden.Config{
+		MountDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
+		Child: []string{program, "agent", "--child"}, Env: environ(cfg),
+		ReadAheadKiB: int(cfg.Agent.ReadAhead >> 10), Log: log,
+	})
+}
+
+// installInvite gives the child its own copy of an invite that may be root's.
+// Without one, what an earlier start installed is used.
+func installInvite(cfg *Config, from string, who account) error {
+	to := filepath.Join(cfg.StateDir, agentDir, inviteName)
+	if from == "" || from == to {
+		if _, err := os.Lstat(to); errors.Is(err, fs.ErrNotExist) {
+			return cli.Explain(flox.ErrBadInput, `this machine has no invite yet: take invite.json from the storehouse's state directory
+(%s/%s/%s there) and run: sudo floxd agent --invite invite.json
+For a storehouse of this machine's own: sudo floxd up`, cli.DefaultStateDir, storehouseDir, inviteName)
+		}
+		return nil
+	}
+	if _, err := api.LoadInvite(from); err != nil {
+		return err
+	}
+	if err := copyFor(who, from, to, cfg.StateDir); err != nil {
+		return fmt.Errorf("install the invite %s: %w", from, err)
+	}
+	return nil
+}
+
+// copyFor copies a small file so that only who can read it, whole or not at
+// all. It is written in dir, which is root's, and moved: in a directory of
+// who's it could be swapped for something else while root still works on it.
+func copyFor(who account, from, to, dir string) error {
+	content, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(dir, ".copy-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // gone already when it was renamed
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Chown(int(who.uid), int(who.gid))
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), to)
+}
+
+// runAgentChild is the unprivileged process the warden starts.
+func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
+	line, err := warden.FromEnv()
+	if err != nil {
+		return fmt.Errorf("floxd agent --child is started by floxd agent only: %w", err)
+	}
+	stateDir := filepath.Join(cfg.StateDir, agentDir)
+	invite, err := api.LoadInvite(filepath.Join(stateDir, inviteName))
+	if err != nil {
+		return err
+	}
+	a, err := agent.New(agent.Config{
+		StateDir: stateDir, StoreDir: flox.StoreDir(cfg.StoreDir), Socket: filepath.Join(cfg.RunDir, cli.SocketName),
+		Invite: invite, Listen: cfg.Agent.Listen, Advertise: cfg.Agent.Advertise, Site: cfg.Agent.Site,
+		NoMDNS: !cfg.Agent.MDNS, DHTClient: !cfg.Agent.DHTServer,
+		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),
+		LookupTimeout: time.Duration(cfg.Agent.LookupTimeout), ReadTimeout: time.Duration(cfg.Agent.ReadTimeout),
+		Warden: line, Version: cli.ReadVersion().Version, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	return a.Run(ctx)
+}
+
+// checkStoreDir refuses to cover a store that is there already. It asks the
+// kernel's table first: a mount of ours whose agent is gone must not be touched,
+// and the warden takes it over or away.
+func checkStoreDir(dir, command string) error {
+	mounted, err := mountedType(dir)
+	if err != nil || mounted == cli.FilesystemType {
+		return err
+	}
+	f, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("store directory: %w: %w", err, flox.ErrBusy)
+	}
+	defer f.Close()
+	names, err := f.Readdirnames(1)
+	if len(names) == 0 && errors.Is(err, io.EOF) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("store directory %s: %w: %w", dir, err, flox.ErrBusy)
+	}
+	return cli.Explain(flox.ErrBusy, `%s holds files already (%s, ...): a Nix store of this machine, it seems.
+%s does not cover it and has changed nothing. Mount the store elsewhere:
+  sudo %s --store-dir /flox/store
+The directory is part of every path's hash: that storehouse then holds paths made for /flox/store.`, dir, names[0], command, command)
+}

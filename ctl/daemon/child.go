@@ -1,0 +1,125 @@
+package daemon
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/floxctl/flox/ctl/cli"
+)
+
+// How a child is treated.
+const (
+	stopPatience = 10 * time.Second // from SIGTERM to SIGKILL
+	restartFirst = 500 * time.Millisecond
+	restartMost  = 30 * time.Second
+	stableAfter  = time.Minute // a child that ran so long failed for a new reason
+)
+
+// child is this program, started again with other arguments as an ordinary user.
+type child struct {
+	name string
+	who  account
+	args []string // with descriptor 3 as its ready pipe
+	env  []string
+	out  io.Writer
+	log  *slog.Logger
+}
+
+// run starts the child, closes ready when it has said so for the first time,
+// and starts it again whenever it dies, until ctx ends. A child that fails
+// before it was ever ready is not started again: its reason will not go away.
+func (c *child) run(ctx context.Context, ready chan<- struct{}) error {
+	wait := restartFirst
+	wasReady := false
+	for {
+		begun := time.Now()
+		err := c.once(ctx, func() {
+			if !wasReady {
+				wasReady = true
+				close(ready)
+			}
+		})
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !wasReady {
+			return explainChild(c.name, err)
+		}
+		if time.Since(begun) > stableAfter {
+			wait = restartFirst
+		}
+		c.log.Error("process died and is started again", "process", c.name, "cause", err, "after", wait)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+		wait = min(2*wait, restartMost)
+	}
+}
+
+// explainChild keeps the exit code of a child that could not start: it has
+// printed its reason.
+func explainChild(name string, err error) error {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return cli.Exited(exit.ExitCode(), fmt.Sprintf("the %s did not start; it says why above", name))
+	}
+	return fmt.Errorf("start the %s: %w", name, err)
+}
+
+// once runs the child from start to end. When ctx ends it is asked to leave,
+// and made to after a while.
+func (c *child) once(ctx context.Context, isReady func()) error {
+	program, err := ownProgram(c.who)
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	cmd := exec.CommandContext(ctx, program, c.args...)
+	cmd.Env, cmd.Stdout, cmd.Stderr = c.env, c.out, c.out
+	cmd.ExtraFiles = []*os.File{w}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = stopPatience
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid:    true, // Ctrl-C is for us: we end it in order
+		Credential: &syscall.Credential{Uid: c.who.uid, Gid: c.who.gid},
+		Pdeathsig:  syscall.SIGTERM,
+	}
+	// The death signal belongs to the thread that starts the child, so that
+	// thread must live as long as we do.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
+		return err
+	}
+	said := make(chan struct{})
+	go func() { // ends with the child, which holds the other end
+		defer close(said)
+		if line, err := bufio.NewReader(io.LimitReader(r, 64)).ReadString('\n'); err == nil && line == "ready\n" {
+			isReady()
+		}
+	}()
+	err = cmd.Wait()
+	<-said
+	if err == nil {
+		err = errors.New("it ended by itself")
+	}
+	return err
+}

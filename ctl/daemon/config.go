@@ -1,0 +1,268 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/ctl/cli"
+)
+
+// Config is everything floxd can be told, in the order of precedence flags,
+// environment (FLOXD_ and the key in capitals: FLOXD_AGENT_CACHE_BUDGET),
+// configuration file, default. The tags are the keys of the file and of the
+// flags; help is what --help says.
+type Config struct {
+	StoreDir  string `toml:"store-dir" help:"store directory: where the store is mounted, and part of every path's hash"`
+	StateDir  string `toml:"state-dir" help:"where state is kept: agent/ and storehouse/ below it"`
+	RunDir    string `toml:"run-dir" help:"what lasts until the next boot: control socket, node table"`
+	User      string `toml:"user" help:"who the unprivileged processes run as (default: floxd if there is such a user, else nobody)"`
+	LogLevel  string `toml:"log-level" help:"debug, info, warn or error"`
+	LogFormat string `toml:"log-format" help:"text or json"`
+
+	Agent      AgentConfig      `toml:"agent"`
+	Storehouse StorehouseConfig `toml:"storehouse"`
+}
+
+// AgentConfig is the [agent] part.
+type AgentConfig struct {
+	Invite        string   `toml:"invite" help:"the storehouse's invite.json (default: the one used before)"`
+	Listen        []string `toml:"listen" help:"addresses for peers, host:port or multiaddr"`
+	Advertise     []string `toml:"advertise" help:"addresses told to peers (default: those listened at)"`
+	Site          string   `toml:"site" help:"label of the place this machine is at; peers of the same site are asked first"`
+	MDNS          bool     `toml:"mdns" help:"find peers on the LAN by multicast"`
+	DHTServer     bool     `toml:"dht-server" help:"keep DHT records for others"`
+	CacheBudget   Size     `toml:"cache-budget" help:"most the cache may hold (default: 20GiB or 10 % of the disk, whichever is less)"`
+	CacheReserve  Size     `toml:"cache-reserve" help:"what stays free on the disk for others (default: 5GiB or 5 %, whichever is more)"`
+	LookupTimeout Duration `toml:"lookup-timeout" help:"longest wait for a name nobody here knows"`
+	ReadTimeout   Duration `toml:"read-timeout" help:"longest wait for bytes, except of files a running program has mapped"`
+	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; more reads faster and fetches more than is needed"`
+}
+
+// StorehouseConfig is the [storehouse] part.
+type StorehouseConfig struct {
+	Name      string   `toml:"name" help:"what people and keys call it; fixed at the first start (default: the host's name)"`
+	HTTP      string   `toml:"http" help:"address of the binary cache; none = no HTTP"`
+	HTTPURL   string   `toml:"http-url" help:"URL others reach it by (default: made from http)"`
+	Listen    []string `toml:"listen" help:"addresses for machines, host:port or multiaddr"`
+	Advertise []string `toml:"advertise" help:"addresses written to the invite (default: those listened at)"`
+	Site      string   `toml:"site" help:"label of the place this server is at"`
+	MDNS      bool     `toml:"mdns" help:"be found on the LAN by multicast"`
+	TokenFile string   `toml:"token-file" help:"file of the upload token, made at the first start (default: upload-token in its state)"`
+	StageTTL  Duration `toml:"stage-ttl" help:"how long an uploaded NAR waits for its path info"`
+	Reserve   Size     `toml:"reserve" help:"what stays free on its disk; uploads are refused below"`
+}
+
+// DefaultConfig is what holds where nothing was said.
+func DefaultConfig() *Config {
+	return &Config{
+		StoreDir: string(flox.DefaultStoreDir), StateDir: cli.DefaultStateDir, RunDir: cli.DefaultRunDir, LogFormat: "text",
+		Agent: AgentConfig{
+			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultAgentPort)}, MDNS: true, DHTServer: true,
+			LookupTimeout: Duration(5 * time.Second), ReadTimeout: Duration(30 * time.Second), ReadAhead: 64 << 10,
+		},
+		Storehouse: StorehouseConfig{
+			HTTP:   fmt.Sprintf("127.0.0.1:%d", cli.DefaultHTTPPort),
+			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultStorehousePort)}, MDNS: true,
+			StageTTL: Duration(24 * time.Hour), Reserve: 256 << 20,
+		},
+	}
+}
+
+// ExampleConfig is a configuration file with every key at its default.
+const ExampleConfig = `# /etc/floxd/config.toml. Every key may be left out; these are the defaults.
+# An unknown key is an error. Sizes: 500MiB, 20GiB; times: 5s, 10m.
+store-dir  = "/nix/store"      # part of every path's hash: choose it once
+state-dir  = "/var/lib/floxd"
+run-dir    = "/run/floxd"
+user       = ""                # floxd if there is such a user, else nobody
+log-level  = ""                # debug, info, warn, error; info, but warn for floxd up
+log-format = "text"            # or json
+
+[agent]
+invite         = ""            # path of the storehouse's invite.json, needed once
+listen         = ["0.0.0.0:7782"]
+advertise      = []
+site           = ""            # "berlin": peers of one site prefer each other
+mdns           = true
+dht-server     = true
+cache-budget   = "0"           # 0: 20GiB or 10 % of the disk, whichever is less
+cache-reserve  = "0"           # 0: 5GiB or 5 % of the disk, whichever is more
+lookup-timeout = "5s"
+read-timeout   = "30s"
+read-ahead     = "64KiB"
+
+[storehouse]
+name       = ""                # the host's name
+http       = "127.0.0.1:7780"  # reading needs no token: open it to others by choice
+http-url   = ""
+listen     = ["0.0.0.0:7781"]
+advertise  = []
+site       = ""
+mdns       = true
+token-file = ""
+stage-ttl  = "24h"
+reserve    = "256MiB"
+`
+
+// ReadConfig reads a configuration file over cfg, strictly. A missing file is
+// an error only where required is set: the default one need not be there.
+func ReadConfig(cfg *Config, file string, required bool) error {
+	b, err := os.ReadFile(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && !required:
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return cli.Explain(flox.ErrBadInput, "configuration file %s does not exist; floxd --help shows an example", file)
+	case err != nil:
+		return fmt.Errorf("configuration file: %w: %w", err, flox.ErrDenied)
+	}
+	decoder := toml.NewDecoder(strings.NewReader(string(b)))
+	decoder.DisallowUnknownFields()
+	return explainTOML(file, decoder.Decode(cfg))
+}
+
+// explainTOML says where in file the mistake is, and what may have been meant.
+func explainTOML(file string, err error) error {
+	var unknown *toml.StrictMissingError
+	if errors.As(err, &unknown) {
+		var lines []string
+		for _, e := range unknown.Errors {
+			row, _ := e.Position()
+			key := strings.Join(e.Key(), ".")
+			lines = append(lines, fmt.Sprintf("%s:%d: unknown key %q%s", file, row, key, nearKeys(key)))
+		}
+		return cli.Explain(flox.ErrBadInput, "%s", strings.Join(lines, "\n"))
+	}
+	var wrong *toml.DecodeError
+	if errors.As(err, &wrong) {
+		row, column := wrong.Position()
+		key := ""
+		if len(wrong.Key()) > 0 {
+			key = strings.Join(wrong.Key(), ".") + ": "
+		}
+		return cli.Explain(flox.ErrBadInput, "%s:%d:%d: %s%s", file, row, column, key, strings.TrimPrefix(wrong.Error(), "toml: "))
+	}
+	if err != nil {
+		return fmt.Errorf("configuration file %s: %w: %w", file, err, flox.ErrBadInput)
+	}
+	return nil
+}
+
+// nearKeys says which keys an unknown one may have been meant to be: those few
+// letters away, or of the same name elsewhere.
+func nearKeys(key string) string {
+	_, name, found := strings.Cut(key, ".")
+	if !found {
+		name = key
+	}
+	var near []string
+	for _, known := range allKeys() {
+		_, knownName, found := strings.Cut(known, ".")
+		if !found {
+			knownName = known
+		}
+		if distance(key, known) <= 2 || name == knownName || distance(name, knownName) <= 2 && len(name) > 4 {
+			near = append(near, known)
+		}
+	}
+	if len(near) == 0 {
+		section, _, found := strings.Cut(key, ".")
+		for _, known := range allKeys() {
+			if !found && !strings.Contains(known, ".") || found && strings.HasPrefix(known, section+".") {
+				near = append(near, known)
+			}
+		}
+		if len(near) == 0 {
+			return "; there are the sections [agent] and [storehouse]"
+		}
+		return "; known here: " + strings.Join(near, ", ")
+	}
+	return "; did you mean " + strings.Join(near, " or ") + "?"
+}
+
+// distance is how many letters must be changed, added or dropped to get from
+// one word to the other (Levenshtein).
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+// check finds what no decoder can: values that make no sense.
+func (c *Config) check() error {
+	if _, err := flox.ParseStoreDir(c.StoreDir); err != nil {
+		return fmt.Errorf("store-dir: %w", err)
+	}
+	for _, d := range []struct{ key, dir string }{{"state-dir", c.StateDir}, {"run-dir", c.RunDir}} {
+		if _, err := flox.ParseStoreDir(d.dir); err != nil { // the same rule: absolute, clean, not "/"
+			return cli.Explain(flox.ErrBadInput, "%s %q: want an absolute directory without a trailing slash", d.key, d.dir)
+		}
+		if d.dir == c.StoreDir || strings.HasPrefix(d.dir, c.StoreDir+"/") {
+			return cli.Explain(flox.ErrBadInput, "%s %s lies in the store directory %s: it would be covered by the mount", d.key, d.dir, c.StoreDir)
+		}
+	}
+	if !slices.Contains([]string{"", "debug", "info", "warn", "error"}, c.LogLevel) {
+		return cli.Explain(flox.ErrBadInput, "log-level %q: want debug, info, warn or error", c.LogLevel)
+	}
+	if !slices.Contains([]string{"text", "json"}, c.LogFormat) {
+		return cli.Explain(flox.ErrBadInput, "log-format %q: want text or json", c.LogFormat)
+	}
+	for _, d := range []struct {
+		key string
+		d   Duration
+	}{
+		{"agent.lookup-timeout", c.Agent.LookupTimeout},
+		{"agent.read-timeout", c.Agent.ReadTimeout}, {"storehouse.stage-ttl", c.Storehouse.StageTTL},
+	} {
+		if d.d <= 0 {
+			return cli.Explain(flox.ErrBadInput, "%s %s: want more than nothing, such as 5s", d.key, d.d)
+		}
+	}
+	if c.Agent.ReadAhead > 4<<20 {
+		return cli.Explain(flox.ErrBadInput, "agent.read-ahead %s: want at most 4MiB", c.Agent.ReadAhead)
+	}
+	return c.checkListen()
+}
+
+func (c *Config) checkListen() error {
+	lists := []struct {
+		key   string
+		addrs []string
+	}{{"agent.listen", c.Agent.Listen}, {"storehouse.listen", c.Storehouse.Listen}}
+	if c.Storehouse.HTTP != noHTTP {
+		lists = append(lists, struct {
+			key   string
+			addrs []string
+		}{"storehouse.http", []string{c.Storehouse.HTTP}})
+	}
+	for _, l := range lists {
+		for _, addr := range l.addrs {
+			if _, err := parseListen(addr); err != nil {
+				return fmt.Errorf("%s: %w", l.key, err)
+			}
+		}
+	}
+	return nil
+}
