@@ -384,6 +384,12 @@ func (c *toucher) dies(t *testing.T, limit time.Duration) {
 	default:
 	}
 	c.cmd.Process.Kill()
+	c.gone(t, limit)
+}
+
+// gone waits until a killed process is gone.
+func (c *toucher) gone(t *testing.T, limit time.Duration) {
+	t.Helper()
 	select {
 	case <-c.done:
 	case <-time.After(limit):
