@@ -13,6 +13,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
+	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/floxctl/flox"
 )
@@ -139,6 +140,7 @@ func (s *state) openDB(dir string) (d *database, err error) {
 		FormatMajorVersion: stateFormat,
 		MemTableSize:       16 << 20,
 		Logger:             pebbleLog{s.log},
+		FS:                 vfs.Default, // without the watch for slow disks, whose goroutine outlives a failed Open
 	}
 	for i := range opts.Levels {
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
