@@ -17,7 +17,9 @@ import (
 )
 
 // build makes the world in dir. Packages are kept in base for the next one.
-func build(ctx context.Context, base, dir string) error {
+// Every command inherits held, the lock: should this process be killed, the
+// next builder still waits for the commands it left behind.
+func build(ctx context.Context, base, dir string, held *os.File) error {
 	start := time.Now()
 	// What an interrupted build left. Nothing is mounted there: the mounts of a
 	// build end with its processes.
@@ -29,7 +31,7 @@ func build(ctx context.Context, base, dir string) error {
 	if err != nil {
 		return err
 	}
-	w := &World{Dir: dir}
+	w := &World{Dir: dir, held: held}
 	expression := filepath.Join(w.Nix().Dir, "build")
 	if err := lay(expression, debs, packages); err != nil {
 		return err
@@ -83,8 +85,8 @@ func (w *World) realise(ctx context.Context) (map[string]flox.StorePath, error) 
 	if err := os.MkdirAll(filepath.Join(w.Dir, roots), 0o755); err != nil {
 		return nil, err
 	}
-	instantiated, err := output(w.Command(ctx, "nix-instantiate", "--eval", "--strict", "--json", "-E",
-		"builtins.mapAttrs (n: d: d.outPath) (import /nix/build/world.nix)"))
+	instantiated, err := w.query(ctx, "nix-instantiate", "--eval", "--strict", "--json", "-E",
+		"builtins.mapAttrs (n: d: d.outPath) (import /nix/build/world.nix)")
 	if err != nil {
 		return nil, err
 	}
@@ -92,7 +94,7 @@ func (w *World) realise(ctx context.Context) (map[string]flox.StorePath, error) 
 	if err := json.Unmarshal(instantiated, &outputs); err != nil {
 		return nil, fmt.Errorf("nix-instantiate printed %.200q: %w", instantiated, err)
 	}
-	if _, err := output(w.Command(ctx, "nix-build", "/nix/build/world.nix", "-o", roots+"/result")); err != nil {
+	if _, err := w.query(ctx, "nix-build", "/nix/build/world.nix", "-o", roots+"/result"); err != nil {
 		return nil, err
 	}
 	built := map[string]flox.StorePath{}
@@ -101,8 +103,17 @@ func (w *World) realise(ctx context.Context) (map[string]flox.StorePath, error) 
 			return nil, err
 		}
 	}
-	_, err = output(w.Command(ctx, "nix-store", "--gc", "--quiet"))
+	_, err = w.query(ctx, "nix-store", "--gc", "--quiet")
 	return built, err
+}
+
+// query gives the standard output of a stock command that sees the world.
+func (w *World) query(ctx context.Context, args ...string) ([]byte, error) {
+	cmd := w.Command(ctx, args...)
+	if w.held != nil {
+		cmd.ExtraFiles = []*os.File{w.held}
+	}
+	return output(cmd)
 }
 
 // pathInfo is what `nix path-info --json` prints of a path.
@@ -116,12 +127,12 @@ type pathInfo struct {
 // attributes.
 func (w *World) describe(ctx context.Context, built map[string]flox.StorePath) error {
 	w.StoreDir = flox.DefaultStoreDir
-	system, err := output(w.Command(ctx, "nix-instantiate", "--eval", "-E", "builtins.currentSystem"))
+	system, err := w.query(ctx, "nix-instantiate", "--eval", "-E", "builtins.currentSystem")
 	if err != nil {
 		return err
 	}
 	w.System = strings.Trim(string(system), "\"\n")
-	out, err := output(w.Command(ctx, "nix", "path-info", "--all", "--json"))
+	out, err := w.query(ctx, "nix", "path-info", "--all", "--json")
 	if err != nil {
 		return err
 	}
@@ -165,9 +176,9 @@ func (w *World) program(p flox.StorePath, name string) Program {
 	return program
 }
 
-// lock takes an exclusive lock on file, waiting for it; the result gives it
-// back. It ends with the process, however that ends.
-func lock(ctx context.Context, file string) (func(), error) {
+// lock takes an exclusive lock on file, waiting for it. Closing the result
+// gives it back, as does the end of the last process that has it open.
+func lock(ctx context.Context, file string) (*os.File, error) {
 	f, err := os.OpenFile(file, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o644)
 	if err != nil {
 		return nil, err
@@ -175,7 +186,7 @@ func lock(ctx context.Context, file string) (func(), error) {
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
-			return func() { _ = f.Close() }, nil
+			return f, nil
 		}
 		wait := time.NewTimer(200 * time.Millisecond)
 		select {

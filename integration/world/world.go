@@ -58,6 +58,8 @@ type World struct {
 	Versions []Version `json:"versions"`
 	// BuildSeconds is how long building took, downloads included.
 	BuildSeconds float64 `json:"buildSeconds"`
+
+	held *os.File // the lock, while building
 }
 
 // Path is one store path of the world.
@@ -122,15 +124,15 @@ func Ensure(ctx context.Context) (*World, error) {
 	if err := os.MkdirAll(base, 0o755); err != nil {
 		return nil, fmt.Errorf("directory for the demo world: %w", err)
 	}
-	unlock, err := lock(ctx, filepath.Join(base, key()+".lock"))
+	held, err := lock(ctx, filepath.Join(base, key()+".lock"))
 	if err != nil {
 		return nil, fmt.Errorf("wait for whoever builds the demo world in %s: %w", dir, err)
 	}
-	defer unlock()
+	defer held.Close()
 	if w, err := load(dir); err == nil || !errors.Is(err, iofs.ErrNotExist) {
 		return w, err
 	}
-	if err := build(ctx, base, dir); err != nil {
+	if err := build(ctx, base, dir, held); err != nil {
 		return nil, fmt.Errorf("build the demo world in %s: %w", dir, err)
 	}
 	return load(dir)

@@ -126,7 +126,7 @@ func TestLayeredLeavesTheWorldAlone(t *testing.T) {
 
 func TestEnsureWaitsForAnotherBuilder(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "lock")
-	unlock, err := lock(t.Context(), file)
+	held, err := lock(t.Context(), file)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,12 +135,12 @@ func TestEnsureWaitsForAnotherBuilder(t *testing.T) {
 	if _, err := lock(ctx, file); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("second builder: got %v, want to wait", err)
 	}
-	unlock()
+	_ = held.Close()
 	again, err := lock(t.Context(), file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again()
+	_ = again.Close()
 }
 
 func TestUnfinishedWorldIsNotLoaded(t *testing.T) {

@@ -1,0 +1,316 @@
+// Package hosts runs the real floxd on hosts of a netns network: a storehouse,
+// agents, and questions to them through the real floxctl. It must not look
+// inside them: what it knows it has from their command lines and sockets.
+package hosts
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/floxctl/flox/integration/netns"
+)
+
+// Ports every host uses; each has an address of its own.
+const (
+	HTTPPort  = 7780
+	HousePort = 7781
+	AgentPort = 7782
+)
+
+// startTimeout bounds the wait for a daemon to answer.
+const startTimeout = 30 * time.Second
+
+// Programs are the binaries under test.
+type Programs struct{ Floxd, Floxctl string }
+
+// Build builds both programs into dir.
+func Build(ctx context.Context, dir string) (Programs, error) {
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+"/", "github.com/floxctl/flox/cmd/floxd", "github.com/floxctl/flox/cmd/floxctl")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return Programs{}, fmt.Errorf("build floxd and floxctl: %w\n%s", err, out)
+	}
+	return Programs{Floxd: filepath.Join(dir, "floxd"), Floxctl: filepath.Join(dir, "floxctl")}, nil
+}
+
+// Daemon is a running floxd.
+type Daemon struct {
+	Name string
+	Log  string // file of its standard error
+
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error
+}
+
+// start runs argv on host with its output in dir/name.log.
+func start(host *netns.Host, dir, name string, argv ...string) (*Daemon, error) {
+	d := &Daemon{Name: name, Log: filepath.Join(dir, name+".log"), done: make(chan struct{})}
+	log, err := os.OpenFile(d.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = log.Close() }()
+	d.cmd = host.Command(context.Background(), argv[0], argv[1:]...) // ended by Stop, not by a context
+	d.cmd.Stdout, d.cmd.Stderr = log, log
+	if err := d.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() { d.err = d.cmd.Wait(); close(d.done) }()
+	return d, nil
+}
+
+// PID is the daemon's process.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
+
+// Running reports whether the process has not ended.
+func (d *Daemon) Running() bool {
+	select {
+	case <-d.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// Stop asks the daemon to end (SIGTERM), and makes it after a while.
+func (d *Daemon) Stop() error {
+	_ = d.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-d.done:
+		return nil
+	case <-time.After(15 * time.Second):
+		_ = d.cmd.Process.Kill()
+		<-d.done
+		return fmt.Errorf("%s did not stop within 15 s of SIGTERM; its log is %s", d.Name, d.Log)
+	}
+}
+
+// Kill ends the daemon with SIGKILL and waits for it.
+func (d *Daemon) Kill() {
+	_ = d.cmd.Process.Kill()
+	<-d.done
+}
+
+// tail is the end of the daemon's log, for error messages.
+func (d *Daemon) tail() string {
+	b, err := os.ReadFile(d.Log)
+	if err != nil {
+		return err.Error()
+	}
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return strings.Join(lines[max(0, len(lines)-15):], "\n")
+}
+
+// await calls ready until it succeeds, the daemon ends, or startTimeout is over.
+func (d *Daemon) await(ctx context.Context, ready func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	for {
+		err := ready(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-d.done:
+			return fmt.Errorf("%s ended: %w\n%s", d.Name, d.err, d.tail())
+		case <-ctx.Done():
+			return fmt.Errorf("%s is not ready: %w\n%s", d.Name, err, d.tail())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// Storehouse is a running storehouse on a host.
+type Storehouse struct {
+	*Daemon
+	Host *netns.Host
+	Dir  string // state directory, seen by every host: they share the machine's disk
+}
+
+// StartStorehouse starts one with its state under dir/name.
+func StartStorehouse(ctx context.Context, p Programs, host *netns.Host, dir, name string, flags ...string) (*Storehouse, error) {
+	s := &Storehouse{Host: host, Dir: filepath.Join(dir, name)}
+	argv := append([]string{
+		p.Floxd, "storehouse", "--state-dir", s.Dir, "--name", name,
+		"--http", fmt.Sprintf("0.0.0.0:%d", HTTPPort), "--listen", fmt.Sprintf("0.0.0.0:%d", HousePort),
+		"--advertise", fmt.Sprintf("%s:%d", host.Addr(), HousePort), "--http-url", s.URL(),
+	}, flags...)
+	var err error
+	if s.Daemon, err = start(host, dir, name, argv...); err != nil {
+		return nil, err
+	}
+	err = s.await(ctx, func(ctx context.Context) error {
+		out, err := host.Command(ctx, "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/127.0.0.1/%d", HTTPPort)).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		_, err = os.Stat(s.Invite())
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, s.Stop())
+	}
+	return s, nil
+}
+
+// URL is the binary cache's.
+func (s *Storehouse) URL() string { return fmt.Sprintf("http://%s:%d", s.Host.Addr(), HTTPPort) }
+
+// Invite is the invite file agents join with.
+func (s *Storehouse) Invite() string { return filepath.Join(s.Dir, "storehouse", "invite.json") }
+
+// Netrc writes a netrc file with the upload token, for stock Nix, and gives its name.
+func (s *Storehouse) Netrc() (string, error) {
+	token, err := os.ReadFile(filepath.Join(s.Dir, "storehouse", "upload-token"))
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Join(s.Dir, "test-netrc")
+	line := fmt.Sprintf("machine %s password %s\n", s.Host.Addr(), strings.TrimSpace(string(token)))
+	return name, os.WriteFile(name, []byte(line), 0o600)
+}
+
+// Agent is a running agent on a host, with its mount in that host's mount
+// namespace.
+type Agent struct {
+	*Daemon
+	Host     *netns.Host
+	Dir      string
+	programs Programs
+	argv     []string
+	logs     string
+}
+
+// StartAgent starts one with its state under dir/name, joined to the storehouse.
+func StartAgent(ctx context.Context, p Programs, host *netns.Host, dir, name, invite string, flags ...string) (*Agent, error) {
+	a := &Agent{Host: host, Dir: filepath.Join(dir, name), programs: p, logs: dir}
+	a.argv = append([]string{
+		p.Floxd, "agent", "--state-dir", a.Dir, "--run-dir", a.runDir(), "--invite", invite,
+		"--listen", fmt.Sprintf("0.0.0.0:%d", AgentPort), "--advertise", fmt.Sprintf("%s:%d", host.Addr(), AgentPort),
+	}, flags...)
+	if err := a.Start(ctx); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// Start starts the agent (again) and waits until its mount answers.
+func (a *Agent) Start(ctx context.Context) error {
+	d, err := start(a.Host, a.logs, filepath.Base(a.Dir), a.argv...)
+	if err != nil {
+		return err
+	}
+	a.Daemon = d
+	err = d.await(ctx, func(ctx context.Context) error {
+		s, err := a.Status(ctx)
+		if err == nil && !s.Mounted {
+			err = errors.New("not mounted yet")
+		}
+		return err
+	})
+	if err != nil {
+		return errors.Join(err, d.Stop())
+	}
+	return nil
+}
+
+func (a *Agent) runDir() string { return filepath.Join(a.Dir, "run") }
+
+// Ctl runs floxctl against this agent.
+func (a *Agent) Ctl(ctx context.Context, args ...string) ([]byte, error) {
+	argv := append([]string{"--socket", filepath.Join(a.runDir(), "agent.sock")}, args...)
+	cmd := a.Host.Command(ctx, a.programs.Floxctl, argv...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.Bytes(), fmt.Errorf("floxctl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+	}
+	return stdout.Bytes(), nil
+}
+
+// Status is what `floxctl status --json` says, as far as tests look at it.
+type Status struct {
+	Mounted    bool `json:"mounted"`
+	Storehouse struct {
+		Connected bool `json:"connected"`
+	} `json:"storehouse"`
+	Peers        int               `json:"peers"`
+	FuseRequests map[string]uint64 `json:"fuseRequests"`
+	Traffic      Traffic           `json:"traffic"`
+	Waiting      int               `json:"waiting"`
+	Cache        struct {
+		Bytes   uint64 `json:"bytes"`
+		Evicted uint64 `json:"evictedBytes"`
+	} `json:"cache"`
+}
+
+// Traffic counts plain bytes by where they came from, and what crossed the wire.
+type Traffic struct {
+	LAN        uint64 `json:"lanBytes"`
+	Site       uint64 `json:"siteBytes"`
+	Far        uint64 `json:"farBytes"`
+	Storehouse uint64 `json:"storehouseBytes"`
+	Wire       uint64 `json:"wireBytes"`
+	Served     uint64 `json:"servedBytes"`
+	Facts      uint64 `json:"factBytes"`
+	Manifests  uint64 `json:"manifestBytes"`
+}
+
+// Plain is all that was fetched, uncompressed, facts included.
+func (t Traffic) Plain() uint64 { return t.LAN + t.Site + t.Far + t.Storehouse + t.Facts }
+
+// Peers is what came from other agents.
+func (t Traffic) Peers() uint64 { return t.LAN + t.Site + t.Far }
+
+// Sub is what was added since before.
+func (t Traffic) Sub(before Traffic) Traffic {
+	return Traffic{
+		LAN: t.LAN - before.LAN, Site: t.Site - before.Site, Far: t.Far - before.Far, Storehouse: t.Storehouse - before.Storehouse,
+		Wire: t.Wire - before.Wire, Served: t.Served - before.Served, Facts: t.Facts - before.Facts, Manifests: t.Manifests - before.Manifests,
+	}
+}
+
+// Requests sums the FUSE requests that want an answer.
+func (s *Status) Requests() uint64 {
+	var n uint64
+	for op, count := range s.FuseRequests {
+		if op != "FORGET" && op != "BATCH_FORGET" && op != "INTERRUPT" {
+			n += count
+		}
+	}
+	return n
+}
+
+// Status asks the agent.
+func (a *Agent) Status(ctx context.Context) (*Status, error) {
+	out, err := a.Ctl(ctx, "status", "--json")
+	if err != nil {
+		return nil, err
+	}
+	s := &Status{}
+	if err := json.Unmarshal(out, s); err != nil {
+		return nil, fmt.Errorf("status of %s: %w: %s", a.Name, err, out)
+	}
+	return s, nil
+}
+
+// Await waits until the agent's status satisfies ok.
+func (a *Agent) Await(ctx context.Context, what string, ok func(*Status) bool) error {
+	return a.await(ctx, func(ctx context.Context) error {
+		s, err := a.Status(ctx)
+		if err == nil && !ok(s) {
+			err = fmt.Errorf("not yet: %s", what)
+		}
+		return err
+	})
+}

@@ -1,0 +1,211 @@
+package netns
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox"
+)
+
+// Host is one machine of a lab. It shares the real machine's files except for
+// /nix, /run and /var/lib/floxd, which are empty at first and lie in Dir, and
+// for /etc and the rest of /var/lib, where its changes are its own.
+type Host struct {
+	Name   string
+	Addr   netip.Addr
+	Subnet *Subnet
+	// Dir holds the host's nix/, run/, state/ (/var/lib/floxd) and home/ as they
+	// are seen from outside; its mounts are not seen there.
+	Dir string
+	// NetNS is the file of its network namespace, /run/netns/NAME.
+	NetNS string
+
+	lab  *Lab
+	port string // the router's end of the cable
+	pid  int    // of the process that keeps the mount namespace
+}
+
+// device is a host's only interface besides lo.
+const device = "eth0"
+
+// inhabit gives the namespaces it runs in the host's own directories, then
+// waits for its standard input to end. $1 is the host's Dir, $2 its name.
+const inhabit = `set -e
+hostname "$2"
+mount -t tmpfs tmpfs "$1/scratch"
+for dir in /etc /var/lib; do
+	mkdir -p "$1/scratch$dir" "$1/scratch/work$dir"
+	mount -t overlay -o "lowerdir=$dir,upperdir=$1/scratch$dir,workdir=$1/scratch/work$dir" overlay "$dir"
+done
+echo "127.0.0.1 localhost $2" >/etc/hosts
+mkdir -p /var/lib/floxd
+mount --bind "$1/state" /var/lib/floxd
+mount --bind "$1/nix" /nix
+mount --bind "$1/run" /run
+echo ready
+exec cat >/dev/null`
+
+// Host adds a host to a subnet.
+func (l *Lab) Host(ctx context.Context, name string, s *Subnet) (*Host, error) {
+	if name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || name == "router" {
+		return nil, fmt.Errorf("host name %q: want lower case letters, digits and dashes, and not \"router\": %w", name, flox.ErrBadInput)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	namespace := l.name + "-" + name
+	h := &Host{
+		Name: name, Addr: s.next, Subnet: s, Dir: filepath.Join(l.dir, name), NetNS: filepath.Join(runDir, namespace),
+		lab: l, port: "p" + strconv.Itoa(len(l.hosts)),
+	}
+	if !s.Prefix.Contains(h.Addr.Next()) {
+		return nil, fmt.Errorf("host %s: subnet %s has no address left: %w", name, s.Prefix, flox.ErrFull)
+	}
+	for _, dir := range []string{"nix/store", "run/floxd", "run/lock", "state", "home", "scratch"} {
+		if err := os.MkdirAll(filepath.Join(h.Dir, dir), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	if err := l.addNamespace(ctx, namespace); err != nil {
+		return nil, fmt.Errorf("host %s: %w", name, err)
+	}
+	err := l.batch(ctx, l.router,
+		"link add name %s type veth peer name %s netns %s", h.port, device, namespace,
+		"link set %s master %s", h.port, s.bridge,
+		"link set %s up", h.port)
+	if err == nil {
+		err = l.batch(ctx, namespace,
+			"addr add %s/%d dev %s", h.Addr, s.Prefix.Bits(), device,
+			"link set %s up", device,
+			"route add default via %s", s.Prefix.Addr().Next())
+	}
+	if err == nil {
+		err = h.hold(ctx)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("host %s: %w", name, err)
+	}
+	s.next = s.next.Next()
+	l.hosts = append(l.hosts, h)
+	l.log.Info("host added", "name", name, "addr", h.Addr)
+	return h, nil
+}
+
+// hold starts the process that keeps the host's mounts; it ends with the lab.
+func (h *Host) hold(ctx context.Context) error {
+	cmd := exec.Command("nsenter", "--net="+h.NetNS, "--", //nolint:noctx // lives as long as the lab
+		"unshare", "--mount", "--uts", "--propagation", "private", "--", "sh", "-c", inhabit, "inhabit", h.Dir, h.Name)
+	cmd.Dir = "/"
+	cmd.Stdin = h.lab.reaper.Life()
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of Ctrl-C's reach
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	h.pid = cmd.Process.Pid
+	h.lab.holders = append(h.lab.holders, cmd)
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
+	line, _ := bufio.NewReader(out).ReadString('\n')
+	if !stop() {
+		return context.Cause(ctx)
+	}
+	if line != "ready\n" {
+		return fmt.Errorf("its directories could not be mounted (is overlayfs in the kernel?), see standard error")
+	}
+	return nil
+}
+
+// Command prepares a command that runs on the host, as root, in /, with HOME
+// in the host's own directory. The process that is started is the command
+// itself: signals reach it.
+func (h *Host) Command(ctx context.Context, args ...string) *exec.Cmd {
+	enter := append(h.enter(), args...)
+	cmd := exec.CommandContext(ctx, enter[0], enter[1:]...)
+	cmd.Dir = "/"
+	cmd.Env = append(os.Environ(), "HOME="+filepath.Join(h.Dir, "home"))
+	return cmd
+}
+
+// Run runs a command on the host and gives its standard output; standard error
+// is part of the error.
+func (h *Host) Run(ctx context.Context, args ...string) (string, error) {
+	out, err := output(h.Command(ctx, args...))
+	return string(out), err
+}
+
+// Shell is a command line that opens a shell on the host, for a person.
+func (h *Host) Shell() string { return strings.Join(h.enter(), " ") + " bash" }
+
+func (h *Host) enter() []string {
+	ns := "/proc/" + strconv.Itoa(h.pid) + "/ns/"
+	return []string{"nsenter", "--net=" + h.NetNS, "--mount=" + ns + "mnt", "--uts=" + ns + "uts", "--wd=/", "--"}
+}
+
+// Do runs fn in this process, in the host's network namespace: sockets that
+// the calling goroutine opens are the host's and stay so. fn must not leave
+// the opening of sockets to other goroutines.
+func (h *Host) Do(fn func() error) error {
+	result := make(chan error, 1)
+	go func() { result <- h.inside(fn) }()
+	return <-result
+}
+
+// inside is Do on a thread that its caller, a goroutine of its own, gives up.
+func (h *Host) inside(fn func() error) error {
+	// Never unlocked: the thread ends with the goroutine, and nobody else gets a
+	// thread in the wrong namespace.
+	runtime.LockOSThread()
+	if unix.Gettid() == os.Getpid() {
+		// The main thread does not end, and where it is the whole process is said
+		// to be. While this goroutine sits on it, another cannot get it.
+		return h.Do(fn)
+	}
+	ns, err := os.Open(h.NetNS)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter %s: %w", h.NetNS, err)
+	}
+	return fn()
+}
+
+// Dial connects from the host to an address, which must be numeric. It fits
+// http.Transport.DialContext.
+func (h *Host) Dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	if _, err := netip.ParseAddrPort(address); err != nil {
+		return nil, fmt.Errorf("dial from %s: %w: want a numeric address and port", h.Name, err)
+	}
+	err = h.Do(func() error {
+		var dialer net.Dialer
+		conn, err = dialer.DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
+}
+
+// Listen listens on the host, for example on "tcp", "0.0.0.0:80".
+func (h *Host) Listen(ctx context.Context, network, address string) (listener net.Listener, err error) {
+	err = h.Do(func() error {
+		var config net.ListenConfig
+		listener, err = config.Listen(ctx, network, address)
+		return err
+	})
+	return listener, err
+}
