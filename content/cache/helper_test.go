@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"testing"
@@ -36,8 +37,12 @@ type sample struct {
 func newSample(n uint64, size, chunk int) *sample {
 	rng := rand.New(rand.NewPCG(n, uint64(size)))
 	s := &sample{data: make([]byte, size)}
+	var word uint64
 	for i := range s.data {
-		s.data[i] = byte(1 + rng.UintN(255))
+		if i%8 == 0 {
+			word = rng.Uint64() | 0x0101010101010101
+		}
+		s.data[i] = byte(word >> (i % 8 * 8))
 	}
 	s.File = File{blake3.Sum256(s.data), int64(size)}
 	for off := 0; off < size; {
@@ -70,10 +75,9 @@ func (s *sample) putAll(t testing.TB, c *Cache) {
 	}
 }
 
-// read reads [off, off+n) as a mount does: unverified chunks are verified and
-// read again. It fails the test if a Hit gives wrong bytes.
-func (s *sample) read(t testing.TB, c *Cache, off, n int64, node uint64) State {
-	t.Helper()
+// look reads [off, off+n) as a mount does: unverified chunks are verified and
+// read again. It fails if a Hit gives wrong bytes.
+func (s *sample) look(c *Cache, off, n int64, node uint64) (State, error) {
 	p := make([]byte, n)
 	for range 2 {
 		got, st := c.ReadAt(s.File, p, off, node)
@@ -81,24 +85,33 @@ func (s *sample) read(t testing.TB, c *Cache, off, n int64, node uint64) State {
 		case Hit:
 			want := s.data[off:min(off+n, s.Size)]
 			if !bytes.Equal(p[:got], want) {
-				t.Errorf("file %s: wrong bytes in [%d, %d), first at %d", s.ID, off, off+n, off+int64(diff(p[:got], want)))
+				return st, fmt.Errorf("file %s: wrong bytes in [%d, %d), first at %d", s.ID, off, off+n, off+int64(diff(p[:got], want)))
 			}
-			return Hit
+			return st, nil
 		case Miss:
-			return Miss
+			return st, nil
 		}
 		for i := range s.chunks {
 			if s.offs[i] < off+n && s.offs[i]+int64(s.chunks[i].Size) > off {
 				if _, err := c.Verify(context.Background(), s.File, s.offs[i], s.chunks[i]); err != nil {
-					t.Errorf("verify: %v", err)
+					return st, err
 				}
 			}
 		}
 	}
-	if _, st := c.ReadAt(s.File, p, off, node); st != Miss {
-		t.Errorf("file %s: state %d after verifying, want hit or miss", s.ID, st)
+	if _, st := c.ReadAt(s.File, p, off, node); st == Unverified {
+		return st, fmt.Errorf("file %s: unverified after verifying", s.ID)
 	}
-	return Miss
+	return Miss, nil
+}
+
+func (s *sample) read(t testing.TB, c *Cache, off, n int64, node uint64) State {
+	t.Helper()
+	st, err := s.look(c, off, n, node)
+	if err != nil {
+		t.Error(err)
+	}
+	return st
 }
 
 func (s *sample) readAll(t testing.TB, c *Cache, node uint64) State {

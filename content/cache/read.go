@@ -123,17 +123,19 @@ func (c *Cache) gone(k key, ct *content, err error) (again bool) {
 	return false
 }
 
-// Used says that node was given bytes of f at off which did not come from
-// ReadAt (a fetch answers its readers from memory).
-func (c *Cache) Used(f File, off int64, node uint64) {
-	if off < 0 || off >= f.Size {
-		return
-	}
-	k, _ := c.segmentOf(f, off)
-	if r := c.record(k); r != nil {
-		if ct := r.cur.Load(); ct.object != 0 {
-			r.use(node, ct.block)
+// Used says that node was given [off, off+n) of f from elsewhere than ReadAt (a
+// fetch answers its readers from memory). Without it the cache does not know
+// whom to ask before it evicts those bytes.
+func (c *Cache) Used(f File, off, n int64, node uint64) {
+	off = max(off, 0)
+	for end := min(off+n, f.Size); off < end; {
+		k, within := c.segmentOf(f, off)
+		if r := c.record(k); r != nil {
+			if ct := r.cur.Load(); ct.object != 0 {
+				r.use(node, ct.block)
+			}
 		}
+		off += c.cfg.segment - within
 	}
 }
 

@@ -1,2 +1,3 @@
 package cache
+
 func writer(string) {}
