@@ -19,23 +19,28 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// Host is one machine of a lab. It shares the real machine's files except for
+// Host is one machine of a network. It shares the real machine's files except for
 // /nix, /run and /var/lib/floxd, which are empty at first and lie in Dir, and
 // for /etc and the rest of /var/lib, where its changes are its own.
 type Host struct {
 	Name   string
-	Addr   netip.Addr
 	Subnet *Subnet
 	// Dir holds the host's nix/, run/, state/ (/var/lib/floxd) and home/ as they
 	// are seen from outside; its mounts are not seen there.
 	Dir string
-	// NetNS is the file of its network namespace, /run/netns/NAME.
-	NetNS string
 
-	lab  *Lab
-	port string // the router's end of the cable
-	pid  int    // of the process that keeps the mount namespace
+	addr      netip.Addr
+	namespace string
+	network   *Network
+	port      string // the router's end of the cable
+	pid       int    // of the process that keeps the mount namespace
 }
+
+// Addr is the host's address.
+func (h *Host) Addr() netip.Addr { return h.addr }
+
+// NetNS is the file of the host's network namespace, /run/netns/NAME.
+func (h *Host) NetNS() string { return filepath.Join(runDir, h.namespace) }
 
 // device is a host's only interface besides lo.
 const device = "eth0"
@@ -58,18 +63,18 @@ echo ready
 exec cat >/dev/null`
 
 // Host adds a host to a subnet.
-func (l *Lab) Host(ctx context.Context, name string, s *Subnet) (*Host, error) {
+func (n *Network) Host(ctx context.Context, name string, s *Subnet) (*Host, error) {
 	if name == "" || strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || name == "router" {
 		return nil, fmt.Errorf("host name %q: want lower case letters, digits and dashes, and not \"router\": %w", name, flox.ErrBadInput)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	namespace := l.name + "-" + name
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	namespace := n.name + "-" + name
 	h := &Host{
-		Name: name, Addr: s.next, Subnet: s, Dir: filepath.Join(l.dir, name), NetNS: filepath.Join(runDir, namespace),
-		lab: l, port: "p" + strconv.Itoa(len(l.hosts)),
+		Name: name, Subnet: s, addr: s.next, namespace: namespace, Dir: filepath.Join(n.dir, name),
+		network: n, port: "p" + strconv.Itoa(len(n.hosts)),
 	}
-	if !s.Prefix.Contains(h.Addr.Next()) {
+	if !s.Prefix.Contains(h.addr.Next()) {
 		return nil, fmt.Errorf("host %s: subnet %s has no address left: %w", name, s.Prefix, flox.ErrFull)
 	}
 	for _, dir := range []string{"nix/store", "run/floxd", "run/lock", "state", "home", "scratch"} {
@@ -77,16 +82,16 @@ func (l *Lab) Host(ctx context.Context, name string, s *Subnet) (*Host, error) {
 			return nil, err
 		}
 	}
-	if err := l.addNamespace(ctx, namespace); err != nil {
+	if err := n.addNamespace(ctx, namespace); err != nil {
 		return nil, fmt.Errorf("host %s: %w", name, err)
 	}
-	err := l.batch(ctx, l.router,
+	err := n.batch(ctx, n.router,
 		"link add name %s type veth peer name %s netns %s", h.port, device, namespace,
 		"link set %s master %s", h.port, s.bridge,
 		"link set %s up", h.port)
 	if err == nil {
-		err = l.batch(ctx, namespace,
-			"addr add %s/%d dev %s", h.Addr, s.Prefix.Bits(), device,
+		err = n.batch(ctx, namespace,
+			"addr add %s/%d dev %s", h.addr, s.Prefix.Bits(), device,
 			"link set %s up", device,
 			"route add default via %s", s.Prefix.Addr().Next())
 	}
@@ -97,17 +102,17 @@ func (l *Lab) Host(ctx context.Context, name string, s *Subnet) (*Host, error) {
 		return nil, fmt.Errorf("host %s: %w", name, err)
 	}
 	s.next = s.next.Next()
-	l.hosts = append(l.hosts, h)
-	l.log.Info("host added", "name", name, "addr", h.Addr)
+	n.hosts = append(n.hosts, h)
+	n.log.Info("host added", "name", name, "addr", h.addr)
 	return h, nil
 }
 
-// hold starts the process that keeps the host's mounts; it ends with the lab.
+// hold starts the process that keeps the host's mounts; it ends with the network.
 func (h *Host) hold(ctx context.Context) error {
-	cmd := exec.Command("nsenter", "--net="+h.NetNS, "--", //nolint:noctx // lives as long as the lab
+	cmd := exec.Command("nsenter", "--net="+h.NetNS(), "--", //nolint:noctx // lives as long as the network
 		"unshare", "--mount", "--uts", "--propagation", "private", "--", "sh", "-c", inhabit, "inhabit", h.Dir, h.Name)
 	cmd.Dir = "/"
-	cmd.Stdin = h.lab.reaper.Life()
+	cmd.Stdin = h.network.reaper.Life()
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of Ctrl-C's reach
 	out, err := cmd.StdoutPipe()
@@ -118,7 +123,7 @@ func (h *Host) hold(ctx context.Context) error {
 		return err
 	}
 	h.pid = cmd.Process.Pid
-	h.lab.holders = append(h.lab.holders, cmd)
+	h.network.holders = append(h.network.holders, cmd)
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
 	line, _ := bufio.NewReader(out).ReadString('\n')
 	if !stop() {
@@ -133,8 +138,8 @@ func (h *Host) hold(ctx context.Context) error {
 // Command prepares a command that runs on the host, as root, in /, with HOME
 // in the host's own directory. The process that is started is the command
 // itself: signals reach it.
-func (h *Host) Command(ctx context.Context, args ...string) *exec.Cmd {
-	enter := append(h.enter(), args...)
+func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	enter := append(append(h.enter(), name), args...)
 	cmd := exec.CommandContext(ctx, enter[0], enter[1:]...)
 	cmd.Dir = "/"
 	cmd.Env = append(os.Environ(), "HOME="+filepath.Join(h.Dir, "home"))
@@ -143,8 +148,8 @@ func (h *Host) Command(ctx context.Context, args ...string) *exec.Cmd {
 
 // Run runs a command on the host and gives its standard output; standard error
 // is part of the error.
-func (h *Host) Run(ctx context.Context, args ...string) (string, error) {
-	out, err := output(h.Command(ctx, args...))
+func (h *Host) Run(ctx context.Context, name string, args ...string) (string, error) {
+	out, err := output(h.Command(ctx, name, args...))
 	return string(out), err
 }
 
@@ -153,7 +158,7 @@ func (h *Host) Shell() string { return strings.Join(h.enter(), " ") + " bash" }
 
 func (h *Host) enter() []string {
 	ns := "/proc/" + strconv.Itoa(h.pid) + "/ns/"
-	return []string{"nsenter", "--net=" + h.NetNS, "--mount=" + ns + "mnt", "--uts=" + ns + "uts", "--wd=/", "--"}
+	return []string{"nsenter", "--net=" + h.NetNS(), "--mount=" + ns + "mnt", "--uts=" + ns + "uts", "--wd=/", "--"}
 }
 
 // Do runs fn in this process, in the host's network namespace: sockets that
@@ -175,13 +180,13 @@ func (h *Host) inside(fn func() error) error {
 		// to be. While this goroutine sits on it, another cannot get it.
 		return h.Do(fn)
 	}
-	ns, err := os.Open(h.NetNS)
+	ns, err := os.Open(h.NetNS())
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
 	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("enter %s: %w", h.NetNS, err)
+		return fmt.Errorf("enter %s: %w", h.namespace, err)
 	}
 	return fn()
 }

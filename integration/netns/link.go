@@ -12,14 +12,14 @@ import (
 
 // Unplug pulls the host's cable: its interface loses the carrier.
 func (h *Host) Unplug(ctx context.Context) error {
-	h.lab.log.Info("cable unplugged", "host", h.Name)
-	return h.lab.batch(ctx, h.lab.router, "link set %s down", h.port)
+	h.network.log.Info("cable unplugged", "host", h.Name)
+	return h.network.batch(ctx, h.network.router, "link set %s down", h.port)
 }
 
 // Plug puts the cable back.
 func (h *Host) Plug(ctx context.Context) error {
-	h.lab.log.Info("cable plugged", "host", h.Name)
-	return h.lab.batch(ctx, h.lab.router, "link set %s up", h.port)
+	h.network.log.Info("cable plugged", "host", h.Name)
+	return h.network.batch(ctx, h.network.router, "link set %s up", h.port)
 }
 
 // Mute makes the network swallow whatever the host sends or is sent; its
@@ -32,34 +32,34 @@ func (h *Host) Unmute(ctx context.Context) error { return h.portState(ctx, "3") 
 // portState sets the bridge port's state: 0 is disabled, 3 is forwarding
 // (linux/if_bridge.h).
 func (h *Host) portState(ctx context.Context, state string) error {
-	h.lab.log.Info("bridge port state set", "host", h.Name, "state", state)
-	_, err := h.lab.run(ctx, "bridge", "-n", h.lab.router, "link", "set", "dev", h.port, "state", state)
+	h.network.log.Info("bridge port state set", "host", h.Name, "state", state)
+	_, err := h.network.run(ctx, "bridge", "-n", h.network.router, "link", "set", "dev", h.port, "state", state)
 	return err
 }
 
 // Partition makes two hosts drop each other's packets on arrival (iptables
 // DROP), while both still reach everybody else.
-func (l *Lab) Partition(ctx context.Context, a, b *Host) error {
-	l.log.Info("hosts partitioned", "a", a.Name, "b", b.Name)
-	return l.dropBoth(ctx, "-I", a, b)
+func (n *Network) Partition(ctx context.Context, a, b *Host) error {
+	n.log.Info("hosts partitioned", "a", a.Name, "b", b.Name)
+	return n.dropBoth(ctx, "-I", a, b)
 }
 
 // Heal ends one Partition of the two hosts.
-func (l *Lab) Heal(ctx context.Context, a, b *Host) error {
-	l.log.Info("hosts healed", "a", a.Name, "b", b.Name)
-	return l.dropBoth(ctx, "-D", a, b)
+func (n *Network) Heal(ctx context.Context, a, b *Host) error {
+	n.log.Info("hosts healed", "a", a.Name, "b", b.Name)
+	return n.dropBoth(ctx, "-D", a, b)
 }
 
-func (l *Lab) dropBoth(ctx context.Context, action string, a, b *Host) error {
-	if _, err := a.iptables(ctx, action, "INPUT", "-s", b.Addr.String(), "-j", "DROP"); err != nil {
+func (n *Network) dropBoth(ctx context.Context, action string, a, b *Host) error {
+	if _, err := a.iptables(ctx, action, "INPUT", "-s", b.Addr().String(), "-j", "DROP"); err != nil {
 		return err
 	}
-	_, err := b.iptables(ctx, action, "INPUT", "-s", a.Addr.String(), "-j", "DROP")
+	_, err := b.iptables(ctx, action, "INPUT", "-s", a.Addr().String(), "-j", "DROP")
 	return err
 }
 
 func (h *Host) iptables(ctx context.Context, args ...string) (string, error) {
-	return h.Run(ctx, append([]string{"iptables", "-w"}, args...)...)
+	return h.Run(ctx, "iptables", append([]string{"-w"}, args...)...)
 }
 
 // Rate limits the host's link, each way, to so many bits per second; 0 ends
@@ -68,7 +68,7 @@ func (h *Host) Rate(ctx context.Context, bitsPerSecond int64) error {
 	if bitsPerSecond < 0 {
 		return fmt.Errorf("rate %d bit/s of host %s: want 0 or more: %w", bitsPerSecond, h.Name, flox.ErrBadInput)
 	}
-	for namespace, link := range map[string]string{h.lab.router: h.port, h.NetNS[len(runDir)+1:]: device} {
+	for namespace, link := range map[string]string{h.network.router: h.port, h.namespace: device} {
 		args := []string{"-n", namespace, "qdisc", "replace", "dev", link, "root"}
 		if bitsPerSecond == 0 {
 			args = append(args, "noqueue")
@@ -79,7 +79,7 @@ func (h *Host) Rate(ctx context.Context, bitsPerSecond int64) error {
 			args = append(args, "tbf", "rate", strconv.FormatInt(bitsPerSecond, 10)+"bit",
 				"burst", strconv.FormatInt(burst, 10), "latency", "50ms")
 		}
-		if _, err := h.lab.run(ctx, "tc", args...); err != nil {
+		if _, err := h.network.run(ctx, "tc", args...); err != nil {
 			return err
 		}
 	}
@@ -138,7 +138,7 @@ func parseCounters(table, device string) (Counters, error) {
 
 // CountFrom begins to count what arrives from peer.
 func (h *Host) CountFrom(ctx context.Context, peer *Host) error {
-	_, err := h.iptables(ctx, "-I", "INPUT", "-s", peer.Addr.String(), "-m", "comment", "--comment", "count")
+	_, err := h.iptables(ctx, "-I", "INPUT", "-s", peer.Addr().String(), "-m", "comment", "--comment", "count")
 	return err
 }
 
@@ -151,7 +151,7 @@ func (h *Host) BytesFrom(ctx context.Context, peer *Host) (uint64, error) {
 	}
 	for line := range strings.Lines(rules) {
 		f := strings.Fields(line)
-		if len(f) > 2 && strings.Contains(line, "/* count */") && strings.Contains(line, " "+peer.Addr.String()+" ") {
+		if len(f) > 2 && strings.Contains(line, "/* count */") && strings.Contains(line, " "+peer.Addr().String()+" ") {
 			return strconv.ParseUint(f[1], 10, 64)
 		}
 	}

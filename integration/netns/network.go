@@ -49,21 +49,21 @@ for ns in /run/netns/"$1"-*; do [ ! -e "$ns" ] || ip netns del "${ns##*/}"; done
 [ -z "$2" ] || rm -rf --one-file-system "$2"
 :`
 
-var labs atomic.Int64 // of this process, for names
+var made atomic.Int64 // of this process, for names
 
 // Config is what New needs; the zero value is usable.
 type Config struct {
-	// Dir holds a directory per lab with the hosts' files; default os.TempDir().
+	// Dir holds a directory per network with the hosts' files; default os.TempDir().
 	Dir string
 	// Log gets a line per change of the network; nil discards.
 	Log *slog.Logger
 }
 
-// Lab is a set of hosts and subnets around one router. Its methods may be
+// Network is a set of hosts and subnets around one router. Its methods may be
 // called from several goroutines.
-type Lab struct {
+type Network struct {
 	log    *slog.Logger
-	name   string // prefix of this lab's namespaces
+	name   string // prefix of its namespaces
 	dir    string
 	router string // name of the router's namespace
 	reaper *reap.Reaper
@@ -82,9 +82,9 @@ type Subnet struct {
 	next   netip.Addr
 }
 
-// New makes a lab with a router and nothing else, as root. It first removes
+// New makes a network with a router and nothing else, as root. It first removes
 // what dead processes left. Errors: ErrDenied, or a program that is missing.
-func New(ctx context.Context, cfg Config) (*Lab, error) {
+func New(ctx context.Context, cfg Config) (*Network, error) {
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("network namespaces need root: run with sudo: %w", flox.ErrDenied)
 	}
@@ -96,106 +96,106 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	if err := Sweep(ctx); err != nil {
 		return nil, err
 	}
-	l := &Lab{log: cfg.Log, name: fmt.Sprintf("%s%d-%d", prefix, os.Getpid(), labs.Add(1))}
-	if l.log == nil {
-		l.log = slog.New(slog.DiscardHandler)
+	n := &Network{log: cfg.Log, name: fmt.Sprintf("%s%d-%d", prefix, os.Getpid(), made.Add(1))}
+	if n.log == nil {
+		n.log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Dir == "" {
 		cfg.Dir = os.TempDir()
 	}
-	l.dir = filepath.Join(cfg.Dir, l.name)
-	l.router = l.name + "-router"
+	n.dir = filepath.Join(cfg.Dir, n.name)
+	n.router = n.name + "-router"
 	var err error
-	if l.reaper, err = reap.Start(remove, l.name, l.dir); err != nil {
+	if n.reaper, err = reap.Start(remove, n.name, n.dir); err != nil {
 		return nil, err
 	}
-	if err := l.start(ctx); err != nil {
-		return nil, errors.Join(err, l.Close())
+	if err := n.start(ctx); err != nil {
+		return nil, errors.Join(err, n.Close())
 	}
-	return l, nil
+	return n, nil
 }
 
-func (l *Lab) start(ctx context.Context) error {
-	if err := os.Mkdir(l.dir, 0o755); err != nil {
+func (n *Network) start(ctx context.Context) error {
+	if err := os.Mkdir(n.dir, 0o755); err != nil {
 		return err
 	}
 	// Where there never was a network namespace or a Nix.
 	if err := os.MkdirAll("/nix", 0o755); err != nil {
 		return err
 	}
-	if err := l.addNamespace(ctx, l.router); err != nil {
+	if err := n.addNamespace(ctx, n.router); err != nil {
 		return err
 	}
-	_, err := l.run(ctx, "ip", "netns", "exec", l.router, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
+	_, err := n.run(ctx, "ip", "netns", "exec", n.router, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
 	return err
 }
 
 // Close ends everything that runs on the hosts, first with SIGTERM and three
 // seconds later with SIGKILL, and removes hosts, network and files.
-func (l *Lab) Close() error {
-	err := l.reaper.Close()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, holder := range l.holders {
+func (n *Network) Close() error {
+	err := n.reaper.Close()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, holder := range n.holders {
 		_ = holder.Wait() // its stdin is at its end, or it was killed
 	}
-	l.holders = nil
+	n.holders = nil
 	return err
 }
 
 // Dir is the directory with the hosts' files; it goes with Close.
-func (l *Lab) Dir() string { return l.dir }
+func (n *Network) Dir() string { return n.dir }
 
 // Subnet adds a subnet and joins it to the router. The zero prefix picks
 // 10.77.N.0/24. The router has the first address, hosts follow.
-func (l *Lab) Subnet(ctx context.Context, name string, p netip.Prefix) (*Subnet, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	n := len(l.subnets)
+func (n *Network) Subnet(ctx context.Context, name string, p netip.Prefix) (*Subnet, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	count := len(n.subnets)
 	if !p.IsValid() {
-		p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, byte(n), 0}), 24)
+		p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, byte(count), 0}), 24)
 	}
 	p = p.Masked()
-	if !p.Addr().Is4() || p.Bits() > 28 || n > 250 {
+	if !p.Addr().Is4() || p.Bits() > 28 || count > 250 {
 		return nil, fmt.Errorf("subnet %s %s: want an IPv4 prefix of at most 28 bits: %w", name, p, flox.ErrBadInput)
 	}
-	for _, s := range l.subnets {
+	for _, s := range n.subnets {
 		if s.Prefix.Overlaps(p) {
 			return nil, fmt.Errorf("subnet %s %s overlaps %s %s: %w", name, p, s.Name, s.Prefix, flox.ErrBadInput)
 		}
 	}
-	s := &Subnet{Name: name, Prefix: p, bridge: "br" + strconv.Itoa(n), next: p.Addr().Next().Next()}
-	err := l.batch(ctx, l.router,
+	s := &Subnet{Name: name, Prefix: p, bridge: "br" + strconv.Itoa(count), next: p.Addr().Next().Next()}
+	err := n.batch(ctx, n.router,
 		"link add name %s type bridge mcast_snooping 0", s.bridge,
 		"addr add %s/%d dev %s", p.Addr().Next(), p.Bits(), s.bridge,
 		"link set %s up", s.bridge)
 	if err != nil {
 		return nil, fmt.Errorf("subnet %s: %w", name, err)
 	}
-	l.subnets = append(l.subnets, s)
-	l.log.Info("subnet added", "name", name, "prefix", p)
+	n.subnets = append(n.subnets, s)
+	n.log.Info("subnet added", "name", name, "prefix", p)
 	return s, nil
 }
 
-func (l *Lab) addNamespace(ctx context.Context, name string) error {
-	if _, err := l.run(ctx, "ip", "netns", "add", name); err != nil {
+func (n *Network) addNamespace(ctx context.Context, name string) error {
+	if _, err := n.run(ctx, "ip", "netns", "add", name); err != nil {
 		return err
 	}
 	// IPv4 only: every address in a test is one the test gave out.
-	_, err := l.run(ctx, "ip", "netns", "exec", name, "sh", "-c",
+	_, err := n.run(ctx, "ip", "netns", "exec", name, "sh", "-c",
 		"[ ! -d /proc/sys/net/ipv6 ] || echo 1 | tee /proc/sys/net/ipv6/conf/all/disable_ipv6 >/proc/sys/net/ipv6/conf/default/disable_ipv6; ip link set lo up")
 	return err
 }
 
 // batch runs `ip` commands in a namespace, given as formats, each followed by
 // its arguments.
-func (l *Lab) batch(ctx context.Context, namespace string, formatsAndArgs ...any) error {
+func (n *Network) batch(ctx context.Context, namespace string, formatsAndArgs ...any) error {
 	var script strings.Builder
 	for rest := formatsAndArgs; len(rest) > 0; {
 		format, _ := rest[0].(string)
-		n := 1 + strings.Count(format, "%")
-		fmt.Fprintf(&script, format+"\n", rest[1:n]...)
-		rest = rest[n:]
+		args := 1 + strings.Count(format, "%")
+		fmt.Fprintf(&script, format+"\n", rest[1:args]...)
+		rest = rest[args:]
 	}
 	cmd := exec.CommandContext(ctx, "ip", "-n", namespace, "-batch", "-")
 	cmd.Stdin = strings.NewReader(script.String())
@@ -203,7 +203,7 @@ func (l *Lab) batch(ctx context.Context, namespace string, formatsAndArgs ...any
 	return err
 }
 
-func (l *Lab) run(ctx context.Context, name string, args ...string) ([]byte, error) {
+func (n *Network) run(ctx context.Context, name string, args ...string) ([]byte, error) {
 	return output(exec.CommandContext(ctx, name, args...))
 }
 
@@ -222,7 +222,7 @@ var leftover = regexp.MustCompile(`^(` + prefix + `([0-9]+)-[0-9]+)(-|$)`)
 // Sweep removes namespaces and files of processes that are gone and could not
 // clean up, such as after SIGKILL of the whole process group.
 func Sweep(ctx context.Context) error {
-	found := map[string]string{} // lab -> directory, "" if none
+	found := map[string]string{} // network -> directory, "" if none
 	spaces, _ := filepath.Glob(filepath.Join(runDir, prefix+"*"))
 	dirs, _ := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*"))
 	for _, path := range append(spaces, dirs...) {
@@ -239,9 +239,9 @@ func Sweep(ctx context.Context) error {
 			found[m[1]] = ""
 		}
 	}
-	for lab, dir := range found {
-		if _, err := output(exec.CommandContext(ctx, "sh", "-c", remove, "sweep", lab, dir)); err != nil {
-			return fmt.Errorf("remove what %s left: %w", lab, err)
+	for name, dir := range found {
+		if _, err := output(exec.CommandContext(ctx, "sh", "-c", remove, "sweep", name, dir)); err != nil {
+			return fmt.Errorf("remove what %s left: %w", name, err)
 		}
 	}
 	return nil
