@@ -91,7 +91,7 @@ func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte
 		if err != nil {
 			return 0, fmt.Errorf("%s: %w", t.path, err)
 		}
-		t.a.cache.Used(file, off, who.Node)
+		t.a.cache.Used(file, off, int64(len(p)), who.Node)
 	}
 	// What was not fetched just now lies in the cache; it may have been evicted in
 	// between, then it is fetched by itself.

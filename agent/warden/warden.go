@@ -10,17 +10,39 @@ package warden
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/fuse"
+)
+
+const (
+	// nobody is who the child is where there is no user floxd.
+	nobody = 65534
+	// staleTimeout is how long the mount of a warden that was killed may take to
+	// be seen as dead: its child dies with it, but not in the same moment.
+	staleTimeout = 3 * time.Second
+	// maxDelay is the longest pause before a child that keeps dying is started
+	// again; settled is how long one must live to be started at once.
+	maxDelay = 10 * time.Second
+	settled  = 10 * time.Second
 )
 
 // Config is what the parent needs. MountDir, RunDir and Child are required.
 type Config struct {
 	// MountDir is where the store is mounted. It is made if missing.
 	MountDir string
-	// RunDir is a directory on a tmpfs for the lock and the node table; it is
-	// made if missing and given to the child's user.
+	// RunDir is a directory on a tmpfs for the node table and what else the
+	// child keeps there; it is made if missing and given to the child's user.
 	RunDir string
 	// Child is the command line of the child, an absolute program first.
 	Child []string
@@ -29,7 +51,8 @@ type Config struct {
 	// UID and GID are who the child runs as; 0 = the user floxd, or 65534 if
 	// there is none.
 	UID, GID uint32
-	// ReadAheadKiB is the kernel's read-ahead on the mount; 0 = 64.
+	// ReadAheadKiB is the kernel's read-ahead on the mount, 0 = 64. Programs are
+	// read in few places, and each costs that much from the network.
 	ReadAheadKiB int
 	// StopTimeout is how long the child may take to end; 0 = 5 s.
 	StopTimeout time.Duration
@@ -37,54 +60,257 @@ type Config struct {
 	Log *slog.Logger
 }
 
+func (c *Config) setDefaults() error {
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("warden: %s: %w", fmt.Sprintf(format, args...), flox.ErrBadInput)
+	}
+	for name, path := range map[string]string{"MountDir": c.MountDir, "RunDir": c.RunDir} {
+		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
+			return bad("%s %q: want an absolute directory without a trailing slash", name, path)
+		}
+	}
+	switch {
+	case len(c.Child) == 0 || !filepath.IsAbs(c.Child[0]):
+		return bad("Child %q: want a command line that begins with an absolute path", c.Child)
+	case c.ReadAheadKiB < 0 || c.ReadAheadKiB > maxReadAhead:
+		return bad("ReadAheadKiB %d: want 0 to %d", c.ReadAheadKiB, maxReadAhead)
+	case c.StopTimeout < 0:
+		return bad("StopTimeout %v: want 0 or more", c.StopTimeout)
+	}
+	if c.Env == nil {
+		c.Env = os.Environ()
+	}
+	if c.UID == 0 || c.GID == 0 {
+		uid, gid := defaultUser()
+		if c.UID == 0 {
+			c.UID = uid
+		}
+		if c.GID == 0 {
+			c.GID = gid
+		}
+	}
+	if c.ReadAheadKiB == 0 {
+		c.ReadAheadKiB = 64
+	}
+	if c.StopTimeout == 0 {
+		c.StopTimeout = 5 * time.Second
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+func defaultUser() (uid, gid uint32) {
+	u, err := user.Lookup("floxd")
+	if err != nil {
+		return nobody, nobody
+	}
+	n, uidErr := strconv.ParseUint(u.Uid, 10, 32)
+	g, gidErr := strconv.ParseUint(u.Gid, 10, 32)
+	if uidErr != nil || gidErr != nil || n == 0 || g == 0 {
+		return nobody, nobody
+	}
+	return uint32(n), uint32(g)
+}
+
+// warden is a running parent.
+type warden struct {
+	cfg   Config
+	log   *slog.Logger
+	dev   *fuse.Device
+	clerk *clerk
+}
+
 // Run mounts, supervises the child and unmounts when ctx is done (nil). The
 // child is started again whenever it dies, ever more slowly if it keeps dying.
-// Errors are those of fuse.Mount, ErrBusy when another warden owns RunDir, and
+// Errors are those of fuse.Mount, ErrBusy when another warden has RunDir, and
 // ErrClosed when somebody else unmounted the file system.
-func Run(ctx context.Context, cfg Config) error { return errors.ErrUnsupported }
-
-// Conn is the child's line to its warden. Its methods may be called at once by
-// many and need a running Run.
-type Conn struct {
-	// Device and Init belong to the mount: see fuse.ServerConfig.
-	Device *os.File
-	Init   []byte
-	// MountDir and RunDir are the parent's.
-	MountDir, RunDir string
+func Run(ctx context.Context, cfg Config) error {
+	if err := cfg.setDefaults(); err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("mount %s: only root can mount; run it with sudo: %w", cfg.MountDir, flox.ErrDenied)
+	}
+	w := &warden{cfg: cfg, log: cfg.Log}
+	lock, err := w.prepare(ctx)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if w.dev, err = fuse.Mount(fuse.MountConfig{Dir: cfg.MountDir, Log: cfg.Log}); err != nil {
+		return err
+	}
+	defer w.dev.File.Close()
+	defer w.unmount()
+	if err := setReadAhead(w.dev.BDI, cfg.ReadAheadKiB); err != nil {
+		w.log.Warn("the kernel keeps its own read-ahead", "error", err)
+	}
+	scans, err := newScanner(w.dev.BDI)
+	if err != nil {
+		return err
+	}
+	w.clerk = &clerk{mountDir: cfg.MountDir, bdi: w.dev.BDI, scans: scans, log: cfg.Log}
+	return w.supervise(ctx)
 }
 
-// FromEnv finds the line in the environment of a process that a warden
-// started, and takes it out of the environment. ErrNotFound: no warden started it.
-func FromEnv() (*Conn, error) { return nil, errors.ErrUnsupported }
-
-// NodeTable is the path of the mount's node table.
-func (c *Conn) NodeTable() string { return "" }
-
-// Run receives answers until ctx is done (its error) or the warden is gone
-// (ErrClosed): the child should then end.
-func (c *Conn) Run(ctx context.Context) error { return errors.ErrUnsupported }
-
-// Exe gives the program a process (or thread) runs, as the kernel writes it.
-// ErrNotFound: there is no such process, or it is the kernel's own.
-func (c *Conn) Exe(ctx context.Context, pid uint32) (string, error) {
-	return "", errors.ErrUnsupported
+// prepare makes the directories, makes sure that this is the only warden, and
+// clears away what one that was killed left. The lock lasts until it is closed.
+func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
+	if err := os.MkdirAll(w.cfg.RunDir, 0o755); err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	// Nothing in there is opened for writing by root: it belongs to the child.
+	lock, err = os.OpenFile(w.cfg.RunDir, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, fmt.Errorf("run directory %s: another agent uses it; stop that one or give this one its own: %w", w.cfg.RunDir, flox.ErrBusy)
+	}
+	if err := lock.Chown(int(w.cfg.UID), int(w.cfg.GID)); err != nil {
+		return nil, fmt.Errorf("run directory: %w", err)
+	}
+	if err := w.clearStale(ctx); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(w.cfg.MountDir, 0o755); err != nil {
+		return nil, fmt.Errorf("mount directory: %w", err)
+	}
+	// The table of another mount.
+	if err := os.Remove(nodeTable(w.cfg.RunDir)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("old node table: %w", err)
+	}
+	return lock, nil
 }
 
-// InUse lists the inodes of the mount that any process has open, mapped, runs,
-// or stands in. One scan serves everybody who asks within a second.
-func (c *Conn) InUse(ctx context.Context) (map[uint64]struct{}, error) {
-	return nil, errors.ErrUnsupported
+// clearStale unmounts what a warden left that could not do so itself. A mount
+// that somebody serves is left alone, for fuse.Mount to refuse.
+func (w *warden) clearStale(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, staleTimeout)
+	defer cancel()
+	for {
+		m, err := fuse.FindMount(w.cfg.MountDir)
+		if err != nil {
+			return fmt.Errorf("look for an old mount: %w", err)
+		}
+		if m == nil || m.FSType != fuse.FSType {
+			return nil
+		}
+		if dead(ctx, w.cfg.MountDir) {
+			w.log.Info("unmounting what an earlier agent left", "dir", w.cfg.MountDir)
+			if err := unix.Unmount(w.cfg.MountDir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+				return fmt.Errorf("unmount what an earlier agent left at %s: %w", w.cfg.MountDir, err)
+			}
+			continue
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
-// Mapped reports whether any process has the inode mapped or executes it. When
-// that cannot be found out it says true: waiting is safer than killing.
-func (c *Conn) Mapped(ctx context.Context, node uint64) bool { return false }
-
-// RootTarget reads the symlink of an indirect root. ErrNotFound: there is no
-// such link, or it does not point below the mount.
-func (c *Conn) RootTarget(ctx context.Context, link string) (string, error) {
-	return "", errors.ErrUnsupported
+// dead reports whether the connection of the mount at dir is gone: the one
+// question the kernel always passes on is statfs(2). It may wait for ever if
+// nobody serves, so it is asked by a goroutine that may be left behind.
+func dead(ctx context.Context, dir string) bool {
+	answer := make(chan error, 1)
+	go func() {
+		var st unix.Statfs_t
+		answer <- unix.Statfs(dir, &st)
+	}()
+	select {
+	case err := <-answer:
+		return errors.Is(err, syscall.ENOTCONN) || errors.Is(err, syscall.ECONNABORTED)
+	case <-ctx.Done():
+		return false
+	}
 }
 
-// SetReadAhead sets the kernel's read-ahead on the mount, 0 to 4096 KiB.
-func (c *Conn) SetReadAhead(ctx context.Context, kib int) error { return errors.ErrUnsupported }
+// supervise keeps a child running until ctx is done.
+func (w *warden) supervise(ctx context.Context) error {
+	delay := time.Duration(0)
+	for {
+		began := time.Now()
+		err := w.runChild(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !w.connected() {
+			return fmt.Errorf("%s was unmounted by somebody else; start the agent again to mount it: %w", w.cfg.MountDir, flox.ErrClosed)
+		}
+		if time.Since(began) > settled {
+			delay = 0
+		}
+		w.log.Error("the child ended, starting it again", "after", time.Since(began).Round(time.Millisecond), "pause", delay, "error", err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(delay):
+		}
+		delay = min(max(2*delay, 50*time.Millisecond), maxDelay)
+	}
+}
+
+// runChild starts one child and stays with it until it is gone.
+func (w *warden) runChild(ctx context.Context) error {
+	c, err := w.startChild()
+	if err != nil {
+		return err
+	}
+	defer c.release()
+	w.log.Info("the child runs", "pid", c.pid, "uid", w.cfg.UID)
+	answering, stop := context.WithCancel(context.WithoutCancel(ctx))
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		w.clerk.serve(answering, c.line)
+	}()
+	defer func() {
+		stop()
+		// Not for an answer that waits: it ends when it can.
+		select {
+		case <-answered:
+		case <-time.After(time.Second):
+		}
+	}()
+	if c.wait(ctx) != nil {
+		// While the child serves, the mount can go without anybody waiting.
+		w.unmount()
+		c.stop(w.cfg.StopTimeout)
+		return nil
+	}
+	select {
+	case <-c.reaped:
+		return errors.New(c.state)
+	case <-time.After(50 * time.Millisecond):
+		return errors.New("killed, but a thread of it is still inside the kernel")
+	}
+}
+
+// connected reports whether the connection of the mount still is. The device
+// is asked, because the mount could wait for the child that is not there.
+func (w *warden) connected() bool {
+	fds := []unix.PollFd{{Fd: int32(w.dev.File.Fd())}}
+	_, err := unix.Poll(fds, 0)
+	return err != nil || fds[0].Revents&unix.POLLERR == 0
+}
+
+// unmount takes the mount out of the tree, if it is still in it.
+func (w *warden) unmount() {
+	m, err := fuse.FindMount(w.cfg.MountDir)
+	if err == nil && (m == nil || m.Device != w.dev.BDI) {
+		return
+	}
+	if err := fuse.Unmount(w.cfg.MountDir); err != nil {
+		w.log.Error("unmount", "error", err)
+	}
+}

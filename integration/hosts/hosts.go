@@ -130,83 +130,85 @@ func (d *Daemon) await(ctx context.Context, ready func(context.Context) error) e
 	}
 }
 
-// Storehouse is a running storehouse on a host.
+// Storehouse is a running storehouse on a host, with its state where the
+// defaults put it.
 type Storehouse struct {
 	*Daemon
 	Host *netns.Host
-	Dir  string // state directory, seen by every host: they share the machine's disk
+	argv []string
+	logs string
 }
 
-// StartStorehouse starts one with its state under dir/name.
-func StartStorehouse(ctx context.Context, p Programs, host *netns.Host, dir, name string, flags ...string) (*Storehouse, error) {
-	s := &Storehouse{Host: host, Dir: filepath.Join(dir, name)}
-	argv := append([]string{
-		p.Floxd, "storehouse", "--state-dir", s.Dir, "--name", name,
-		"--http", fmt.Sprintf("0.0.0.0:%d", HTTPPort), "--listen", fmt.Sprintf("0.0.0.0:%d", HousePort),
-		"--advertise", fmt.Sprintf("%s:%d", host.Addr(), HousePort), "--http-url", s.URL(),
+// StartStorehouse starts one; its log goes to logs/HOST.log.
+func StartStorehouse(ctx context.Context, p Programs, host *netns.Host, logs string, flags ...string) (*Storehouse, error) {
+	s := &Storehouse{Host: host, logs: logs}
+	s.argv = append([]string{
+		p.Floxd, "storehouse", "--name", host.Name, "--http", fmt.Sprintf("0.0.0.0:%d", HTTPPort), "--http-url", s.URL(),
+		"--advertise", fmt.Sprintf("%s:%d", host.Addr(), HousePort),
 	}, flags...)
+	return s, s.Start(ctx)
+}
+
+// Start starts the storehouse (again) and waits until it answers.
+func (s *Storehouse) Start(ctx context.Context) error {
 	var err error
-	if s.Daemon, err = start(host, dir, name, argv...); err != nil {
-		return nil, err
+	if s.Daemon, err = start(s.Host, s.logs, s.Host.Name, s.argv...); err != nil {
+		return err
 	}
 	err = s.await(ctx, func(ctx context.Context) error {
-		out, err := host.Command(ctx, "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/127.0.0.1/%d", HTTPPort)).CombinedOutput()
+		conn, err := s.Host.Dial(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", HTTPPort))
 		if err != nil {
-			return fmt.Errorf("%w: %s", err, out)
+			return err
 		}
 		_, err = os.Stat(s.Invite())
-		return err
+		return errors.Join(err, conn.Close())
 	})
 	if err != nil {
-		return nil, errors.Join(err, s.Stop())
+		return errors.Join(err, s.Stop())
 	}
-	return s, nil
+	return nil
 }
 
 // URL is the binary cache's.
 func (s *Storehouse) URL() string { return fmt.Sprintf("http://%s:%d", s.Host.Addr(), HTTPPort) }
 
+// State is the storehouse's state directory, seen from outside of the host.
+func (s *Storehouse) State() string { return filepath.Join(s.Host.Dir, "state", "storehouse") }
+
 // Invite is the invite file agents join with.
-func (s *Storehouse) Invite() string { return filepath.Join(s.Dir, "storehouse", "invite.json") }
+func (s *Storehouse) Invite() string { return filepath.Join(s.State(), "invite.json") }
 
 // Netrc writes a netrc file with the upload token, for stock Nix, and gives its name.
 func (s *Storehouse) Netrc() (string, error) {
-	token, err := os.ReadFile(filepath.Join(s.Dir, "storehouse", "upload-token"))
+	token, err := os.ReadFile(filepath.Join(s.State(), "upload-token"))
 	if err != nil {
 		return "", err
 	}
-	name := filepath.Join(s.Dir, "test-netrc")
+	name := filepath.Join(s.logs, "netrc")
 	line := fmt.Sprintf("machine %s password %s\n", s.Host.Addr(), strings.TrimSpace(string(token)))
 	return name, os.WriteFile(name, []byte(line), 0o600)
 }
 
 // Agent is a running agent on a host, with its mount in that host's mount
-// namespace.
+// namespace and its state where the defaults put it.
 type Agent struct {
 	*Daemon
 	Host     *netns.Host
-	Dir      string
 	programs Programs
 	argv     []string
 	logs     string
 }
 
-// StartAgent starts one with its state under dir/name, joined to the storehouse.
-func StartAgent(ctx context.Context, p Programs, host *netns.Host, dir, name, invite string, flags ...string) (*Agent, error) {
-	a := &Agent{Host: host, Dir: filepath.Join(dir, name), programs: p, logs: dir}
-	a.argv = append([]string{
-		p.Floxd, "agent", "--state-dir", a.Dir, "--run-dir", a.runDir(), "--invite", invite,
-		"--listen", fmt.Sprintf("0.0.0.0:%d", AgentPort), "--advertise", fmt.Sprintf("%s:%d", host.Addr(), AgentPort),
-	}, flags...)
-	if err := a.Start(ctx); err != nil {
-		return nil, err
-	}
-	return a, nil
+// StartAgent starts one, joined by an invite; its log goes to logs/HOST.log.
+func StartAgent(ctx context.Context, p Programs, host *netns.Host, logs, invite string, flags ...string) (*Agent, error) {
+	a := &Agent{Host: host, programs: p, logs: logs}
+	a.argv = append([]string{p.Floxd, "agent", "--invite", invite, "--advertise", fmt.Sprintf("%s:%d", host.Addr(), AgentPort)}, flags...)
+	return a, a.Start(ctx)
 }
 
 // Start starts the agent (again) and waits until its mount answers.
 func (a *Agent) Start(ctx context.Context) error {
-	d, err := start(a.Host, a.logs, filepath.Base(a.Dir), a.argv...)
+	d, err := start(a.Host, a.logs, a.Host.Name, a.argv...)
 	if err != nil {
 		return err
 	}
@@ -224,12 +226,12 @@ func (a *Agent) Start(ctx context.Context) error {
 	return nil
 }
 
-func (a *Agent) runDir() string { return filepath.Join(a.Dir, "run") }
+// State is the agent's state directory, seen from outside of the host.
+func (a *Agent) State() string { return filepath.Join(a.Host.Dir, "state", "agent") }
 
-// Ctl runs floxctl against this agent.
+// Ctl runs floxctl on the agent's host and gives what it prints.
 func (a *Agent) Ctl(ctx context.Context, args ...string) ([]byte, error) {
-	argv := append([]string{"--socket", filepath.Join(a.runDir(), "agent.sock")}, args...)
-	cmd := a.Host.Command(ctx, a.programs.Floxctl, argv...)
+	cmd := a.Host.Command(ctx, a.programs.Floxctl, args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -67,6 +68,45 @@ func Start(ctx context.Context, cfg Config) (*Scenario, *Report, error) {
 	return s, report, nil
 }
 
+// start makes three subnets of one host each, joined by a router.
+func (s *Scenario) start(ctx context.Context, report *Report) error {
+	var err error
+	if s.Net, err = netns.New(ctx, netns.Config{Dir: s.cfg.Dir}); err != nil {
+		return err
+	}
+	var machines []*netns.Host
+	for _, name := range []string{"storehouse", "a", "b"} {
+		subnet, err := s.Net.Subnet(ctx, name+"-lan", netip.Prefix{})
+		if err != nil {
+			return err
+		}
+		host, err := s.Net.Host(ctx, name, subnet)
+		if err != nil {
+			return err
+		}
+		machines = append(machines, host)
+	}
+	if reaches, err := netns.MulticastReaches(ctx, machines[1], machines[2]); err != nil || reaches {
+		return errors.Join(fmt.Errorf("multicast from A reaches B: %v", reaches), err)
+	}
+	if s.House, err = hosts.StartStorehouse(ctx, s.cfg.Programs, machines[0], s.cfg.Dir); err != nil {
+		return err
+	}
+	s.say("storehouse on %s, agents on %s and %s, each on a subnet of its own", machines[0].Addr(), machines[1].Addr(), machines[2].Addr())
+	if err := s.copyWorld(ctx, report); err != nil {
+		return err
+	}
+	s.say("nix copy brought %d store paths, %s, in %.1f s", report.Paths, size(report.WorldBytes), report.CopySeconds)
+	if s.A, err = hosts.StartAgent(ctx, s.cfg.Programs, machines[1], s.cfg.Dir, s.House.Invite()); err != nil {
+		return err
+	}
+	s.B, err = hosts.StartAgent(ctx, s.cfg.Programs, machines[2], s.cfg.Dir, s.House.Invite())
+	return err
+}
+
+// world is the store directory everything is built for.
+func (s *Scenario) world() flox.StoreDir { return s.cfg.World.StoreDir }
+
 func (s *Scenario) say(format string, args ...any) {
 	_, _ = fmt.Fprintf(s.cfg.Out, format+"\n", args...)
 }
@@ -75,11 +115,11 @@ func (s *Scenario) say(format string, args ...any) {
 func (s *Scenario) Close() error {
 	var errs []error
 	for _, d := range []*hosts.Agent{s.A, s.B} {
-		if d != nil {
+		if d != nil && d.Daemon != nil {
 			errs = append(errs, d.Stop())
 		}
 	}
-	if s.House != nil {
+	if s.House != nil && s.House.Daemon != nil {
 		errs = append(errs, s.House.Stop())
 	}
 	if s.Net != nil {

@@ -1,0 +1,149 @@
+package warden
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	iofs "io/fs"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/floxctl/flox"
+)
+
+const (
+	// askedAtOnce bounds the questions of one child being answered.
+	askedAtOnce = 8
+	// writeTimeout is how long a child may leave answers unread.
+	writeTimeout = 5 * time.Second
+)
+
+// clerk answers the questions of children.
+type clerk struct {
+	mountDir string
+	bdi      string
+	scans    *scanner
+	log      *slog.Logger
+}
+
+// serve answers until the child is gone, or sends what is no question.
+func (k *clerk) serve(ctx context.Context, line *net.UnixConn) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var handlers sync.WaitGroup
+	defer handlers.Wait()
+	defer line.Close()
+	defer context.AfterFunc(ctx, func() { line.SetReadDeadline(time.Unix(1, 0)) })()
+	room := make(chan struct{}, askedAtOnce)
+	b := make([]byte, maxMessage)
+	for {
+		n, err := line.Read(b)
+		if err != nil || n == 0 {
+			cancel()
+			return
+		}
+		q, err := parseQuestion(b[:n])
+		if err != nil {
+			k.log.Warn("refused a question", "error", err)
+			k.send(line, refusal(q.ID, err))
+			continue
+		}
+		select {
+		case room <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		handlers.Go(func() {
+			defer func() { <-room }()
+			k.answer(ctx, line, q)
+		})
+	}
+}
+
+func (k *clerk) send(line *net.UnixConn, a answer) {
+	b, err := json.Marshal(a)
+	if err != nil {
+		k.log.Error("encode an answer", "error", err)
+		return
+	}
+	line.SetWriteDeadline(time.Now().Add(writeTimeout))
+	if _, err := line.Write(b); err != nil && !errors.Is(err, net.ErrClosed) {
+		k.log.Debug("answer a question", "error", err)
+	}
+}
+
+func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
+	a := answer{ID: q.ID}
+	var err error
+	switch q.Ask {
+	case askExe:
+		a.Text, err = exe(q.PID)
+	case askRoot:
+		a.Text, err = rootTarget(q.Link, k.mountDir)
+	case askReadAhead:
+		err = setReadAhead(k.bdi, q.KiB)
+	case askInUse:
+		var u usage
+		if u, err = k.scans.get(ctx); err == nil {
+			k.sendUsage(line, q.ID, u)
+			return
+		}
+	}
+	if err != nil {
+		a = refusal(q.ID, err)
+	}
+	k.send(line, a)
+}
+
+// sendUsage answers in as many parts as it takes.
+func (k *clerk) sendUsage(line *net.UnixConn, id uint64, u usage) {
+	open := slices.Collect(maps.Keys(u.open))
+	used := slices.Collect(maps.Keys(u.mapped))
+	for part := range slices.Chunk(open, maxNodes) {
+		k.send(line, answer{ID: id, Open: part, More: true})
+	}
+	for part := range slices.Chunk(used, maxNodes) {
+		k.send(line, answer{ID: id, Mapped: part, More: true})
+	}
+	k.send(line, answer{ID: id})
+}
+
+func exe(pid uint32) (string, error) {
+	path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	if errors.Is(err, iofs.ErrNotExist) {
+		return "", fmt.Errorf("process %d: %w", pid, flox.ErrNotFound)
+	}
+	return path, err
+}
+
+// rootTarget reads a link somebody made a garbage collector root of. It tells
+// only of links into the store: what else root can read is nobody's business.
+func rootTarget(link, mountDir string) (string, error) {
+	missing := fmt.Errorf("root %s: no link into %s: %w", link, mountDir, flox.ErrNotFound)
+	if link == mountDir || strings.HasPrefix(link, mountDir+"/") {
+		return "", missing // would be asked of whom it is asked for
+	}
+	target, err := os.Readlink(link)
+	if err != nil || len(target) >= maxLink || filepath.Clean(target) != target || !strings.HasPrefix(target, mountDir+"/") {
+		return "", missing
+	}
+	return target, nil
+}
+
+// setReadAhead sets how much the kernel reads at once on a device.
+func setReadAhead(bdi string, kib int) error {
+	path := filepath.Join("/sys/class/bdi", bdi, "read_ahead_kb")
+	if err := os.WriteFile(path, []byte(strconv.Itoa(kib)), 0); err != nil {
+		return fmt.Errorf("set the read-ahead to %d KiB: %w", kib, err)
+	}
+	return nil
+}

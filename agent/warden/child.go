@@ -1,0 +1,193 @@
+package warden
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox/fuse"
+)
+
+// lookEvery is how often to look whether a child that seems to live is dying.
+const lookEvery = 500 * time.Millisecond
+
+// child is one process started by the warden.
+type child struct {
+	pid    int
+	line   *net.UnixConn
+	life   *os.File
+	closed chan struct{} // its end of the life pipe is closed
+	reaped chan struct{}
+	state  string // how it ended, valid after reaped
+}
+
+// startChild starts the child with the mount's device, a line and a life pipe.
+func (w *warden) startChild() (*child, error) {
+	value, err := json.Marshal(inheritance{Init: w.dev.Init, MountDir: w.cfg.MountDir, RunDir: w.cfg.RunDir})
+	if err != nil {
+		return nil, err
+	}
+	ours, theirs, err := socketPair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	life, lifeEnd, err := os.Pipe()
+	if err != nil {
+		ours.Close()
+		return nil, err
+	}
+	defer lifeEnd.Close()
+	cmd := exec.Command(w.cfg.Child[0], w.cfg.Child[1:]...)
+	cmd.Env = append(withoutEnv(w.cfg.Env), envName+"="+string(value))
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{w.dev.File, theirs, lifeEnd} // deviceFD, lineFD, lifeFD
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		// No groups, and no capabilities: leaving uid 0 drops them.
+		Credential: &syscall.Credential{Uid: w.cfg.UID, Gid: w.cfg.GID},
+		Pdeathsig:  syscall.SIGKILL,
+		// Ctrl-C is the warden's to hear; it unmounts before it ends the child.
+		Setpgid: true,
+	}
+	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{})}
+	if err := c.launch(cmd); err != nil {
+		ours.Close()
+		life.Close()
+		return nil, fmt.Errorf("start %s: %w", w.cfg.Child[0], err)
+	}
+	return c, nil
+}
+
+// launch starts cmd on a thread of its own. PR_SET_NO_NEW_PRIVS is a thread's
+// and is inherited by what it starts; the death signal is sent when the thread
+// that started the child ends, so it must stay until the child is gone, and
+// then goes with the goroutine.
+func (c *child) launch(cmd *exec.Cmd) error {
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		err := os.NewSyscallError("prctl", unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		if err == nil {
+			err = cmd.Start()
+		}
+		started <- err
+		if err != nil {
+			return
+		}
+		defer close(c.reaped)
+		cmd.Wait()
+		c.state = cmd.ProcessState.String()
+	}()
+	if err := <-started; err != nil {
+		return err
+	}
+	c.pid = cmd.Process.Pid
+	go func() {
+		defer close(c.closed)
+		c.life.Read(make([]byte, 1)) // nobody writes: it ends with the child
+	}()
+	return nil
+}
+
+// wait returns when the child is gone or as good as gone, or ctx is done. Being
+// reaped is not waited for: a thread of it may be inside the kernel, waiting for
+// an answer only the next child can give.
+func (c *child) wait(ctx context.Context) error {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-c.closed:
+			return nil
+		case <-c.reaped:
+			return nil
+		case <-tick.C:
+			// Descriptors are closed by the last thread of a process. If that
+			// one is held up, the pipe stays open although nobody serves.
+			if c.dying() {
+				return nil
+			}
+		}
+	}
+}
+
+// dying reports whether the child's main thread is dead or was killed.
+func (c *child) dying() bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.pid))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist)
+	}
+	// "pid (name) S …"; the name may hold anything.
+	_, rest, ok := strings.Cut(string(b[strings.LastIndexByte(string(b), ')')+1:]), " ")
+	return ok && strings.ContainsAny(rest[:1], "ZX") || fuse.Killed(uint32(c.pid))
+}
+
+// stop ends the child, kindly for as long as limit.
+func (c *child) stop(limit time.Duration) {
+	c.signal(syscall.SIGTERM)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if c.wait(ctx) != nil {
+		c.signal(syscall.SIGKILL)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		c.wait(ctx)
+	}
+	select { // so that its state is known, which is a moment later
+	case <-c.reaped:
+	case <-time.After(time.Second):
+	}
+}
+
+func (c *child) signal(sig syscall.Signal) {
+	select {
+	case <-c.reaped: // the number may be somebody else's
+	default:
+		syscall.Kill(c.pid, sig)
+	}
+}
+
+// release lets go of what the warden has of a child that is gone.
+func (c *child) release() {
+	c.line.Close()
+	c.life.Close()
+}
+
+func socketPair() (ours *net.UnixConn, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("socketpair", err)
+	}
+	theirs = os.NewFile(uintptr(fds[1]), "line")
+	file := os.NewFile(uintptr(fds[0]), "line")
+	defer file.Close()
+	conn, err := net.FileConn(file)
+	if err != nil {
+		theirs.Close()
+		return nil, nil, err
+	}
+	return conn.(*net.UnixConn), theirs, nil
+}
+
+// withoutEnv is env without what an earlier warden may have left in it.
+func withoutEnv(env []string) []string {
+	var kept []string
+	for _, v := range env {
+		if !strings.HasPrefix(v, envName+"=") {
+			kept = append(kept, v)
+		}
+	}
+	return kept
+}

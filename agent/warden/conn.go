@@ -1,0 +1,230 @@
+package warden
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox"
+)
+
+// envName is the variable that tells a child what it was given; the
+// descriptors have fixed numbers.
+const (
+	envName  = "FLOXD_WARDEN"
+	deviceFD = 3
+	lineFD   = 4
+	lifeFD   = 5
+)
+
+// inheritance is what the variable says.
+type inheritance struct {
+	Init             []byte
+	MountDir, RunDir string
+}
+
+// maxUsed bounds how many inodes an answer may list in all.
+const maxUsed = 1 << 20
+
+// Conn is the child's line to its warden. Its methods may be called at once by
+// many and need a running Run. They wait for the warden until ctx is done.
+type Conn struct {
+	// Device and Init belong to the mount: see fuse.ServerConfig.
+	Device *os.File
+	Init   []byte
+	// MountDir and RunDir are the parent's; the child may write in RunDir.
+	MountDir, RunDir string
+
+	line *net.UnixConn
+	life *os.File // closed by the end of this process, which the warden sees
+
+	gone   chan struct{} // closed when Run ends
+	mu     sync.Mutex
+	lastID uint64
+	asked  map[uint64]*pending
+}
+
+// pending is a question without an answer.
+type pending struct {
+	sofar answer
+	done  chan struct{}
+}
+
+// FromEnv finds the line in the environment of a process that a warden
+// started, and takes it out of the environment. ErrNotFound: no warden started it.
+func FromEnv() (*Conn, error) {
+	value, ok := os.LookupEnv(envName)
+	if !ok {
+		return nil, fmt.Errorf("no warden started this process (%s is not set); start floxd agent instead: %w", envName, flox.ErrNotFound)
+	}
+	os.Unsetenv(envName)
+	var in inheritance
+	if err := json.Unmarshal([]byte(value), &in); err != nil {
+		return nil, fmt.Errorf("%s: %w: %w", envName, err, flox.ErrBadInput)
+	}
+	for fd := deviceFD; fd <= lifeFD; fd++ {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+			return nil, fmt.Errorf("descriptor %d from the warden: %w", fd, err)
+		}
+	}
+	c := &Conn{
+		Device: os.NewFile(deviceFD, "/dev/fuse"), Init: in.Init, MountDir: in.MountDir, RunDir: in.RunDir,
+		life: os.NewFile(lifeFD, "life"),
+	}
+	line := os.NewFile(lineFD, "warden")
+	defer line.Close()
+	return c, c.attach(line)
+}
+
+// attach makes c talk over a socket, of which it takes a duplicate.
+func (c *Conn) attach(line *os.File) error {
+	conn, err := net.FileConn(line)
+	if err != nil {
+		return fmt.Errorf("line to the warden: %w", err)
+	}
+	unixConn, ok := conn.(*net.UnixConn)
+	if !ok {
+		conn.Close()
+		return fmt.Errorf("line to the warden is %T: %w", conn, flox.ErrBadInput)
+	}
+	c.line, c.gone, c.asked = unixConn, make(chan struct{}), make(map[uint64]*pending)
+	return nil
+}
+
+// NodeTable is the path of the mount's node table (fuse.ServerConfig).
+func (c *Conn) NodeTable() string { return nodeTable(c.RunDir) }
+
+func nodeTable(runDir string) string { return filepath.Join(runDir, "nodes") }
+
+// Run receives answers until ctx is done (its error) or the warden is gone
+// (ErrClosed): the child should then end, since its mount does.
+func (c *Conn) Run(ctx context.Context) error {
+	defer close(c.gone)
+	defer c.line.Close()
+	defer context.AfterFunc(ctx, func() { c.line.SetReadDeadline(time.Unix(1, 0)) })()
+	b := make([]byte, maxMessage)
+	for {
+		n, err := c.line.Read(b)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil || n == 0 {
+			return fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+		}
+		var a answer
+		if err := json.Unmarshal(b[:n], &a); err != nil {
+			return fmt.Errorf("answer of the warden: %w: %w", err, flox.ErrBadInput)
+		}
+		c.take(a)
+	}
+}
+
+// take adds a part of an answer to what there is of it.
+func (c *Conn) take(a answer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.asked[a.ID]
+	if p == nil {
+		return // nobody waits for it any more
+	}
+	a.Open = append(p.sofar.Open, a.Open...)
+	a.Mapped = append(p.sofar.Mapped, a.Mapped...)
+	p.sofar = a
+	if !a.More || len(a.Open)+len(a.Mapped) > maxUsed {
+		delete(c.asked, a.ID)
+		close(p.done)
+	}
+}
+
+// ask sends a question and waits for the answer.
+func (c *Conn) ask(ctx context.Context, q question) (answer, error) {
+	p := &pending{done: make(chan struct{})}
+	c.mu.Lock()
+	c.lastID++
+	q.ID = c.lastID
+	c.asked[q.ID] = p
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.asked, q.ID)
+	}()
+	b, err := json.Marshal(q)
+	if err != nil {
+		return answer{}, err
+	}
+	if len(b) > maxMessage {
+		return answer{}, fmt.Errorf("question to the warden of %d bytes, at most %d: %w", len(b), maxMessage, flox.ErrBadInput)
+	}
+	if _, err := c.line.Write(b); err != nil {
+		return answer{}, fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+	}
+	select {
+	case <-p.done:
+		return p.sofar, p.sofar.err()
+	case <-c.gone:
+		return answer{}, fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+	case <-ctx.Done():
+		return answer{}, context.Cause(ctx)
+	}
+}
+
+// Exe gives the program a process (or thread) runs, as the kernel writes it.
+// ErrNotFound: there is no such process, or it is the kernel's own.
+func (c *Conn) Exe(ctx context.Context, pid uint32) (string, error) {
+	a, err := c.ask(ctx, question{Ask: askExe, PID: pid})
+	return a.Text, err
+}
+
+// InUse lists the inodes of the mount that any process has open, mapped, runs,
+// or stands in. One scan serves everybody who asks within a second.
+func (c *Conn) InUse(ctx context.Context) (map[uint64]struct{}, error) {
+	a, err := c.ask(ctx, question{Ask: askInUse})
+	if err != nil {
+		return nil, err
+	}
+	used := make(map[uint64]struct{}, len(a.Open)+len(a.Mapped))
+	for _, list := range [][]uint64{a.Open, a.Mapped} {
+		for _, node := range list {
+			used[node] = struct{}{}
+		}
+	}
+	return used, nil
+}
+
+// Mapped reports whether any process has the inode mapped or executes it. When
+// that cannot be found out it says true, except that nobody is left to ask:
+// waiting is safer than killing.
+func (c *Conn) Mapped(ctx context.Context, node uint64) bool {
+	a, err := c.ask(ctx, question{Ask: askInUse})
+	if err != nil {
+		return !errors.Is(err, flox.ErrClosed)
+	}
+	for _, n := range a.Mapped {
+		if n == node {
+			return true
+		}
+	}
+	return false
+}
+
+// RootTarget reads the symlink of an indirect root. ErrNotFound: there is no
+// such link, or it does not point below the mount.
+func (c *Conn) RootTarget(ctx context.Context, link string) (string, error) {
+	a, err := c.ask(ctx, question{Ask: askRoot, Link: link})
+	return a.Text, err
+}
+
+// SetReadAhead sets the kernel's read-ahead on the mount, 0 to 4096 KiB.
+func (c *Conn) SetReadAhead(ctx context.Context, kib int) error {
+	_, err := c.ask(ctx, question{Ask: askReadAhead, KiB: kib})
+	return err
+}

@@ -1,0 +1,117 @@
+package warden
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/floxctl/flox"
+)
+
+// The line is a socket that keeps messages apart (SOCK_SEQPACKET), so that a
+// message is one JSON object. Questions are numbered by the child, and answers
+// may come in another order and in several parts.
+const (
+	// maxMessage is the largest message in bytes; what is larger is cut off by
+	// the kernel and is then no JSON.
+	maxMessage = 64 << 10
+	// maxNodes is how many inodes one part of an answer lists.
+	maxNodes = 2048
+	// maxLink is the longest path, as in the kernel (PATH_MAX).
+	maxLink = 4096
+	// maxReadAhead is in KiB.
+	maxReadAhead = 4096
+)
+
+// What a child may ask. There is nothing else.
+const (
+	askExe       = "exe"       // PID: what it executes
+	askInUse     = "inuse"     // the inodes of the mount that are in use
+	askRoot      = "root"      // Link: where it points
+	askReadAhead = "readahead" // KiB: set it
+)
+
+// question goes from the child to the parent.
+type question struct {
+	ID   uint64
+	Ask  string
+	PID  uint32 `json:",omitempty"`
+	Link string `json:",omitempty"`
+	KiB  int    `json:",omitempty"`
+}
+
+// answer goes from the parent to the child.
+type answer struct {
+	ID     uint64
+	Error  string   `json:",omitempty"` // a key of errorKinds
+	Why    string   `json:",omitempty"`
+	Text   string   `json:",omitempty"`
+	Open   []uint64 `json:",omitempty"` // inodes open, or somebody's directory
+	Mapped []uint64 `json:",omitempty"` // inodes mapped or executed
+	More   bool     `json:",omitempty"` // another part follows
+}
+
+var errorKinds = map[string]error{
+	"not found": flox.ErrNotFound,
+	"denied":    flox.ErrDenied,
+	"bad input": flox.ErrBadInput,
+	"busy":      flox.ErrBusy,
+	"failed":    errors.ErrUnsupported,
+}
+
+// parseQuestion checks everything a child can get wrong, or wants to.
+func parseQuestion(b []byte) (question, error) {
+	bad := func(q question, why string) (question, error) {
+		return q, fmt.Errorf("question of the child: %s: %w", why, flox.ErrBadInput)
+	}
+	var q question
+	if err := json.Unmarshal(b, &q); err != nil {
+		return bad(question{}, err.Error())
+	}
+	switch q.Ask {
+	case askInUse:
+	case askExe:
+		if q.PID == 0 || q.PID > 1<<22 { // PID_MAX_LIMIT
+			return bad(q, fmt.Sprintf("process %d", q.PID))
+		}
+	case askRoot:
+		if len(q.Link) >= maxLink || !filepath.IsAbs(q.Link) || filepath.Clean(q.Link) != q.Link || strings.ContainsRune(q.Link, 0) {
+			return bad(q, "a link must be a clean absolute path")
+		}
+	case askReadAhead:
+		if q.KiB < 0 || q.KiB > maxReadAhead {
+			return bad(q, fmt.Sprintf("read-ahead of %d KiB, want 0 to %d", q.KiB, maxReadAhead))
+		}
+	default:
+		return bad(q, "it is none of those there are")
+	}
+	return q, nil
+}
+
+// refusal is the answer that carries err.
+func refusal(id uint64, err error) answer {
+	a := answer{ID: id, Error: "failed", Why: err.Error()}
+	for kind, sentinel := range errorKinds {
+		if errors.Is(err, sentinel) {
+			a.Error = kind
+		}
+	}
+	if len(a.Why) > maxLink {
+		a.Why = a.Why[:maxLink]
+	}
+	return a
+}
+
+// err is the error an answer carries.
+func (a answer) err() error {
+	if a.Error == "" {
+		return nil
+	}
+	kind, ok := errorKinds[a.Error]
+	if !ok || kind == errors.ErrUnsupported {
+		return fmt.Errorf("warden: %s", a.Why)
+	}
+	return fmt.Errorf("warden: %s: %w", strings.TrimSuffix(a.Why, ": "+kind.Error()), kind)
+}

@@ -1,0 +1,104 @@
+// Command bench measures us against peers, interleaved in one run, and writes
+// bench/out/NAME.json beside a table for people. It must not hold code that the
+// programs need: only harnesses and the peers' fixed command lines.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// Row is one comparison, as written to bench/out/NAME.json.
+type Row struct {
+	Name     string  `json:"name"`
+	Unit     string  `json:"unit"`
+	Ours     float64 `json:"ours"`
+	Peer     float64 `json:"peer"` // 0 = nothing to compare with
+	PeerName string  `json:"peer_name"`
+	Ratio    float64 `json:"ratio"`  // ours / peer
+	Target   string  `json:"target"` // in words; "publish" = no target
+	Met      bool    `json:"met"`
+}
+
+// benchmarks are what `make bench BENCH=name` names.
+var benchmarks = map[string]func(context.Context) ([]Row, error){
+	"content": contentBench,
+	"demo":    demoBench,
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		stop()
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, names []string) error {
+	if len(names) == 0 {
+		for name := range benchmarks {
+			names = append(names, name)
+		}
+		slices.Sort(names)
+	}
+	for _, name := range names {
+		bench, ok := benchmarks[name]
+		if !ok {
+			var known []string
+			for n := range benchmarks {
+				known = append(known, n)
+			}
+			slices.Sort(known)
+			return fmt.Errorf("no benchmark %q; there are: %s", name, strings.Join(known, ", "))
+		}
+		fmt.Printf("== %s\n", name)
+		rows, err := bench(ctx)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		show(rows)
+		if err := write(name, rows); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func show(rows []Row) {
+	fmt.Printf("%-52s %12s %12s %7s  %-34s %s\n", "what", "ours", "peer", "ratio", "target", "")
+	for _, r := range rows {
+		met := "met"
+		switch {
+		case r.Target == "publish":
+			met = ""
+		case !r.Met:
+			met = "NOT MET"
+		}
+		peer, ratio := "-", "-"
+		if r.Peer != 0 {
+			peer, ratio = fmt.Sprintf("%.1f", r.Peer), fmt.Sprintf("%.2f", r.Ratio)
+		}
+		fmt.Printf("%-52s %12.1f %12s %7s  %-34s %s\n", r.Name+" ("+r.Unit+")", r.Ours, peer, ratio, r.Target, met)
+	}
+}
+
+func write(name string, rows []Row) error {
+	dir := filepath.Join("bench", "out")
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
+		return err
+	}
+	b, err := json.MarshalIndent(rows, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, name+".json"), append(b, '\n'), 0o644) //nolint:gosec // results are for everybody
+}
