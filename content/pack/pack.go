@@ -5,10 +5,21 @@
 package pack
 
 import (
-	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content"
 )
 
 // Config of a Store. The zero value of every field but Dir means the default.
@@ -17,10 +28,10 @@ type Config struct {
 	// at a time: a second gets ErrBusy.
 	Dir string
 	// PackSize is the size in bytes at which a pack file is closed and the next
-	// begun; default 256 MiB.
+	// begun; default 256 MiB, at most 2 GiB.
 	PackSize int64
-	// Reserve is how many bytes of the disk stay free; default 64 MiB. Put
-	// returns ErrFull before it would use them.
+	// Reserve is how many bytes of the disk stay free, so that the index can be
+	// written; default 64 MiB. Put returns ErrFull before it would use them.
 	Reserve int64
 	// Uncompressed keeps every block as it is.
 	Uncompressed bool
@@ -28,53 +39,192 @@ type Config struct {
 	Log *slog.Logger
 }
 
+// check fills in the defaults.
+func (c *Config) check() error {
+	if c.Dir == "" {
+		return fmt.Errorf("block store: Dir is empty, want a directory: %w", flox.ErrBadInput)
+	}
+	if c.PackSize == 0 {
+		c.PackSize = 256 << 20
+	}
+	if c.Reserve == 0 {
+		c.Reserve = 64 << 20
+	}
+	if c.PackSize < 1<<10 || c.PackSize > 2<<30 || c.Reserve < 0 {
+		return fmt.Errorf("block store %s: PackSize %d and Reserve %d, want 1 KiB to 2 GiB and at least 0: %w", c.Dir, c.PackSize, c.Reserve, flox.ErrBadInput)
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
 // Store is a directory of blocks. It is safe for concurrent use and is a
 // flox.Blocks and a flox.BlockSink.
-type Store struct{}
+type Store struct {
+	cfg   Config
+	log   *slog.Logger
+	lock  *os.File
+	index *index
+	files *files
+	enc   *zstd.Encoder // nil = store plain
+	dec   *zstd.Decoder
+
+	// writing serializes those who fsync packs and change the index.
+	writing sync.Mutex
+
+	mu       sync.RWMutex
+	closed   bool
+	broken   error // a failed fsync: what is on disk is unknown until the next Open
+	active   *os.File
+	activeID uint32
+	size     int64            // of the active pack
+	sizes    map[uint32]int64 // of the others
+	unsynced []sealed         // closed packs not yet durable
+	pending  map[flox.CID]loc // appended, not yet in the index
+	appended uint64           // frames appended since Open
+	synced   uint64           // of those, in the index
+	checked  int64            // bytes appended since the free space was looked at
+	sessions map[*Session]struct{}
+}
+
+// sealed is a pack that is full but not yet durable.
+type sealed struct {
+	id   uint32
+	file *os.File
+	size int64
+}
 
 // Open opens or creates the store in cfg.Dir, drops the torn tail of a write
 // that never ended, and brings the index up to the packs. Errors: ErrBusy,
-// ErrBadInput for a wrong Config.
-func Open(cfg Config) (*Store, error) { return nil, flox.ErrClosed }
-
-// Close syncs and releases everything.
-func (s *Store) Close() error { return flox.ErrClosed }
-
-// Put appends a block, compressed where that helps, unless it is there already.
-// It is durable after Sync. Errors: ErrCorrupt if data does not hash to id,
-// ErrFull with nothing changed, ErrClosed.
-func (s *Store) Put(ctx context.Context, id flox.CID, data []byte) error { return flox.ErrClosed }
-
-// Sync makes everything durable that was put before the call. Concurrent calls
-// share one fsync.
-func (s *Store) Sync(ctx context.Context) error { return flox.ErrClosed }
-
-// Get returns a block's plain bytes, checked against id. Errors: ErrNotFound,
-// ErrCorrupt.
-func (s *Store) Get(ctx context.Context, id flox.CID) ([]byte, error) { return nil, flox.ErrClosed }
-
-// Append is Get, appending to dst, so that a caller can use memory again.
-func (s *Store) Append(ctx context.Context, dst []byte, id flox.CID) ([]byte, error) {
-	return nil, flox.ErrClosed
+// ErrBadInput for a wrong Config, ErrFull.
+func Open(cfg Config) (s *Store, err error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Join(cfg.Dir, "packs"), 0o755); err != nil {
+		return nil, fmt.Errorf("block store: %w", err)
+	}
+	s = &Store{
+		cfg: cfg, log: cfg.Log, sizes: make(map[uint32]int64),
+		pending: make(map[flox.CID]loc), sessions: make(map[*Session]struct{}),
+		// The first Put looks at the free space.
+		checked: checkSpace,
+	}
+	s.files = newFiles(s.packPath)
+	defer func() {
+		if err != nil {
+			s.release()
+			s = nil
+		}
+	}()
+	if s.lock, err = lockDir(cfg.Dir); err != nil {
+		return s, err
+	}
+	if err := s.openCodecs(); err != nil {
+		return s, fmt.Errorf("block store %s: %w", cfg.Dir, err)
+	}
+	if s.index, err = openIndex(filepath.Join(cfg.Dir, "index"), cfg.Log); err != nil {
+		return s, diskError(err, "open "+cfg.Dir)
+	}
+	if err := s.recover(); err != nil {
+		return s, diskError(err, "open "+cfg.Dir)
+	}
+	return s, nil
 }
 
-// Stored returns a block as it is kept, its checksum checked: one zstd frame, or
-// the plain bytes if zstd is false.
-func (s *Store) Stored(ctx context.Context, id flox.CID) (data []byte, zstd bool, err error) {
-	return nil, false, flox.ErrClosed
+func (s *Store) openCodecs() (err error) {
+	if !s.cfg.Uncompressed {
+		s.enc, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false),
+			zstd.WithEncoderConcurrency(runtime.GOMAXPROCS(0)), zstd.WithWindowSize(content.MaxBlock))
+		if err != nil {
+			return err
+		}
+	}
+	s.dec, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(runtime.GOMAXPROCS(0)), zstd.WithDecoderMaxMemory(content.MaxBlock))
+	return err
 }
 
-// Has says which blocks are there, synced or not.
-func (s *Store) Has(ctx context.Context, ids []flox.CID) ([]bool, error) { return nil, flox.ErrClosed }
+// lockDir takes the directory for this process.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("block store: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder := make([]byte, 32)
+		n, _ := f.Read(holder)
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("block store %s is in use by process %q; stop it or use another directory: %w", dir, strings.TrimSpace(string(holder[:n])), flox.ErrBusy)
+		}
+		return nil, fmt.Errorf("block store %s: lock: %w", dir, err)
+	}
+	// Only for the message above.
+	_ = f.Truncate(0)
+	_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	return f, nil
+}
 
-// Size gives the plain and the stored size of a block in bytes. ErrNotFound.
-func (s *Store) Size(ctx context.Context, id flox.CID) (plain, stored uint32, err error) {
-	return 0, 0, flox.ErrClosed
+// Close syncs and releases everything. It waits for no reader: the caller has
+// stopped using the store.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	s.mu.Unlock()
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	err := s.flush()
+	if flushErr := s.index.db.Flush(); err == nil {
+		err = flushErr
+	}
+	return errors.Join(err, s.release())
+}
+
+// release lets go of what Open took.
+func (s *Store) release() error {
+	var errs []error
+	if s.index != nil {
+		errs = append(errs, s.index.db.Close())
+	}
+	for _, p := range s.unsynced {
+		errs = append(errs, p.file.Close())
+	}
+	if s.active != nil {
+		errs = append(errs, s.active.Close())
+	}
+	s.files.close()
+	if s.enc != nil {
+		errs = append(errs, s.enc.Close())
+	}
+	if s.dec != nil {
+		s.dec.Close()
+	}
+	if s.lock != nil {
+		errs = append(errs, s.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) packPath(id uint32) string {
+	return filepath.Join(s.cfg.Dir, "packs", fmt.Sprintf("%08d.pack", id))
+}
+
+// usable refuses work on a store that is closed or broken; mu is held.
+func (s *Store) usable() error {
+	if s.closed {
+		return fmt.Errorf("block store %s: %w", s.cfg.Dir, flox.ErrClosed)
+	}
+	return s.broken
 }
 
 // Stats counts what is in a store.
 type Stats struct {
-	Blocks      uint64 // in the index
+	Blocks      uint64 // durable ones
 	PlainBytes  uint64 // of those blocks
 	StoredBytes uint64 // of those blocks, frames included
 	Packs       int
@@ -82,46 +232,32 @@ type Stats struct {
 }
 
 // Stat counts what is in the store.
-func (s *Store) Stat() Stats { return Stats{} }
-
-// Scrub reads everything and reports every block that cannot be read back and
-// every damage of the index (the zero CID), until ctx ends. It changes nothing.
-func (s *Store) Scrub(ctx context.Context, report func(bad flox.CID, err error)) error {
-	return flox.ErrClosed
+func (s *Store) Stat() Stats {
+	s.index.mu.Lock()
+	c := s.index.counts
+	s.index.mu.Unlock()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	st := Stats{Blocks: c.blocks, PlainBytes: c.plain, StoredBytes: c.stored, Packs: len(s.sizes)}
+	for _, n := range s.sizes {
+		st.DiskBytes += uint64(n)
+	}
+	if s.active != nil {
+		st.Packs++
+		st.DiskBytes += uint64(s.size)
+	}
+	return st
 }
 
-// Delete forgets blocks, for example damaged ones, so that Put stores them anew.
-func (s *Store) Delete(ctx context.Context, ids ...flox.CID) error { return flox.ErrClosed }
-
-// Swept is what a Sweep did.
-type Swept struct {
-	Blocks uint64 // forgotten
-	Bytes  int64  // given back to the disk
+// isFull reports whether err says that there is no room.
+func isFull(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EFBIG)
 }
 
-// Sweep forgets every block that is not live and that no open Session counts on,
-// and rewrites packs that hold mostly such blocks.
-func (s *Store) Sweep(ctx context.Context, live func(flox.CID) bool) (Swept, error) {
-	return Swept{}, flox.ErrClosed
+// diskError adds what was done, and ErrFull where it fits.
+func diskError(err error, what string) error {
+	if isFull(err) {
+		return fmt.Errorf("block store: %s: %w: %w; free space on its disk", what, err, flox.ErrFull)
+	}
+	return fmt.Errorf("block store: %s: %w", what, err)
 }
-
-// Session is a flox.BlockSink whose blocks stay while it is open, also those
-// that were there before. Close must be called.
-type Session struct{}
-
-// Session begins one.
-func (s *Store) Session() *Session { return &Session{} }
-
-// Put is Store.Put; a Sweep leaves the block alone until Close.
-func (s *Session) Put(ctx context.Context, id flox.CID, data []byte) error { return flox.ErrClosed }
-
-// Pin keeps blocks that are there already, and says which are.
-func (s *Session) Pin(ctx context.Context, ids []flox.CID) ([]bool, error) {
-	return nil, flox.ErrClosed
-}
-
-// Sync is Store.Sync.
-func (s *Session) Sync(ctx context.Context) error { return flox.ErrClosed }
-
-// Close ends the session: a Sweep may take its blocks again.
-func (s *Session) Close() {}

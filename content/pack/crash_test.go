@@ -1,0 +1,276 @@
+package pack
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/floxctl/flox"
+)
+
+// childEnv makes the test binary put blocks into a store until it is killed.
+const childEnv = "PACK_CRASH_DIR"
+
+func crashChild() {
+	ctx := context.Background()
+	s, err := Open(Config{Dir: os.Getenv(childEnv), PackSize: 256 << 10, Reserve: 1})
+	if err != nil {
+		fmt.Println("error", err)
+		os.Exit(1)
+	}
+	start, _ := strconv.Atoi(os.Getenv("PACK_CRASH_START"))
+	for i := start; ; i++ {
+		id, b := block(i)
+		if err := s.Put(ctx, id, b); err != nil {
+			fmt.Println("error", err)
+			os.Exit(1)
+		}
+		if i%7 == 0 {
+			if err := s.Sync(ctx); err != nil {
+				fmt.Println("error", err)
+				os.Exit(1)
+			}
+			fmt.Println("synced", i)
+		}
+	}
+}
+
+// After kill -9 in the middle of puts the store opens by itself, has everything a
+// Sync acknowledged, and nothing that is wrong.
+func TestKillDuringPuts(t *testing.T) {
+	dir := t.TempDir()
+	next, synced := 0, -1
+	rng := rand.New(rand.NewPCG(3, 4))
+	for range 6 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), childEnv+"="+dir, "PACK_CRASH_START="+strconv.Itoa(next))
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		stop := 5 + rng.IntN(40)
+		for in := bufio.NewScanner(out); in.Scan(); {
+			word, n, _ := strings.Cut(in.Text(), " ")
+			if word == "error" {
+				t.Errorf("child: %s", n)
+				break
+			}
+			synced, _ = strconv.Atoi(n)
+			if stop--; stop == 0 {
+				_ = cmd.Process.Kill()
+			}
+		}
+		_ = cmd.Wait()
+		s := open(t, Config{Dir: dir, PackSize: 256 << 10})
+		wantBlocks(t, s, 0, synced+1)
+		noBadBlocks(t, s)
+		next = synced + 1
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if synced < 50 {
+		t.Fatalf("only %d blocks were synced: the test proves nothing", synced)
+	}
+}
+
+// A frame that was not written whole, as a power cut leaves it, is cut off; what
+// comes before it stays, and the store goes on.
+func TestTornTail(t *testing.T) {
+	for _, tear := range []string{"cut", "zeros", "garbage"} {
+		t.Run(tear, func(t *testing.T) {
+			cfg := Config{Dir: t.TempDir(), Reserve: 1}
+			s := open(t, cfg)
+			put(t, s, 0, 20)
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			// As if the index had been written before the last blocks came.
+			if err := os.RemoveAll(filepath.Join(cfg.Dir, "index")); err != nil {
+				t.Fatal(err)
+			}
+			path := s.packPath(1)
+			st, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			id, _ := block(19)
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, b := block(19)
+			switch tear {
+			case "cut":
+				err = f.Truncate(st.Size() - 1)
+			case "zeros":
+				_, err = f.WriteAt(make([]byte, min(100, len(b))), st.Size()-int64(min(100, len(b))))
+			case "garbage":
+				_, err = f.WriteAt([]byte(frameMagic+"garbage"+frameMagic), st.Size()-30)
+			}
+			if err := errors.Join(err, f.Close()); err != nil {
+				t.Fatal(err)
+			}
+			s = open(t, cfg)
+			wantBlocks(t, s, 0, 19)
+			if _, err := s.Get(context.Background(), id); !errors.Is(err, flox.ErrNotFound) {
+				t.Fatalf("the torn block: %v", err)
+			}
+			put(t, s, 19, 40)
+			wantBlocks(t, s, 0, 40)
+			noBadBlocks(t, s)
+		})
+	}
+}
+
+// Scrub finds every flipped bit and every truncation of a pack, says which blocks
+// they hurt, and no reader gets wrong bytes. Put after Delete repairs.
+func TestScrubFindsEveryFlip(t *testing.T) {
+	ctx := context.Background()
+	cfg := Config{Dir: t.TempDir(), PackSize: 512 << 10}
+	s := open(t, cfg)
+	const n = 150
+	put(t, s, 0, n)
+	type place struct {
+		id flox.CID
+		loc
+	}
+	var places []place
+	for i := range n {
+		id, _ := block(i)
+		l, err := s.lookup(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		places = append(places, place{id, l})
+	}
+	rng := rand.New(rand.NewPCG(5, 6))
+	for round := range 120 {
+		p := places[rng.IntN(n)]
+		at := int64(p.off) + rng.Int64N(p.frameSize())
+		if round%2 == 0 {
+			at = int64(p.off) + rng.Int64N(headerSize) // headers are small: aim at them
+		}
+		bit := byte(1) << rng.IntN(8)
+		flip(t, s.packPath(p.pack), at, bit)
+		bad := scrubbed(t, s)
+		if len(bad) != 1 || bad[p.id] == nil || !errors.Is(bad[p.id], flox.ErrCorrupt) {
+			t.Fatalf("round %d: flip at %d of block %s in pack %d: found %v", round, at-int64(p.off), p.id, p.pack, bad)
+		}
+		if _, err := s.Get(ctx, p.id); at-int64(p.off) < headerSize && !errors.Is(err, flox.ErrCorrupt) {
+			t.Fatalf("round %d: get: %v", round, err)
+		}
+		flip(t, s.packPath(p.pack), at, bit)
+	}
+	flip(t, s.packPath(1), 3, 1)
+	if bad := scrubbed(t, s); len(bad) != 1 || bad[flox.CID{}] == nil {
+		t.Fatalf("flip in a pack's first bytes: %v", bad)
+	}
+	flip(t, s.packPath(1), 3, 1)
+	noBadBlocks(t, s)
+
+	// Cut the first pack in the middle of a frame.
+	cut := places[n/3]
+	if err := os.Truncate(s.packPath(cut.pack), int64(cut.off)+cut.frameSize()-1); err != nil {
+		t.Fatal(err)
+	}
+	bad := scrubbed(t, s)
+	for _, p := range places {
+		if lost := p.pack == cut.pack && p.off >= cut.off; lost != (bad[p.id] != nil) {
+			t.Fatalf("truncation: block at %d of pack %d: reported %v, want %v", p.off, p.pack, bad[p.id], lost)
+		}
+	}
+	for id := range bad {
+		if err := s.Delete(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(t, s, 0, n)
+	wantBlocks(t, s, 0, n)
+	noBadBlocks(t, s)
+}
+
+// A flipped bit in the index's tables is found; the index made anew is whole.
+func TestScrubFindsIndexDamage(t *testing.T) {
+	cfg := Config{Dir: t.TempDir(), Reserve: 1}
+	s := open(t, cfg)
+	put(t, s, 0, 100)
+	noBadBlocks(t, s) // flushes
+	tables, err := filepath.Glob(filepath.Join(cfg.Dir, "index", "*.sst"))
+	if err != nil || len(tables) == 0 {
+		t.Fatalf("no tables: %v", err)
+	}
+	rng := rand.New(rand.NewPCG(8, 9))
+	for range 60 {
+		path := tables[rng.IntN(len(tables))]
+		st, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at, bit := rng.Int64N(st.Size()), byte(1)<<rng.IntN(8)
+		flip(t, path, at, bit)
+		if bad := scrubbed(t, s); bad[flox.CID{}] == nil {
+			t.Fatalf("flip at %d of %s of %d bytes: found %v", at, path, st.Size(), bad)
+		}
+		flip(t, path, at, bit)
+	}
+	// Found or not, the next Open has a whole index.
+	for _, found := range []bool{true, false} {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if !found {
+			if err := os.Remove(filepath.Join(cfg.Dir, "index"+rebuildNote)); err == nil {
+				t.Error("the note outlived the index it was about")
+			}
+			if tables, err = filepath.Glob(filepath.Join(cfg.Dir, "index", "*.sst")); err != nil {
+				t.Fatal(err)
+			}
+			for _, path := range tables {
+				if err := os.WriteFile(path, []byte("rubbish"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		s = open(t, cfg)
+		wantBlocks(t, s, 0, 100)
+		noBadBlocks(t, s)
+	}
+}
+
+func scrubbed(t *testing.T, s *Store) map[flox.CID]error {
+	t.Helper()
+	bad := make(map[flox.CID]error)
+	if err := s.Scrub(context.Background(), func(id flox.CID, err error) { bad[id] = err }); err != nil {
+		t.Fatal(err)
+	}
+	return bad
+}
+
+func flip(t *testing.T, path string, at int64, bit byte) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= bit
+	if _, err := f.WriteAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,356 @@
+package pack
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/bloom"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/floxctl/flox"
+)
+
+// The index says where each block lies. It holds only what is durable in a pack,
+// is written without a log of its own, and what it lost in a crash is read from
+// the packs again: Pebble never has to sync for a Put. Keys:
+//
+//	b CID            pack, offset, plain size, stored size, encoding
+//	o pack offset    CID: the same the other way round, for scrub and sweep
+//	p pack           indexed up to offset, bytes of frames in the index
+//	s                counts: blocks, plain bytes, stored bytes
+const (
+	keyBlock  = 'b'
+	keyFrame  = 'o'
+	keyPack   = 'p'
+	keyCounts = 's'
+)
+
+// loc is where a block lies.
+type loc struct {
+	pack          uint32
+	off           uint32 // of the frame in the pack
+	plain, stored uint32
+	enc           encoding
+}
+
+// frameSize is the bytes the block takes in its pack.
+func (l loc) frameSize() int64 { return headerSize + int64(l.stored) }
+
+func (l loc) matches(h header, id flox.CID) bool {
+	return h.id == id && h.plain == l.plain && h.stored == l.stored && h.enc == l.enc
+}
+
+const locSize = 17
+
+func (l loc) bytes() []byte {
+	b := make([]byte, 0, locSize)
+	for _, v := range []uint32{l.pack, l.off, l.plain, l.stored} {
+		b = binary.BigEndian.AppendUint32(b, v)
+	}
+	return append(b, byte(l.enc))
+}
+
+func parseLoc(b []byte) (loc, error) {
+	if len(b) != locSize {
+		return loc{}, fmt.Errorf("an index entry of %d bytes: %w", len(b), flox.ErrCorrupt)
+	}
+	u := func(i int) uint32 { return binary.BigEndian.Uint32(b[i:]) }
+	return loc{pack: u(0), off: u(4), plain: u(8), stored: u(12), enc: encoding(b[16])}, nil
+}
+
+func blockKey(id flox.CID) []byte { return append([]byte{keyBlock}, id[:]...) }
+
+func frameKey(pack, off uint32) []byte {
+	b := binary.BigEndian.AppendUint32([]byte{keyFrame}, pack)
+	return binary.BigEndian.AppendUint32(b, off)
+}
+
+func packKey(pack uint32) []byte { return binary.BigEndian.AppendUint32([]byte{keyPack}, pack) }
+
+// packState is what the index knows of a pack.
+type packState struct {
+	indexed int64 // every frame before this offset is in the index, or was deleted
+	live    int64 // bytes of frames in the index
+}
+
+// counts are totals over the index.
+type counts struct{ blocks, plain, stored uint64 }
+
+func appendUints(vs ...uint64) []byte {
+	var b []byte
+	for _, v := range vs {
+		b = binary.BigEndian.AppendUint64(b, v)
+	}
+	return b
+}
+
+// index is the Pebble side of a Store. Writers are serialized by the Store.
+type index struct {
+	db     *pebble.DB
+	mu     sync.Mutex // guards what follows; only writers change it
+	counts counts
+	packs  map[uint32]packState
+}
+
+// rebuildNote is the file a Scrub leaves beside a damaged index.
+const rebuildNote = ".damaged"
+
+// openIndex opens the index in dir. One that is damaged is thrown away: the packs
+// hold everything.
+func openIndex(dir string, log *slog.Logger) (*index, error) {
+	err := fmt.Errorf("found damaged by a scrub: %w", flox.ErrCorrupt)
+	if _, statErr := os.Stat(dir + rebuildNote); statErr != nil {
+		var x *index
+		if x, err = tryOpenIndex(dir, log); err == nil {
+			return x, nil
+		}
+	}
+	if errors.Is(err, os.ErrPermission) || isFull(err) {
+		return nil, err
+	}
+	log.Warn("index cannot be opened, making it anew from the packs", "dir", dir, "err", err)
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, fmt.Errorf("index %s: %w", dir, err)
+	}
+	x, err := tryOpenIndex(dir, log)
+	if err == nil {
+		if err := os.Remove(dir + rebuildNote); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, errors.Join(fmt.Errorf("index %s: %w", dir, err), x.db.Close())
+		}
+	}
+	return x, err
+}
+
+func tryOpenIndex(dir string, log *slog.Logger) (*index, error) {
+	opts := &pebble.Options{
+		// Named, so that Pebble does not watch it with a goroutine that a failed Open
+		// leaves behind.
+		FS:                 vfs.Default,
+		DisableWAL:         true,
+		FormatMajorVersion: pebble.FormatNewest,
+		Logger:             indexLog{log},
+		MemTableSize:       8 << 20,
+	}
+	for i := range opts.Levels {
+		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
+	}
+	db, err := pebble.Open(dir, opts)
+	if err != nil {
+		return nil, fmt.Errorf("index %s: %w", dir, err)
+	}
+	x := &index{db: db, packs: make(map[uint32]packState)}
+	if err := x.load(); err != nil {
+		return nil, errors.Join(fmt.Errorf("index %s: %w", dir, err), db.Close())
+	}
+	return x, nil
+}
+
+// load reads the small state.
+func (x *index) load() error {
+	if b, err := x.get([]byte{keyCounts}); err != nil && !errors.Is(err, flox.ErrNotFound) {
+		return err
+	} else if len(b) == 24 {
+		u := func(i int) uint64 { return binary.BigEndian.Uint64(b[i:]) }
+		x.counts = counts{u(0), u(8), u(16)}
+	}
+	return x.each(keyPack, nil, func(k, v []byte) error {
+		if len(k) != 5 || len(v) != 16 {
+			return fmt.Errorf("a pack's entry of %d and %d bytes: %w", len(k), len(v), flox.ErrCorrupt)
+		}
+		x.packs[binary.BigEndian.Uint32(k[1:])] = packState{
+			int64(binary.BigEndian.Uint64(v)), int64(binary.BigEndian.Uint64(v[8:])),
+		}
+		return nil
+	})
+}
+
+// get gives a copy of a value, or ErrNotFound.
+func (x *index) get(key []byte) ([]byte, error) {
+	v, closer, err := x.db.Get(key)
+	if errors.Is(err, pebble.ErrNotFound) {
+		return nil, flox.ErrNotFound
+	}
+	if err != nil {
+		return nil, fmt.Errorf("index: %w: %w", err, flox.ErrCorrupt)
+	}
+	defer closer.Close()
+	return append([]byte(nil), v...), nil
+}
+
+// find gives a block's place, or ErrNotFound.
+func (x *index) find(id flox.CID) (loc, error) {
+	key := [1 + flox.CIDSize]byte{keyBlock}
+	copy(key[1:], id[:])
+	v, closer, err := x.db.Get(key[:])
+	if errors.Is(err, pebble.ErrNotFound) {
+		return loc{}, flox.ErrNotFound
+	}
+	if err != nil {
+		return loc{}, fmt.Errorf("index: %w: %w", err, flox.ErrCorrupt)
+	}
+	defer closer.Close()
+	return parseLoc(v)
+}
+
+// each calls f with every key of a kind that begins with prefix, in order.
+func (x *index) each(kind byte, prefix []byte, f func(k, v []byte) error) error {
+	lower := append([]byte{kind}, prefix...)
+	upper := append([]byte(nil), lower...)
+	for i := len(upper) - 1; i >= 0; i-- {
+		if upper[i]++; upper[i] != 0 {
+			break
+		}
+	}
+	it, err := x.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	if err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	for ok := it.First(); ok && err == nil; ok = it.Next() {
+		err = f(it.Key(), it.Value())
+	}
+	if iterErr := it.Close(); iterErr != nil && err == nil {
+		err = fmt.Errorf("index: %w: %w", iterErr, flox.ErrCorrupt)
+	}
+	return err
+}
+
+// frames calls f with the blocks of a pack in order of their offset.
+func (x *index) frames(pack uint32, f func(id flox.CID, off uint32) error) error {
+	return x.each(keyFrame, binary.BigEndian.AppendUint32(nil, pack), func(k, v []byte) error {
+		if len(k) != 9 || len(v) != flox.CIDSize {
+			return fmt.Errorf("a frame's entry of %d and %d bytes: %w", len(k), len(v), flox.ErrCorrupt)
+		}
+		return f(flox.CID(v), binary.BigEndian.Uint32(k[5:]))
+	})
+}
+
+// change collects what is to be written in one go.
+type change struct {
+	x     *index
+	batch *pebble.Batch
+	packs map[uint32]packState
+	counts
+}
+
+func (x *index) change() *change {
+	return &change{x: x, batch: x.db.NewIndexedBatch(), packs: make(map[uint32]packState), counts: x.counts}
+}
+
+func (c *change) pack(id uint32) packState {
+	if p, ok := c.packs[id]; ok {
+		return p
+	}
+	return c.x.packs[id]
+}
+
+// find gives a block's place with the change applied.
+func (c *change) find(id flox.CID) (loc, error) {
+	v, closer, err := c.batch.Get(blockKey(id))
+	if errors.Is(err, pebble.ErrNotFound) {
+		return loc{}, flox.ErrNotFound
+	}
+	if err != nil {
+		return loc{}, fmt.Errorf("index: %w: %w", err, flox.ErrCorrupt)
+	}
+	defer closer.Close()
+	return parseLoc(v)
+}
+
+// set puts a block at a place, instead of where it was.
+func (c *change) set(id flox.CID, l loc) error {
+	if err := c.remove(id); err != nil && !errors.Is(err, flox.ErrNotFound) {
+		return err
+	}
+	p := c.pack(l.pack)
+	p.live += l.frameSize()
+	c.packs[l.pack] = p
+	c.blocks++
+	c.plain += uint64(l.plain)
+	c.stored += uint64(l.frameSize())
+	if err := c.batch.Set(blockKey(id), l.bytes(), nil); err != nil {
+		return err
+	}
+	return c.batch.Set(frameKey(l.pack, l.off), id[:], nil)
+}
+
+// remove forgets a block; ErrNotFound if there is none.
+func (c *change) remove(id flox.CID) error {
+	l, err := c.find(id)
+	if err != nil {
+		return err
+	}
+	p := c.pack(l.pack)
+	p.live -= l.frameSize()
+	c.packs[l.pack] = p
+	c.blocks--
+	c.plain -= uint64(l.plain)
+	c.stored -= uint64(l.frameSize())
+	if err := c.batch.Delete(blockKey(id), nil); err != nil {
+		return err
+	}
+	return c.batch.Delete(frameKey(l.pack, l.off), nil)
+}
+
+// indexed says that every frame of a pack before offset is in the index.
+func (c *change) indexed(pack uint32, off int64) {
+	p := c.pack(pack)
+	p.indexed = off
+	c.packs[pack] = p
+}
+
+// dropPack forgets a pack without blocks.
+func (c *change) dropPack(pack uint32) error {
+	c.packs[pack] = packState{indexed: -1}
+	return c.batch.Delete(packKey(pack), nil)
+}
+
+// commit writes the change.
+func (c *change) commit() error {
+	defer c.batch.Close()
+	for id, p := range c.packs {
+		if p.indexed < 0 {
+			continue
+		}
+		if err := c.batch.Set(packKey(id), appendUints(uint64(p.indexed), uint64(p.live)), nil); err != nil {
+			return err
+		}
+	}
+	if err := c.batch.Set([]byte{keyCounts}, appendUints(c.blocks, c.plain, c.stored), nil); err != nil {
+		return err
+	}
+	if err := c.batch.Commit(pebble.NoSync); err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	c.x.mu.Lock()
+	defer c.x.mu.Unlock()
+	for id, p := range c.packs {
+		if c.x.packs[id] = p; p.indexed < 0 {
+			delete(c.x.packs, id)
+		}
+	}
+	c.x.counts = c.counts
+	return nil
+}
+
+// indexLog passes what Pebble says to a logger.
+type indexLog struct{ log *slog.Logger }
+
+func (l indexLog) Infof(format string, args ...any) {
+	l.log.Debug("index", "message", fmt.Sprintf(format, args...))
+}
+
+func (l indexLog) Errorf(format string, args ...any) {
+	l.log.Error("index", "message", fmt.Sprintf(format, args...))
+}
+
+// Fatalf is called where Pebble's own files can no longer be written. Pebble
+// expects it not to return; the packs stay whole, and the next Open reads what the
+// index lacks from them.
+func (l indexLog) Fatalf(format string, args ...any) {
+	panic("block index cannot be written, is the disk full? " + fmt.Sprintf(format, args...))
+}

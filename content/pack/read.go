@@ -1,0 +1,151 @@
+package pack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	iofs "io/fs"
+	"slices"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content"
+)
+
+// lookup finds where a block lies. ErrNotFound.
+func (s *Store) lookup(id flox.CID) (loc, error) {
+	s.mu.RLock()
+	l, ok := s.pending[id]
+	closed := s.closed
+	s.mu.RUnlock()
+	switch {
+	case closed:
+		return loc{}, fmt.Errorf("block store %s: %w", s.cfg.Dir, flox.ErrClosed)
+	case ok:
+		return l, nil
+	}
+	// A block leaves pending only after it came into the index.
+	l, err := s.index.find(id)
+	if err != nil {
+		return loc{}, fmt.Errorf("block %s: %w", id, err)
+	}
+	return l, nil
+}
+
+// Get returns a block's plain bytes, checked against id. Errors: ErrNotFound,
+// ErrCorrupt.
+func (s *Store) Get(ctx context.Context, id flox.CID) ([]byte, error) {
+	return s.Append(ctx, nil, id)
+}
+
+// Append is Get, appending to dst, so that a caller can use memory again.
+func (s *Store) Append(ctx context.Context, dst []byte, id flox.CID) ([]byte, error) {
+	buf := frameBuffers.Get().(*[]byte)
+	defer frameBuffers.Put(buf)
+	h, stored, l, err := s.frame(ctx, buf, id)
+	if err != nil {
+		return nil, err
+	}
+	if dst, err = s.decode(dst, h, stored); err != nil {
+		return nil, s.damaged(id, l, err)
+	}
+	return dst, nil
+}
+
+// decode appends a frame's plain bytes to dst and checks them.
+func (s *Store) decode(dst []byte, h header, stored []byte) ([]byte, error) {
+	start := len(dst)
+	if h.enc == encodingRaw {
+		dst = append(dst, stored...)
+	} else {
+		var err error
+		if dst, err = s.dec.DecodeAll(stored, slices.Grow(dst, int(h.plain))); err != nil {
+			return nil, fmt.Errorf("decompress: %w: %w", err, flox.ErrCorrupt)
+		}
+	}
+	if got := content.Hash(dst[start:]); got != h.id {
+		return nil, fmt.Errorf("its %d bytes hash to %s: %w", len(dst)-start, got, flox.ErrCorrupt)
+	}
+	return dst, nil
+}
+
+// frame reads a block's frame into buf; stored is a part of it.
+func (s *Store) frame(ctx context.Context, buf *[]byte, id flox.CID) (h header, stored []byte, l loc, err error) {
+	for again := true; ; again = false {
+		if err := ctx.Err(); err != nil {
+			return h, nil, l, err
+		}
+		if l, err = s.lookup(id); err != nil {
+			return h, nil, l, err
+		}
+		h, stored, err = s.readFrame(buf, id, l)
+		// A sweep may have moved the block and removed the pack in between.
+		if err == nil || !again || !errors.Is(err, iofs.ErrNotExist) {
+			break
+		}
+	}
+	if err != nil {
+		err = s.damaged(id, l, err)
+	}
+	return h, stored, l, err
+}
+
+// readFrame reads the frame at l and checks that its header is the one meant.
+func (s *Store) readFrame(buf *[]byte, id flox.CID, l loc) (h header, stored []byte, err error) {
+	p, err := s.files.acquire(l.pack)
+	if err != nil {
+		return h, nil, fmt.Errorf("%w: %w", err, flox.ErrCorrupt)
+	}
+	defer s.files.release(p)
+	b := slices.Grow((*buf)[:0], int(l.frameSize()))[:l.frameSize()]
+	*buf = b
+	if _, err := p.ReadAt(b, int64(l.off)); errors.Is(err, io.EOF) {
+		return h, nil, fmt.Errorf("the pack ends within it: %w", flox.ErrCorrupt)
+	} else if err != nil {
+		return h, nil, fmt.Errorf("%w: %w", err, flox.ErrCorrupt)
+	}
+	if h, err = parseHeader(b); err != nil {
+		return h, nil, err
+	}
+	if !l.matches(h, id) {
+		return h, nil, fmt.Errorf("the frame there is of block %s, %d bytes in %d: %w", h.id, h.plain, h.stored, flox.ErrCorrupt)
+	}
+	return h, b[headerSize:], nil
+}
+
+// Stored returns a block as it is kept, its checksum checked: one zstd frame, or
+// the plain bytes if zstd is false. Errors: ErrNotFound, ErrCorrupt.
+func (s *Store) Stored(ctx context.Context, id flox.CID) (data []byte, zstd bool, err error) {
+	var buf []byte
+	h, stored, l, err := s.frame(ctx, &buf, id)
+	if err != nil {
+		return nil, false, err
+	}
+	if err := h.check(stored); err != nil {
+		return nil, false, s.damaged(id, l, err)
+	}
+	return stored, h.enc == encodingZstd, nil
+}
+
+// Has says which blocks are there, synced or not.
+func (s *Store) Has(ctx context.Context, ids []flox.CID) ([]bool, error) {
+	there := make([]bool, len(ids))
+	for i, id := range ids {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		switch _, err := s.lookup(id); {
+		case err == nil:
+			there[i] = true
+		case !errors.Is(err, flox.ErrNotFound):
+			return nil, err
+		}
+	}
+	return there, nil
+}
+
+// Size gives the plain and the stored size of a block in bytes. ErrNotFound.
+func (s *Store) Size(_ context.Context, id flox.CID) (plain, stored uint32, err error) {
+	l, err := s.lookup(id)
+	return l.plain, l.stored, err
+}

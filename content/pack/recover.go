@@ -1,0 +1,134 @@
+package pack
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/floxctl/flox"
+)
+
+// recover brings the index up to the packs, and cuts off torn tails.
+func (s *Store) recover() error {
+	ids, err := s.packIDs()
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		size, err := s.recoverPack(id)
+		if err != nil {
+			return fmt.Errorf("pack %d: %w", id, err)
+		}
+		s.sizes[id] = size
+	}
+	for id := range s.index.packs {
+		if _, ok := s.sizes[id]; !ok {
+			s.log.Error("a pack is gone, its blocks are lost here", "pack", s.packPath(id))
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	// Go on in the last pack, unless it is full or damaged.
+	last := ids[len(ids)-1]
+	s.activeID = last
+	if size := s.sizes[last]; size < s.cfg.PackSize && size >= int64(len(fileMagic)) && size == s.index.packs[last].indexed {
+		if s.active, err = os.OpenFile(s.packPath(last), os.O_RDWR, 0); err != nil {
+			return err
+		}
+		s.size = size
+		delete(s.sizes, last)
+	}
+	return nil
+}
+
+// packIDs lists the packs, the oldest first.
+func (s *Store) packIDs() ([]uint32, error) {
+	names, err := os.ReadDir(filepath.Join(s.cfg.Dir, "packs"))
+	if err != nil {
+		return nil, err
+	}
+	var ids []uint32
+	for _, n := range names {
+		base, ok := strings.CutSuffix(n.Name(), ".pack")
+		id, err := strconv.ParseUint(base, 10, 32)
+		if !ok || err != nil {
+			s.log.Warn("unknown file among the packs", "name", n.Name())
+			continue
+		}
+		ids = append(ids, uint32(id))
+	}
+	slices.Sort(ids)
+	return ids, nil
+}
+
+// recoverBatch is how many frames go to the index at once.
+const recoverBatch = 10_000
+
+// recoverPack indexes the frames of a pack that the index does not know, and
+// gives the pack's size.
+func (s *Store) recoverPack(id uint32) (size int64, err error) {
+	f, err := os.OpenFile(s.packPath(id), os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	size = st.Size()
+	from := s.index.packs[id].indexed
+	if size <= from {
+		if size < from {
+			s.log.Error("a pack is shorter than it was, blocks are lost here", "pack", s.packPath(id), "bytes", size, "want", from)
+		}
+		return size, nil
+	}
+	from = max(from, int64(len(fileMagic)))
+	// What was not synced may still be in the page cache only: the index must
+	// not be ahead of the pack.
+	if err := f.Sync(); err != nil {
+		return 0, err
+	}
+	c, n := s.index.change(), 0
+	end, skipped, err := scan(f, from, size, func(off int64, h header) error {
+		if n++; n%recoverBatch == 0 {
+			c.indexed(id, off)
+			if err := c.commit(); err != nil {
+				return err
+			}
+			c = s.index.change()
+		}
+		return c.set(h.id, loc{pack: id, off: uint32(off), plain: h.plain, stored: h.stored, enc: h.enc})
+	})
+	if err != nil {
+		return 0, errors.Join(err, c.batch.Close())
+	}
+	if skipped > 0 {
+		s.log.Error("damaged frames passed over", "pack", s.packPath(id), "bytes", skipped)
+	}
+	if end = max(end, int64(len(fileMagic))); end < size {
+		s.log.Warn("torn end of a pack cut off", "pack", s.packPath(id), "bytes", size-end)
+		if err := f.Truncate(end); err != nil {
+			return 0, err
+		}
+		if err := f.Sync(); err != nil {
+			return 0, err
+		}
+	}
+	if size < int64(len(fileMagic)) {
+		end = size
+	}
+	c.indexed(id, end)
+	return end, c.commit()
+}
+
+// damaged is what a reader says of a frame that is not as the index has it.
+func (s *Store) damaged(id flox.CID, l loc, err error) error {
+	return fmt.Errorf("block %s in %s at %d: %w", id, s.packPath(l.pack), l.off, err)
+}

@@ -1,0 +1,167 @@
+package pack
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	iofs "io/fs"
+	"os"
+	"slices"
+
+	"github.com/floxctl/flox"
+)
+
+// Swept is what a Sweep did.
+type Swept struct {
+	Blocks uint64 // forgotten
+	Bytes  int64  // given back to the disk
+}
+
+// sweepBatch is how many blocks are forgotten under the lock at once.
+const sweepBatch = 1024
+
+// Sweep forgets every block that is not live and that no open Session counts on,
+// and rewrites packs that hold mostly such blocks.
+func (s *Store) Sweep(ctx context.Context, live func(flox.CID) bool) (Swept, error) {
+	var done Swept
+	var dead []flox.CID
+	forget := func() error {
+		n, err := s.forget(ctx, dead, s.pinned)
+		done.Blocks += n
+		dead = dead[:0]
+		return err
+	}
+	// What comes in from here on is not seen: the iterator is a snapshot.
+	err := s.index.each(keyBlock, nil, func(k, _ []byte) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if len(k) != 1+flox.CIDSize {
+			return fmt.Errorf("an index key of %d bytes: %w", len(k), flox.ErrCorrupt)
+		}
+		if id := flox.CID(k[1:]); !live(id) {
+			dead = append(dead, id)
+		}
+		if len(dead) < sweepBatch {
+			return nil
+		}
+		return forget()
+	})
+	if err == nil {
+		err = forget()
+	}
+	if err == nil {
+		done.Bytes, err = s.compact(ctx)
+	}
+	if err != nil {
+		return done, fmt.Errorf("sweep %s: %w", s.cfg.Dir, err)
+	}
+	return done, nil
+}
+
+// compact rewrites full packs of which less than half is used.
+func (s *Store) compact(ctx context.Context) (freed int64, err error) {
+	for _, id := range s.sparse() {
+		n, err := s.compactPack(ctx, id)
+		if errors.Is(err, flox.ErrCorrupt) {
+			// Moving what is left of it would not repair it: scrub says what is lost.
+			s.log.Error("damaged pack not rewritten", "pack", s.packPath(id), "err", err)
+			continue
+		}
+		if err != nil {
+			return freed, err
+		}
+		freed += n
+	}
+	return freed, nil
+}
+
+// sparse lists the full, durable packs of which less than half is used, the
+// emptiest first, so that even a full disk gains room.
+func (s *Store) sparse() []uint32 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	s.index.mu.Lock()
+	defer s.index.mu.Unlock()
+	var ids []uint32
+	for id, size := range s.sizes {
+		// A pack whose frames are not all in the index holds blocks that live does
+		// not count.
+		if p := s.index.packs[id]; p.indexed >= size && 2*p.live < size {
+			ids = append(ids, id)
+		}
+	}
+	slices.SortFunc(ids, func(a, b uint32) int { return cmp.Compare(s.index.packs[a].live, s.index.packs[b].live) })
+	return ids
+}
+
+// compactPack moves a pack's blocks to the active one and removes it.
+func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err error) {
+	var buf []byte
+	moved := int64(0)
+	err = s.index.frames(id, func(block flox.CID, off uint32) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		l, err := s.lookup(block)
+		if err != nil || l.pack != id || l.off != off {
+			if errors.Is(err, flox.ErrNotFound) {
+				err = nil // forgotten meanwhile
+			}
+			return err
+		}
+		h, stored, err := s.readFrame(&buf, block, l)
+		if err == nil {
+			err = h.check(stored)
+		}
+		if err != nil {
+			return s.damaged(block, l, err)
+		}
+		moved += l.frameSize()
+		return s.move(h, buf[:l.frameSize()], l)
+	})
+	if err != nil {
+		return 0, err
+	}
+	// The moved blocks must be durable, and the index know it for good, before
+	// the pack goes.
+	if err := s.Sync(ctx); err != nil {
+		return 0, err
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if p := s.index.packs[id]; p.live != 0 {
+		return 0, fmt.Errorf("pack %d still has %d bytes of blocks: %w", id, p.live, flox.ErrCorrupt)
+	}
+	c := s.index.change()
+	if err := errors.Join(c.dropPack(id), c.commit(), s.index.db.Flush()); err != nil {
+		return 0, err
+	}
+	s.mu.Lock()
+	size := s.sizes[id]
+	delete(s.sizes, id)
+	s.mu.Unlock()
+	s.files.forget(id)
+	if err := os.Remove(s.packPath(id)); err != nil && !errors.Is(err, iofs.ErrNotExist) {
+		return 0, err
+	}
+	return size - moved, nil
+}
+
+// move appends a frame that lies at old, if it still does.
+func (s *Store) move(h header, frame []byte, old loc) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	if now, err := s.index.find(h.id); err != nil || now != old {
+		if errors.Is(err, flox.ErrNotFound) {
+			err = nil
+		}
+		return err
+	}
+	_, err := s.write(h, frame)
+	return err
+}

@@ -1,0 +1,323 @@
+package pack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content"
+)
+
+// maxPending is how many frames may wait for a Sync before a Put does one.
+const maxPending = 1 << 16
+
+// checkSpace is how many bytes are appended between two looks at the free space.
+const checkSpace = 4 << 20
+
+// frameBuffers holds memory in which frames are made.
+var frameBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// Put appends a block, compressed where that helps, unless it is there already.
+// It is durable after Sync. Errors: ErrCorrupt if data does not hash to id,
+// ErrFull with nothing changed, ErrClosed.
+func (s *Store) Put(ctx context.Context, id flox.CID, data []byte) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if got := content.Hash(data); got != id {
+		return fmt.Errorf("put block %s: %d bytes hash to %s: %w", id, len(data), got, flox.ErrCorrupt)
+	}
+	if len(data) > content.MaxBlock {
+		return fmt.Errorf("put block %s of %d bytes, want at most %d: %w", id, len(data), content.MaxBlock, flox.ErrBadInput)
+	}
+	s.mu.RLock()
+	there, err := s.has(id)
+	synced := s.synced
+	s.mu.RUnlock()
+	if err != nil || there {
+		return err
+	}
+	buf := frameBuffers.Get().(*[]byte)
+	defer frameBuffers.Put(buf)
+	h := s.encode(buf, id, data)
+	full, err := s.append(h, *buf, synced)
+	if err == nil && full {
+		// A pack is full, or much waits: it is somebody's turn to sync.
+		err = s.Sync(ctx)
+	}
+	return err
+}
+
+// has says whether a block is there; mu is held at least for reading.
+func (s *Store) has(id flox.CID) (bool, error) {
+	if err := s.usable(); err != nil {
+		return false, err
+	}
+	if _, ok := s.pending[id]; ok {
+		return true, nil
+	}
+	_, err := s.index.find(id)
+	if errors.Is(err, flox.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// encode makes the frame of a block in buf.
+func (s *Store) encode(buf *[]byte, id flox.CID, data []byte) header {
+	h := header{id: id, plain: uint32(len(data)), stored: uint32(len(data))}
+	b := append((*buf)[:0], make([]byte, headerSize)...)
+	if s.enc != nil && len(data) > 64 {
+		b = s.enc.EncodeAll(data, b)
+		// Reading plain bytes is cheaper: zstd has to save a sixteenth.
+		if n := len(b) - headerSize; n < len(data)-len(data)/16 {
+			h.enc, h.stored = encodingZstd, uint32(n)
+		}
+	}
+	if h.enc == encodingRaw {
+		b = append(b[:headerSize], data...)
+	}
+	h.crc = crc32.Checksum(b[headerSize:], castagnoli)
+	h.put(b)
+	*buf = b
+	return h
+}
+
+// append writes a frame to the active pack, unless its block came in since the
+// store was at synced. It reports whether a Sync is due.
+func (s *Store) append(h header, frame []byte, synced uint64) (due bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return false, err
+	}
+	if _, ok := s.pending[h.id]; ok {
+		return false, nil
+	}
+	if s.synced != synced {
+		if there, err := s.has(h.id); err != nil || there {
+			return false, err
+		}
+	}
+	if err := s.room(int64(len(frame))); err != nil {
+		return false, err
+	}
+	return s.write(h, frame)
+}
+
+// write is append behind its checks; mu is held.
+func (s *Store) write(h header, frame []byte) (due bool, err error) {
+	if s.active != nil && s.size+int64(len(frame)) > s.cfg.PackSize && s.size > int64(len(fileMagic)) {
+		s.seal()
+		due = true
+	}
+	if s.active == nil {
+		if err := s.newPack(); err != nil {
+			return false, diskError(err, "new pack in "+s.cfg.Dir)
+		}
+	}
+	if _, err := s.active.WriteAt(frame, s.size); err != nil {
+		// What came of it is behind the end of the pack: take it away, so that
+		// the disk gets its room back.
+		if truncErr := s.active.Truncate(s.size); truncErr != nil {
+			s.log.Error("torn frame stays until the next start", "pack", s.packPath(s.activeID), "err", truncErr)
+		}
+		return false, diskError(err, "put block "+h.id.String())
+	}
+	s.pending[h.id] = loc{pack: s.activeID, off: uint32(s.size), plain: h.plain, stored: h.stored, enc: h.enc}
+	s.size += int64(len(frame))
+	s.appended++
+	return due || len(s.pending) >= maxPending, nil
+}
+
+// room refuses n bytes that would eat into the reserve.
+func (s *Store) room(n int64) error {
+	if s.checked += n; s.checked < checkSpace {
+		return nil
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
+		return fmt.Errorf("block store %s: free space: %w", s.cfg.Dir, err)
+	}
+	if free := int64(st.Bavail) * st.Bsize; free < s.cfg.Reserve+n {
+		s.checked = checkSpace // look again next time
+		return fmt.Errorf("block store %s: %d bytes are free on its disk, of which %d stay so; free space or delete paths: %w", s.cfg.Dir, free, s.cfg.Reserve, flox.ErrFull)
+	}
+	s.checked = 0
+	return nil
+}
+
+// seal ends the active pack; mu is held.
+func (s *Store) seal() {
+	s.unsynced = append(s.unsynced, sealed{s.activeID, s.active, s.size})
+	s.sizes[s.activeID] = s.size
+	s.active = nil
+}
+
+// newPack begins a pack; mu is held.
+func (s *Store) newPack() error {
+	path := s.packPath(s.activeID + 1)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt([]byte(fileMagic), 0)
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return errors.Join(err, f.Close(), os.Remove(path))
+	}
+	s.active, s.size = f, int64(len(fileMagic))
+	s.activeID++
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// Sync makes everything durable that was put before the call. Concurrent calls
+// share one fsync.
+func (s *Store) Sync(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	s.mu.RLock()
+	want, err := s.appended, s.usable()
+	s.mu.RUnlock()
+	if err != nil {
+		return err
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	s.mu.RLock()
+	done := s.synced >= want
+	err = s.usable()
+	s.mu.RUnlock()
+	if done || err != nil {
+		// Somebody who came later than our Puts synced meanwhile.
+		return err
+	}
+	return s.flush()
+}
+
+// flush makes durable and indexes what is pending; writing is held.
+func (s *Store) flush() error {
+	s.mu.Lock()
+	if s.broken != nil || len(s.pending) == 0 && len(s.unsynced) == 0 {
+		defer s.mu.Unlock()
+		return s.broken
+	}
+	done, full := s.appended, s.unsynced
+	active, activeID, size := s.active, s.activeID, s.size
+	moved := make(map[flox.CID]loc, len(s.pending))
+	for id, l := range s.pending {
+		moved[id] = l
+	}
+	s.unsynced = nil
+	s.mu.Unlock()
+
+	err := s.flushFiles(full, active)
+	if err == nil {
+		err = s.flushIndex(moved, full, activeID, size, active != nil)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil {
+		// After a failed fsync nobody knows what the disk has: no more writes, and
+		// the next Open looks.
+		s.broken = diskError(fmt.Errorf("%w; nothing put since the last sync counts, restart", err), "sync "+s.cfg.Dir)
+		return s.broken
+	}
+	for id, l := range moved {
+		if s.pending[id] == l {
+			delete(s.pending, id)
+		}
+	}
+	s.synced = done
+	return nil
+}
+
+func (s *Store) flushFiles(full []sealed, active *os.File) error {
+	var errs []error
+	for _, p := range full {
+		errs = append(errs, p.file.Sync(), p.file.Close())
+	}
+	if active != nil {
+		errs = append(errs, active.Sync())
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Store) flushIndex(moved map[flox.CID]loc, full []sealed, activeID uint32, size int64, hasActive bool) error {
+	c := s.index.change()
+	for id, l := range moved {
+		if err := c.set(id, l); err != nil {
+			return errors.Join(err, c.batch.Close())
+		}
+	}
+	for _, p := range full {
+		c.indexed(p.id, p.size)
+	}
+	if hasActive {
+		c.indexed(activeID, size)
+	}
+	if err := c.commit(); err != nil {
+		return err
+	}
+	if len(full) > 0 {
+		// Bounds what the next Open has to read after a crash. Nobody waits for it.
+		if _, err := s.index.db.AsyncFlush(); err != nil {
+			return fmt.Errorf("index: %w", err)
+		}
+	}
+	return nil
+}
+
+// Delete forgets blocks, for example damaged ones, so that Put stores them anew.
+// Blocks that are not there are no error.
+func (s *Store) Delete(ctx context.Context, ids ...flox.CID) error {
+	_, err := s.forget(ctx, ids, nil)
+	return err
+}
+
+// forget takes blocks out of the index and counts them, but none that keep says.
+func (s *Store) forget(ctx context.Context, ids []flox.CID, keep func(flox.CID) bool) (n uint64, err error) {
+	if err := s.Sync(ctx); err != nil {
+		return 0, err
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	// Who decides by has that a block need not be put holds mu too.
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return 0, err
+	}
+	c := s.index.change()
+	for _, id := range ids {
+		if _, ok := s.pending[id]; ok || keep != nil && keep(id) {
+			continue
+		}
+		switch err := c.remove(id); {
+		case err == nil:
+			n++
+		case !errors.Is(err, flox.ErrNotFound):
+			return 0, errors.Join(err, c.batch.Close())
+		}
+	}
+	return n, c.commit()
+}
