@@ -178,7 +178,7 @@ func (h *Host) announceLoop(ctx context.Context) error {
 		case <-h.keys.changed:
 			pause = time.Second
 		case <-time.After(pause):
-			pause = min(2*pause, 15*time.Second)
+			pause = min(2*pause, 15*time.Second, ttl/10)
 		}
 	}
 }

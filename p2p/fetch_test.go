@@ -1,8 +1,19 @@
 package p2p
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/floxctl/flox"
 )
 
 // A block that a peer holds comes from the peer, and the storehouse is not asked.
@@ -12,7 +23,7 @@ func TestFetchFromPeerNotStorehouse(t *testing.T) {
 	store := start(t, 1, func(c *Config) { c.Role = Storehouse; c.Blocks = origin })
 	boot := []PeerAddr{addrOf(store)}
 	peer := start(t, 2, func(c *Config) { c.Bootstrap = boot; c.Blocks = newMemory(blocks...) })
-	me := start(t, 3, func(c *Config) { c.Bootstrap = boot })
+	me := start(t, 3, func(c *Config) { c.Bootstrap = boot; c.patience = time.Minute })
 	join(t, me, peer)
 	eventually(t, "storehouse known", func() bool { return me.knows(store) })
 
@@ -24,4 +35,347 @@ func TestFetchFromPeerNotStorehouse(t *testing.T) {
 	if g.from[peer.ID()] != len(blocks) || origin.gets.Load() != 0 {
 		t.Fatalf("sources %v, storehouse asked %d times", g.from, origin.gets.Load())
 	}
+}
+
+// What no peer holds comes from the storehouse, with the peers' part from the peers.
+func TestStorehouseIsLast(t *testing.T) {
+	blocks := randomBlocks(2, 60, 20_000)
+	ids := map[string]PeerID{}
+	for i, name := range []string{"store", "lan", "site", "far", "me"} {
+		ids[name] = idOf(t, 10+i)
+	}
+	origin := newMemory(blocks...)
+	store := start(t, 10, func(c *Config) { c.Role = Storehouse; c.Blocks = origin })
+	lan := start(t, 11, func(c *Config) { c.Blocks = newMemory(blocks[:20]...) })
+	site := start(t, 12, func(c *Config) { c.Blocks = newMemory(blocks[:30]...) })
+	far := start(t, 13, func(c *Config) { c.Blocks = newMemory(blocks[:40]...) })
+	me := start(t, 14, func(c *Config) {
+		c.Bootstrap = []PeerAddr{addrOf(store)}
+		c.patience = time.Minute // nobody is overtaken, however busy the machine
+		tiers(map[PeerID]Tier{ids["lan"]: TierLAN, ids["site"]: TierSite, ids["far"]: TierFar})(c)
+	})
+	for _, h := range []*Host{lan, site, far} {
+		join(t, me, h)
+	}
+	var g got
+	if err := me.Fetch(within(t, 20*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+		t.Fatal(err)
+	}
+	g.check(t, blocks)
+	want := map[PeerID]int{lan.ID(): 20, site.ID(): 10, far.ID(): 10, store.ID(): 20}
+	if diff := cmp.Diff(want, g.from); diff != "" {
+		t.Fatal(diff)
+	}
+}
+
+// Only a storehouse's word makes a block "not found".
+func TestNotFoundOnlyFromStorehouse(t *testing.T) {
+	want := wantsOf(randomBlocks(3, 1, 100))
+	store := start(t, 20, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory() })
+	impostor := start(t, 21, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory() })
+	me := start(t, 22, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	lonely := start(t, 23, nil)
+	join(t, me, store)
+	join(t, lonely, impostor)
+	if err := me.Fetch(within(t, 10*time.Second), want, Hints{}, nil); !errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("with a storehouse: %v", err)
+	}
+	if err := lonely.Fetch(within(t, 10*time.Second), want, Hints{}, nil); !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("with one that only says it is a storehouse: %v", err)
+	}
+	if err := lonely.FetchFrom(within(t, 10*time.Second), impostor.ID(), want, nil); !errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("from one peer: %v", err)
+	}
+	if err := start(t, 24, nil).Fetch(within(t, 10*time.Second), want, Hints{}, nil); !errors.Is(err, flox.ErrUnreachable) {
+		t.Errorf("alone: %v", err)
+	}
+}
+
+// A batch with missing blocks still delivers the others.
+func TestPartialBatch(t *testing.T) {
+	blocks := randomBlocks(4, 10, 1000)
+	store := start(t, 25, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks[:7]...) })
+	me := start(t, 26, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	var g got
+	err := me.Fetch(within(t, 10*time.Second), wantsOf(blocks), Hints{}, g.take)
+	if !errors.Is(err, flox.ErrNotFound) || !strings.Contains(err.Error(), "3 of 10") {
+		t.Fatal(err)
+	}
+	g.check(t, blocks[:7])
+}
+
+// Callers that want the same block cause one request; the block goes on when
+// one of them leaves, and stops when all have.
+func TestSingleFlight(t *testing.T) {
+	blocks := randomBlocks(5, 1, 10_000)
+	held := newMemory(blocks...)
+	asked := make(chan struct{}, 10)
+	release := make(chan struct{})
+	held.get = func(ctx context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		asked <- struct{}{}
+		select {
+		case <-release:
+			return data, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	store := start(t, 30, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
+	me := start(t, 31, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	eventually(t, "storehouse known", func() bool { return me.knows(store) })
+
+	first, leave := context.WithCancel(context.Background())
+	results := make(chan error, 3)
+	fetch := func(ctx context.Context) {
+		var g got
+		err := me.Fetch(ctx, wantsOf(blocks), Hints{}, g.take)
+		if err == nil {
+			g.check(t, blocks)
+		}
+		results <- err
+	}
+	go fetch(first)
+	<-asked
+	go fetch(within(t, 20*time.Second))
+	go fetch(within(t, 20*time.Second))
+	eventually(t, "all wait for one flight", func() bool {
+		me.peers.mu.Lock()
+		defer me.peers.mu.Unlock()
+		for f := range me.sched.all {
+			return len(f.waiters) == 3
+		}
+		return false
+	})
+	leave()
+	if err := <-results; !errors.Is(err, context.Canceled) {
+		t.Fatalf("who left got %v", err)
+	}
+	close(release)
+	for range 2 {
+		if err := <-results; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := held.gets.Load(); n != 1 {
+		t.Fatalf("the block was read %d times", n)
+	}
+}
+
+// When nobody waits any more, what was queued is not asked for.
+func TestCancelStopsWork(t *testing.T) {
+	blocks := randomBlocks(6, 2000, 4096)
+	held := newMemory(blocks...)
+	release := make(chan struct{})
+	held.get = func(ctx context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		select {
+		case <-release:
+		case <-ctx.Done():
+		}
+		return data, nil
+	}
+	store := start(t, 32, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
+	me := start(t, 33, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- me.Fetch(ctx, wantsOf(blocks), Hints{}, func(int, []byte, Source) {}) }()
+	eventually(t, "reading", func() bool { return held.gets.Load() > 0 })
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	eventually(t, "cancels sent", func() bool {
+		me.peers.mu.Lock()
+		defer me.peers.mu.Unlock()
+		for _, l := range me.peers.remotes[store.self].link.lanes {
+			if len(l.cancels) > 0 {
+				return false
+			}
+		}
+		return len(me.sched.all) == 0
+	})
+	// A request that follows the cancels is answered after they were seen.
+	close(release)
+	last := randomBlocks(7, 1, 100)
+	held.put(last[0])
+	var g got
+	if err := me.Fetch(within(t, 10*time.Second), wantsOf(last), Hints{}, g.take); err != nil {
+		t.Fatal(err)
+	}
+	if n := held.gets.Load(); n > 100 {
+		t.Fatalf("%d of 2000 blocks read though nobody waited", n)
+	}
+}
+
+// Ten thousand small blocks go in pipelined batches.
+func TestManySmallBlocks(t *testing.T) {
+	blocks := randomBlocks(8, 10_000, 300)
+	held := newMemory(blocks...)
+	store := start(t, 34, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
+	me := start(t, 35, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)}; c.patience = time.Minute })
+	var g got
+	if err := me.Fetch(within(t, 20*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+		t.Fatal(err)
+	}
+	g.check(t, blocks)
+	if n := held.gets.Load(); n != 10_000 {
+		t.Fatalf("%d blocks read", n)
+	}
+}
+
+// Blocks whose size is not known, of every awkward size, compressed or not.
+func TestSizes(t *testing.T) {
+	var blocks [][]byte
+	for _, n := range []int{0, 1, 511, 512, 65_536, 65_537, MaxBlock - 1, MaxBlock} {
+		blocks = append(blocks, randomBlocks(uint64(100+n), 1, n)[0], bytes.Repeat([]byte("ab"), n/2))
+	}
+	blocks = slices.CompactFunc(blocks, func(a, b []byte) bool { return len(a) == 0 && len(b) == 0 })
+	wants := wantsOf(blocks)
+	for i := range wants {
+		wants[i].Size = 0
+	}
+	store := start(t, 36, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
+	for n, near := range []bool{true, false} {
+		me := start(t, 37+n, func(c *Config) {
+			c.Bootstrap = []PeerAddr{addrOf(store)}
+		})
+		eventually(t, "storehouse known", func() bool { return me.knows(store) })
+		me.peers.mu.Lock()
+		me.peers.remotes[store.self].near = near
+		me.peers.mu.Unlock()
+		var g got
+		wire := 0
+		err := me.Fetch(within(t, 10*time.Second), wants, Hints{}, func(i int, b []byte, from Source) {
+			g.take(i, b, from)
+			wire += from.Wire
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.check(t, blocks)
+		if plain := g.bytes[store.ID()]; (wire > plain) != near {
+			t.Errorf("near %t: %d bytes on the wire for %d", near, wire, plain)
+		}
+	}
+	if err := store.Fetch(within(t, time.Second), []Want{{ID: wants[0].ID, Size: MaxBlock + 1}}, Hints{}, nil); !errors.Is(err, flox.ErrBadInput) {
+		t.Errorf("too large a want: %v", err)
+	}
+}
+
+// A range comes without the rest of its block, and proven.
+func TestFetchRange(t *testing.T) {
+	blocks := randomBlocks(9, 4, 1)
+	for i, n := range []int{100, 16 << 10, 100_000, MaxBlock} {
+		blocks[i] = randomBlocks(uint64(i), 1, n)[0]
+	}
+	store := start(t, 40, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
+	me := start(t, 41, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	ctx := within(t, 20*time.Second)
+	for _, b := range blocks {
+		want := wantsOf([][]byte{b})[0]
+		n := len(b)
+		for _, r := range [][2]int{{0, 1}, {0, n}, {n - 1, 1}, {n / 3, n / 3}, {n / 2, n - n/2}} {
+			data, from, err := me.FetchRange(ctx, want, uint32(r[0]), uint32(r[1]), Hints{})
+			if err != nil {
+				t.Fatalf("%v of %d: %v", r, n, err)
+			}
+			if !bytes.Equal(data, b[r[0]:r[0]+r[1]]) {
+				t.Fatalf("%v of %d: wrong bytes", r, n)
+			}
+			if from.Wire > r[1]+sliceOverhead(uint32(r[1])) {
+				t.Errorf("%v of %d took %d bytes", r, n, from.Wire)
+			}
+		}
+	}
+	if _, _, err := me.FetchRange(ctx, wantsOf(blocks)[0], 50, 51, Hints{}); !errors.Is(err, flox.ErrBadInput) {
+		t.Errorf("beyond the end: %v", err)
+	}
+}
+
+// A peer that answers too slowly is overtaken by the next one.
+func TestSlowPeerIsOvertaken(t *testing.T) {
+	blocks := randomBlocks(10, 3, 5000)
+	slow := newMemory(blocks...)
+	slow.get = func(ctx context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	a := start(t, 42, func(c *Config) { c.Blocks = slow })
+	store := start(t, 43, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
+	me := start(t, 44, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	join(t, me, a)
+	var g got
+	if err := me.Fetch(within(t, 8*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+		t.Fatal(err)
+	}
+	g.check(t, blocks)
+	if g.from[store.ID()] != 3 || slow.gets.Load() == 0 {
+		t.Fatalf("from %v, the slow one was asked %d times", g.from, slow.gets.Load())
+	}
+}
+
+// Killed mid-transfer, a peer's part comes from elsewhere.
+func TestPeerDiesMidTransfer(t *testing.T) {
+	blocks := randomBlocks(11, 300, 30_000)
+	dying := newMemory(blocks...)
+	a := start(t, 45, func(c *Config) { c.Blocks = dying })
+	var once sync.Once
+	dying.get = func(_ context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		if dying.gets.Load() > 50 {
+			once.Do(func() { go a.Close() })
+		}
+		return data, nil
+	}
+	store := start(t, 46, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
+	me := start(t, 47, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	join(t, me, a)
+	var g got
+	if err := me.Fetch(within(t, 15*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+		t.Fatal(err)
+	}
+	g.check(t, blocks)
+	t.Log(g.from)
+}
+
+// Peers that are busy are asked again later, or somebody else is.
+func TestUploadSlots(t *testing.T) {
+	blocks := randomBlocks(12, 40, 2000)
+	held := newMemory(blocks...)
+	var now, most atomic.Int64
+	held.get = func(_ context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		most.Store(max(most.Load(), now.Add(1)))
+		defer now.Add(-1)
+		time.Sleep(5 * time.Millisecond)
+		return data, nil
+	}
+	store := start(t, 48, func(c *Config) { c.Role = Storehouse; c.Blocks = held; c.Limits.UploadSlots = 1 })
+	var wg sync.WaitGroup
+	for n := range 3 {
+		me := start(t, 49+n, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+		wg.Go(func() {
+			var g got
+			if err := me.Fetch(within(t, 20*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() != 1 {
+		t.Fatalf("%d uploads at once, want 1", most.Load())
+	}
+}
+
+// Blocks that a peer gets while connected are found on it soon after.
+func TestDeltas(t *testing.T) {
+	held := newMemory()
+	a := start(t, 52, func(c *Config) { c.Blocks = held })
+	me := start(t, 53, nil)
+	join(t, me, a)
+	blocks := randomBlocks(13, 2500, 64)
+	for _, b := range blocks {
+		a.Holding(held.put(b))
+	}
+	eventually(t, "all blocks come from the peer", func() bool {
+		var g got
+		return me.Fetch(within(t, 5*time.Second), wantsOf(blocks), Hints{}, g.take) == nil && len(g.data) == len(blocks)
+	})
 }

@@ -99,10 +99,11 @@ type holdings struct {
 	log     []filterKey // ring of the last deltaLog additions
 	seq     uint64      // additions ever made
 	changed chan struct{}
+	full    chan struct{} // asks for a scan that makes a larger filter
 }
 
 func newHoldings(src Holder, role Role) *holdings {
-	h := &holdings{src: src, silent: role == Storehouse, changed: make(chan struct{})}
+	h := &holdings{src: src, silent: role == Storehouse, changed: make(chan struct{}), full: make(chan struct{}, 1)}
 	if src == nil {
 		h.f, h.gen = newFilter(0), 1
 	}
@@ -130,6 +131,12 @@ func (h *holdings) add(ids []flox.CID) {
 	}
 	if any {
 		h.wake()
+	}
+	if h.f.count > h.f.capacity() && len(h.f.words) < wire.MaxFilterWords {
+		select {
+		case h.full <- struct{}{}:
+		default:
+		}
 	}
 }
 
@@ -164,6 +171,7 @@ func (h *holdings) run(ctx context.Context, log *slog.Logger) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(wait):
+		case <-h.full:
 		}
 	}
 }

@@ -322,6 +322,7 @@ func (s *scheduler) patience(a *attempt) time.Duration {
 		d = max(d, 100*time.Millisecond) // nothing is known of it yet
 	}
 	d = min(d, due+maxHedge) // long queues are no reason, being late is
+	d = max(d, s.h.cfg.patience)
 	if left := time.Until(a.f.deadline); !a.f.deadline.IsZero() {
 		d = min(d, max(left/3, 5*time.Millisecond))
 	}

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	golog "github.com/ipfs/go-log/v2"
 	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	"github.com/libp2p/go-libp2p/core/control"
@@ -19,6 +21,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
+	"github.com/libp2p/go-libp2p/gologshim"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
@@ -68,6 +71,7 @@ func New(cfg Config) (*Host, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
+	quiet()
 	cfg.Limits = cfg.Limits.withDefaults(cfg.Role)
 	log := cfg.Log
 	if log == nil {
@@ -157,8 +161,9 @@ func (h *Host) open() error {
 	}
 	opts := []libp2p.Option{
 		libp2p.Identity(key),
-		libp2p.ListenAddrs(listenOn...),
-		libp2p.Transport(tcp.NewTCPTransport),
+		libp2p.NoListenAddrs, // below: New leaks goroutines when it cannot listen
+		// Without port reuse: it would let a second program share our port unnoticed.
+		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport()),
 		libp2p.Security(string(securityID), newProof(h.cfg.Secret)),
 		libp2p.Muxer(yamux.ID, muxer()),
 		libp2p.ConnectionGater(gater{h.cfg.Allowed}),
@@ -178,13 +183,34 @@ func (h *Host) open() error {
 	if err != nil {
 		conns.Close()
 		resources.Close()
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return fmt.Errorf("listen on %v: the port is in use by another program; stop it or configure another port: %w: %w", listen, err, flox.ErrBusy)
-		}
-		return fmt.Errorf("listen on %v: %w", listen, err)
+		return fmt.Errorf("start libp2p: %w", err)
+	}
+	if err := h.net.Network().Listen(listenOn...); err != nil {
+		h.net.Close()
+		return listenError(listen, err)
+	}
+	// libp2p is content with one of several addresses; who configured them is not.
+	if n := len(h.net.Network().ListenAddresses()); len(h.cfg.Listen) > 0 && n < len(listenOn) {
+		h.net.Close()
+		return listenError(listen, fmt.Errorf("only %d of %d addresses: %w", n, len(listenOn), syscall.EADDRINUSE))
 	}
 	return nil
 }
+
+func listenError(listen []string, err error) error {
+	// libp2p keeps only the text of the cause.
+	if strings.Contains(err.Error(), syscall.EADDRINUSE.Error()) {
+		return fmt.Errorf("listen on %v: the port is in use by another program; stop it or configure another port: %w: %w", listen, err, flox.ErrBusy)
+	}
+	return fmt.Errorf("listen on %v: %w", listen, err)
+}
+
+// quiet turns libp2p's own logging to stderr off, once: what matters of it
+// comes back as errors.
+var quiet = sync.OnceFunc(func() {
+	gologshim.SetDefaultHandler(slog.DiscardHandler)
+	golog.SetAllLoggers(golog.LevelFatal)
+})
 
 // Run connects, announces and keeps doing so until ctx ends, then closes the
 // host. It returns nil when ctx ended.
@@ -250,7 +276,17 @@ func (h *Host) spawn(f func()) bool {
 func (h *Host) ID() PeerID { return PeerID(h.self.String()) }
 
 // Addrs are the addresses others can reach this machine at, as multiaddrs.
-func (h *Host) Addrs() []string { return addrStrings(h.net.Addrs()) }
+func (h *Host) Addrs() []string {
+	if len(h.cfg.Announce) > 0 {
+		return addrStrings(h.net.Addrs())
+	}
+	// Not the host's: those lag behind what the network listens on.
+	addrs, err := h.net.Network().InterfaceListenAddresses()
+	if err != nil {
+		return addrStrings(h.net.Addrs())
+	}
+	return addrStrings(addrs)
+}
 
 // AddPeer remembers where a peer is and connects to it soon.
 func (h *Host) AddPeer(p PeerAddr) error {

@@ -40,7 +40,11 @@ func (h *Host) serveLane(l *lane) error {
 	defer cancel()
 	dialCtx, dialled := context.WithTimeout(ctx, h.cfg.Limits.DialTimeout)
 	defer dialled()
-	if err := h.reach(dialCtx, l.r.id); err != nil {
+	err := h.reach(dialCtx, l.r.id)
+	if err == nil {
+		err = h.peers.waitReady(dialCtx, l.r.id) // its role gives weight to its "not found"
+	}
+	if err != nil {
 		h.peers.unreachable(l.r)
 		return fmt.Errorf("%w: %w", errLost, err)
 	}

@@ -126,6 +126,7 @@ type Config struct {
 	recordTTL  time.Duration
 	maintainIn time.Duration
 	stall      time.Duration
+	patience   time.Duration // the least before a peer is overtaken
 }
 
 // Limits bound what a Host uses. A zero field is its default.
