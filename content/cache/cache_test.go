@@ -3,6 +3,7 @@ package cache
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -336,4 +337,58 @@ func TestConcurrent(t *testing.T) {
 	work.Wait()
 	cancel()
 	behind.Wait()
+}
+
+// A restart after Close leaves nothing in doubt, also in another session, and
+// does not add to what must be remembered of lost ones.
+func TestCleanRestart(t *testing.T) {
+	dir := t.TempDir()
+	s, tiny := newSample(1, 600<<10, 64<<10), newSample(2, 700, 64<<10)
+	for i := range 4 {
+		cfg := small(dir)
+		cfg.BootID = strconv.Itoa(i)
+		c, err := Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range []*sample{s, tiny} {
+			if st := c.State(s.File, 0, s.Size); i > 0 && st != Hit {
+				t.Errorf("start %d: state %d, want hit", i, st)
+			}
+			s.putAll(t, c)
+			s.readAll(t, c, 1)
+		}
+		if lost := c.session.marks.Load().Lost; len(lost) != 0 {
+			t.Errorf("start %d: lost generations %v", i, lost)
+		}
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// An index that cannot be written any more costs the cache, not the reader:
+// puts say ErrFull, and what is known goes on being read.
+func TestBrokenIndex(t *testing.T) {
+	c, err := Open(small(t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSample(1, 100<<10, 16<<10)
+	if err := s.put(c, 0); err != nil {
+		t.Fatal(err)
+	}
+	broken := fmt.Errorf("write: %w", flox.ErrFull)
+	c.index.broken.Store(&broken)
+	is(t, s.put(c, 1), flox.ErrFull)
+	if st := s.read(t, c, 0, 10, 1); st != Hit {
+		t.Errorf("state %d, want hit", st)
+	}
+	if _, err := c.GC(context.Background(), 0); err == nil {
+		t.Error("eviction without an index")
+	}
+	_ = c.Close()
+	if err := c.index.db.Close(); err != nil {
+		t.Error(err)
+	}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -45,7 +46,8 @@ func private(t *testing.T) bool {
 		return false
 	}
 	cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=5m")
-	cmd.Env = append(os.Environ(), env+"=1")
+	// Our temporary directory outlives a child that does not clean up.
+	cmd.Env = append(os.Environ(), env+"=1", "TMPDIR="+t.TempDir())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.CombinedOutput()
 	t.Logf("in a namespace of its own:\n%s", out)
@@ -393,6 +395,38 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A disk that fails under the running cache: errors, never wrong bytes, and nothing hangs.
+func TestDiskDies(t *testing.T) {
+	if private(t) {
+		return
+	}
+	d := newLoopDisk(t, 96<<20)
+	c, err := Open(small(filepath.Join(d.dir, "cache")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSample(1, 300<<10, 16<<10)
+	s.putAll(t, c)
+	d.cut(t)
+	if err := c.Keep(context.Background(), "owner", slices.Values([]flox.CID{s.ID})); err == nil {
+		t.Error("a keep is durable on a dead disk")
+	}
+	if err := newSample(2, 300<<10, 16<<10).put(c, 0); err == nil {
+		t.Error("a put on a dead disk")
+	}
+	s.readAll(t, c, 1)
+	_ = c.Sync(context.Background())
+	_ = c.Close()
+	os.Exit(exitCode(t)) // the index's goroutines cannot be ended
+}
+
+func exitCode(t *testing.T) int {
+	if t.Failed() {
+		return 1
+	}
+	return 0
 }
 
 // fill writes until the disk has no room at all.

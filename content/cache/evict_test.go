@@ -72,7 +72,7 @@ func traffic(t *testing.T, withKernel bool) (again, lost int) {
 		}
 	}
 	cfg := small(t.TempDir())
-	cfg.Budget = 24 << 20
+	cfg.Budget = 16 << 20
 	if withKernel {
 		cfg.Kernel = k
 	}

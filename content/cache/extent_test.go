@@ -15,7 +15,7 @@ func TestExtents(t *testing.T) {
 		var model [size]uint64 // generation of each byte; 0 = not here
 		lost := func(gen uint64) bool { return gen == 3 }
 		same := func(a, b uint64) bool { return !lost(a) && !lost(b) }
-		for range rapid.IntRange(1, 30).Draw(t, "steps") {
+		for range rapid.IntRange(1, 300).Draw(t, "steps") {
 			off := rapid.Uint32Range(0, size-1).Draw(t, "off")
 			end := rapid.Uint32Range(off+1, size).Draw(t, "end")
 			gen := rapid.Uint64Range(1, 4).Draw(t, "gen")

@@ -130,7 +130,11 @@ func (c *Cache) Chunks(yield func(flox.CID) bool) {
 			if !ok || err != nil || k.seg != 0 || ct.size > maxBlock {
 				continue
 			}
-			if c.State(File{k.id, ct.size}, 0, ct.size) != Miss && !emit(k.id) {
+			here := length(ct.ext) == ct.size // spares the look into memory
+			if ct.size > ct.length {
+				here = c.State(File{k.id, ct.size}, 0, ct.size) != Miss
+			}
+			if here && !emit(k.id) {
 				return errStop
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -20,6 +21,10 @@ func TestMain(m *testing.M) {
 	if role := os.Getenv("FLOXD_TEST_CACHE_WRITER"); role != "" {
 		writer(role)
 		return
+	}
+	// What is quick enough for every run; -rapid.checks=1000 looks longer.
+	if f := flag.Lookup("rapid.checks"); f != nil {
+		_ = f.Value.Set("30")
 	}
 	goleak.VerifyTestMain(m)
 }

@@ -32,7 +32,7 @@ type marks struct {
 	Lost    []span
 }
 
-// maxSpans bounds Lost, one per power cut; more are joined, which only makes
+// maxSpans bounds Lost, one per session that did not end with close; more are joined, which only makes
 // more of the cache unverified.
 const maxSpans = 64
 
@@ -167,10 +167,16 @@ func (s *session) mark() error {
 	return errors.Join(syncErr, s.save(m))
 }
 
-// close makes the mark that lets a next session trust everything.
+// close makes the mark that lets a next session trust everything. Nothing is
+// written after it, so no generation is in doubt then.
 func (s *session) close() error {
 	s.dirty.Store(true)
-	return s.mark()
+	if err := s.mark(); err != nil {
+		return err
+	}
+	m := *s.marks.Load()
+	m.Next = m.Durable + 1
+	return s.save(m)
 }
 
 // systemSession names the time during which the file system of dir keeps what
