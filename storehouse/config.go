@@ -1,11 +1,23 @@
 package storehouse
 
 import (
+	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
 )
+
+// noHTTP as HTTPListen turns the binary cache off.
+const noHTTP = "none"
 
 // Config says where a storehouse keeps its state and how it is reached. A zero
 // field is its default.
@@ -48,6 +60,129 @@ type Config struct {
 	Version string `json:"-"`
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger `json:"-"`
+}
+
+// withDefaults checks c and fills in what is zero. Name stays "" until the
+// state directory is looked at.
+func (c Config) withDefaults() (Config, error) {
+	bad := func(format string, args ...any) (Config, error) {
+		return c, fmt.Errorf("storehouse: %s: %w", fmt.Sprintf(format, args...), flox.ErrBadInput)
+	}
+	setDefault(&c.StateDir, "/var/lib/floxd/storehouse")
+	setDefault(&c.StoreDir, flox.DefaultStoreDir)
+	setDefault(&c.HTTPListen, "127.0.0.1:7780")
+	setDefault(&c.UploadTokenFile, filepath.Join(c.StateDir, "upload-token"))
+	setDefault(&c.StageTTL, 24*time.Hour)
+	setDefault(&c.MaxStaged, 4096)
+	setDefault(&c.ReserveBytes, 256<<20)
+	setDefault(&c.Version, "dev")
+	if len(c.Listen) == 0 {
+		c.Listen = []string{"0.0.0.0:7781"}
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	dir, err := flox.ParseStoreDir(string(c.StoreDir))
+	if err != nil {
+		return c, err
+	}
+	c.StoreDir = dir
+	if c.HTTPListen != noHTTP {
+		if _, _, err := net.SplitHostPort(c.HTTPListen); err != nil {
+			return bad("http_listen %q: want host:port or %q", c.HTTPListen, noHTTP)
+		}
+	}
+	if c.StageTTL < 0 || c.MaxStaged < 0 || c.ReserveBytes > 1<<60 {
+		return bad("stage_ttl, max_staged and reserve_bytes must not be negative")
+	}
+	if strings.ContainsAny(c.Name, ": \t\n/") || len(c.Name) > 64 {
+		return bad("name %q: want at most 64 characters without spaces, colons and slashes", c.Name)
+	}
+	return c, nil
+}
+
+// setDefault gives *v the value d if it has none.
+func setDefault[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// httpURL is how others reach the binary cache; "" without one.
+func (s *Server) httpURL(addrs []string) string {
+	if s.cfg.HTTPURL != "" || s.web == nil {
+		return s.cfg.HTTPURL
+	}
+	host, port, err := net.SplitHostPort(s.web.Addr().String())
+	if err != nil {
+		return ""
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = reachable(addrs)
+	}
+	return "http://" + net.JoinHostPort(host, port)
+}
+
+// reachable picks the host of the first address that is not this machine's own.
+func reachable(addrs []string) string {
+	host := "127.0.0.1"
+	for _, a := range addrs {
+		candidate, _, err := net.SplitHostPort(a)
+		if err != nil { // a multiaddr: /ip4/10.0.0.1/tcp/7781, /dns4/name/tcp/7781
+			parts := strings.Split(a, "/")
+			if len(parts) < 3 {
+				continue
+			}
+			candidate = parts[2]
+		}
+		if ip := net.ParseIP(candidate); ip == nil || !ip.IsLoopback() && !ip.IsUnspecified() {
+			return candidate
+		}
+	}
+	return host
+}
+
+// listenError says what to do about a port that cannot be listened on.
+func listenError(address string, err error) error {
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("listen on %s: the port is in use by another program; stop it or configure another http_listen: %w: %w", address, err, flox.ErrBusy)
+	}
+	return fmt.Errorf("listen on %s: %w", address, err)
+}
+
+// ignoreClosed drops the error of closing what is closed.
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// lockState makes this process the only user of the state directory until
+// unlock. The lock goes with the process, so a crash leaves nothing behind.
+func lockState(dir string) (unlock func() error, err error) {
+	path := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder, _ := os.ReadFile(path)
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("state directory %s is in use by process %s: stop it or use another directory: %w",
+				dir, strings.TrimSpace(string(holder[:min(len(holder), 20)])), flox.ErrBusy)
+		}
+		return nil, fmt.Errorf("lock state directory %s: %w", dir, err)
+	}
+	if err := f.Truncate(0); err == nil {
+		_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock state directory: %w", err), f.Close())
+	}
+	return f.Close, nil
 }
 
 // Staged is a NAR that waits for its path info.

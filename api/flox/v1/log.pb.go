@@ -428,6 +428,8 @@ type Difference struct {
 	Path           string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
 	ValidNarHash   []byte                 `protobuf:"bytes,2,opt,name=valid_nar_hash,json=validNarHash,proto3" json:"valid_nar_hash,omitempty"`
 	OfferedNarHash []byte                 `protobuf:"bytes,3,opt,name=offered_nar_hash,json=offeredNarHash,proto3" json:"offered_nar_hash,omitempty"`
+	Publisher      string                 `protobuf:"bytes,4,opt,name=publisher,proto3" json:"publisher,omitempty"` // who offered it
+	TimeUnixMs     int64                  `protobuf:"varint,5,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -481,6 +483,20 @@ func (x *Difference) GetOfferedNarHash() []byte {
 		return x.OfferedNarHash
 	}
 	return nil
+}
+
+func (x *Difference) GetPublisher() string {
+	if x != nil {
+		return x.Publisher
+	}
+	return ""
+}
+
+func (x *Difference) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
 }
 
 // PathInfo is what is known of a valid store path (flox.PathInfo).
@@ -629,12 +645,15 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"PathsReply\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05added\x18\x02 \x03(\tR\x05added\x125\n" +
-	"\vdifferences\x18\x03 \x03(\v2\x13.flox.v1.DifferenceR\vdifferences\"p\n" +
+	"\vdifferences\x18\x03 \x03(\v2\x13.flox.v1.DifferenceR\vdifferences\"\xb0\x01\n" +
 	"\n" +
 	"Difference\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12$\n" +
 	"\x0evalid_nar_hash\x18\x02 \x01(\fR\fvalidNarHash\x12(\n" +
-	"\x10offered_nar_hash\x18\x03 \x01(\fR\x0eofferedNarHash\"\xb4\x02\n" +
+	"\x10offered_nar_hash\x18\x03 \x01(\fR\x0eofferedNarHash\x12\x1c\n" +
+	"\tpublisher\x18\x04 \x01(\tR\tpublisher\x12 \n" +
+	"\ftime_unix_ms\x18\x05 \x01(\x03R\n" +
+	"timeUnixMs\"\xb4\x02\n" +
 	"\bPathInfo\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x19\n" +
 	"\bnar_hash\x18\x02 \x01(\fR\anarHash\x12\x19\n" +

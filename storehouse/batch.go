@@ -1,0 +1,125 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// Bounds of one entry of the log made of many publishes.
+const (
+	batchPaths = 512
+	batchBytes = 2 << 20
+	batchQueue = 1024
+)
+
+// errStopping answers what cannot be put into the log any more.
+var errStopping = fmt.Errorf("the storehouse is stopping: %w", flox.ErrClosed)
+
+// batcher makes one log entry of the publishes that arrive while the entry
+// before is on its way: one fsync for all of them.
+type batcher struct {
+	session *cluster.Session
+	queue   chan *addition
+	stopped chan struct{} // closed when run ends
+}
+
+// addition is one path on its way into the log.
+type addition struct {
+	info      *floxv1.PathInfo
+	publisher string
+	done      chan added
+}
+
+// added is what became of an addition.
+type added struct {
+	reply *floxv1.PathsReply
+	err   error
+}
+
+func newBatcher(node *cluster.Node) *batcher {
+	return &batcher{session: node.NewSession(), queue: make(chan *addition, batchQueue), stopped: make(chan struct{})}
+}
+
+// add makes a path valid and gives the reply of the entry it was in.
+func (b *batcher) add(ctx context.Context, info *flox.PathInfo, publisher string) (*floxv1.PathsReply, error) {
+	a := &addition{info: api.FromPathInfo(info), publisher: publisher, done: make(chan added, 1)}
+	select {
+	case b.queue <- a:
+	case <-b.stopped:
+		return nil, errStopping
+	case <-ctx.Done():
+		return nil, fmt.Errorf("publish %s: %w", info.Path, ctx.Err())
+	}
+	select {
+	case got := <-a.done:
+		return got.reply, got.err
+	case <-b.stopped:
+		return nil, errStopping
+	case <-ctx.Done():
+		// It may still become valid; publishing it again is harmless.
+		return nil, fmt.Errorf("publish %s: %w", info.Path, ctx.Err())
+	}
+}
+
+// run makes entries until ctx ends.
+func (b *batcher) run(ctx context.Context) error {
+	defer close(b.stopped)
+	var next *addition // of another publisher than the batch before
+	for {
+		if next == nil {
+			select {
+			case next = <-b.queue:
+			case <-ctx.Done():
+				return nil
+			}
+		}
+		batch := []*addition{next}
+		batch, next = b.collect(batch)
+		b.propose(ctx, batch)
+	}
+}
+
+// collect takes what waits and fits. An entry names one publisher.
+func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
+	size := proto.Size(batch[0].info)
+	for len(batch) < batchPaths && size < batchBytes {
+		select {
+		case a := <-b.queue:
+			if a.publisher != batch[0].publisher {
+				return batch, a
+			}
+			batch = append(batch, a)
+			size += proto.Size(a.info)
+		default:
+			return batch, nil
+		}
+	}
+	return batch, nil
+}
+
+// propose puts a batch into the log. If the batch is refused, its paths go one
+// by one, so that each is answered for itself.
+func (b *batcher) propose(ctx context.Context, batch []*addition) {
+	c := &floxv1.AddPaths{Publisher: batch[0].publisher}
+	for _, a := range batch {
+		c.Paths = append(c.Paths, a.info)
+	}
+	reply, err := propose(ctx, b.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Add{Add: c}})
+	if errors.Is(err, cluster.ErrRefused) && len(batch) > 1 {
+		for i := range batch {
+			b.propose(ctx, batch[i:i+1])
+		}
+		return
+	}
+	for _, a := range batch {
+		a.done <- added{reply, err}
+	}
+}

@@ -1,0 +1,173 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// Bounds of one Paths call.
+const (
+	maxHashParts = 1024
+	maxAnswers   = 8192
+)
+
+// read calls f with the facts as of now.
+func (s *Server) read(ctx context.Context, c cluster.Consistency, f func(*cluster.Reader) error) error {
+	r, err := s.node.View(ctx, pathsKind, c)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(r), r.Close())
+}
+
+// Info gives the facts of the valid path with a hash part (32 characters);
+// ErrNotFound when there is none.
+func (s *Server) Info(ctx context.Context, hashPart string) (*flox.PathInfo, error) {
+	if !flox.ValidHashPart(hashPart) {
+		return nil, fmt.Errorf("hash part %q: want %d characters of nix-base32: %w", hashPart[:min(len(hashPart), 64)], flox.HashPartLen, flox.ErrBadInput)
+	}
+	var info *flox.PathInfo
+	look := func(r *cluster.Reader) error {
+		m, err := readInfo(r, hashPart)
+		if err == nil {
+			info, err = api.ToPathInfo(m)
+		}
+		return err
+	}
+	// Facts do not change once there; only their absence has to be certain.
+	err := s.read(ctx, cluster.Local, look)
+	if errors.Is(err, flox.ErrNotFound) {
+		err = s.read(ctx, cluster.Linearizable, look)
+	}
+	if errors.Is(err, flox.ErrNotFound) {
+		return nil, fmt.Errorf("no path with hash %s is valid here: %w", hashPart, flox.ErrNotFound)
+	}
+	return info, err
+}
+
+// answerPaths answers one Paths call from one moment of the facts.
+func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*floxv1.PathsResponse, error) {
+	asked := req.GetHashParts()
+	if len(asked) > maxHashParts {
+		return nil, fmt.Errorf("%d hash parts, want at most %d: %w", len(asked), maxHashParts, flox.ErrBadInput)
+	}
+	for _, h := range asked {
+		if !flox.ValidHashPart(h) {
+			return nil, fmt.Errorf("hash part %q: want %d characters of nix-base32: %w", h[:min(len(h), 64)], flox.HashPartLen, flox.ErrBadInput)
+		}
+	}
+	out := &floxv1.PathsResponse{}
+	err := s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		out.Index = r.Index()
+		seen := make(map[string]bool, len(asked))
+		queue := make([]string, 0, len(asked))
+		add := func(hashPart string) {
+			if !seen[hashPart] {
+				seen[hashPart] = true
+				queue = append(queue, hashPart)
+			}
+		}
+		for _, h := range asked {
+			add(h)
+		}
+		for i := 0; i < len(queue); i++ {
+			if len(out.Found)+len(out.Invalid) >= maxAnswers {
+				out.Truncated = true
+				return nil
+			}
+			m, err := readInfo(r, queue[i])
+			if errors.Is(err, flox.ErrNotFound) {
+				out.Invalid = append(out.Invalid, queue[i])
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			out.Found = append(out.Found, m)
+			if req.GetClosure() {
+				for _, ref := range m.GetReferences() {
+					add(flox.StorePath(ref).HashPart())
+				}
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+// trustLists gives the trust lists above version have, oldest first.
+func (s *Server) trustLists(ctx context.Context, have uint64) (lists [][]byte, err error) {
+	err = s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
+		lists, err = readTrust(r, have)
+		return err
+	})
+	return lists, err
+}
+
+// ensureTrust puts the first trust list in force if there is none, and checks
+// that the newest one trusts this server's keys. It gives its fingerprint.
+func (s *Server) ensureTrust(ctx context.Context) (flox.CID, error) {
+	lists, err := s.trustLists(ctx, 0)
+	if err != nil {
+		return flox.CID{}, err
+	}
+	if len(lists) == 0 {
+		first, err := s.id.firstTrust()
+		if err != nil {
+			return flox.CID{}, err
+		}
+		b, err := first.Marshal()
+		if err != nil {
+			return flox.CID{}, err
+		}
+		_, err = propose(ctx, s.node.NewSession(), &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Trust{Trust: &floxv1.SetTrustList{List: b}}})
+		if err != nil {
+			return flox.CID{}, fmt.Errorf("make the first trust list: %w", err)
+		}
+		lists = [][]byte{b}
+	}
+	newest, err := content.ParseTrustList(lists[len(lists)-1])
+	if err != nil {
+		return flox.CID{}, err
+	}
+	for _, k := range newest.ManifestKeys {
+		if k == s.id.manifest.Public().String() {
+			return newest.Fingerprint()
+		}
+	}
+	return flox.CID{}, fmt.Errorf("%s/keys/manifest.key is not among the keys of trust list version %d: agents would refuse all it signs; put the right key back: %w",
+		s.cfg.StateDir, newest.Version, flox.ErrUntrusted)
+}
+
+// propose puts a command into the log and gives its reply.
+func propose(ctx context.Context, session *cluster.Session, c *floxv1.PathsCommand) (*floxv1.PathsReply, error) {
+	b, err := proto.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	answer, _, err := session.Propose(ctx, pathsKind, b)
+	if err != nil {
+		return nil, err
+	}
+	reply := &floxv1.PathsReply{}
+	return reply, proto.Unmarshal(answer, reply)
+}
+
+// counts reads the counters and the index they were read at.
+func (s *Server) counts(ctx context.Context) (c factCounts, index uint64, err error) {
+	err = s.read(ctx, cluster.Local, func(r *cluster.Reader) (err error) {
+		index = r.Index()
+		c, err = readCounts(r)
+		return err
+	})
+	return c, index, err
+}

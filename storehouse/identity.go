@@ -1,0 +1,215 @@
+package storehouse
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/nix"
+	"github.com/floxctl/flox/p2p"
+)
+
+// swarmSecretBytes is the length of the secret members share.
+const swarmSecretBytes = 32
+
+// fixed is what can never change in a state directory (storehouse.json): names
+// and hashes all over the place are made of it.
+type fixed struct {
+	Format   int           `json:"format"`
+	Name     string        `json:"name"`
+	StoreDir flox.StoreDir `json:"store_dir"`
+}
+
+// identity is who this server is and what it signs with.
+type identity struct {
+	fixed
+	machine  ed25519.PrivateKey
+	peer     p2p.PeerID
+	nix      nix.SecretKey // signs Nix's fingerprints
+	manifest nix.SecretKey // signs manifest statements and the next trust list
+	secret   []byte        // of the swarm
+	token    string        // of publishers
+}
+
+// loadIdentity reads the identity in cfg.StateDir, making what is missing. The
+// caller has the directory for itself.
+func loadIdentity(cfg Config) (*identity, error) {
+	id := &identity{}
+	if err := id.loadFixed(cfg); err != nil {
+		return nil, err
+	}
+	keys := filepath.Join(cfg.StateDir, "keys")
+	if err := os.MkdirAll(keys, 0o700); err != nil {
+		return nil, fmt.Errorf("make key directory: %w", err)
+	}
+	var err error
+	if id.machine, err = p2p.LoadOrCreateKey(filepath.Join(keys, "machine.key")); err != nil {
+		return nil, err
+	}
+	public, _ := id.machine.Public().(ed25519.PublicKey)
+	if id.peer, err = p2p.IDFromKey(public); err != nil {
+		return nil, err
+	}
+	if id.nix, err = signingKey(filepath.Join(keys, "nix.key"), id.Name+"-1"); err != nil {
+		return nil, err
+	}
+	if id.manifest, err = signingKey(filepath.Join(keys, "manifest.key"), id.Name+"-1"); err != nil {
+		return nil, err
+	}
+	secret, err := secretFile(filepath.Join(keys, "swarm.secret"), rand.Text)
+	if err != nil {
+		return nil, err
+	}
+	// The file holds text; its hash gives the members' secret its length.
+	sum := content.Hash([]byte("flox-swarm-1;" + secret))
+	id.secret = sum[:swarmSecretBytes]
+	id.token, err = secretFile(cfg.UploadTokenFile, rand.Text)
+	return id, err
+}
+
+// loadFixed reads storehouse.json or writes the first one, and refuses a
+// configuration that says otherwise.
+func (id *identity) loadFixed(cfg Config) error {
+	path := filepath.Join(cfg.StateDir, "storehouse.json")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		id.fixed = fixed{Format: 1, Name: cfg.Name, StoreDir: cfg.StoreDir}
+		if id.Name == "" {
+			if id.Name, err = os.Hostname(); err != nil {
+				return fmt.Errorf("the storehouse needs a name: %w", err)
+			}
+		}
+		if b, err = json.MarshalIndent(id.fixed, "", "  "); err != nil {
+			return err
+		}
+		return writeFile(path, append(b, '\n'), 0o644)
+	}
+	if err != nil {
+		return fmt.Errorf("read state directory: %w", err)
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&id.fixed); err != nil || id.Format != 1 {
+		return fmt.Errorf("%s is not of this program (format %d, %v); use another state directory: %w", path, id.Format, err, flox.ErrBadInput)
+	}
+	if id.StoreDir != cfg.StoreDir {
+		return fmt.Errorf("%s was made for the store directory %s, the configuration says %s: every path's name depends on it; change the configuration or begin in another directory: %w",
+			cfg.StateDir, id.StoreDir, cfg.StoreDir, flox.ErrBadInput)
+	}
+	if cfg.Name != "" && id.Name != cfg.Name {
+		return fmt.Errorf("%s belongs to the storehouse %q, the configuration says %q: keys carry the name; change the configuration or begin in another directory: %w",
+			cfg.StateDir, id.Name, cfg.Name, flox.ErrBadInput)
+	}
+	return nil
+}
+
+// signingKey reads a key file in Nix's format or makes one.
+func signingKey(path, name string) (nix.SecretKey, error) {
+	text, err := secretFile(path, func() string {
+		key, err := nix.GenerateKey(name)
+		if err != nil {
+			return ""
+		}
+		return key.String()
+	})
+	if err != nil {
+		return nix.SecretKey{}, err
+	}
+	key, err := nix.ParseSecretKey(text)
+	if err != nil {
+		return nix.SecretKey{}, fmt.Errorf("%s: %w", path, err)
+	}
+	return key, nil
+}
+
+// secretFile reads the one line of a secret file, or makes one (mode 0600). A
+// file that others may read is refused.
+func secretFile(path string, make func() string) (string, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		text := make()
+		if text == "" {
+			return "", fmt.Errorf("make %s: no secret could be made", path)
+		}
+		return text, writeFile(path, []byte(text+"\n"), 0o600)
+	}
+	if err != nil {
+		return "", fmt.Errorf("read secret: %w", err)
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return "", fmt.Errorf("read secret: %w", err)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return "", fmt.Errorf("%s can be read by others (mode %04o): chmod 600 it, and replace the secret if others were about: %w", path, st.Mode().Perm(), flox.ErrDenied)
+	}
+	text := strings.TrimSpace(string(b))
+	if len(text) < 16 || strings.ContainsAny(text, " \t\r\n") {
+		return "", fmt.Errorf("%s: want one line of at least 16 characters; remove the file to have it made anew: %w", path, flox.ErrBadInput)
+	}
+	return text, nil
+}
+
+// checkToken gives the publisher a token belongs to.
+func (id *identity) checkToken(token string) (string, error) {
+	if subtle.ConstantTimeCompare([]byte(token), []byte(id.token)) != 1 {
+		return "", fmt.Errorf("the upload token is wrong: the right one is in the file upload-token of the storehouse: %w", flox.ErrDenied)
+	}
+	return "upload-token", nil
+}
+
+// firstTrust is the list a new storehouse begins with.
+func (id *identity) firstTrust() (*content.TrustList, error) {
+	list := &content.TrustList{
+		Version: 1, Epoch: 1,
+		NixKeys:      []string{id.nix.Public().String()},
+		ManifestKeys: []string{id.manifest.Public().String()},
+		Voters:       []string{string(id.peer)},
+	}
+	return list, list.Sign(id.manifest)
+}
+
+// writeFile writes a file durably, whole or not at all.
+func writeFile(path string, b []byte, mode os.FileMode) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	defer os.Remove(f.Name()) //nolint:errcheck // renamed already when all went well
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Chmod(mode)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+// syncDir makes the names in dir durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

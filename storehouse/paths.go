@@ -1,0 +1,395 @@
+package storehouse
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// pathsKind is the kind of PathsCommand in the log. Kinds are never reused.
+const pathsKind = 1
+
+// maxChanges is how many changes a watcher may have slept through. It is part
+// of the state machine.
+const maxChanges = 1 << 16
+
+// maxDifferences bounds the list of second NARs offered for valid paths.
+const maxDifferences = 1 << 12
+
+// Keys of the facts:
+//
+//	'p' hash part            PathInfo
+//	'r' hash part referrer   a valid path that refers to the first one
+//	'c' log index            WatchEvent: what the entry changed
+//	'd' log index, position  Difference
+//	't' version              trust list (JSON)
+//	'n'                      factCounts
+const (
+	infoKey     = 'p'
+	referrerKey = 'r'
+	changeKey   = 'c'
+	differKey   = 'd'
+	trustKey    = 't'
+	countsKey   = 'n'
+)
+
+func hashKey(kind byte, hashPart string) []byte { return append([]byte{kind}, hashPart...) }
+
+func indexKey(kind byte, index uint64) []byte {
+	return binary.BigEndian.AppendUint64([]byte{kind}, index)
+}
+
+func referrer(of, by flox.StorePath) []byte {
+	return append(hashKey(referrerKey, of.HashPart()), by.HashPart()...)
+}
+
+// stable writes messages of the state: equal on every server.
+var stable = proto.MarshalOptions{Deterministic: true}
+
+// paths is the processor of PathsCommand. All state is in the transaction.
+type paths struct{}
+
+var _ cluster.Processor = paths{}
+
+// Apply is raft.Processor.
+func (paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+	c := &floxv1.PathsCommand{}
+	if err := proto.Unmarshal(command, c); err != nil {
+		return nil, fmt.Errorf("paths: %w: %w", err, cluster.ErrUnknownCommand)
+	}
+	if hasUnknown(c.ProtoReflect()) {
+		return nil, fmt.Errorf("paths: a field this program does not know: %w", cluster.ErrUnknownCommand)
+	}
+	a := &applying{tx: tx, at: at, index: index, reply: &floxv1.PathsReply{Index: index}, event: &floxv1.WatchEvent{Index: index}}
+	if err := a.load(); err != nil {
+		return nil, err
+	}
+	var err error
+	switch c := c.GetCommand().(type) {
+	case *floxv1.PathsCommand_Add:
+		err = a.add(c.Add)
+	case *floxv1.PathsCommand_Remove:
+		err = a.remove(c.Remove)
+	case *floxv1.PathsCommand_Trust:
+		err = a.trust(c.Trust.GetList())
+	default:
+		err = fmt.Errorf("paths: no command inside: %w", cluster.ErrUnknownCommand)
+	}
+	if err == nil {
+		err = a.finish()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return stable.Marshal(a.reply)
+}
+
+// hasUnknown reports whether a message holds fields of a newer program, at any depth.
+func hasUnknown(m protoreflect.Message) bool {
+	if len(m.GetUnknown()) > 0 {
+		return true
+	}
+	found := false
+	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		switch {
+		case f.Message() == nil || f.IsMap():
+		case f.IsList():
+			for i := range v.List().Len() {
+				found = found || hasUnknown(v.List().Get(i).Message())
+			}
+		default:
+			found = hasUnknown(v.Message())
+		}
+		return !found
+	})
+	return found
+}
+
+// factCounts are kept so that nobody has to count a million paths.
+type factCounts struct {
+	paths, narBytes, changes, differences uint64
+	// dropped is the log index of the newest change that was forgotten.
+	dropped uint64
+}
+
+func (c *factCounts) fields() []*uint64 {
+	return []*uint64{&c.paths, &c.narBytes, &c.changes, &c.differences, &c.dropped}
+}
+
+// getter is a transaction or a reader.
+type getter interface {
+	Get(key []byte) ([]byte, error)
+	Iterate(prefix, from []byte, yield func(key, value []byte) bool) error
+}
+
+// readCounts reads the counters.
+func readCounts(g getter) (c factCounts, err error) {
+	b, err := g.Get([]byte{countsKey})
+	if errors.Is(err, flox.ErrNotFound) {
+		return c, nil
+	}
+	fields := c.fields()
+	if err == nil && len(b) != 8*len(fields) {
+		err = fmt.Errorf("facts: counters of %d bytes: %w", len(b), flox.ErrCorrupt)
+	}
+	if err != nil {
+		return c, err
+	}
+	for i, f := range fields {
+		*f = binary.BigEndian.Uint64(b[8*i:])
+	}
+	return c, nil
+}
+
+// readInfo reads the facts of the path with a hash part. ErrNotFound.
+func readInfo(g getter, hashPart string) (*floxv1.PathInfo, error) {
+	b, err := g.Get(hashKey(infoKey, hashPart))
+	if err != nil {
+		return nil, err
+	}
+	m := &floxv1.PathInfo{}
+	if err := proto.Unmarshal(b, m); err != nil {
+		return nil, fmt.Errorf("facts of %s: %w: %w", hashPart, err, flox.ErrCorrupt)
+	}
+	return m, nil
+}
+
+// readTrust reads the trust lists of versions above have, oldest first.
+func readTrust(g getter, have uint64) (lists [][]byte, err error) {
+	err = g.Iterate([]byte{trustKey}, indexKey(trustKey, have+1), func(_, list []byte) bool {
+		lists = append(lists, bytes.Clone(list))
+		return true
+	})
+	return lists, err
+}
+
+// applying is one command under way.
+type applying struct {
+	tx     *cluster.Tx
+	at     time.Time
+	index  uint64
+	counts factCounts
+	reply  *floxv1.PathsReply
+	event  *floxv1.WatchEvent
+}
+
+func (a *applying) load() (err error) {
+	a.counts, err = readCounts(a.tx)
+	return err
+}
+
+// finish records the change for watchers and the counters.
+func (a *applying) finish() error {
+	if e := a.event; len(e.GetAdded())+len(e.GetRemoved())+len(e.GetTrustList()) > 0 {
+		b, err := stable.Marshal(e)
+		if err != nil {
+			return err
+		}
+		if err := a.tx.Set(indexKey(changeKey, a.index), b); err != nil {
+			return err
+		}
+		a.counts.changes++
+	}
+	// Begun behind what was dropped before, not to walk over what Pebble has not
+	// yet forgotten of it.
+	dropped, err := a.dropOldest(changeKey, a.counts.dropped, &a.counts.changes, maxChanges)
+	if err != nil {
+		return err
+	}
+	a.counts.dropped = max(a.counts.dropped, dropped)
+	if _, err := a.dropOldest(differKey, 0, &a.counts.differences, maxDifferences); err != nil {
+		return err
+	}
+	var b []byte
+	for _, f := range a.counts.fields() {
+		b = binary.BigEndian.AppendUint64(b, *f)
+	}
+	return a.tx.Set([]byte{countsKey}, b)
+}
+
+// dropOldest keeps a list within its bound. It gives the log index of what it dropped.
+func (a *applying) dropOldest(kind byte, behind uint64, have *uint64, most uint64) (dropped uint64, err error) {
+	for *have > most {
+		var oldest []byte
+		err := a.tx.Iterate([]byte{kind}, indexKey(kind, behind), func(key, _ []byte) bool {
+			oldest = bytes.Clone(key)
+			return false
+		})
+		if err == nil {
+			err = a.tx.Delete(oldest)
+		}
+		if err != nil {
+			return 0, err
+		}
+		dropped = binary.BigEndian.Uint64(oldest[1:])
+		*have--
+	}
+	return dropped, nil
+}
+
+// add makes paths valid, in order, all or none.
+func (a *applying) add(c *floxv1.AddPaths) error {
+	if len(c.GetPaths()) == 0 {
+		return fmt.Errorf("add paths: none given: %w", flox.ErrBadInput)
+	}
+	for _, m := range c.GetPaths() {
+		info, err := api.ToPathInfo(m)
+		if err != nil {
+			return err
+		}
+		if err := a.addOne(info, c.GetPublisher()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addOne makes one path valid unless it is.
+func (a *applying) addOne(info *flox.PathInfo, publisher string) error {
+	valid, err := readInfo(a.tx, info.Path.HashPart())
+	switch {
+	case err == nil && valid.GetPath() != string(info.Path):
+		return fmt.Errorf("%s: the hash part belongs to %s already: %w", info.Path, valid.GetPath(), flox.ErrBadInput)
+	case err == nil && !bytes.Equal(valid.GetNarHash(), info.NarHash[:]):
+		return a.differ(info, valid, publisher)
+	case err == nil:
+		return nil
+	case !errors.Is(err, flox.ErrNotFound):
+		return err
+	}
+	for _, ref := range info.References {
+		if ref == info.Path {
+			continue
+		}
+		m, err := readInfo(a.tx, ref.HashPart())
+		if errors.Is(err, flox.ErrNotFound) || (err == nil && m.GetPath() != string(ref)) {
+			return missingReference(info.Path, ref)
+		}
+		if err == nil {
+			err = a.tx.Set(referrer(ref, info.Path), nil)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	info.Registered = a.at.Truncate(time.Second)
+	b, err := stable.Marshal(api.FromPathInfo(info))
+	if err != nil {
+		return err
+	}
+	a.counts.paths++
+	a.counts.narBytes += info.NarSize
+	a.reply.Added = append(a.reply.Added, string(info.Path))
+	a.event.Added = append(a.event.Added, string(info.Path))
+	return a.tx.Set(hashKey(infoKey, info.Path.HashPart()), b)
+}
+
+// missingReference is the refusal of a path whose reference is not there.
+func missingReference(p, ref flox.StorePath) error {
+	return fmt.Errorf("%s refers to %s, which is not valid here: upload that first: %w", p, ref, flox.ErrBadInput)
+}
+
+// differ answers and records that another NAR was offered for a valid path.
+func (a *applying) differ(offered *flox.PathInfo, valid *floxv1.PathInfo, publisher string) error {
+	d := &floxv1.Difference{
+		Path: valid.GetPath(), ValidNarHash: valid.GetNarHash(), OfferedNarHash: offered.NarHash[:],
+		Publisher: publisher, TimeUnixMs: a.at.UnixMilli(),
+	}
+	b, err := stable.Marshal(d)
+	if err != nil {
+		return err
+	}
+	a.reply.Differences = append(a.reply.Differences, d)
+	a.counts.differences++
+	key := binary.BigEndian.AppendUint32(indexKey(differKey, a.index), uint32(len(a.reply.Differences)))
+	return a.tx.Set(key, b)
+}
+
+// remove makes paths invalid unless another one refers to them.
+func (a *applying) remove(c *floxv1.RemovePaths) error {
+	going := map[string]bool{}
+	for _, p := range c.GetPaths() {
+		path, err := flox.ParseStorePath(p)
+		if err != nil {
+			return err
+		}
+		going[path.HashPart()] = true
+	}
+	for _, p := range c.GetPaths() {
+		info, err := readInfo(a.tx, flox.StorePath(p).HashPart())
+		if errors.Is(err, flox.ErrNotFound) || (err == nil && info.GetPath() != p) {
+			continue // gone already
+		}
+		if err != nil {
+			return err
+		}
+		if err := a.removeOne(flox.StorePath(p), info, going); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *applying) removeOne(p flox.StorePath, info *floxv1.PathInfo, going map[string]bool) error {
+	prefix := hashKey(referrerKey, p.HashPart())
+	keeps := ""
+	err := a.tx.Iterate(prefix, nil, func(key, _ []byte) bool {
+		if by := string(key[len(prefix):]); !going[by] {
+			keeps = by
+		}
+		return keeps == ""
+	})
+	if err != nil {
+		return err
+	}
+	if keeps != "" {
+		return fmt.Errorf("%s cannot be removed: %s refers to it: %w", p, keeps, flox.ErrBusy)
+	}
+	for _, ref := range info.GetReferences() {
+		err = errors.Join(err, a.tx.Delete(referrer(flox.StorePath(ref), p)))
+	}
+	a.counts.paths--
+	a.counts.narBytes -= info.GetNarSize()
+	a.event.Removed = append(a.event.Removed, string(p))
+	return errors.Join(err, a.tx.Delete(hashKey(infoKey, p.HashPart())))
+}
+
+// trust puts the next trust list in force. The one in force again changes nothing.
+func (a *applying) trust(list []byte) error {
+	next, err := content.ParseTrustList(list)
+	if err != nil {
+		return err
+	}
+	lists, err := readTrust(a.tx, 0)
+	if err != nil {
+		return err
+	}
+	if len(lists) > 0 {
+		if bytes.Equal(lists[len(lists)-1], list) {
+			return nil
+		}
+		old, err := content.ParseTrustList(lists[len(lists)-1])
+		if err != nil {
+			return fmt.Errorf("facts: %w: %w", err, flox.ErrCorrupt)
+		}
+		if err := content.Newer(old, next); err != nil {
+			return err
+		}
+	} else if next.Version != 1 {
+		return fmt.Errorf("the first trust list has version %d, want 1: %w", next.Version, flox.ErrBadInput)
+	}
+	a.event.TrustList = slices.Clone(list)
+	return a.tx.Set(indexKey(trustKey, next.Version), list)
+}

@@ -1,0 +1,189 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/nix"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// maxSignatures bounds the signatures a path may come with.
+const maxSignatures = 64
+
+// Publish takes in one store path: its NAR is chunked, checked against info,
+// signed and made valid, durably, before Publish returns. wasValid says that
+// the path was valid before with the same NAR; the info returned is the one
+// in force. ErrBadInput when NAR and info differ, a reference is not valid or
+// another NAR is valid under that name; ErrFull when the disk is full.
+func (s *Server) Publish(ctx context.Context, info *flox.PathInfo, nar io.Reader, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {
+	if valid, err = s.known(ctx, info); valid != nil || err != nil {
+		return valid, valid != nil, err
+	}
+	// Nothing is read of a NAR that will be refused anyway.
+	if err := s.checkInfo(ctx, info); err != nil {
+		return nil, false, err
+	}
+	session := s.packs.Session()
+	defer session.Close()
+	got, err := content.Ingest(ctx, nar, session, content.IngestOptions{})
+	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
+	return s.validate(ctx, info, got, publisher)
+}
+
+// PublishSource takes in a NAR without path info, as `nix-store --add` does: the
+// path is named by the NAR's hash and has no references.
+func (s *Server) PublishSource(ctx context.Context, name string, nar io.Reader, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {
+	// The name alone may be wrong: said before the NAR is read.
+	if _, err := nix.SourcePath(s.cfg.StoreDir, name, [32]byte{}, nil, false); err != nil {
+		return nil, false, err
+	}
+	session := s.packs.Session()
+	defer session.Close()
+	got, err := content.Ingest(ctx, nar, session, content.IngestOptions{})
+	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", name, err)
+	}
+	path, err := nix.SourcePath(s.cfg.StoreDir, name, got.NarHash, nil, false)
+	if err != nil {
+		return nil, false, err
+	}
+	ca := nix.ContentAddress{Method: nix.CANar, Hash: nix.SHA256Hash(got.NarHash)}
+	info := &flox.PathInfo{Path: path, NarHash: got.NarHash, NarSize: got.NarSize, CA: ca.String()}
+	if valid, err = s.known(ctx, info); valid != nil || err != nil {
+		return valid, valid != nil, err
+	}
+	return s.validate(ctx, info, got, publisher)
+}
+
+// known gives the info in force if the path is valid with the same NAR already.
+func (s *Server) known(ctx context.Context, info *flox.PathInfo) (*flox.PathInfo, error) {
+	valid, err := s.Info(ctx, info.Path.HashPart())
+	switch {
+	case errors.Is(err, flox.ErrNotFound):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case valid.Path != info.Path:
+		return nil, fmt.Errorf("%s: the hash part belongs to %s already: %w", info.Path, valid.Path, flox.ErrBadInput)
+	case valid.NarHash != info.NarHash:
+		// The log is asked all the same: it records the attempt.
+		return nil, nil
+	}
+	return valid, nil
+}
+
+// checkInfo says what is wrong with info whatever its NAR is.
+func (s *Server) checkInfo(ctx context.Context, info *flox.PathInfo) error {
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("path info of %s: %s: %w", info.Path, fmt.Sprintf(format, args...), flox.ErrBadInput)
+	}
+	if _, err := flox.ParseStorePath(string(info.Path)); err != nil {
+		return err
+	}
+	if !slices.IsSorted(info.References) || len(slices.Compact(slices.Clone(info.References))) != len(info.References) {
+		return bad("references are not sorted, or one stands twice")
+	}
+	if len(info.Signatures) > maxSignatures {
+		return bad("%d signatures, want at most %d", len(info.Signatures), maxSignatures)
+	}
+	if info.CA != "" {
+		if err := s.checkCA(info); err != nil {
+			return err
+		}
+	}
+	return s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		for _, ref := range info.References {
+			if ref == info.Path {
+				continue
+			}
+			m, err := readInfo(r, ref.HashPart())
+			if errors.Is(err, flox.ErrNotFound) || (err == nil && m.GetPath() != string(ref)) {
+				return missingReference(info.Path, ref)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// checkCA checks that a content address leads to the path it stands by, and
+// to the NAR where it is a hash of that.
+func (s *Server) checkCA(info *flox.PathInfo) error {
+	ca, err := nix.ParseContentAddress(info.CA)
+	if err != nil {
+		return fmt.Errorf("path info of %s: %w", info.Path, err)
+	}
+	refs := slices.DeleteFunc(slices.Clone(info.References), func(r flox.StorePath) bool { return r == info.Path })
+	self := len(refs) != len(info.References)
+	want, err := nix.ContentAddressPath(s.cfg.StoreDir, info.Path.Name(), info.CA, refs, self)
+	if err != nil {
+		return fmt.Errorf("path info of %s: %w", info.Path, err)
+	}
+	if want != info.Path {
+		return fmt.Errorf("path info of %s: its content address %s belongs to %s: %w", info.Path, info.CA, want, flox.ErrBadInput)
+	}
+	if ca.Method == nix.CANar && ca.Hash.Algo == nix.SHA256 && !self && [32]byte(ca.Hash.Sum) != info.NarHash {
+		return fmt.Errorf("path info of %s: its content address %s is not the hash of its NAR: %w", info.Path, info.CA, flox.ErrBadInput)
+	}
+	return nil
+}
+
+// validate checks what was taken in against info, signs and makes it valid. Its
+// blocks are durable and held by an open session.
+func (s *Server) validate(ctx context.Context, info *flox.PathInfo, got *content.Ingested, publisher string) (*flox.PathInfo, bool, error) {
+	if err := content.Check(info, got); err != nil {
+		return nil, false, err
+	}
+	signed := s.sign(info, got.Manifest)
+	reply, err := s.batch.add(ctx, signed, publisher)
+	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
+	for _, d := range reply.GetDifferences() {
+		if d.GetPath() == string(info.Path) && [32]byte(d.GetOfferedNarHash()) == info.NarHash {
+			return nil, false, s.differs(info, d, publisher)
+		}
+	}
+	valid, err := s.Info(ctx, info.Path.HashPart())
+	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
+	return valid, !slices.Contains(reply.GetAdded(), string(info.Path)), nil
+}
+
+// differs says that a path is valid with another NAR, and that this one is not taken.
+func (s *Server) differs(info *flox.PathInfo, d *floxv1.Difference, publisher string) error {
+	valid := nix.SHA256Hash([32]byte(d.GetValidNarHash()))
+	s.cfg.Log.Warn("a different NAR was offered for a valid path", "path", string(info.Path),
+		"valid", valid.String(), "offered", nix.SHA256Hash(info.NarHash).String(), "publisher", publisher)
+	return fmt.Errorf("%s is valid with NAR hash %s; the NAR offered has %s and is not taken, the first one stays: %w",
+		info.Path, valid, nix.SHA256Hash(info.NarHash), flox.ErrBadInput)
+}
+
+// sign gives a copy of info with the manifest and our signatures added.
+func (s *Server) sign(info *flox.PathInfo, manifest flox.CID) *flox.PathInfo {
+	signed := *info
+	signed.Manifest = manifest
+	signed.Signatures = appendNew(slices.Clone(info.Signatures), s.id.nix.Sign([]byte(nix.Fingerprint(s.cfg.StoreDir, &signed))))
+	signed.ManifestSignatures = []string{s.id.manifest.Sign([]byte(content.Statement(s.cfg.StoreDir, &signed)))}
+	return &signed
+}
+
+// appendNew appends a signature unless it is there.
+func appendNew(sigs []string, sig string) []string {
+	if slices.Contains(sigs, sig) {
+		return sigs
+	}
+	return append(sigs, sig)
+}

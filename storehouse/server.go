@@ -1,0 +1,302 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/pack"
+	"github.com/floxctl/flox/p2p"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// shutdownGrace is how long requests under way may still take at the end.
+const shutdownGrace = 2 * time.Second
+
+// Server is one storehouse.
+type Server struct {
+	cfg     Config
+	id      *identity
+	node    *cluster.Node
+	packs   *pack.Store
+	swarm   *p2p.Host
+	web     net.Listener // nil = no HTTP
+	batch   *batcher
+	staging *staging
+	tracker *tracker
+
+	ready   chan struct{}
+	invite  atomic.Pointer[api.Invite]
+	closers []func() error
+	close   sync.Once
+	running atomic.Bool
+}
+
+// New checks cfg, opens or creates the state under StateDir, and binds the
+// listening sockets. A Server that is not run must be closed. Errors: ErrBusy
+// when the directory or a port is in use, ErrBadInput, ErrCorrupt.
+func New(cfg Config) (*Server, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{cfg: cfg, ready: make(chan struct{}), tracker: newTracker()}
+	if err := s.open(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// open opens everything in the order in which it depends on each other. The
+// log comes first: its lock covers the whole directory.
+func (s *Server) open() (err error) {
+	if err := os.MkdirAll(s.cfg.StateDir, 0o700); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	unlock, err := lockState(s.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, unlock)
+	if s.id, err = loadIdentity(s.cfg); err != nil {
+		return err
+	}
+	s.cfg.Name = s.id.Name
+	s.node, err = cluster.Open(cluster.Config{
+		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: true,
+		// Less than what content leaves free: facts can be written to the last.
+		ReserveBytes: s.cfg.ReserveBytes / 2,
+		Log:          s.cfg.Log.With("part", "raft"),
+	})
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, s.node.Close)
+	s.node.Register(pathsKind, paths{})
+	s.packs, err = pack.Open(pack.Config{
+		Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs"),
+	})
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, s.packs.Close)
+	if s.staging, err = openStaging(filepath.Join(s.cfg.StateDir, "staged"), s.cfg); err != nil {
+		return err
+	}
+	s.closers = append(s.closers, s.staging.close)
+	s.batch = newBatcher(s.node)
+	return s.listen()
+}
+
+// listen binds the doors to the outside.
+func (s *Server) listen() (err error) {
+	s.swarm, err = p2p.New(p2p.Config{
+		Key: s.id.machine, Listen: s.cfg.Listen, Announce: s.cfg.Advertise, Secret: s.id.secret, Site: s.cfg.Site,
+		Role: p2p.Storehouse, NoMDNS: s.cfg.NoMDNS, Blocks: held{s.packs}, Log: s.cfg.Log.With("part", "p2p"),
+	})
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, s.swarm.Close)
+	if s.cfg.HTTPListen == noHTTP {
+		return nil
+	}
+	s.web, err = net.Listen("tcp", s.cfg.HTTPListen) //nolint:noctx // binds and returns
+	if err != nil {
+		return listenError(s.cfg.HTTPListen, err)
+	}
+	s.closers = append(s.closers, func() error { return ignoreClosed(s.web.Close()) })
+	return nil
+}
+
+// Run serves until ctx ends and then closes the server. It returns nil when
+// ctx ended, and an error when the storehouse cannot go on.
+func (s *Server) Run(ctx context.Context) (err error) {
+	if !s.running.CompareAndSwap(false, true) {
+		return fmt.Errorf("storehouse runs already: %w", flox.ErrBusy)
+	}
+	defer func() { err = errors.Join(err, s.closeAll()) }()
+	group, gctx := errgroup.WithContext(ctx)
+	// The log outlives what writes to it, so that requests under way can end.
+	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLog()
+	logDone := make(chan error, 1)
+	go func() {
+		logDone <- s.node.Run(logCtx)
+		stopLog()
+	}()
+	group.Go(func() error {
+		select {
+		case <-gctx.Done():
+			return nil
+		case <-logCtx.Done():
+			return fmt.Errorf("the log stopped: %w", flox.ErrClosed)
+		}
+	})
+	group.Go(func() error { return s.swarm.Run(gctx) })
+	group.Go(func() error { return s.batch.run(gctx) })
+	group.Go(func() error { return s.begin(gctx) })
+	group.Go(func() error { return s.serveRPC(gctx) })
+	group.Go(func() error { return s.serveWeb(gctx) })
+	group.Go(func() error { return s.staging.run(gctx, s.packs) })
+	group.Go(func() error { return s.tracker.run(gctx) })
+	err = group.Wait()
+	stopLog()
+	if logErr := <-logDone; logErr != nil {
+		err = logErr // the reason; what else ended, ended because of it
+	}
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, flox.ErrClosed)) {
+		return nil
+	}
+	return err
+}
+
+// begin does what the first leader has to do, writes the invite and says that
+// the server is ready.
+func (s *Server) begin(ctx context.Context) error {
+	if err := s.node.Ready(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	fingerprint, err := s.ensureTrust(ctx)
+	if err == nil {
+		err = s.writeInvite(fingerprint)
+	}
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	close(s.ready)
+	s.cfg.Log.Info("storehouse is ready", "name", s.cfg.Name, "peer", string(s.id.peer), "http", s.invite.Load().HTTPURL, "store", string(s.cfg.StoreDir))
+	return nil
+}
+
+// writeInvite writes invite.json for the addresses of this start.
+func (s *Server) writeInvite(trust flox.CID) error {
+	addrs := s.swarm.Addrs()
+	inv := &api.Invite{
+		Version: api.InviteVersion, Name: s.cfg.Name, Secret: s.id.secret,
+		Storehouse: []api.InvitePeer{{ID: string(s.id.peer), Addrs: addrs}},
+		TrustList:  trust, HTTPURL: s.httpURL(addrs), StoreDir: s.cfg.StoreDir, NixKey: s.PublicKey(),
+	}
+	if err := inv.Save(filepath.Join(s.cfg.StateDir, "invite.json")); err != nil {
+		return err
+	}
+	s.invite.Store(inv)
+	return nil
+}
+
+// Close frees everything of a Server that was not run. It may be called twice.
+func (s *Server) Close() error {
+	if !s.running.CompareAndSwap(false, true) {
+		return nil
+	}
+	return s.closeAll()
+}
+
+func (s *Server) closeAll() (err error) {
+	s.close.Do(func() {
+		for _, c := range slices.Backward(s.closers) {
+			err = errors.Join(err, c())
+		}
+	})
+	return err
+}
+
+// Ready waits until Run has got as far as answering reads and publishes.
+func (s *Server) Ready(ctx context.Context) error {
+	select {
+	case <-s.ready:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("the storehouse is not ready yet: %w: %w", ctx.Err(), flox.ErrUnreachable)
+	}
+}
+
+// Config is the configuration in use, defaults filled in.
+func (s *Server) Config() Config { return s.cfg }
+
+// Invite is what machines need to join, as written to invite.json; nil until Ready.
+func (s *Server) Invite() *api.Invite { return s.invite.Load() }
+
+// PublicKey is the key of our Nix signatures, "name:base64".
+func (s *Server) PublicKey() string { return s.id.nix.Public().String() }
+
+// CheckToken gives the publisher a token belongs to; ErrDenied for any other.
+func (s *Server) CheckToken(token string) (publisher string, err error) {
+	return s.id.checkToken(token)
+}
+
+// Packs is the store of the content.
+func (s *Server) Packs() *pack.Store { return s.packs }
+
+// Blocks reads the blocks held here.
+func (s *Server) Blocks() flox.Blocks { return s.packs }
+
+// held serves the packs to peers.
+type held struct{ packs *pack.Store }
+
+var _ p2p.Holder = held{}
+
+// Get is p2p.Holder.
+func (h held) Get(ctx context.Context, id flox.CID) ([]byte, error) { return h.packs.Get(ctx, id) }
+
+// Has is p2p.Holder.
+func (h held) Has(ids []flox.CID) []bool {
+	has, err := h.packs.Has(context.Background(), ids)
+	if err != nil {
+		return make([]bool, len(ids))
+	}
+	return has
+}
+
+// Each is p2p.Holder. A storehouse is asked last and for anything, so it sends
+// no filter of what it holds and nobody enumerates it.
+func (h held) Each(func(flox.CID) bool) {}
+
+// serveWeb serves the binary cache until ctx ends.
+func (s *Server) serveWeb(ctx context.Context) error {
+	if s.web == nil {
+		return nil
+	}
+	handler := newHTTP(s, s.cfg, s.PublicKey(), s.packs, content.StoredBlock(s.packs.Stored))
+	return serve(ctx, s.web, &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
+}
+
+// serve runs an HTTP server until ctx ends, giving requests under way a moment.
+func serve(ctx context.Context, l net.Listener, server *http.Server) error {
+	done := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(done)
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownGrace)
+		defer cancel()
+		if server.Shutdown(grace) != nil {
+			_ = server.Close() // cuts what did not end by itself
+		}
+	})
+	err := server.Serve(l)
+	if !stop() {
+		<-done
+	}
+	if errors.Is(err, http.ErrServerClosed) || ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
