@@ -45,6 +45,12 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	case "nobody":
+		if err := mountAsNobody(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	case "touch":
 		touchMain()
 		os.Exit(0)
@@ -167,7 +173,7 @@ type reply struct {
 	Stats   Stats
 	Waiting []Wait
 	Nodes   []uint64
-	RSS     int // KiB
+	Heap    int // KiB the heap ever had
 }
 
 func (m *mount) ask(t *testing.T, c command) reply {
@@ -296,11 +302,10 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 				r.Err = err.Error()
 			}
 		}
-	case "rss":
-		runtime.GC()
-		b, _ := os.ReadFile("/proc/self/status")
-		_, rest, _ := strings.Cut(string(b), "VmRSS:")
-		fmt.Sscan(rest, &r.RSS)
+	case "heap":
+		var ms runtime.MemStats
+		runtime.ReadMemStats(&ms)
+		r.Heap = int(ms.HeapSys >> 10)
 	default:
 		r.Err = "what?"
 	}

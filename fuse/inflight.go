@@ -149,7 +149,7 @@ func (t *requests) freeKilled() bool {
 	t.mu.Unlock()
 	left := false
 	for _, r := range suspects {
-		if killed(r.pid) {
+		if Killed(r.pid) {
 			r.cancel(errKilled)
 		} else {
 			left = true
@@ -187,9 +187,9 @@ func (t *requests) waiting() []Wait {
 	return list
 }
 
-// killed reports whether SIGKILL is pending for a thread. The kernel makes it
+// Killed reports whether SIGKILL is pending for a thread. The kernel makes it
 // pending for every thread of a process that dies of any signal.
-func killed(tid uint32) bool {
+func Killed(tid uint32) bool {
 	// A status is about 1.5 KiB; the masks are in its last third.
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
 	if err != nil {

@@ -172,12 +172,12 @@ func TestManyNames(t *testing.T) {
 	m := newMount(t, serveOptions{})
 	m.touch(t, op{Do: "readdir", Path: ""})
 	m.ask(t, command{Cmd: "many", N: n})
-	before := m.ask(t, command{Cmd: "rss"}).RSS
+	before := m.ask(t, command{Cmd: "heap"}).Heap
 	got := m.touch(t, op{Do: "readdir", Path: ""})[0]
 	if got.Errno != "" || got.Count != n+3 {
 		t.Errorf("%d names, want %d: %s", got.Count, n+3, got.Errno)
 	}
-	if after := m.ask(t, command{Cmd: "rss"}).RSS; after-before > 16<<10 {
+	if after := m.ask(t, command{Cmd: "heap"}).Heap; after-before > 16<<10 {
 		t.Errorf("memory grew from %d to %d KiB", before, after)
 	}
 	if info, err := os.Stat(m.table); err != nil || info.Size() != int64(tableHeader) {

@@ -91,6 +91,11 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 		a.Text, err = rootTarget(q.Link, k.mountDir)
 	case askReadAhead:
 		err = setReadAhead(k.bdi, q.KiB)
+	case askMapped:
+		var u usage
+		if u, err = k.scans.get(ctx); err == nil {
+			_, a.Yes = u.mapped[q.Node]
+		}
 	case askInUse:
 		var u usage
 		if u, err = k.scans.get(ctx); err == nil {

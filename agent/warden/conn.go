@@ -200,20 +200,16 @@ func (c *Conn) InUse(ctx context.Context) (map[uint64]struct{}, error) {
 	return used, nil
 }
 
-// Mapped reports whether any process has the inode mapped or executes it. When
-// that cannot be found out it says true, except that nobody is left to ask:
+// Mapped reports whether any process has the inode mapped or executes it, or
+// did at most a second ago; so fuse.ServerConfig.ReadTimeout must be more than
+// that. When it cannot be found out it says true, unless nobody is left to ask:
 // waiting is safer than killing.
 func (c *Conn) Mapped(ctx context.Context, node uint64) bool {
-	a, err := c.ask(ctx, question{Ask: askInUse})
+	a, err := c.ask(ctx, question{Ask: askMapped, Node: node})
 	if err != nil {
 		return !errors.Is(err, flox.ErrClosed)
 	}
-	for _, n := range a.Mapped {
-		if n == node {
-			return true
-		}
-	}
-	return false
+	return a.Yes
 }
 
 // RootTarget reads the symlink of an indirect root. ErrNotFound: there is no

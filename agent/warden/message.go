@@ -29,6 +29,7 @@ const (
 const (
 	askExe       = "exe"       // PID: what it executes
 	askInUse     = "inuse"     // the inodes of the mount that are in use
+	askMapped    = "mapped"    // Node: whether it is mapped or executed
 	askRoot      = "root"      // Link: where it points
 	askReadAhead = "readahead" // KiB: set it
 )
@@ -38,6 +39,7 @@ type question struct {
 	ID   uint64
 	Ask  string
 	PID  uint32 `json:",omitempty"`
+	Node uint64 `json:",omitempty"`
 	Link string `json:",omitempty"`
 	KiB  int    `json:",omitempty"`
 }
@@ -50,6 +52,7 @@ type answer struct {
 	Text   string   `json:",omitempty"`
 	Open   []uint64 `json:",omitempty"` // inodes open, or somebody's directory
 	Mapped []uint64 `json:",omitempty"` // inodes mapped or executed
+	Yes    bool     `json:",omitempty"`
 	More   bool     `json:",omitempty"` // another part follows
 }
 
@@ -71,7 +74,7 @@ func parseQuestion(b []byte) (question, error) {
 		return bad(question{}, err.Error())
 	}
 	switch q.Ask {
-	case askInUse:
+	case askInUse, askMapped:
 	case askExe:
 		if q.PID == 0 || q.PID > 1<<22 { // PID_MAX_LIMIT
 			return bad(q, fmt.Sprintf("process %d", q.PID))
