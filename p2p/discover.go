@@ -2,6 +2,8 @@ package p2p
 
 import (
 	"context"
+	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -84,6 +86,7 @@ func (h *Host) meetAll(ctx context.Context, infos []peer.AddrInfo) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
+			h.clearBackoff(info.ID)
 			if err := h.net.Connect(ctx, info); err != nil {
 				h.log.Debug("cannot connect to peer", "peer", info.ID, "err", err)
 			}
@@ -174,7 +177,11 @@ func (h *Host) stall() time.Duration {
 // discoverLAN finds peers by multicast. Who is found still has to prove that
 // it is a member, as everybody who connects.
 func (h *Host) discoverLAN(ctx context.Context) error {
-	if !h.cfg.NoMDNS {
+	if h.cfg.NoMDNS {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	if hasMulticast() {
 		service := mdns.NewMdnsService(h.net, mdnsService, lanNotifee{h})
 		if err := service.Start(); err != nil {
 			// Not fatal: a machine without multicast has the DHT.
@@ -182,9 +189,22 @@ func (h *Host) discoverLAN(ctx context.Context) error {
 		} else {
 			defer service.Close()
 		}
+	} else {
+		h.log.Info("no discovery on the LAN: no network interface can multicast")
 	}
 	<-ctx.Done()
 	return ctx.Err()
+}
+
+func hasMulticast() bool {
+	ifaces, err := net.Interfaces()
+	if err != nil {
+		return false
+	}
+	const usable = net.FlagUp | net.FlagMulticast
+	return slices.ContainsFunc(ifaces, func(i net.Interface) bool {
+		return i.Flags&usable == usable && i.Flags&net.FlagLoopback == 0
+	})
 }
 
 type lanNotifee struct{ h *Host }

@@ -379,3 +379,68 @@ func TestDeltas(t *testing.T) {
 		return me.Fetch(within(t, 5*time.Second), wantsOf(blocks), Hints{}, g.take) == nil && len(g.data) == len(blocks)
 	})
 }
+
+// Blocks that somebody waits for go before background work for the same peer,
+// also when the background asked for them first.
+func TestHurryGoesFirst(t *testing.T) {
+	blocks := randomBlocks(14, 3000, 4096)
+	held := newMemory(blocks...)
+	store := start(t, 54, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
+	me := start(t, 55, func(c *Config) {
+		c.Bootstrap = []PeerAddr{addrOf(store)}
+		c.Limits.InFlight = 64 << 10
+		c.patience = time.Minute
+	})
+	gate := make(chan struct{})
+	held.get = func(_ context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		<-gate
+		return data, nil
+	}
+	wants := wantsOf(blocks)
+	done := make(chan error, 1)
+	go func() {
+		done <- me.Fetch(within(t, 20*time.Second), wants, Hints{Background: true}, func(int, []byte, Source) {})
+	}()
+	eventually(t, "background work is queued", func() bool { return held.gets.Load() > 0 })
+	urgent := make(chan int64, 1)
+	go func() {
+		if err := me.Fetch(within(t, 20*time.Second), wants[2990:], Hints{}, func(int, []byte, Source) {}); err != nil {
+			t.Error(err)
+		}
+		urgent <- held.gets.Load()
+	}()
+	eventually(t, "the urgent ones joined", func() bool {
+		me.peers.mu.Lock()
+		defer me.peers.mu.Unlock()
+		r := me.peers.remotes[store.self]
+		return r.link.queues[0].peek() != nil || len(r.link.lanes) == 0
+	})
+	close(gate)
+	if n := <-urgent; n > 500 {
+		t.Errorf("the urgent blocks came after %d of 3000", n)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A storehouse that spoilt one block still gives the others.
+func TestStorehouseWithOneBadBlock(t *testing.T) {
+	blocks := randomBlocks(15, 50, 5000)
+	held := newMemory(blocks...)
+	wants := wantsOf(blocks)
+	held.get = func(_ context.Context, id flox.CID, data []byte) ([]byte, error) {
+		if id == wants[17].ID {
+			data = bytes.Clone(data)
+			data[99] ^= 4
+		}
+		return data, nil
+	}
+	store := start(t, 56, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
+	me := start(t, 57, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+	var g got
+	err := me.Fetch(within(t, 10*time.Second), wants, Hints{}, g.take)
+	if !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) || len(g.data) != 49 {
+		t.Fatalf("%d blocks, %v", len(g.data), err)
+	}
+}

@@ -122,12 +122,12 @@ func (h *holdings) add(ids []flox.CID) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.f == nil {
-		return // the first scan will see them
-	}
 	any := false
 	for _, id := range ids {
 		any = h.addLocked(keyOf(id)) || any
+	}
+	if h.f == nil {
+		return // kept in the log until the first scan is told
 	}
 	if any {
 		h.wake()
@@ -141,7 +141,7 @@ func (h *holdings) add(ids []flox.CID) {
 }
 
 func (h *holdings) addLocked(k filterKey) bool {
-	if !h.f.add(k) {
+	if h.f != nil && !h.f.add(k) {
 		return false
 	}
 	if len(h.log) < deltaLog {

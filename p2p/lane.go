@@ -12,6 +12,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/zeebo/blake3"
 	"lukechampine.com/blake3/bao"
 
@@ -182,9 +183,25 @@ func (h *Host) takeReply(l *lane, in *wire.Reader, a *attempt, rep wire.Reply) e
 	}
 	data, err := a.check(rep, payload)
 	if err != nil {
-		return err
+		return h.wrongBytes(l, a, err)
 	}
 	h.sched.answered(a, data, wire.FrameHeader+wire.ReplyHeader+rep.Payload)
+	return nil
+}
+
+// wrongBytes ends the lane of a peer, who is then banned. A storehouse whose
+// disk spoilt one block is still the last resort for all others: the stream is
+// whole, so only this block fails.
+func (h *Host) wrongBytes(l *lane, a *attempt, err error) error {
+	h.peers.mu.Lock()
+	defer h.peers.mu.Unlock()
+	if !a.r.storehouse {
+		return err
+	}
+	h.log.Error("storehouse sent wrong bytes", "peer", a.r.name, "block", a.key.id)
+	l.moved = time.Now()
+	h.sched.fail(a, wire.StatusFailed, err)
+	h.sched.refill(a.r)
 	return nil
 }
 
@@ -271,6 +288,10 @@ func (h *Host) reach(ctx context.Context, id peer.ID) error {
 	if h.net.Network().Connectedness(id) == network.Connected {
 		return nil
 	}
+	if allowed := h.cfg.Allowed; allowed != nil && !allowed(PeerID(id.String())) {
+		return fmt.Errorf("peer %s is no member: %w", id, flox.ErrDenied)
+	}
+	h.clearBackoff(id)
 	if len(h.net.Peerstore().Addrs(id)) == 0 {
 		info, err := h.dht.FindPeer(ctx, id)
 		if err != nil {
@@ -282,6 +303,19 @@ func (h *Host) reach(ctx context.Context, id peer.ID) error {
 		return fmt.Errorf("peer %s: %w: %w", id, dialError(err), err)
 	}
 	return nil
+}
+
+// clearBackoff lets a bootstrap peer be dialled again at once. libp2p would
+// not try for up to five minutes a storehouse that was away for long; our own
+// pauses between attempts are enough.
+func (h *Host) clearBackoff(id peer.ID) {
+	h.peers.mu.Lock()
+	r := h.peers.remotes[id]
+	fixed := r != nil && r.fixed
+	h.peers.mu.Unlock()
+	if net, ok := h.net.Network().(*swarm.Swarm); ok && fixed {
+		net.Backoff().Clear(id)
+	}
 }
 
 // dialError tells a peer that refused us, or that we refuse, from one that is away.

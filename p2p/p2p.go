@@ -159,8 +159,9 @@ type Limits struct {
 // Want is a block to fetch.
 type Want struct {
 	ID flox.CID
-	// Size is the plain size in bytes if known, 0 if not. A reply of another
-	// size is refused before it is read.
+	// Size is the plain size in bytes if known, 0 if not. It must be right: a
+	// peer that answers with another size is taken for a liar, before any of
+	// its answer is read.
 	Size uint32
 }
 

@@ -185,13 +185,17 @@ func (t *peerTable) setFilter(r *remote, f *filter) bool {
 // greet takes a peer's hello.
 func (t *peerTable) greet(r *remote, hello wire.Hello) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
 	r.hello, r.greeted = hello, true
 	r.storehouse = Role(hello.Role) == Storehouse && t.believes(r.id, r.fixed)
 	r.tier = t.tier(r)
+	tier := r.tier
 	if hello.NoFilter {
 		t.markReady(r)
 	}
+	t.mu.Unlock()
+	// The nearer, the longer a connection is kept when there are too many.
+	worth := map[Tier]int{TierLAN: 50, TierSite: 20, TierStorehouse: 100}
+	t.h.net.ConnManager().TagPeer(r.id, "tier", worth[tier])
 }
 
 func (t *peerTable) tier(r *remote) Tier {

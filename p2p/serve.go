@@ -89,8 +89,11 @@ func (v *server) serve(s network.Stream) {
 	stop := context.AfterFunc(ctx, func() { s.Reset() })
 	defer stop()
 	v.h.peers.mu.Lock()
-	r := v.h.peers.get(s.Conn().RemotePeer())
+	r := v.h.peers.remotes[s.Conn().RemotePeer()]
 	v.h.peers.mu.Unlock()
+	if r == nil {
+		return // gone already
+	}
 	up := &upload{srv: v, r: r, items: make(chan upItem, laneItems), off: map[uint32]bool{}, due: map[uint32]struct{}{}}
 	done := make(chan struct{})
 	if !v.h.spawn(func() {
