@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 
@@ -22,6 +23,7 @@ type piece struct {
 	data   []byte
 	chunk  flox.Chunk // if data is nil
 	lo, hi int        // of the chunk
+	buf    *[]byte    // what data is a part of, if it goes back to chunkBuffers
 	err    error
 	framed bool          // data is a zstd frame
 	ready  chan struct{} // closed when data or err is there; nil = is there
@@ -40,6 +42,9 @@ func (m *Manifest) WriteNar(ctx context.Context, w io.Writer, blocks flox.Blocks
 	fetch := func(ctx context.Context, p *piece) { p.read(ctx, blocks) }
 	return m.stream(ctx, w, off, end, fetch, func(w io.Writer, p *piece) error {
 		_, err := w.Write(p.data)
+		if p.buf != nil {
+			chunkBuffers.Put(p.buf)
+		}
 		return err
 	})
 }
@@ -95,8 +100,26 @@ func send(ctx context.Context, to chan<- *piece, p *piece) error {
 	}
 }
 
+// appender is flox.Blocks that can use memory again.
+type appender interface {
+	// Append is Get, appending to dst.
+	Append(ctx context.Context, dst []byte, id flox.CID) ([]byte, error)
+}
+
+// chunkBuffers holds memory for the chunks of an appender.
+var chunkBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
 func (p *piece) read(ctx context.Context, blocks flox.Blocks) {
-	b, err := blocks.Get(ctx, p.chunk.ID)
+	var b []byte
+	var err error
+	if a, ok := blocks.(appender); ok {
+		p.buf = chunkBuffers.Get().(*[]byte)
+		if b, err = a.Append(ctx, (*p.buf)[:0], p.chunk.ID); err == nil {
+			*p.buf = b
+		}
+	} else {
+		b, err = blocks.Get(ctx, p.chunk.ID)
+	}
 	switch {
 	case err != nil:
 		p.err = fmt.Errorf("chunk %s: %w", p.chunk.ID, err)
