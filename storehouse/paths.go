@@ -59,12 +59,15 @@ func referrer(of, by flox.StorePath) []byte {
 var stable = proto.MarshalOptions{Deterministic: true}
 
 // paths is the processor of PathsCommand. All state is in the transaction.
-type paths struct{}
+type paths struct {
+	// changes overrides maxChanges in tests; it must be equal on every server.
+	changes uint64
+}
 
 var _ cluster.Processor = paths{}
 
 // Apply is raft.Processor.
-func (paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+func (p paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.PathsCommand{}
 	if err := proto.Unmarshal(command, c); err != nil {
 		return nil, fmt.Errorf("paths: %w: %w", err, cluster.ErrUnknownCommand)
@@ -72,7 +75,11 @@ func (paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) (
 	if hasUnknown(c.ProtoReflect()) {
 		return nil, fmt.Errorf("paths: a field this program does not know: %w", cluster.ErrUnknownCommand)
 	}
-	a := &applying{tx: tx, at: at, index: index, reply: &floxv1.PathsReply{Index: index}, event: &floxv1.WatchEvent{Index: index}}
+	most := p.changes
+	if most == 0 {
+		most = maxChanges
+	}
+	a := &applying{tx: tx, at: at, most: most, index: index, reply: &floxv1.PathsReply{Index: index}, event: &floxv1.WatchEvent{Index: index}}
 	if err := a.load(); err != nil {
 		return nil, err
 	}
@@ -180,6 +187,7 @@ type applying struct {
 	tx     *cluster.Tx
 	at     time.Time
 	index  uint64
+	most   uint64 // changes kept
 	counts factCounts
 	reply  *floxv1.PathsReply
 	event  *floxv1.WatchEvent
@@ -204,7 +212,7 @@ func (a *applying) finish() error {
 	}
 	// Begun behind what was dropped before, not to walk over what Pebble has not
 	// yet forgotten of it.
-	dropped, err := a.dropOldest(changeKey, a.counts.dropped, &a.counts.changes, maxChanges)
+	dropped, err := a.dropOldest(changeKey, a.counts.dropped, &a.counts.changes, a.most)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,3 @@
+package storehouse
+
+func runChild(string) {}
