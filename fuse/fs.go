@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"sync"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -225,11 +226,33 @@ func (f *files) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut)
 // failed logs what a program is about to see as an errno.
 func (f *files) failed(r *request, err error) fuse.Status {
 	status := errno(err)
-	if !errors.Is(err, errKilled) && !errors.Is(err, errStopping) && !errors.Is(err, errUnmounted) {
+	if errors.Is(err, errKilled) || errors.Is(err, errStopping) || errors.Is(err, errUnmounted) {
+		return status
+	}
+	if unsaid, ok := f.s.warned.now(); ok {
 		f.s.log.Warn("request failed", "op", opNames[slot(r.op)], "node", r.node, "name", r.name, "pid", r.pid,
-			"waited", time.Since(r.since).Round(time.Millisecond), "errno", status.String(), "error", err)
+			"waited", time.Since(r.since).Round(time.Millisecond), "errno", status.String(), "error", err, "unsaid", unsaid)
 	}
 	return status
+}
+
+// seldom keeps a log readable when everything fails at once.
+type seldom struct {
+	mu     sync.Mutex
+	at     time.Time
+	unsaid int
+}
+
+// now reports whether something may be said again, and how often it was not.
+func (s *seldom) now() (unsaid int, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.at) < time.Second {
+		s.unsaid++
+		return 0, false
+	}
+	unsaid, s.unsaid, s.at = s.unsaid, 0, time.Now()
+	return unsaid, true
 }
 
 // Modes of a store: nobody writes, everybody reads (Nix 2.8

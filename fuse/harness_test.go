@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -59,7 +60,7 @@ func TestMain(m *testing.M) {
 }
 
 // needMount is for tests of a real mount: they need root and /dev/fuse.
-func needMount(t *testing.T) {
+func needMount(t testing.TB) {
 	t.Helper()
 	why := ""
 	if os.Geteuid() != 0 {
@@ -92,7 +93,7 @@ type serveOptions struct {
 	MaxInFlight                int
 }
 
-func newMount(t *testing.T, opts serveOptions) *mount {
+func newMount(t testing.TB, opts serveOptions) *mount {
 	t.Helper()
 	needMount(t)
 	top := t.TempDir()
@@ -125,7 +126,7 @@ type served struct {
 }
 
 // start starts a server for the mount.
-func (m *mount) start(t *testing.T) {
+func (m *mount) start(t testing.TB) {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), modeEnv+"=serve")
@@ -176,7 +177,7 @@ type reply struct {
 	Heap    int // KiB the heap ever had
 }
 
-func (m *mount) ask(t *testing.T, c command) reply {
+func (m *mount) ask(t testing.TB, c command) reply {
 	t.Helper()
 	b, _ := json.Marshal(c)
 	if _, err := fmt.Fprintf(m.srv.in, "%s\n", b); err != nil {
@@ -192,7 +193,7 @@ func (m *mount) ask(t *testing.T, c command) reply {
 	return r
 }
 
-func (m *mount) total(t *testing.T) uint64 {
+func (m *mount) total(t testing.TB) uint64 {
 	t.Helper()
 	return m.ask(t, command{Cmd: "stats"}).Stats.Total
 }
@@ -333,7 +334,7 @@ type op struct {
 
 // touch does ops on the mount in another process and fails the test if it
 // does not end.
-func (m *mount) touch(t *testing.T, ops ...op) []op {
+func (m *mount) touch(t testing.TB, ops ...op) []op {
 	t.Helper()
 	return m.begin(t, ops...).wait(t, 60*time.Second)
 }
@@ -346,12 +347,13 @@ type toucher struct {
 }
 
 // begin starts a touching process; paths are relative to the mount.
-func (m *mount) begin(t *testing.T, ops ...op) *toucher {
+func (m *mount) begin(t testing.TB, ops ...op) *toucher {
 	t.Helper()
 	b, _ := json.Marshal(ops)
 	var out strings.Builder
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), modeEnv+"=touch", "FLOX_FUSE_OPS="+string(b), "FLOX_FUSE_DIR="+m.Dir)
+	cmd.Env = append(os.Environ(), modeEnv+"=touch", "FLOX_FUSE_DIR="+m.Dir)
+	cmd.Stdin = bytes.NewReader(b)
 	cmd.Stdout, cmd.Stderr = &out, os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -362,7 +364,7 @@ func (m *mount) begin(t *testing.T, ops ...op) *toucher {
 }
 
 // wait gives the results.
-func (c *toucher) wait(t *testing.T, limit time.Duration) []op {
+func (c *toucher) wait(t testing.TB, limit time.Duration) []op {
 	t.Helper()
 	select {
 	case err := <-c.done:
@@ -381,7 +383,7 @@ func (c *toucher) wait(t *testing.T, limit time.Duration) []op {
 }
 
 // dies kills the process and waits until it is gone.
-func (c *toucher) dies(t *testing.T, limit time.Duration) {
+func (c *toucher) dies(t testing.TB, limit time.Duration) {
 	t.Helper()
 	select {
 	case err := <-c.done:
@@ -393,7 +395,7 @@ func (c *toucher) dies(t *testing.T, limit time.Duration) {
 }
 
 // gone waits until a killed process is gone.
-func (c *toucher) gone(t *testing.T, limit time.Duration) {
+func (c *toucher) gone(t testing.TB, limit time.Duration) {
 	t.Helper()
 	select {
 	case <-c.done:
@@ -406,7 +408,11 @@ func (c *toucher) gone(t *testing.T, limit time.Duration) {
 // package would hide EINTR.
 func touchMain() {
 	var ops []op
-	if err := json.Unmarshal([]byte(os.Getenv("FLOX_FUSE_OPS")), &ops); err != nil {
+	list := []byte(os.Getenv("FLOX_FUSE_OPS"))
+	if len(list) == 0 {
+		list, _ = io.ReadAll(os.Stdin)
+	}
+	if err := json.Unmarshal(list, &ops); err != nil {
 		panic(err)
 	}
 	top := os.Getenv("FLOX_FUSE_DIR")
@@ -512,10 +518,14 @@ func (o *op) read(path string) error {
 		return err
 	}
 	defer unix.Close(fd)
-	if o.Len == 0 {
-		o.Len = 64 << 20
-	}
 	buf := make([]byte, o.Len)
+	if o.Len == 0 { // all of it, and one byte more to see that it ends
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return err
+		}
+		buf = make([]byte, st.Size+1)
+	}
 	at := 0
 	for at < len(buf) {
 		n, err := unix.Pread(fd, buf[at:], o.Off+int64(at))

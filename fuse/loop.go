@@ -8,9 +8,8 @@ import (
 	"sync"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
 
 // idleReaders is how many goroutines wait for the next request while others
@@ -209,7 +208,7 @@ func openDevice(f *os.File) (*device, error) {
 	}
 	// Waiting in the runtime's poller costs no thread and can be ended.
 	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		return nil, os.NewSyscallError("fcntl", err)
 	}
 	d := &device{file: os.NewFile(uintptr(fd), "fuse")}

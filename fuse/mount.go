@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -35,7 +34,7 @@ type MountConfig struct {
 	Log *slog.Logger
 }
 
-// Device is a mounted, initialised FUSE connection.
+// Device is a mounted FUSE connection whose INIT is done.
 type Device struct {
 	// File is the open device. Whoever holds it keeps the mount alive.
 	File *os.File
@@ -81,7 +80,7 @@ func Mount(cfg MountConfig) (*Device, error) {
 	// Read-only also spares the kernel from asking for attributes after each
 	// read, which it does on other mounts to learn the access time.
 	if err := unix.Mount(cfg.Source, cfg.Dir, FSType, unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		return nil, fmt.Errorf("mount %s: %w", cfg.Dir, os.NewSyscallError("mount", err))
 	}
 	d := &Device{Dir: cfg.Dir}
@@ -92,7 +91,7 @@ func Mount(cfg MountConfig) (*Device, error) {
 		err = unix.SetNonblock(fd, true)
 	}
 	if err != nil {
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		return nil, errors.Join(fmt.Errorf("mount %s: %w", cfg.Dir, err), Unmount(cfg.Dir))
 	}
 	d.File = os.NewFile(uintptr(fd), cfg.DevicePath)
@@ -173,7 +172,7 @@ func initialise(fd int, cfg MountConfig) ([]byte, error) {
 	if h.op != opInit {
 		return nil, fmt.Errorf("the kernel's first request is %s instead of INIT: %w", opNames[slot(h.op)], flox.ErrBadInput)
 	}
-	opts := options(slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug))
+	opts := options(cfg.Log)
 	opts.MaxBackground = int(cfg.MaxBackground)
 	answer, err := handleInit(fuse.NewProtocolServer(fuse.NewDefaultRawFileSystem(), opts), request)
 	if err != nil {
@@ -197,7 +196,7 @@ func handleInit(p *fuse.ProtocolServer, request []byte) ([]byte, error) {
 }
 
 // options are what every ProtocolServer of a mount has in common.
-func options(logger *log.Logger) *fuse.MountOptions {
+func options(log *slog.Logger) *fuse.MountOptions {
 	return &fuse.MountOptions{
 		MaxWrite:             maxRead, // go-fuse derives the largest READ from it
 		EnableSymlinkCaching: true,
@@ -207,7 +206,7 @@ func options(logger *log.Logger) *fuse.MountOptions {
 		// Passthrough excludes opens without a request.
 		DisabledCapabilities: fuse.CAP_PASSTHROUGH,
 		DisableXAttrs:        true,
-		Logger:               logger,
+		Logger:               slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
 }
 

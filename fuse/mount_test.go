@@ -1,6 +1,7 @@
 package fuse
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -34,13 +35,24 @@ func repeat(o op, n int) []op { return slices.Repeat([]op{o}, n) }
 func TestSecondPassAsksNothing(t *testing.T) {
 	m := newMount(t, serveOptions{})
 	pass := []op{
-		{Do: "stat", Path: ""}, {Do: "stat", Path: toolsPath}, {Do: "stat", Path: toolsPath + "/share/crowd/f0007"},
-		{Do: "readlink", Path: toolsPath + "/bin/link"}, {Do: "readlink", Path: linkPath},
-		{Do: "readdir", Path: toolsPath}, {Do: "readdir", Path: toolsPath + "/share/crowd"},
-		{Do: "read", Path: filePath}, {Do: "read", Path: toolsPath + "/share/big"}, {Do: "read", Path: toolsPath + "/etc/empty"},
-		{Do: "mmap", Path: toolsPath + "/share/big"}, {Do: "read", Path: toolsPath + "/bin/prog"}, {Do: "exec", Path: toolsPath + "/bin/prog"},
-		{Do: "stat", Path: toolsPath + "/missing"}, {Do: "stat", Path: toolsPath + "/share/missing"},
-		{Do: "stat", Path: "lib"}, {Do: "stat", Path: pollProbe}, {Do: "access", Path: toolsPath + "/bin/prog"},
+		{Do: "stat", Path: ""},
+		{Do: "stat", Path: toolsPath},
+		{Do: "stat", Path: toolsPath + "/share/crowd/f0007"},
+		{Do: "readlink", Path: toolsPath + "/bin/link"},
+		{Do: "readlink", Path: linkPath},
+		{Do: "readdir", Path: toolsPath},
+		{Do: "readdir", Path: toolsPath + "/share/crowd"},
+		{Do: "read", Path: filePath},
+		{Do: "read", Path: toolsPath + "/share/big"},
+		{Do: "read", Path: toolsPath + "/etc/empty"},
+		{Do: "mmap", Path: toolsPath + "/share/big"},
+		{Do: "read", Path: toolsPath + "/bin/prog"},
+		{Do: "exec", Path: toolsPath + "/bin/prog"},
+		{Do: "stat", Path: toolsPath + "/missing"},
+		{Do: "stat", Path: toolsPath + "/share/missing"},
+		{Do: "stat", Path: "lib"},
+		{Do: "stat", Path: pollProbe},
+		{Do: "access", Path: toolsPath + "/bin/prog"},
 		{Do: "xattr", Path: toolsPath + "/bin/prog"},
 	}
 	want := slices.Concat(slices.Repeat([]string{""}, 13), slices.Repeat([]string{"ENOENT"}, 4), []string{"", "ENOTSUP"})
@@ -75,9 +87,13 @@ func TestAttributesAreNixs(t *testing.T) {
 	}
 	want := []attr{
 		{unix.S_IFDIR | 0o555, 1, 0, 0},
-		{unix.S_IFDIR | 0o555, 5, 0, 0}, {unix.S_IFDIR | 0o555, 2, 0, 0}, {unix.S_IFDIR | 0o555, 3, 0, 0},
-		{unix.S_IFREG | 0o555, 1, self.Size(), (self.Size() + 511) / 512}, {unix.S_IFREG | 0o444, 1, 6, 1},
-		{unix.S_IFLNK | 0o777, 1, 4, 1}, {unix.S_IFLNK | 0o777, 1, int64(len(toolsPath + "/etc/conf")), 1},
+		{unix.S_IFDIR | 0o555, 5, 0, 0},
+		{unix.S_IFDIR | 0o555, 2, 0, 0},
+		{unix.S_IFDIR | 0o555, 3, 0, 0},
+		{unix.S_IFREG | 0o555, 1, self.Size(), (self.Size() + 511) / 512},
+		{unix.S_IFREG | 0o444, 1, 6, 1},
+		{unix.S_IFLNK | 0o777, 1, 4, 1},
+		{unix.S_IFLNK | 0o777, 1, int64(len(toolsPath + "/etc/conf")), 1},
 		{unix.S_IFREG | 0o444, 1, 3<<20 + 123, 6145},
 	}
 	nodes := append([]uint64{rootNode}, m.ask(t, command{Cmd: "nodes", Paths: paths}).Nodes...)
@@ -427,8 +443,10 @@ func TestServerIsReplacedWithoutErrors(t *testing.T) {
 func (m *mount) runProg(t *testing.T) *toucher {
 	t.Helper()
 	cmd := exec.Command(filepath.Join(m.Dir, toolsPath, "bin/prog"))
-	cmd.Env = []string{modeEnv + "=touch", "FLOX_FUSE_DIR=" + m.Dir,
-		`FLOX_FUSE_OPS=[{"Do":"sleep","Len":700},{"Do":"read","Path":"` + toolsPath + `/etc/conf"}]`}
+	cmd.Env = []string{
+		modeEnv + "=touch", "FLOX_FUSE_DIR=" + m.Dir,
+		`FLOX_FUSE_OPS=[{"Do":"sleep","Len":700},{"Do":"read","Path":"` + toolsPath + `/etc/conf"}]`,
+	}
 	var out strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, os.Stderr
 	if err := cmd.Start(); err != nil {
@@ -519,4 +537,68 @@ func TestUnmountOfABusyMountIsLazy(t *testing.T) {
 	}
 	p.cmd.Process.Kill()
 	<-p.done
+}
+
+// Readers, look-ups, listings and starting programs go on while one server
+// after another is killed under them.
+func TestKillsUnderLoad(t *testing.T) {
+	m := newMount(t, serveOptions{})
+	var ops []op
+	for i := range crowd {
+		ops = append(ops, op{Do: "read", Path: fmt.Sprintf("%s/share/crowd/f%04d", toolsPath, i)})
+		switch i % 50 {
+		case 0:
+			ops = append(ops, op{Do: "readdir", Path: toolsPath + "/share/crowd"}, op{Do: "sleep", Len: 50})
+		case 20:
+			ops = append(ops, op{Do: "exec", Path: toolsPath + "/bin/prog"})
+		case 40:
+			ops = append(ops, op{Do: "read", Path: toolsPath + "/share/big", Off: int64(i) * 2000, Len: 20_000})
+		}
+	}
+	var readers []*toucher
+	for i := range 8 {
+		at := i * len(ops) / 8 // not all in step
+		readers = append(readers, m.begin(t, slices.Concat(ops[at:], ops[:at])...))
+	}
+	kills := 0
+	for len(readers[0].done) == 0 && kills < 50 {
+		time.Sleep(20 * time.Millisecond)
+		m.srv.kill()
+		m.start(t)
+		kills++
+	}
+	for _, p := range readers {
+		for _, o := range p.wait(t, 30*time.Second) {
+			i := 0
+			if o.Errno != "" {
+				t.Errorf("%s %s: %s", o.Do, o.Path, o.Errno)
+			}
+			if _, err := fmt.Sscanf(filepath.Base(o.Path), "f%d", &i); err == nil && o.Text != sum(bytes.Repeat([]byte{byte(i)}, i%700)) {
+				t.Errorf("%s has other content", o.Path)
+			}
+		}
+	}
+	if kills < 5 {
+		t.Errorf("only %d kills", kills)
+	}
+	t.Logf("%d servers were killed", kills)
+}
+
+// BenchmarkFirstMiss is how long a program waits for the first look-up of a
+// name that a store path does not have.
+func BenchmarkFirstMiss(b *testing.B) {
+	m := newMount(b, serveOptions{})
+	var took time.Duration
+	n := 0
+	for b.Loop() {
+		ops := []op{{Do: "stat", Path: toolsPath + "/share"}}
+		for range 2000 {
+			n++
+			ops = append(ops, op{Do: "stat", Path: fmt.Sprintf("%s/share/missing-%d", toolsPath, n)})
+		}
+		for _, o := range m.touch(b, ops...)[1:] {
+			took += o.Took
+		}
+	}
+	b.ReportMetric(float64(took.Microseconds())/float64(n), "µs/miss")
 }

@@ -35,15 +35,11 @@ func (f *files) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 		return checkShort(ctx, tree, index, off, n, len(buf))
 	}
 	err := f.s.gaveUp.check(r, off)
-	for err == nil {
+	for err == nil || f.mayWait(r, err) {
 		if err = f.wait(r, f.s.cfg.ReadTimeout, true, read); err == nil {
 			f.s.counts.readBytes.Add(uint64(n))
 			return inPlace(n), fuse.OK
 		}
-		if !f.mayWait(r, err) {
-			break
-		}
-		err = nil
 	}
 	if transient(err) {
 		f.s.gaveUp.note(r, off, len(buf))

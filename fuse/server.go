@@ -86,6 +86,7 @@ type Server struct {
 	nodes    *nodeTable
 	requests *requests
 	gaveUp   deadReads
+	warned   seldom
 	drops    chan drop
 	counts   counts
 
@@ -115,7 +116,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		drops: make(chan drop, dropQueue), stopped: make(chan struct{}),
 	}
 	fs := &files{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s}
-	opts := options(slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug))
+	opts := options(cfg.Log)
 	opts.PanicHandler = func(v any) fuse.Status {
 		s.log.Error("panic while serving", "panic", fmt.Sprint(v))
 		return fuse.EIO
@@ -148,7 +149,7 @@ func (s *Server) Run(ctx context.Context) error {
 	s.cancel = cancel
 	defer context.AfterFunc(ctx, func() {
 		cancel(errStopping)
-		dev.file.SetReadDeadline(time.Unix(1, 0)) // wakes the readers
+		_ = dev.file.SetReadDeadline(time.Unix(1, 0)) // wakes the readers
 	})()
 
 	// What an earlier server was sent and did not answer. Old kernels cannot;

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"os"
 	"os/exec"
@@ -96,7 +97,7 @@ func initBytes(t testing.TB) []byte {
 	binary.NativeEndian.PutUint32(request[inHeaderSize+8:], 128<<10)
 	binary.NativeEndian.PutUint32(request[inHeaderSize+12:], math.MaxUint32)
 	binary.NativeEndian.PutUint32(request[inHeaderSize+16:], math.MaxUint32>>1)
-	opts := options(nil)
+	opts := options(slog.New(slog.DiscardHandler))
 	answer, err := handleInit(fuse.NewProtocolServer(fuse.NewDefaultRawFileSystem(), opts), request)
 	if err != nil {
 		t.Fatal(err)
@@ -218,7 +219,7 @@ func TestNodeTable(t *testing.T) {
 }
 
 func FuzzNodeTable(f *testing.F) {
-	good := append(append(tableMagic[:], 1, 0, 0, 0, 0, 0, 0, 0), bytes.Repeat([]byte{7}, 40)...)
+	good := append(append(tableMagic[:len(tableMagic):len(tableMagic)], 1, 0, 0, 0, 0, 0, 0, 0), bytes.Repeat([]byte{7}, 40)...)
 	f.Add(good)
 	f.Add([]byte("floxnod1"))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -296,7 +297,7 @@ func TestRootCursor(t *testing.T) {
 	pos := newRootCursor(0)
 	off, _ := pos.next(names[250])
 	resumed := newRootCursor(off)
-	if !(resumed.after < names[250]) || !(resumed.after > names[249]) {
+	if resumed.after >= names[250] || resumed.after <= names[249] {
 		t.Errorf("resumes behind %q, want before %q", resumed.after, names[250])
 	}
 }
@@ -334,8 +335,13 @@ func TestKillPending(t *testing.T) {
 		status []byte
 		want   bool
 	}{
-		{status(none, none), false}, {status(alarm, alarm), false}, {status(kill, none), true},
-		{status(none, kill), true}, {status(both, none), true}, {nil, false}, {[]byte("\nSigPnd:\tx\n"), false},
+		{status(none, none), false},
+		{status(alarm, alarm), false},
+		{status(kill, none), true},
+		{status(none, kill), true},
+		{status(both, none), true},
+		{nil, false},
+		{[]byte("\nSigPnd:\tx\n"), false},
 	} {
 		if got := killPending(c.status); got != c.want {
 			t.Errorf("%s: %v", c.status, got)
@@ -377,9 +383,15 @@ func TestErrno(t *testing.T) {
 		err  error
 		want fuse.Status
 	}{
-		{nil, fuse.OK}, {flox.ErrUnreachable, fuse.EIO}, {flox.ErrCorrupt, fuse.EIO}, {flox.ErrFull, fuse.EIO},
+		{nil, fuse.OK},
+		{flox.ErrUnreachable, fuse.EIO},
+		{flox.ErrCorrupt, fuse.EIO},
+		{flox.ErrFull, fuse.EIO},
 		// Only who knows that a name is missing may say ENOENT.
-		{flox.ErrNotFound, fuse.EIO}, {errKilled, fuse.EINTR}, {flox.ErrDenied, fuse.EACCES}, {errors.New("x"), fuse.EIO},
+		{flox.ErrNotFound, fuse.EIO},
+		{errKilled, fuse.EINTR},
+		{flox.ErrDenied, fuse.EACCES},
+		{errors.New("x"), fuse.EIO},
 	} {
 		if got := errno(c.err); got != c.want {
 			t.Errorf("%v: %v, want %v", c.err, got, c.want)

@@ -41,8 +41,8 @@ func (k *clerk) serve(ctx context.Context, line *net.UnixConn) {
 	defer cancel()
 	var handlers sync.WaitGroup
 	defer handlers.Wait()
-	defer line.Close()
-	defer context.AfterFunc(ctx, func() { line.SetReadDeadline(time.Unix(1, 0)) })()
+	defer func() { _ = line.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = line.SetReadDeadline(time.Unix(1, 0)) })()
 	room := make(chan struct{}, askedAtOnce)
 	b := make([]byte, maxMessage)
 	for {
@@ -75,7 +75,7 @@ func (k *clerk) send(line *net.UnixConn, a answer) {
 		k.log.Error("encode an answer", "error", err)
 		return
 	}
-	line.SetWriteDeadline(time.Now().Add(writeTimeout))
+	_ = line.SetWriteDeadline(time.Now().Add(writeTimeout))
 	if _, err := line.Write(b); err != nil && !errors.Is(err, net.ErrClosed) {
 		k.log.Debug("answer a question", "error", err)
 	}

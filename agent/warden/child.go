@@ -44,11 +44,11 @@ func (w *warden) startChild() (*child, error) {
 	defer theirs.Close()
 	life, lifeEnd, err := os.Pipe()
 	if err != nil {
-		ours.Close()
+		_ = ours.Close()
 		return nil, err
 	}
 	defer lifeEnd.Close()
-	cmd := exec.Command(w.cfg.Child[0], w.cfg.Child[1:]...)
+	cmd := exec.Command(w.cfg.Child[0], w.cfg.Child[1:]...) //nolint:noctx // stop ends it, in an order a context does not know
 	cmd.Env = append(withoutEnv(w.cfg.Env), envName+"="+string(value))
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{w.dev.File, theirs, lifeEnd} // deviceFD, lineFD, lifeFD
@@ -61,7 +61,7 @@ func (w *warden) startChild() (*child, error) {
 	}
 	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{})}
 	if err := c.launch(cmd); err != nil {
-		ours.Close()
+		_ = ours.Close()
 		life.Close()
 		return nil, fmt.Errorf("start %s: %w", w.cfg.Child[0], err)
 	}
@@ -85,7 +85,7 @@ func (c *child) launch(cmd *exec.Cmd) error {
 			return
 		}
 		defer close(c.reaped)
-		cmd.Wait()
+		_ = cmd.Wait() // how it ended is in ProcessState
 		c.state = cmd.ProcessState.String()
 	}()
 	if err := <-started; err != nil {
@@ -94,7 +94,7 @@ func (c *child) launch(cmd *exec.Cmd) error {
 	c.pid = cmd.Process.Pid
 	go func() {
 		defer close(c.closed)
-		c.life.Read(make([]byte, 1)) // nobody writes: it ends with the child
+		_, _ = c.life.Read(make([]byte, 1)) // nobody writes: it ends with the child
 	}()
 	return nil
 }
@@ -143,7 +143,7 @@ func (c *child) stop(limit time.Duration) {
 		c.signal(syscall.SIGKILL)
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		c.wait(ctx)
+		_ = c.wait(ctx)
 	}
 	select { // so that its state is known, which is a moment later
 	case <-c.reaped:
@@ -155,13 +155,13 @@ func (c *child) signal(sig syscall.Signal) {
 	select {
 	case <-c.reaped: // the number may be somebody else's
 	default:
-		syscall.Kill(c.pid, sig)
+		_ = syscall.Kill(c.pid, sig)
 	}
 }
 
 // release lets go of what the warden has of a child that is gone.
 func (c *child) release() {
-	c.line.Close()
+	_ = c.line.Close()
 	c.life.Close()
 }
 

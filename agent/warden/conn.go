@@ -65,7 +65,7 @@ func FromEnv() (*Conn, error) {
 	if !ok {
 		return nil, fmt.Errorf("no warden started this process (%s is not set); start floxd agent instead: %w", envName, flox.ErrNotFound)
 	}
-	os.Unsetenv(envName)
+	_ = os.Unsetenv(envName)
 	var in inheritance
 	if err := json.Unmarshal([]byte(value), &in); err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", envName, err, flox.ErrBadInput)
@@ -108,8 +108,8 @@ func nodeTable(runDir string) string { return filepath.Join(runDir, "nodes") }
 // (ErrClosed): the child should then end, since its mount does.
 func (c *Conn) Run(ctx context.Context) error {
 	defer close(c.gone)
-	defer c.line.Close()
-	defer context.AfterFunc(ctx, func() { c.line.SetReadDeadline(time.Unix(1, 0)) })()
+	defer func() { _ = c.line.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = c.line.SetReadDeadline(time.Unix(1, 0)) })()
 	b := make([]byte, maxMessage)
 	for {
 		n, err := c.line.Read(b)

@@ -225,7 +225,7 @@ func childMain() error {
 		return err
 	}
 	if _, err := FromEnv(); !errors.Is(err, flox.ErrNotFound) {
-		return fmt.Errorf("FromEnv leaves itself in the environment: %v", err)
+		return fmt.Errorf("FromEnv leaves itself in the environment: %w", err)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()

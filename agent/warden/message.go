@@ -56,12 +56,15 @@ type answer struct {
 	More   bool     `json:",omitempty"` // another part follows
 }
 
+// errFailed is what nothing more is known of.
+var errFailed = errors.New("failed")
+
 var errorKinds = map[string]error{
 	"not found": flox.ErrNotFound,
 	"denied":    flox.ErrDenied,
 	"bad input": flox.ErrBadInput,
 	"busy":      flox.ErrBusy,
-	"failed":    errors.ErrUnsupported,
+	"failed":    errFailed,
 }
 
 // parseQuestion checks everything a child can get wrong, or wants to.
@@ -113,7 +116,7 @@ func (a answer) err() error {
 		return nil
 	}
 	kind, ok := errorKinds[a.Error]
-	if !ok || kind == errors.ErrUnsupported {
+	if !ok || a.Error == "failed" {
 		return fmt.Errorf("warden: %s", a.Why)
 	}
 	return fmt.Errorf("warden: %s: %w", strings.TrimSuffix(a.Why, ": "+kind.Error()), kind)

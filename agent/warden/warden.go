@@ -81,7 +81,7 @@ func (c *Config) setDefaults() error {
 		c.Env = os.Environ()
 	}
 	if c.UID == 0 || c.GID == 0 {
-		uid, gid := defaultUser()
+		uid, gid := DefaultUser()
 		if c.UID == 0 {
 			c.UID = uid
 		}
@@ -101,7 +101,9 @@ func (c *Config) setDefaults() error {
 	return nil
 }
 
-func defaultUser() (uid, gid uint32) {
+// DefaultUser is who a child runs as unless Config says otherwise: the user
+// floxd, or 65534 where there is none. What the child is to write must be theirs.
+func DefaultUser() (uid, gid uint32) {
 	u, err := user.Lookup("floxd")
 	if err != nil {
 		return nobody, nobody
