@@ -46,6 +46,9 @@ func Decompressor(compression string, r io.Reader, maxOut uint64) (io.ReadCloser
 	default:
 		err = d.sniff(bufio.NewReaderSize(&d.src, sniffBuffer))
 	}
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF // a header cut short is no empty file
+	}
 	if err != nil {
 		return nil, d.wrap(err)
 	}

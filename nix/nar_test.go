@@ -113,7 +113,7 @@ func randomTree(r *rand.Rand) []node {
 		case 2:
 			nodes = append(nodes, executable(file(path, strings.Repeat("c", r.IntN(20)))))
 		case 3:
-			nodes = append(nodes, file(path, strings.Repeat("d", r.IntN(200_000))))
+			nodes = append(nodes, file(path, strings.Repeat("d", r.IntN(100_000))))
 		}
 	}
 	return sorted(nodes)
@@ -122,7 +122,7 @@ func randomTree(r *rand.Rand) []node {
 func TestNarRoundTrip(t *testing.T) {
 	trees := [][]node{{file("", "")}, {executable(file("", "root"))}, {link("", "t")}, {dir("")}, sorted(sampleTree())}
 	r := rand.New(rand.NewPCG(1, 2))
-	for range 30 {
+	for range 15 {
 		trees = append(trees, randomTree(r))
 	}
 	for i, want := range trees {

@@ -416,8 +416,8 @@ func TestXZGuardPassesRealFiles(t *testing.T) {
 		}
 		t.Skip("xz is not installed")
 	}
-	plain := mixed(6 << 20)
-	for _, args := range []string{"-0 -T2", "-0 -T2 --block-size=1MiB", "-9", "-1 -C none", "-1 -C crc32", "-1 -C sha256"} {
+	plain := bytes.Repeat(mixed(20_000), 150)
+	for _, args := range []string{"-0 -T2", "-0 -T2 --block-size=512KiB", "-9", "-1 -C none", "-1 -C crc32", "-1 -C sha256"} {
 		cmd := exec.CommandContext(t.Context(), "xz", append(strings.Fields(args), "-c")...)
 		cmd.Stdin = bytes.NewReader(plain)
 		packed, err := cmd.Output()

@@ -16,14 +16,16 @@ const xzLeastDict = 4096
 // be at most maxDict, and blocks beyond the first must bring content worth
 // their dictionaries: real encoders cut blocks of several dictionaries' size.
 //
-// It follows the format (xz file format 1.2.1; LZMA2 chunks are framed with
+// It also refuses a file that ends early, which the decoder would not always
+// notice. It follows the format (xz file format 1.2.1; LZMA2 chunks are framed with
 // their sizes) without decoding anything.
 type xzGuard struct {
 	r       io.Reader
 	maxDict uint64
 	// budget is how many bytes of dictionaries may still be made.
 	budget uint64
-	step   func(g *xzGuard, b []byte) error // takes the next want bytes
+	// step takes the next want bytes; steps are named after what those are.
+	step   func(g *xzGuard, b []byte) error
 	want   int
 	have   []byte
 	skip   uint64 // bytes to pass before that
@@ -31,10 +33,10 @@ type xzGuard struct {
 	block  uint64 // bytes of the current block behind its header
 	left   uint64 // varints to come in the index
 	index  uint64 // bytes of the index so far
+	behind bool   // a stream has ended, none has begun since
 	err    error
 }
 
-// Names of the steps are what the next bytes are.
 const (
 	xzHeaderLen = 12
 	xzFooterLen = 12
@@ -52,6 +54,10 @@ func (g *xzGuard) Read(p []byte) (int, error) {
 	n, err := g.r.Read(p)
 	if g.err = g.scan(p[:n]); g.err != nil {
 		return 0, g.err
+	}
+	// The decoder takes an end between two blocks for the end of the file.
+	if errors.Is(err, io.EOF) && !(g.behind && g.skip == 0 && len(g.have) == 0) {
+		err = io.ErrUnexpectedEOF
 	}
 	return n, err
 }
@@ -220,6 +226,7 @@ func (g *xzGuard) indexNext() error {
 		return g.next(0, 1, (*xzGuard).indexRecords)
 	}
 	const crc = 4
+	g.behind = true
 	return g.next(-g.index&3+crc+xzFooterLen, 4, (*xzGuard).padding)
 }
 
@@ -228,6 +235,7 @@ func (g *xzGuard) padding(b []byte) error {
 	if binary.BigEndian.Uint32(b) == 0 {
 		return g.next(0, 4, (*xzGuard).padding)
 	}
+	g.behind = false
 	// The first four bytes of a header; its flags are behind the magic.
 	return g.next(0, xzHeaderLen-4, func(g *xzGuard, rest []byte) error {
 		return g.streamHeader(append([]byte{0, 0, 0, 0}, rest...))
