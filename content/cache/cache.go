@@ -122,8 +122,10 @@ type Cache struct {
 var _ flox.Blocks = (*Cache)(nil)
 
 // Open opens the cache in cfg.Dir, creating it if need be. ErrBusy: another
-// process holds it. ErrFull: the disk has no room even for an empty index.
-// Whatever a crash left behind is cleaned up here.
+// process holds it. ErrFull: the disk has no room even for an empty index. If it
+// has none to write an index that is there, what is trusted can be read, puts say
+// ErrFull, and Run returns once there is room. Whatever a crash left behind is
+// cleaned up here.
 func Open(cfg Config) (*Cache, error) {
 	c := &Cache{cfg: cfg, poke: make(chan struct{}, 1), evicting: make(chan struct{}, 1)}
 	if err := c.open(); err != nil {
@@ -262,14 +264,54 @@ func (c *Cache) adopt() error {
 	if err != nil {
 		return err
 	}
-	return c.objects.found(func(object uint64, size int64) error {
+	err = c.objects.found(func(object uint64, size int64) error {
 		pack, ok := known[object]
 		if !ok {
 			return os.Remove(c.objects.path(object))
 		}
 		c.objects.adopt(object, pack, size)
+		delete(known, object)
 		return nil
 	})
+	if err != nil || c.index.broken.Load() != nil {
+		return err
+	}
+	for object, pack := range known {
+		if err := c.strike(object, pack); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// strike takes an object that is not on the disk any more off the index.
+func (c *Cache) strike(object uint64, pack bool) error {
+	var keys []key
+	if pack {
+		list, _, err := c.members(context.Background(), object)
+		if err != nil {
+			return err
+		}
+		keys = list
+	} else if raw, err := c.index.get(objectKey(object)); err == nil {
+		if k, ok := readKey(raw); ok {
+			keys = append(keys, k)
+		}
+	}
+	for _, k := range keys {
+		r := c.record(k)
+		if r == nil {
+			continue
+		}
+		if ct := r.cur.Load(); ct.object == object {
+			if err := c.drop(k, ct, 0, uint32(ct.length)); err != nil {
+				return err
+			}
+		}
+	}
+	b := c.index.batch()
+	b.del(objectKey(object))
+	return b.commit(lazy)
 }
 
 // Close makes what is here durable and lets go of the directory. Reads
@@ -277,6 +319,9 @@ func (c *Cache) adopt() error {
 func (c *Cache) Close() error {
 	c.evicting <- struct{}{} // waits for an eviction, and lets none begin
 	defer func() { <-c.evicting }()
+	if c.index.broken.Load() != nil {
+		return c.release() // a put may wait for ever for an index that cannot be written
+	}
 	c.keeping.Lock() // waits for puts
 	defer c.keeping.Unlock()
 	if errors.Is(c.index.usable(), flox.ErrClosed) {

@@ -352,7 +352,9 @@ func TestDiskFull(t *testing.T) {
 		cached = append(cached, s)
 	}
 	filler := filepath.Join(d.dir, "filler")
-	fill(t, filler)
+	if err := refill(cfg.Dir); err != nil {
+		t.Fatal(err)
+	}
 	full, others := 0, 0
 	for i := range 200 {
 		s := newSample(uint64(5000+i), 100<<10, 16<<10)
@@ -377,12 +379,16 @@ func TestDiskFull(t *testing.T) {
 	for range 3 {
 		gc(t, c)
 	}
+	c.limit() // as Run does: the ballast is set aside again
 	s := newSample(1, 100<<10, 16<<10)
 	s.putAll(t, c)
 	if st := s.readAll(t, c, 0); st != Hit {
 		t.Errorf("state %d, want hit", st)
 	}
-	fill(t, filler)
+	c.limit()
+	if err := refill(cfg.Dir); err != nil {
+		t.Fatal(err)
+	}
 	crash(c)
 	again, err := Open(cfg)
 	if err != nil {
@@ -395,6 +401,50 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Remove(filler); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// A disk on which others take the very last byte, ballast included: what is
+// cached can be read, also by the next process, eviction gives room back, and once
+// there is room everything works again.
+func TestDiskFullToTheLastByte(t *testing.T) {
+	if private(t) {
+		return
+	}
+	d := newLoopDisk(t, 96<<20)
+	dir := filepath.Join(d.dir, "cache")
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "FLOXD_TEST_CACHE_WRITER="+dir+"||full")
+	cmd.Stdin = strings.NewReader("go\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("writer: %v: %s", err, out)
+	}
+	if err := refill(dir); err != nil {
+		t.Fatal(err)
+	}
+	cfg := small(dir)
+	cfg.BootID = ""
+	c, err := Open(cfg)
+	if err != nil {
+		t.Fatalf("open on a full disk: %v", err)
+	}
+	if v := look(c); v.wrong > 0 || v.hits == 0 {
+		t.Errorf("on a full disk: %+v", v)
+	}
+	if c.index.broken.Load() != nil {
+		is(t, newSample(1, 100, 100).put(c, 0), flox.ErrFull)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(d.dir, "filler")); err != nil {
+		t.Fatal(err)
+	}
+	c = open(t, cfg)
+	newSample(1, 100, 100).putAll(t, c)
+	if v := look(c); v.wrong > 0 || v.hits == 0 {
+		t.Errorf("with room again: %+v", v)
+	}
+	checkDisk(t, c)
 }
 
 // A disk that fails under the running cache: errors, never wrong bytes, and nothing hangs.
@@ -427,25 +477,6 @@ func exitCode(t *testing.T) int {
 		return 1
 	}
 	return 0
-}
-
-// fill writes until the disk has no room at all.
-func fill(t *testing.T, file string) {
-	t.Helper()
-	f, err := os.OpenFile(file, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for size := 1 << 20; size > 0; size /= 2 {
-		for err == nil {
-			_, err = f.Write(make([]byte, size))
-		}
-		if !errors.Is(err, syscall.ENOSPC) {
-			t.Fatal(err)
-		}
-		err = nil
-	}
 }
 
 // When others fill the disk the running cache shrinks, and leaves the reserve free.

@@ -42,7 +42,7 @@ func (c *Cache) GC(ctx context.Context, target int64) (freed int64, err error) {
 	case <-ctx.Done():
 		return 0, fmt.Errorf("cache gc: %w", ctx.Err())
 	}
-	c.indexSize.Store(c.index.size())
+	c.indexSize.Store(c.index.size(c.indexSize.Load()))
 	before := c.used()
 	for laps := 0; c.used() > target && laps < maxLaps; {
 		wrapped, err := c.evict(ctx, c.used()-target)
@@ -52,7 +52,7 @@ func (c *Cache) GC(ctx context.Context, target int64) (freed int64, err error) {
 		if wrapped {
 			laps++
 		}
-		c.indexSize.Store(c.index.size())
+		c.indexSize.Store(c.index.size(c.indexSize.Load()))
 	}
 	return max(before-c.used(), 0), nil
 }
@@ -294,7 +294,9 @@ func (c *Cache) take(group []victim) error {
 	if len(taken) == 0 {
 		return nil
 	}
-	if err := b.commit(durable); err != nil {
+	// An index that cannot be written must not keep the disk full: an object that
+	// is missing is never taken for content, and Open strikes it off.
+	if err := b.commit(durable); err != nil && c.index.broken.Load() == nil {
 		return err
 	}
 	c.account(b.sum)

@@ -88,7 +88,7 @@ func traffic(t *testing.T, withKernel bool) (again, lost int) {
 		s := newSample(uint64(100+i), []int{390 << 10, 780 << 10, 30 << 10}[i%3], 64<<10)
 		k.use(t, c, s, uint64(100+i))
 		service()
-		c.shrink(ctx)
+		c.shrink(ctx, c.limit())
 	}
 	if u := c.Usage(); u.Evicted < 8*cfg.Budget || u.Bytes > u.Budget {
 		t.Errorf("after the traffic: %+v", u)
@@ -285,7 +285,7 @@ func TestCompaction(t *testing.T) {
 	for _, s := range all[:100] {
 		s.readAll(t, c, 1)
 	}
-	if _, err := c.GC(context.Background(), c.indexSize.Load()+c.index.size()); err != nil { // one lap is not enough for used ones
+	if _, err := c.GC(context.Background(), c.index.size(0)); err != nil { // one lap is not enough for used ones
 		t.Fatal(err)
 	}
 	check := func(c *Cache) (hits int) {

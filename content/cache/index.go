@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -84,9 +86,11 @@ type index struct {
 	ballast string
 	log     *slog.Logger
 
-	life   sync.RWMutex // shared while db is used, exclusive to close it
-	closed bool
-	broken atomic.Pointer[error] // db must not be used any more
+	life     sync.RWMutex // shared while db is used, exclusive to close it
+	closed   bool
+	readOnly bool                  // opened without room on the disk; broken from the start
+	low      atomic.Bool           // there is no ballast
+	broken   atomic.Pointer[error] // db must not be written any more
 }
 
 // durability of a commit
@@ -95,33 +99,53 @@ const (
 	lazy    = false
 )
 
-// openIndex opens or makes the database in dir. ErrCorrupt: it is damaged.
+// ballastSize is what is set aside on a disk of so many bytes.
+func ballastSize(disk int64) int64 { return min(max(disk/64, 1<<20), 16<<20) }
+
+// openIndex opens or makes the database in dir. On a disk without any room it
+// opens what is there for reading only, as broken. ErrCorrupt: it is damaged.
 func openIndex(dir, ballast string, disk int64, log *slog.Logger) (*index, error) {
 	ix := &index{ballast: ballast, log: log}
-	room := min(max(disk/64, 1<<20), 16<<20) // ballast; a quarter of it is a memtable
-	opts := &pebble.Options{
-		FS:                 vfs.OnDiskFull(vfs.Default, ix.dropBallast),
-		Logger:             pebbleLog{ix},
-		Merger:             &pebble.Merger{Name: "flox.cache.add", Merge: mergeTotals},
-		FormatMajorVersion: pebble.FormatNewest,
-		CacheSize:          16 << 20,
-		MemTableSize:       uint64(room / 4),
-		MaxOpenFiles:       128,
+	err := ix.open(dir, disk, false)
+	if err != nil && !pebble.IsCorruptionError(err) && errors.Is(full(err), flox.ErrFull) {
+		ix.dropBallast()
+		if err = ix.open(dir, disk, false); err != nil && errors.Is(full(err), flox.ErrFull) {
+			cause := fmt.Errorf("the disk of %s has no room: %w", dir, flox.ErrFull)
+			ix.broken.Store(&cause)
+			err = ix.open(dir, disk, true)
+		}
 	}
-	for i := range opts.Levels {
-		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
-	}
-	opts.CompactionConcurrencyRange = func() (int, int) { return 1, 1 }
-	db, err := pebble.Open(dir, opts)
 	if err != nil {
 		if pebble.IsCorruptionError(err) {
 			return nil, fmt.Errorf("open %s: %w: %w", dir, flox.ErrCorrupt, err)
 		}
 		return nil, fmt.Errorf("open %s: %w", dir, full(err))
 	}
-	ix.db = db
-	ix.setBallast(room)
+	if ix.usable() == nil {
+		ix.setBallast(ballastSize(disk))
+	}
 	return ix, nil
+}
+
+func (ix *index) open(dir string, disk int64, readOnly bool) (err error) {
+	defer recoverFatal(&err)
+	opts := &pebble.Options{
+		FS:                 vfs.OnDiskFull(vfs.Default, ix.dropBallast),
+		Logger:             pebbleLog{ix},
+		Merger:             &pebble.Merger{Name: "flox.cache.add", Merge: mergeTotals},
+		FormatMajorVersion: pebble.FormatNewest,
+		CacheSize:          16 << 20,
+		MemTableSize:       uint64(ballastSize(disk) / 4),
+		MaxOpenFiles:       128,
+		ReadOnly:           readOnly,
+	}
+	for i := range opts.Levels {
+		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
+	}
+	opts.CompactionConcurrencyRange = func() (int, int) { return 1, 1 }
+	ix.readOnly = readOnly
+	ix.db, err = pebble.Open(dir, opts)
+	return err
 }
 
 // setBallast sets room aside that the index gets when the disk is full, because
@@ -134,32 +158,31 @@ func (ix *index) setBallast(size int64) {
 	if err != nil {
 		ix.log.Warn("no ballast for the cache's index", "size", size, "err", err)
 	}
+	ix.low.Store(err != nil)
 }
 
+// dropBallast is called by whoever finds the disk full. From then on nothing is
+// put, until there is a ballast again.
 func (ix *index) dropBallast() {
-	if err := os.Truncate(ix.ballast, 0); err != nil {
+	ix.low.Store(true)
+	if err := os.Truncate(ix.ballast, 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		ix.log.Warn("drop the cache's ballast", "err", err)
 	}
 }
 
 // refill sets the ballast aside again, once the disk has room.
 func (ix *index) refill(disk, free int64) {
-	size := min(max(disk/64, 1<<20), 16<<20)
-	if st, err := os.Stat(ix.ballast); (err != nil || st.Size() < size) && free > 2*size {
+	if size := ballastSize(disk); ix.low.Load() && free > 2*size {
 		ix.setBallast(size)
 	}
 }
 
-// use lets the caller use db until it calls done. It fails when db is closed or broken.
+// use lets the caller read db until it calls done. It fails when db is closed.
 func (ix *index) use() (done func(), err error) {
 	ix.life.RLock()
 	if ix.closed {
 		ix.life.RUnlock()
 		return nil, fmt.Errorf("cache: %w", flox.ErrClosed)
-	}
-	if p := ix.broken.Load(); p != nil {
-		ix.life.RUnlock()
-		return nil, fmt.Errorf("index of the cache: %w", *p)
 	}
 	return ix.life.RUnlock, nil
 }
@@ -167,10 +190,14 @@ func (ix *index) use() (done func(), err error) {
 // usable fails when the index is closed or broken.
 func (ix *index) usable() error {
 	done, err := ix.use()
-	if err == nil {
-		done()
+	if err != nil {
+		return err
 	}
-	return err
+	done()
+	if p := ix.broken.Load(); p != nil {
+		return fmt.Errorf("index of the cache: %w", *p)
+	}
+	return nil
 }
 
 // get gives a copy of a value. ErrNotFound: there is none.
@@ -272,20 +299,31 @@ func behind(prefix []byte) []byte {
 	return nil
 }
 
-// size is what the index takes on disk, in bytes.
-func (ix *index) size() int64 {
+// size is what the index takes on disk, in bytes; before if that cannot be told.
+func (ix *index) size(before int64) int64 {
 	done, err := ix.use()
 	if err != nil {
-		return 0
+		return before
 	}
 	defer done()
+	if ix.broken.Load() != nil {
+		return before // who broke it may hold its locks for ever
+	}
 	return int64(ix.db.Metrics().DiskSpaceUsage())
 }
 
 func (ix *index) close() error {
+	if ix.broken.Load() != nil && !ix.readOnly {
+		// Writes under way and goroutines of Pebble's may hold its locks for ever.
+		if ix.life.TryLock() {
+			ix.closed = true
+			ix.life.Unlock()
+		}
+		return nil
+	}
 	ix.life.Lock()
 	defer ix.life.Unlock()
-	if ix.closed || ix.broken.Load() != nil { // the locks of a broken one may be held for ever
+	if ix.closed || ix.db == nil {
 		return nil
 	}
 	ix.closed = true
@@ -315,18 +353,9 @@ func (b *batch) commit(sync bool) (err error) {
 		return err
 	}
 	defer done()
-	defer func() {
-		// Pebble has no way back from a write that failed, and tells so
-		// through pebbleLog.Fatalf. A cache can live without its index.
-		if p := recover(); p != nil {
-			fatal, ok := p.(fatalError)
-			if !ok {
-				panic(p)
-			}
-			err = fatal.error
-			b.ix.broken.CompareAndSwap(nil, &err)
-		}
-	}()
+	if err := b.ix.usable(); err != nil {
+		return err
+	}
 	if b.sum != (totals{}) {
 		_ = b.b.Merge(keyTotals, b.sum.append(nil), nil)
 	}
@@ -334,15 +363,35 @@ func (b *batch) commit(sync bool) (err error) {
 	if sync {
 		opt = pebble.Sync
 	}
-	if err := b.ix.db.Apply(b.b, opt); err != nil {
+	if err := b.ix.apply(b.b, opt); err != nil {
 		return fmt.Errorf("index of the cache: %w", full(err))
 	}
 	return nil
 }
 
+func (ix *index) apply(b *pebble.Batch, opt *pebble.WriteOptions) (err error) {
+	defer recoverFatal(&err)
+	return ix.db.Apply(b, opt)
+}
+
+// Pebble has no way back from a write that failed: it calls Fatalf and counts
+// on that not returning. A cache can live without writing its index: what is in
+// it can still be read. So calls of ours come back with an error, and goroutines
+// of Pebble's own stop where they are; nobody needs them for reading.
+
 type fatalError struct{ error }
 
-// pebbleLog takes Pebble's messages. Fatalf must not return.
+func recoverFatal(err *error) {
+	if p := recover(); p != nil {
+		fatal, ok := p.(fatalError)
+		if !ok {
+			panic(p)
+		}
+		*err = fatal.error
+	}
+}
+
+// pebbleLog takes Pebble's messages.
 type pebbleLog struct{ ix *index }
 
 func (pebbleLog) Infof(string, ...any) {}
@@ -352,9 +401,29 @@ func (l pebbleLog) Errorf(format string, args ...any) {
 }
 
 func (l pebbleLog) Fatalf(format string, args ...any) {
+	// Whatever the disk's trouble is, for who puts it is as good as full.
 	err := fmt.Errorf(format+": %w", append(args, flox.ErrFull)...)
-	l.ix.log.Error("cache index cannot be written", "err", err)
-	panic(fatalError{err})
+	l.ix.broken.CompareAndSwap(nil, &err)
+	l.ix.log.Error("cache index cannot be written any more", "err", err)
+	if l.ix.called() {
+		panic(fatalError{err})
+	}
+	select {}
+}
+
+// called says whether a call of ours, and not a goroutine of Pebble's, is running.
+func (ix *index) called() bool {
+	pcs := make([]uintptr, 64)
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs)])
+	for {
+		f, more := frames.Next()
+		if strings.HasSuffix(f.Function, "(*index).apply") || strings.HasSuffix(f.Function, "(*index).open") {
+			return true
+		}
+		if !more {
+			return false
+		}
+	}
 }
 
 // full adds ErrFull to an error that says that a disk has no room.

@@ -84,6 +84,9 @@ func (c *Cache) put(ctx context.Context, f File, off int64, chunk flox.Chunk, da
 // room fails with ErrFull if what is being put does not fit.
 func (c *Cache) room() error {
 	pending := c.pending.Load()
+	if c.index.low.Load() {
+		return fmt.Errorf("the disk of %s is full: %w", c.cfg.Dir, flox.ErrFull)
+	}
 	if used := c.used(); used+pending > c.cfg.Budget {
 		return fmt.Errorf("the cache holds %d of %d bytes: %w", used, c.cfg.Budget, flox.ErrFull)
 	}

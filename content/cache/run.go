@@ -2,6 +2,7 @@ package cache
 
 import (
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -9,20 +10,27 @@ import (
 const tick = time.Second
 
 // Run makes sync marks, watches budget and free disk space, and evicts, until
-// ctx ends; then it returns nil.
+// ctx ends; then it returns nil. ErrFull: the index could not be written, but
+// there is room again now. What is here can be read on; for all else the process
+// must start anew, since the broken index is let go of only by its end.
 func (c *Cache) Run(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
 	marking := make(chan struct{})
 	go func() { // a mark may take long on a busy disk; shrinking does not wait for it
 		defer close(marking)
 		c.runMarks(ctx)
 	}()
-	c.runBudget(ctx)
+	err := c.runBudget(ctx)
+	stop()
 	<-marking
-	return nil
+	return err
 }
 
 func (c *Cache) runMarks(ctx context.Context) {
 	for sleep(ctx, c.cfg.SyncEvery) == nil {
+		if c.index.low.Load() || c.index.broken.Load() != nil {
+			continue // what is written now is needed to make room
+		}
 		if err := c.Sync(ctx); err != nil && ctx.Err() == nil {
 			c.cfg.Log.Warn("sync mark of the cache", "err", err)
 		}
@@ -40,30 +48,35 @@ func (c *Cache) Sync(context.Context) error {
 	return c.session.mark()
 }
 
-func (c *Cache) runBudget(ctx context.Context) {
+func (c *Cache) runBudget(ctx context.Context) error {
 	t := time.NewTicker(tick)
 	defer t.Stop()
 	var fruitless time.Time // when an eviction last found nothing to take
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-t.C:
 		case <-c.poke:
 		}
+		if cause := c.index.broken.Load(); cause != nil {
+			if total, free, err := c.disk(); err == nil && free > 4*ballastSize(total) {
+				return fmt.Errorf("cache %s must be opened anew: %w", c.cfg.Dir, *cause)
+			}
+		}
+		limit := c.limit()
 		if time.Since(fruitless) < 15*tick {
 			continue
 		}
-		freed, needed := c.shrink(ctx)
+		freed, needed := c.shrink(ctx, limit)
 		if needed && freed == 0 {
 			fruitless = time.Now()
 		}
 	}
 }
 
-// shrink evicts if the cache is near its limit.
-func (c *Cache) shrink(ctx context.Context) (freed int64, needed bool) {
-	limit := c.limit()
+// shrink evicts if the cache is near limit.
+func (c *Cache) shrink(ctx context.Context, limit int64) (freed int64, needed bool) {
 	if c.used() <= limit-limit/20 {
 		return 0, false
 	}
@@ -77,12 +90,12 @@ func (c *Cache) shrink(ctx context.Context) (freed int64, needed bool) {
 // limit is how many bytes the cache may use now: the budget, or less if
 // others fill the disk.
 func (c *Cache) limit() int64 {
-	c.indexSize.Store(c.index.size())
+	c.indexSize.Store(c.index.size(c.indexSize.Load()))
 	total, free, err := c.disk()
 	if err != nil {
 		return c.cfg.Budget
 	}
-	c.index.refill(total, free-c.cfg.Reserve)
+	c.index.refill(total, free)
 	return max(min(c.cfg.Budget, c.used()+free-c.cfg.Reserve), 0)
 }
 

@@ -71,6 +71,10 @@ func openSession(ix *index, dir *os.File, id string) (*session, error) {
 	}
 	s := &session{index: ix, dir: dir, gen: m.Next}
 	m.Next = s.gen + reserve
+	s.marks.Store(&m)
+	if ix.broken.Load() != nil {
+		return s, nil // nothing will be written in this generation
+	}
 	return s, s.save(m)
 }
 
