@@ -147,9 +147,11 @@ func (s *state) openDB(dir string) (d *database, err error) {
 	}
 	db, err := pebble.Open(dir, opts)
 	if err != nil {
-		if _, e := os.Stat(dir); e == nil && !isFull(err) {
-			err = fmt.Errorf("%w: %w", err, flox.ErrCorrupt)
+		kind := flox.ErrCorrupt
+		if isFull(err) {
+			kind = flox.ErrFull
 		}
+		err = fmt.Errorf("%w: %w", err, kind)
 		return nil, fmt.Errorf("open state %s: %w", dir, err)
 	}
 	return &database{DB: db, dir: dir, refs: 1}, nil
