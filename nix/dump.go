@@ -23,21 +23,20 @@ const dumpBuffer = 256 << 10
 // devices and pipes, names and depths a NAR cannot hold, and files that change
 // size meanwhile are ErrBadInput.
 func DumpPath(ctx context.Context, w io.Writer, fsPath string) error {
-	d := &dumper{ctx: ctx, fsPath: filepath.Clean(fsPath), nw: NewNarWriter(w)}
+	d := &dumper{fsPath: filepath.Clean(fsPath), nw: NewNarWriter(w)}
 	defer d.close()
 	parent, err := os.OpenRoot(filepath.Dir(d.fsPath))
 	if err != nil {
 		return fmt.Errorf("dump %s: %w", fsPath, err)
 	}
-	defer parent.Close()
-	if err := d.run(parent, filepath.Base(d.fsPath)); err != nil {
+	defer closeRoot(parent)
+	if err := d.run(ctx, parent, filepath.Base(d.fsPath)); err != nil {
 		return err
 	}
 	return d.nw.Close()
 }
 
 type dumper struct {
-	ctx    context.Context
 	fsPath string
 	nw     *NarWriter
 	buf    []byte
@@ -52,8 +51,8 @@ type dumpDir struct {
 }
 
 // run dumps name in parent and everything below, without recursion.
-func (d *dumper) run(parent *os.Root, name string) error {
-	if err := d.node(parent, name, ""); err != nil {
+func (d *dumper) run(ctx context.Context, parent *os.Root, name string) error {
+	if err := d.node(ctx, parent, name, ""); err != nil {
 		return err
 	}
 	for len(d.open) > 0 {
@@ -72,7 +71,7 @@ func (d *dumper) run(parent *os.Root, name string) error {
 		if dir.path != "" {
 			path = dir.path + "/" + name
 		}
-		if err := d.node(dir.root, name, path); err != nil {
+		if err := d.node(ctx, dir.root, name, path); err != nil {
 			return err
 		}
 	}
@@ -80,8 +79,8 @@ func (d *dumper) run(parent *os.Root, name string) error {
 }
 
 // node writes one entry; a directory is left open for run.
-func (d *dumper) node(dir *os.Root, name, path string) error {
-	if err := d.ctx.Err(); err != nil {
+func (d *dumper) node(ctx context.Context, dir *os.Root, name, path string) error {
+	if err := ctx.Err(); err != nil {
 		return d.wrap(path, err)
 	}
 	info, err := dir.Lstat(name)
@@ -90,7 +89,7 @@ func (d *dumper) node(dir *os.Root, name, path string) error {
 	}
 	switch info.Mode().Type() {
 	case 0:
-		err = d.file(dir, name, path, info)
+		err = d.file(ctx, dir, name, path, info)
 	case fs.ModeDir:
 		err = d.directory(dir, name, path, info)
 	case fs.ModeSymlink:
@@ -136,7 +135,7 @@ func readNames(dir *os.Root, want fs.FileInfo) ([]string, error) {
 	return names, err
 }
 
-func (d *dumper) file(dir *os.Root, name, path string, info fs.FileInfo) error {
+func (d *dumper) file(ctx context.Context, dir *os.Root, name, path string, info fs.FileInfo) error {
 	// O_NONBLOCK: a pipe put in the file's place must not hang us.
 	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -155,7 +154,7 @@ func (d *dumper) file(dir *os.Root, name, path string, info fs.FileInfo) error {
 		d.buf = make([]byte, dumpBuffer)
 	}
 	for left := size; left > 0; {
-		if err := d.ctx.Err(); err != nil {
+		if err := ctx.Err(); err != nil {
 			return err
 		}
 		got, err := f.Read(d.buf[:min(left, dumpBuffer)])
@@ -194,6 +193,6 @@ func (d *dumper) wrap(path string, err error) error {
 
 func (d *dumper) close() {
 	for _, dir := range d.open {
-		dir.root.Close()
+		closeRoot(dir.root)
 	}
 }

@@ -109,7 +109,7 @@ func checkSealed(t *testing.T, root string) {
 
 func TestDumpRefuses(t *testing.T) {
 	tmp := t.TempDir()
-	listener, err := net.Listen("unix", filepath.Join(tmp, "socket"))
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "unix", filepath.Join(tmp, "socket"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,9 @@ func TestRestoreLeavesNothingBehind(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tmp := t.TempDir()
-			os.Mkdir(filepath.Join(tmp, "outside"), 0o755)
+			if err := os.Mkdir(filepath.Join(tmp, "outside"), 0o755); err != nil {
+				t.Fatal(err)
+			}
 			err := RestorePath(t.Context(), bytes.NewReader(nar), filepath.Join(tmp, "out"))
 			if !errors.Is(err, flox.ErrBadInput) {
 				t.Errorf("got %v", err)
@@ -180,13 +182,13 @@ func TestRestoreLeavesNothingBehind(t *testing.T) {
 func TestRestoreKeepsWhatIsThere(t *testing.T) {
 	tmp := t.TempDir()
 	nar := encode(t, sorted(sampleTree()))
-	for _, make := range []func(string) error{
+	for _, put := range []func(string) error{
 		func(p string) error { return os.Mkdir(p, 0o755) },
 		func(p string) error { return os.WriteFile(p, []byte("mine"), 0o600) },
 		func(p string) error { return os.Symlink("nowhere", p) },
 	} {
 		out := filepath.Join(tmp, "out")
-		if err := make(out); err != nil {
+		if err := put(out); err != nil {
 			t.Fatal(err)
 		}
 		if err := RestorePath(t.Context(), bytes.NewReader(nar), out); !errors.Is(err, flox.ErrBadInput) {

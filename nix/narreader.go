@@ -315,21 +315,27 @@ func (n *NarReader) WriteTo(w io.Writer) (int64, error) {
 	}
 	var total int64
 	for n.left > 0 {
-		b, err := n.fillContent()
-		if err != nil {
-			return total, err
-		}
-		written, err := w.Write(b)
-		n.consumeContent(written)
+		written, err := n.writeSome(w)
 		total += int64(written)
-		if err == nil && written < len(b) {
-			err = io.ErrShortWrite
-		}
 		if err != nil {
 			return total, err
 		}
 	}
 	return total, nil
+}
+
+// writeSome writes at most a buffer of the current file's content to w.
+func (n *NarReader) writeSome(w io.Writer) (int, error) {
+	b, err := n.fillContent()
+	if err != nil {
+		return 0, err
+	}
+	written, err := w.Write(b)
+	n.consumeContent(written)
+	if err == nil && written < len(b) {
+		err = io.ErrShortWrite
+	}
+	return written, err
 }
 
 func (n *NarReader) skip() error {

@@ -26,7 +26,7 @@ func RestorePath(ctx context.Context, r io.Reader, dest string) (err error) {
 	if err != nil {
 		return fmt.Errorf("unpack to %s: %w", dest, err)
 	}
-	defer parent.Close()
+	defer closeRoot(parent)
 	base := filepath.Base(dest)
 	if _, err := parent.Lstat(base); err == nil {
 		return fmt.Errorf("unpack to %s: it exists already, want a new path: %w", dest, flox.ErrBadInput)
@@ -117,8 +117,13 @@ func (u *unpacker) entry(ctx context.Context, nr *NarReader, e *NarEntry) error 
 }
 
 func unpackFile(ctx context.Context, nr *NarReader, f *os.File, mode fs.FileMode) error {
-	if _, err := nr.WriteTo(&ctxWriter{ctx: ctx, w: f}); err != nil {
-		return err
+	for nr.left > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if _, err := nr.writeSome(f); err != nil {
+			return err
+		}
 	}
 	return seal(f, mode)
 }
@@ -165,7 +170,7 @@ func (u *unpacker) leave(keep int) error {
 func (u *unpacker) close() {
 	for _, dir := range u.dirs {
 		dir.file.Close()
-		dir.root.Close()
+		closeRoot(dir.root)
 	}
 	u.dirs = nil
 }
@@ -189,15 +194,5 @@ func removeTree(dir *os.Root, name string) error {
 	return errors.Join(err, dir.RemoveAll(name))
 }
 
-// ctxWriter ends a long file when nobody waits for it any more.
-type ctxWriter struct {
-	ctx context.Context
-	w   io.Writer
-}
-
-func (c *ctxWriter) Write(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
-	}
-	return c.w.Write(p)
-}
+// closeRoot closes a directory nobody needs any more.
+func closeRoot(r *os.Root) { _ = r.Close() }

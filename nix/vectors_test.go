@@ -9,6 +9,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"os/exec"
@@ -68,9 +69,23 @@ func newNixHost(t *testing.T, env ...string) nixHost {
 		t.Fatal(err)
 	}
 	base := []string{"HOME=" + tmp, "NIX_CONF_DIR=" + tmp + "/conf", "NIX_USER_CONF_FILES=", "NIX_REMOTE=", "PATH=" + os.Getenv("PATH")}
-	// Nix seals its store; the temporary directory must go away all the same.
-	t.Cleanup(func() { exec.Command("chmod", "-R", "u+w", tmp).Run() })
+	unseal(t, tmp)
 	return nixHost{t: t, env: append(base, env...)}
+}
+
+// unseal lets a temporary directory go away though Nix sealed its store there.
+func unseal(t *testing.T, tmp string) {
+	t.Cleanup(func() {
+		err := filepath.WalkDir(tmp, func(p string, e fs.DirEntry, err error) error {
+			if err == nil && e.IsDir() {
+				err = os.Chmod(p, 0o755)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // run gives what a command prints, without its line end.
@@ -95,7 +110,7 @@ func makeVectors(t *testing.T) map[string]string {
 	writeTree(t, tree, vectorTree())
 	h := newNixHost(t)
 	store := "local?root=" + filepath.Join(tmp, "root")
-	t.Cleanup(func() { exec.Command("chmod", "-R", "u+w", tmp).Run() })
+	unseal(t, tmp)
 
 	out := map[string]string{"tree.nar": h.run("nix-store", "--dump", tree)}
 
@@ -311,7 +326,7 @@ func TestAgreesWithNixOnBuilds(t *testing.T) {
 	tmp := t.TempDir()
 	dir := flox.StoreDir(filepath.Join(tmp, "my", "store"))
 	h := newNixHost(t, "NIX_STORE_DIR="+string(dir), "NIX_STATE_DIR="+tmp+"/var", "NIX_LOG_DIR="+tmp+"/log", "NIX_DATA_DIR="+tmp+"/share")
-	t.Cleanup(func() { exec.Command("chmod", "-R", "u+w", tmp).Run() })
+	unseal(t, tmp)
 	expr := `let dep = builtins.toFile "dep" "dep"; in derivation {
 		name = "self"; system = builtins.currentSystem; builder = "/bin/sh";
 		args = [ "-c" "echo ${dep} $out > $out" ]; }`
