@@ -31,7 +31,7 @@ func MulticastReaches(ctx context.Context, from, to *Host) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("listen to mDNS on %s: %w", to.Name, err)
 	}
-	defer listener.Close()
+	defer func() { _ = listener.Close() }()
 	var sender net.Conn
 	err = from.Do(func() error {
 		// As mDNS does it: a hop limit of 255, so that only the router's own
