@@ -2,6 +2,7 @@ package pack
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,8 @@ import (
 	"testing"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/nix"
 )
 
 // childEnv makes the test binary put blocks into a store until it is killed.
@@ -27,6 +30,18 @@ func crashChild() {
 		os.Exit(1)
 	}
 	start, _ := strconv.Atoi(os.Getenv("PACK_CRASH_START"))
+	if os.Getenv("PACK_CRASH_INGEST") != "" {
+		for i := start; ; i++ {
+			session := s.Session()
+			got, err := content.Ingest(ctx, bytes.NewReader(crashNar(i)), session, content.IngestOptions{})
+			if err != nil {
+				fmt.Println("error", err)
+				os.Exit(1)
+			}
+			fmt.Println(got.Manifest)
+			session.Close()
+		}
+	}
 	for i := start; ; i++ {
 		id, b := block(i)
 		if err := s.Put(ctx, id, b); err != nil {
@@ -82,6 +97,78 @@ func TestKillDuringPuts(t *testing.T) {
 	}
 	if synced < 50 {
 		t.Fatalf("only %d blocks were synced: the test proves nothing", synced)
+	}
+}
+
+// crashNar is the NAR of the i-th path that the child ingests: shared and new
+// files, small and large.
+func crashNar(i int) []byte {
+	var b bytes.Buffer
+	w := nix.NewNarWriter(&b)
+	add := func(path string, data []byte) {
+		e := nix.NarEntry{Path: path, Kind: flox.Regular, Size: uint64(len(data))}
+		if data == nil {
+			e.Kind = flox.Directory
+		}
+		if err := w.Entry(e); err != nil {
+			panic(err)
+		}
+		if _, err := w.Write(data); err != nil {
+			panic(err)
+		}
+	}
+	add("", nil)
+	for k := range 40 {
+		_, data := block(20*i + k)
+		add(fmt.Sprintf("f%03d", k), data)
+	}
+	add("large", bytes.Repeat(random32(i), 20_000))
+	if err := w.Close(); err != nil {
+		panic(err)
+	}
+	return b.Bytes()
+}
+
+func random32(i int) []byte {
+	id := content.Hash([]byte(strconv.Itoa(i)))
+	return id[:]
+}
+
+// kill -9 in the middle of an ingest leaves every path that was acknowledged
+// whole, and nothing that is wrong.
+func TestKillDuringIngest(t *testing.T) {
+	dir := t.TempDir()
+	var manifests []flox.CID
+	rng := rand.New(rand.NewPCG(13, 14))
+	for range 5 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), childEnv+"="+dir, "PACK_CRASH_INGEST=1", "PACK_CRASH_START="+strconv.Itoa(len(manifests)))
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		stop := 1 + rng.IntN(6)
+		for in := bufio.NewScanner(out); in.Scan(); {
+			id, err := flox.ParseCID(in.Text())
+			if err != nil {
+				t.Errorf("child: %s", in.Text())
+				break
+			}
+			manifests = append(manifests, id)
+			if stop--; stop == 0 {
+				_ = cmd.Process.Kill()
+			}
+		}
+		_ = cmd.Wait()
+		s := open(t, Config{Dir: dir, PackSize: 256 << 10})
+		checkIngested(t, s, manifests)
+		noBadBlocks(t, s)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
@@ -35,6 +36,9 @@ type Config struct {
 	Reserve int64
 	// Uncompressed keeps every block as it is.
 	Uncompressed bool
+	// Lost, if set, is told during Open of every block that the index knew and
+	// whose pack is gone or shorter than it was.
+	Lost func(id flox.CID)
 	// Log defaults to nothing.
 	Log *slog.Logger
 }
@@ -166,6 +170,9 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
+// closeWait is how long Close waits for the index to be written.
+const closeWait = 10 * time.Second
+
 // Close syncs and releases everything. It waits for no reader: the caller has
 // stopped using the store.
 func (s *Store) Close() error {
@@ -179,8 +186,13 @@ func (s *Store) Close() error {
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	err := s.flush()
-	if flushErr := s.index.db.Flush(); err == nil {
-		err = flushErr
+	// Saves the next Open some reading. On a full disk Pebble would try for ever.
+	if done, flushErr := s.index.db.AsyncFlush(); flushErr == nil {
+		select {
+		case <-done:
+		case <-time.After(closeWait):
+			s.log.Warn("index not written, the next start reads the packs instead", "dir", s.cfg.Dir)
+		}
 	}
 	return errors.Join(err, s.release())
 }

@@ -25,9 +25,11 @@ func (s *Store) recover() error {
 		}
 		s.sizes[id] = size
 	}
-	for id := range s.index.packs {
-		if _, ok := s.sizes[id]; !ok {
-			s.log.Error("a pack is gone, its blocks are lost here", "pack", s.packPath(id))
+	for id, p := range s.index.packs {
+		if size := s.sizes[id]; size < p.indexed {
+			if err := s.dropLost(id, size); err != nil {
+				return fmt.Errorf("pack %d: %w", id, err)
+			}
 		}
 	}
 	if len(ids) == 0 {
@@ -84,10 +86,7 @@ func (s *Store) recoverPack(id uint32) (size int64, err error) {
 	size = st.Size()
 	from := s.index.packs[id].indexed
 	if size <= from {
-		if size < from {
-			s.log.Error("a pack is shorter than it was, blocks are lost here", "pack", s.packPath(id), "bytes", size, "want", from)
-		}
-		return size, nil
+		return size, nil // if it is shorter than it was: dropLost
 	}
 	from = max(from, int64(len(fileMagic)))
 	// What was not synced may still be in the page cache only: the index must
@@ -126,6 +125,36 @@ func (s *Store) recoverPack(id uint32) (size int64, err error) {
 	}
 	c.indexed(id, end)
 	return end, c.commit()
+}
+
+// dropLost forgets the blocks that lay in a pack behind its present size, so that
+// Put takes them again. A pack of size 0 is gone: after a crash also one that a
+// sweep removed, whose live blocks were found elsewhere by now.
+func (s *Store) dropLost(pack uint32, size int64) error {
+	c, n := s.index.change(), 0
+	err := s.index.frames(pack, func(id flox.CID, off uint32) error {
+		l, err := c.find(id)
+		if err != nil || l.pack != pack || l.off != off || int64(off)+l.frameSize() <= size {
+			return err
+		}
+		n++
+		if s.cfg.Lost != nil {
+			s.cfg.Lost(id)
+		}
+		return c.remove(id)
+	})
+	if err != nil {
+		return errors.Join(err, c.batch.Close())
+	}
+	if n > 0 {
+		s.log.Error("a pack is shorter than it was, blocks are lost here", "pack", s.packPath(pack), "bytes", size, "blocks", n)
+	}
+	if c.indexed(pack, size); size == 0 {
+		if err := c.dropPack(pack); err != nil {
+			return err
+		}
+	}
+	return c.commit()
 }
 
 // damaged is what a reader says of a frame that is not as the index has it.

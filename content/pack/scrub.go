@@ -8,7 +8,7 @@ import (
 	iofs "io/fs"
 	"os"
 	"path/filepath"
-	"strings"
+	"slices"
 
 	"github.com/cockroachdb/pebble/v2/sstable"
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -39,27 +39,31 @@ func (s *Store) Scrub(ctx context.Context, report func(bad flox.CID, err error))
 
 // scrubTables checks the checksums of the index's files.
 func (s *Store) scrubTables(ctx context.Context, report func(flox.CID, error)) error {
-	if err := s.index.db.Flush(); err != nil {
-		return fmt.Errorf("index: %w", err)
-	}
-	dir := filepath.Join(s.cfg.Dir, "index")
-	names, err := os.ReadDir(dir)
+	done, err := s.index.db.AsyncFlush()
 	if err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
-	for _, n := range names {
+	select {
+	case <-done:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	dir := filepath.Join(s.cfg.Dir, "index")
+	levels, err := s.index.db.SSTables()
+	if err != nil {
+		return fmt.Errorf("index: %w", err)
+	}
+	for _, t := range slices.Concat(levels...) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !strings.HasSuffix(n.Name(), ".sst") {
-			continue
-		}
-		err := checkTable(ctx, filepath.Join(dir, n.Name()))
+		path := filepath.Join(dir, t.BackingSSTNum.String()+".sst")
+		err := checkTable(ctx, path)
 		// Pebble removes tables whenever it likes.
 		if err == nil || errors.Is(err, iofs.ErrNotExist) {
 			continue
 		}
-		report(flox.CID{}, fmt.Errorf("index %s: %w: %w; restart to make it anew", filepath.Join(dir, n.Name()), err, flox.ErrCorrupt))
+		report(flox.CID{}, fmt.Errorf("index %s: %w: %w; restart to make it anew", path, err, flox.ErrCorrupt))
 		if err := os.WriteFile(dir+rebuildNote, nil, 0o644); err != nil {
 			return fmt.Errorf("index: %w", err)
 		}

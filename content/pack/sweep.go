@@ -124,8 +124,9 @@ func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err er
 	if err != nil {
 		return 0, err
 	}
-	// The moved blocks must be durable, and the index know it for good, before
-	// the pack goes.
+	// The moved blocks must be durable before the pack goes. That the index still
+	// names the pack after a crash does no harm: Open finds the blocks where they
+	// are, and forgets the rest.
 	if err := s.Sync(ctx); err != nil {
 		return 0, err
 	}
@@ -135,7 +136,7 @@ func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err er
 		return 0, fmt.Errorf("pack %d still has %d bytes of blocks: %w", id, p.live, flox.ErrCorrupt)
 	}
 	c := s.index.change()
-	if err := errors.Join(c.dropPack(id), c.commit(), s.index.db.Flush()); err != nil {
+	if err := errors.Join(c.dropPack(id), c.commit()); err != nil {
 		return 0, err
 	}
 	s.mu.Lock()
