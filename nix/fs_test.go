@@ -231,11 +231,11 @@ func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 // An owner who is not root must be able to clean up directories already sealed.
 func TestRestoreCleansUpWithoutPrivileges(t *testing.T) {
+	tmp := t.TempDir() // removed after the capabilities are back
 	if os.Getuid() == 0 {
 		dropCapabilities(t)
 	}
 	nar := encode(t, []node{dir(""), dir("a"), dir("a/\xff"), file("a/\xff/f", "x"), file("b", "y")})
-	tmp := t.TempDir()
 	if err := RestorePath(t.Context(), bytes.NewReader(nar[:len(nar)-20]), filepath.Join(tmp, "out")); !errors.Is(err, flox.ErrBadInput) {
 		t.Errorf("got %v", err)
 	}
