@@ -69,14 +69,14 @@ func (l *listener) handle(s network.Stream) {
 	defer l.mu.Unlock()
 	select {
 	case <-l.done:
-		s.Reset()
+		drop(s)
 		return
 	default:
 	}
 	select {
 	case l.in <- s:
 	default:
-		s.Reset()
+		drop(s)
 	}
 }
 
@@ -104,7 +104,7 @@ func (l *listener) Close() error {
 		for {
 			select {
 			case s := <-l.in:
-				s.Reset()
+				drop(s)
 			default:
 				return
 			}
@@ -114,6 +114,9 @@ func (l *listener) Close() error {
 }
 
 func (l *listener) Addr() net.Addr { return peerAddr(l.h.self.String()) }
+
+// drop ends a stream both ways. Its error would only say that it was over already.
+func drop(s network.Stream) { _ = s.Reset() }
 
 // streamConn is a stream as net.Conn.
 type streamConn struct{ network.Stream }

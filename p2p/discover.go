@@ -78,7 +78,7 @@ func (h *Host) maintainOnce(ctx context.Context) {
 
 // meetAll connects to peers, a few at a time.
 func (h *Host) meetAll(ctx context.Context, infos []peer.AddrInfo) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patientDial)
 	defer cancel()
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 8)
@@ -87,7 +87,13 @@ func (h *Host) meetAll(ctx context.Context, infos []peer.AddrInfo) {
 		wg.Go(func() {
 			defer func() { <-slots }()
 			h.clearBackoff(info.ID)
-			if err := h.net.Connect(ctx, info); err != nil {
+			err := h.net.Connect(ctx, info)
+			h.peers.mu.Lock()
+			if r := h.peers.remotes[info.ID]; r != nil {
+				r.failed = err != nil
+			}
+			h.peers.mu.Unlock()
+			if err != nil {
 				h.log.Debug("cannot connect to peer", "peer", info.ID, "err", err)
 			}
 		})
@@ -105,9 +111,16 @@ func (h *Host) watch(ctx context.Context) error {
 			return ctx.Err()
 		case now := <-ticker.C:
 			for _, id := range h.peers.inspect(now) {
-				h.net.Network().ClosePeer(id)
+				h.hangUp(id)
 			}
 		}
+	}
+}
+
+// hangUp closes every connection to id.
+func (h *Host) hangUp(id peer.ID) {
+	if err := h.net.Network().ClosePeer(id); err != nil {
+		h.log.Debug("close connection", "peer", id, "err", err)
 	}
 }
 
@@ -125,7 +138,7 @@ func (t *peerTable) inspect(now time.Time) []peer.ID {
 		case len(r.sessions) == 0 && now.Sub(r.since) > mute:
 			t.h.log.Info("closing peer that does not greet", "peer", r.name)
 			dead = append(dead, r.id)
-		case !r.askedAt.IsZero() && now.Sub(r.askedAt) > pongWait && now.Sub(moved) > pongWait:
+		case !r.askedAt.IsZero() && now.Sub(r.askedAt) > t.h.pongWait() && now.Sub(moved) > t.h.pongWait():
 			t.h.log.Info("closing peer that does not answer", "peer", r.name)
 			dead = append(dead, r.id)
 		}
@@ -167,6 +180,13 @@ func (t *peerTable) lanesOf(r *remote, now time.Time) time.Time {
 	return moved
 }
 
+func (h *Host) pongWait() time.Duration {
+	if h.cfg.pongWait > 0 {
+		return h.cfg.pongWait
+	}
+	return defaultPongWait
+}
+
 func (h *Host) stall() time.Duration {
 	if h.cfg.stall > 0 {
 		return h.cfg.stall
@@ -187,7 +207,7 @@ func (h *Host) discoverLAN(ctx context.Context) error {
 			// Not fatal: a machine without multicast has the DHT.
 			h.log.Warn("no discovery on the LAN", "err", err)
 		} else {
-			defer service.Close()
+			defer func() { _ = service.Close() }() // gives no error
 		}
 	} else {
 		h.log.Info("no discovery on the LAN: no network interface can multicast")

@@ -76,6 +76,9 @@ const (
 	maxHedge  = 2 * time.Second
 	busyPause = 50 * time.Millisecond
 	downPause = time.Second
+	// patientDial is how long connecting may take where nobody waits, or there
+	// is nobody else: half a dozen round trips around the world.
+	patientDial = 3 * time.Second
 )
 
 // scheduler decides who is asked for what. It shares the peer table's lock.
@@ -217,7 +220,7 @@ func (s *scheduler) nobody(f *flight) error {
 		return fmt.Errorf("block %s: peer %s cannot be asked now: %w", f.key.id, f.only, flox.ErrUnreachable)
 	}
 	if f.lastErr != nil {
-		return fmt.Errorf("block %s: %d peers asked in vain and no storehouse reached; last: %v: %w", f.key.id, len(f.tried), f.lastErr, flox.ErrUnreachable)
+		return fmt.Errorf("block %s: %d peers asked in vain and no storehouse reached; last: %s: %w", f.key.id, len(f.tried), f.lastErr.Error(), flox.ErrUnreachable)
 	}
 	return fmt.Errorf("block %s: no peer is known to hold it and no storehouse can be reached: %w", f.key.id, flox.ErrUnreachable)
 }

@@ -24,7 +24,8 @@ const (
 	// deltaPause gathers additions into one delta.
 	deltaPause = time.Second
 	pingEvery  = 20 * time.Second
-	pongWait   = 5 * time.Second
+	// defaultPongWait is how long a pong may take while nothing else comes either.
+	defaultPongWait = 5 * time.Second
 )
 
 // session is one hello stream: who the other is, what it holds, and whether it
@@ -49,7 +50,7 @@ type probe struct {
 	at    time.Time
 }
 
-// openHello is run by the side that dialled.
+// openHello is run by the side that dialed.
 func (h *Host) openHello(id peer.ID) {
 	ctx, cancel := context.WithTimeout(h.base, helloTimeout)
 	s, err := h.net.NewStream(network.WithNoDial(ctx, "hello"), id, protoHello)
@@ -63,12 +64,12 @@ func (h *Host) openHello(id peer.ID) {
 
 func (h *Host) acceptHello(s network.Stream) {
 	if !h.spawn(func() { h.runSession(s) }) {
-		s.Reset()
+		drop(s)
 	}
 }
 
 func (h *Host) runSession(s network.Stream) {
-	defer s.Reset()
+	defer drop(s)
 	ses := &session{h: h, s: s, pong: make(chan uint64, 4), ping: make(chan struct{}, 1), asked: make(chan probe, 4)}
 	if !ses.enter(s.Conn().RemotePeer()) {
 		return
@@ -76,7 +77,7 @@ func (h *Host) runSession(s network.Stream) {
 	defer ses.leave()
 	ctx, cancel := context.WithCancel(h.base)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { s.Reset() })
+	stop := context.AfterFunc(ctx, func() { drop(s) })
 	defer stop()
 	done := make(chan struct{})
 	if !h.spawn(func() {

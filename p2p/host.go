@@ -97,8 +97,7 @@ func New(cfg Config) (*Host, error) {
 	h.finds = newLookups(h)
 	h.keys = newAnnouncer(cfg.Site)
 	if err := h.openDHT(boot); err != nil {
-		h.Close()
-		return nil, err
+		return nil, errors.Join(err, h.Close())
 	}
 	for _, b := range boot {
 		h.net.Peerstore().AddAddrs(b.ID, b.Addrs, peerstore.PermanentAddrTTL)
@@ -150,18 +149,38 @@ func (h *Host) open() error {
 	if err != nil {
 		return fmt.Errorf("announce: %w", err)
 	}
+	if err := h.startLibp2p(key, announce); err != nil {
+		return err
+	}
+	if len(h.cfg.Listen) == 0 {
+		// One will do: many machines have no IPv6.
+		if err := h.net.Network().Listen(listenOn...); err != nil {
+			return errors.Join(listenError("any address", err), h.net.Close())
+		}
+		return nil
+	}
+	for i, a := range listenOn {
+		if err := h.net.Network().Listen(a); err != nil {
+			return errors.Join(listenError(listen[i], err), h.net.Close())
+		}
+	}
+	return nil
+}
+
+// startLibp2p makes the host without listening: libp2p.New leaves goroutines
+// behind when it cannot listen.
+func (h *Host) startLibp2p(key crypto.PrivKey, announce []multiaddr.Multiaddr) error {
 	resources, err := resourceManager(h.cfg.Limits.Peers)
 	if err != nil {
 		return fmt.Errorf("resource limits: %w", err)
 	}
 	conns, err := connmgr.NewConnManager(h.cfg.Limits.Peers*3/4, h.cfg.Limits.Peers, connmgr.WithGracePeriod(time.Minute))
 	if err != nil {
-		resources.Close()
-		return fmt.Errorf("connection limits: %w", err)
+		return errors.Join(fmt.Errorf("connection limits: %w", err), resources.Close())
 	}
 	opts := []libp2p.Option{
 		libp2p.Identity(key),
-		libp2p.NoListenAddrs, // below: New leaks goroutines when it cannot listen
+		libp2p.NoListenAddrs,
 		// Without port reuse: it would let a second program share our port unnoticed.
 		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport()),
 		libp2p.Security(string(securityID), newProof(h.cfg.Secret)),
@@ -170,7 +189,7 @@ func (h *Host) open() error {
 		libp2p.ResourceManager(resources),
 		libp2p.ConnectionManager(conns),
 		libp2p.UserAgent("flox"),
-		libp2p.WithDialTimeout(3 * time.Second),
+		libp2p.WithDialTimeout(patientDial),
 		libp2p.DisableRelay(),
 		libp2p.DisableMetrics(),
 		libp2p.DisableIdentifyAddressDiscovery(),
@@ -181,28 +200,17 @@ func (h *Host) open() error {
 	}
 	h.net, err = libp2p.New(opts...)
 	if err != nil {
-		conns.Close()
-		resources.Close()
-		return fmt.Errorf("start libp2p: %w", err)
-	}
-	if err := h.net.Network().Listen(listenOn...); err != nil {
-		h.net.Close()
-		return listenError(listen, err)
-	}
-	// libp2p is content with one of several addresses; who configured them is not.
-	if n := len(h.net.Network().ListenAddresses()); len(h.cfg.Listen) > 0 && n < len(listenOn) {
-		h.net.Close()
-		return listenError(listen, fmt.Errorf("only %d of %d addresses: %w", n, len(listenOn), syscall.EADDRINUSE))
+		return errors.Join(fmt.Errorf("start libp2p: %w", err), conns.Close(), resources.Close())
 	}
 	return nil
 }
 
-func listenError(listen []string, err error) error {
+func listenError(on string, err error) error {
 	// libp2p keeps only the text of the cause.
 	if strings.Contains(err.Error(), syscall.EADDRINUSE.Error()) {
-		return fmt.Errorf("listen on %v: the port is in use by another program; stop it or configure another port: %w: %w", listen, err, flox.ErrBusy)
+		return fmt.Errorf("listen on %s: the port is in use by another program; stop it or configure another port: %w: %w", on, err, flox.ErrBusy)
 	}
-	return fmt.Errorf("listen on %v: %w", listen, err)
+	return fmt.Errorf("listen on %s: %w", on, err)
 }
 
 // quiet turns libp2p's own logging to stderr off, once: what matters of it
@@ -218,7 +226,6 @@ func (h *Host) Run(ctx context.Context) error {
 	if !h.running.CompareAndSwap(false, true) {
 		return fmt.Errorf("peer host runs already: %w", flox.ErrBusy)
 	}
-	defer h.Close()
 	if h.base.Err() != nil {
 		return fmt.Errorf("peer host: %w", flox.ErrClosed)
 	}
@@ -237,10 +244,11 @@ func (h *Host) Run(ctx context.Context) error {
 		}
 	})
 	err := group.Wait()
+	closeErr := h.Close()
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return nil
+		return closeErr
 	}
-	return err
+	return errors.Join(err, closeErr)
 }
 
 // Close ends every connection and frees the sockets. It may be called twice.
@@ -309,7 +317,7 @@ func (h *Host) Kick() {
 	}
 	for _, id := range h.net.Network().Peers() {
 		if !h.cfg.Allowed(PeerID(id.String())) {
-			h.net.Network().ClosePeer(id)
+			h.hangUp(id)
 		}
 	}
 }

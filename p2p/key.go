@@ -64,7 +64,7 @@ func createKey(path string) (ed25519.PrivateKey, error) {
 	if err != nil {
 		return fail(err)
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }() // it has its own name by then
 	werr := pem.Encode(f, &pem.Block{Type: "PRIVATE KEY", Bytes: der})
 	if err := errors.Join(werr, f.Sync(), f.Close()); err != nil {
 		return fail(err)

@@ -39,26 +39,16 @@ func (h *Host) runLane(l *lane) {
 func (h *Host) serveLane(l *lane) error {
 	ctx, cancel := context.WithCancel(h.base)
 	defer cancel()
-	dialCtx, dialled := context.WithTimeout(ctx, h.cfg.Limits.DialTimeout)
-	defer dialled()
-	err := h.reach(dialCtx, l.r.id)
-	if err == nil {
-		err = h.peers.waitReady(dialCtx, l.r.id) // its role gives weight to its "not found"
-	}
-	if err != nil {
-		h.peers.unreachable(l.r)
-		return fmt.Errorf("%w: %w", errLost, err)
-	}
-	s, err := h.net.NewStream(dialCtx, l.r.id, protoBlocks)
+	s, err := h.openLane(ctx, l.r)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errLost, err)
 	}
-	defer s.Reset()
+	defer drop(s)
 	h.peers.mu.Lock()
 	l.stream = s
 	closed := l.closed
 	h.peers.mu.Unlock()
-	stop := context.AfterFunc(ctx, func() { s.Reset() })
+	stop := context.AfterFunc(ctx, func() { drop(s) })
 	defer stop()
 	done := make(chan error, 1)
 	if closed || !h.spawn(func() {
@@ -69,19 +59,44 @@ func (h *Host) serveLane(l *lane) error {
 		return errLost
 	}
 	werr := h.writeLane(ctx, l)
-	if werr == nil { // idle
-		cancel()
-		<-done
-		return nil
-	}
 	cancel()
-	if err := <-done; errors.Is(err, flox.ErrCorrupt) {
+	err = <-done
+	if werr == nil {
+		return nil // idle; the reader ended because the writer did
+	}
+	if errors.Is(err, flox.ErrCorrupt) {
 		h.peers.mu.Lock()
 		h.peers.punish(l.r, h.cfg.Limits.Ban, err.Error())
 		h.peers.mu.Unlock()
 		return err
 	}
 	return fmt.Errorf("%w: %w", errLost, werr)
+}
+
+// openLane connects if need be. The last resort is given more time to answer,
+// unless it did not last time; a stream on a living connection may take longer
+// on a busy machine, and who is in a hurry asks others meanwhile.
+func (h *Host) openLane(ctx context.Context, r *remote) (network.Stream, error) {
+	h.peers.mu.Lock()
+	limit := h.cfg.Limits.DialTimeout
+	if r.storehouse && !r.failed {
+		limit = max(limit, patientDial)
+	}
+	h.peers.mu.Unlock()
+	dialCtx, connected := context.WithTimeout(ctx, limit)
+	defer connected()
+	err := h.reach(dialCtx, r.id)
+	h.peers.dialed(r, err)
+	if err != nil {
+		return nil, err
+	}
+	openCtx, opened := context.WithTimeout(ctx, helloTimeout)
+	defer opened()
+	// Its role gives weight to its "not found".
+	if err := h.peers.waitReady(openCtx, r.id); err != nil {
+		return nil, err
+	}
+	return h.net.NewStream(network.WithNoDial(openCtx, "blocks"), r.id, protoBlocks)
 }
 
 func (h *Host) writeLane(ctx context.Context, l *lane) error {
@@ -297,15 +312,15 @@ func (h *Host) reach(ctx context.Context, id peer.ID) error {
 		if err != nil {
 			return fmt.Errorf("no address of peer %s is known: %w: %w", id, flox.ErrUnreachable, err)
 		}
-		return h.connect(ctx, info)
+		return h.net.Connect(ctx, info)
 	}
-	if err := h.connect(ctx, peer.AddrInfo{ID: id}); err != nil {
+	if err := h.net.Connect(ctx, peer.AddrInfo{ID: id}); err != nil {
 		return fmt.Errorf("peer %s: %w: %w", id, dialError(err), err)
 	}
 	return nil
 }
 
-// clearBackoff lets a bootstrap peer be dialled again at once. libp2p would
+// clearBackoff lets a bootstrap peer be dialed again at once. libp2p would
 // not try for up to five minutes a storehouse that was away for long; our own
 // pauses between attempts are enough.
 func (h *Host) clearBackoff(id peer.ID) {
@@ -326,8 +341,11 @@ func dialError(err error) error {
 	return flox.ErrUnreachable
 }
 
-func (t *peerTable) unreachable(r *remote) {
+// dialed remembers how connecting to r went.
+func (t *peerTable) dialed(r *remote, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	r.downUntil = time.Now().Add(downPause)
+	if r.failed = err != nil; r.failed {
+		r.downUntil = time.Now().Add(downPause)
+	}
 }

@@ -124,7 +124,7 @@ type lane struct {
 func (l *lane) reset() {
 	l.closed = true
 	if l.stream != nil {
-		go l.stream.Reset() // may wait for the connection's write lock
+		go drop(l.stream) // may wait for the connection's write lock
 	}
 	l.poke()
 }

@@ -162,7 +162,7 @@ func (h *Host) greet(ctx context.Context, info peer.AddrInfo) bool {
 		h.log.Debug("cannot connect to peer", "peer", info.ID, "err", err)
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, readyWait)
+	ctx, cancel := context.WithTimeout(ctx, max(readyWait, h.cfg.Limits.LookupWait))
 	defer cancel()
 	return h.peers.waitReady(ctx, info.ID) == nil
 }

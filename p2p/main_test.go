@@ -121,6 +121,7 @@ func start(t testing.TB, n int, change func(*Config)) *Host {
 	cfg := Config{
 		Key: seededKey(n), Listen: []string{"127.0.0.1:0"}, Secret: testSecret, NoMDNS: true,
 		maintainIn: 300 * time.Millisecond,
+		Limits:     Limits{DialTimeout: 10 * time.Second}, // the machine may be busy
 	}
 	if change != nil {
 		change(&cfg)

@@ -33,8 +33,8 @@ func mustInfo(t testing.TB, p PeerAddr) peer.AddrInfo {
 	return info
 }
 
-// A peer that does not know the secret opens no stream of any protocol, dialling
-// or dialled, whatever security it speaks.
+// A peer that does not know the secret opens no stream of any protocol, dialing
+// or dialed, whatever security it speaks.
 func TestNonMembersGetNothing(t *testing.T) {
 	victim := start(t, 300, func(c *Config) { c.Blocks = newMemory() })
 	l, err := victim.Listen("/flox/rpc/1")
@@ -78,7 +78,7 @@ func TestNonMembersGetNothing(t *testing.T) {
 			if err == nil {
 				s, err = h.NewStream(ctx, victim.self, p)
 			}
-			if err == nil { // the dialler may think it is connected: nothing must come of it
+			if err == nil { // the dialer may think it is connected: nothing must come of it
 				s.SetDeadline(time.Now().Add(time.Second))
 				s.Write([]byte("x"))
 				if n, _ := io.Copy(io.Discard, s); n > 0 {
@@ -125,7 +125,7 @@ func TestMemberList(t *testing.T) {
 	out.Store(true)
 	a.Kick()
 	eventually(t, "cut off", func() bool { return len(a.Peers()) == 0 && len(b.Peers()) == 0 })
-	// The dialler learns of the refusal after its own handshake: give it a stream to fail on.
+	// The dialer learns of the refusal after its own handshake: give it a stream to fail on.
 	if c, err := b.Dial(within(t, 3*time.Second), a.ID(), "/flox/rpc/1"); err == nil {
 		if _, err := io.ReadAll(c); err == nil {
 			t.Fatal("a stream to who does not allow us")

@@ -126,6 +126,7 @@ type Config struct {
 	recordTTL  time.Duration
 	maintainIn time.Duration
 	stall      time.Duration
+	pongWait   time.Duration
 	patience   time.Duration // the least before a peer is overtaken
 }
 

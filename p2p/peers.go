@@ -3,7 +3,6 @@ package p2p
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,7 +18,7 @@ import (
 const (
 	maxBans     = 4096 // remembered after a peer is gone
 	maxLAN      = 4096
-	maxSessions = 4 // hello streams of one peer: both may have dialled, and again
+	maxSessions = 4 // hello streams of one peer: both may have dialed, and again
 )
 
 // remote is a peer as this host knows it. All but the counters is guarded by
@@ -52,6 +51,7 @@ type remote struct {
 	bannedUntil time.Time
 	banWhy      string
 	downUntil   time.Time // could not be reached: not tried before
+	failed      bool      // the last attempt to reach it failed
 	busyUntil   time.Time // said it is busy
 
 	link link
@@ -330,11 +330,4 @@ func (r *remote) stat() PeerStat {
 		s.Why += fmt.Sprintf(", not asked for %s more: %s", left.Round(time.Second), r.banWhy)
 	}
 	return s
-}
-
-// ids lists who is connected; t.mu is not held.
-func (t *peerTable) connected() []*remote {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return slices.DeleteFunc(slices.Collect(maps.Values(t.remotes)), func(r *remote) bool { return !r.connected })
 }

@@ -79,8 +79,8 @@ func (t *proofTransport) SecureOutbound(ctx context.Context, insecure net.Conn, 
 	if err != nil {
 		return nil, err
 	}
-	// The dialler's context ends when its caller gives up; the proof must not outlive it.
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	// The dialer's context ends when its caller gives up; the proof must not outlive it.
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	return t.prove(conn, t.offer)
 }
@@ -101,7 +101,7 @@ func (t *proofTransport) prove(conn sec.SecureConn, run func(sec.SecureConn) err
 	return conn, nil
 }
 
-// offer is the dialling side: nonce out; nonce and proof in; proof out.
+// offer is the dialing side: nonce out; nonce and proof in; proof out.
 func (t *proofTransport) offer(conn sec.SecureConn) error {
 	mine := make([]byte, 1+nonceSize)
 	mine[0] = proofVersion
@@ -151,14 +151,14 @@ func (t *proofTransport) accept(conn sec.SecureConn) error {
 }
 
 // mac is keyed BLAKE3. Every part but the last has a fixed length or is preceded by it.
-func (t *proofTransport) mac(side string, dialler, listener peer.ID, nonces [2][]byte) []byte {
+func (t *proofTransport) mac(side string, dialer, listener peer.ID, nonces [2][]byte) []byte {
 	h, err := blake3.NewKeyed(t.key[:])
 	if err != nil {
 		panic(err) // the key has 32 bytes
 	}
-	for _, part := range []string{side, string(dialler), string(listener), string(nonces[0]), string(nonces[1])} {
-		h.Write([]byte{byte(len(part))})
-		h.WriteString(part)
+	for _, part := range []string{side, string(dialer), string(listener), string(nonces[0]), string(nonces[1])} {
+		_, _ = h.Write([]byte{byte(len(part))}) // a hash gives no error
+		_, _ = h.WriteString(part)
 	}
 	return h.Sum(nil)
 }

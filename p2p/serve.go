@@ -67,11 +67,11 @@ func (v *server) accept(s network.Stream) {
 	}
 	v.mu.Unlock()
 	if !ok {
-		s.Reset()
+		drop(s)
 		return
 	}
 	release := func() {
-		s.Reset()
+		drop(s)
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		if v.streams[id]--; v.streams[id] == 0 {
@@ -86,7 +86,7 @@ func (v *server) accept(s network.Stream) {
 func (v *server) serve(s network.Stream) {
 	ctx, cancel := context.WithCancel(v.h.base)
 	defer cancel()
-	stop := context.AfterFunc(ctx, func() { s.Reset() })
+	stop := context.AfterFunc(ctx, func() { drop(s) })
 	defer stop()
 	v.h.peers.mu.Lock()
 	r := v.h.peers.remotes[s.Conn().RemotePeer()]

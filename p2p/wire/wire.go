@@ -8,6 +8,7 @@ package wire
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 
@@ -210,7 +211,7 @@ func (r *Reader) Buffered() bool { return r.r.Buffered() > 0 }
 
 // noEOF turns an end inside a frame into what it is.
 func noEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

@@ -95,7 +95,7 @@ func sample() []byte {
 func TestRoundTrip(t *testing.T) {
 	want := sample()
 	got, err := every(want)
-	if err != io.EOF {
+	if !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -112,7 +112,7 @@ func TestCutAnywhere(t *testing.T) {
 	}
 	for i := range b {
 		_, err := every(b[:i])
-		if clean := err == io.EOF; clean != whole[i] {
+		if clean := errors.Is(err, io.EOF); clean != whole[i] {
 			t.Fatalf("cut at %d: %v", i, err)
 		}
 	}
@@ -181,12 +181,12 @@ func FuzzFrames(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		out, err := every(b)
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			return
 		}
 		// What was accepted encodes to something that is accepted and equal to itself.
 		twice, err := every(out)
-		if err != io.EOF || !bytes.Equal(out, twice) {
+		if !errors.Is(err, io.EOF) || !bytes.Equal(out, twice) {
 			t.Fatalf("not stable: %v", err)
 		}
 	})
