@@ -67,7 +67,7 @@ func (f *facts) close() error { return f.db.Close() }
 func (f *facts) loadTrust() error {
 	file := filepath.Join(f.state, trustFile)
 	list, err := content.LoadTrustList(file)
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, flox.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
