@@ -136,7 +136,7 @@ func TestMountFlags(t *testing.T) {
 	if got.Errno != "" || got.Size != 1<<39 || got.Blocks != 1<<28 || got.Count != 12345 {
 		t.Errorf("statfs: %+v", got)
 	}
-	c.dies(t, 5*time.Second)
+	c.dies(t, 10*time.Second)
 }
 
 func TestMissingNames(t *testing.T) {
@@ -202,7 +202,7 @@ func TestManyNames(t *testing.T) {
 }
 
 func TestDeadlines(t *testing.T) {
-	const lookup, read = 200 * time.Millisecond, 400 * time.Millisecond
+	const lookup, read = 200 * time.Millisecond, 1500 * time.Millisecond
 	m := newMount(t, serveOptions{LookupTimeout: lookup, ReadTimeout: read})
 	hung := toolsPath + "/share/hung"
 	m.ask(t, command{Cmd: "hold", Arg: "lookup " + hungPath})
@@ -212,7 +212,7 @@ func TestDeadlines(t *testing.T) {
 		t.Errorf("hung: %+v", got)
 	}
 	// The kernel's read-ahead waits first; its reader must not wait once more.
-	if got[1].Took > 2*read-50*time.Millisecond {
+	if got[1].Took >= 2*read {
 		t.Errorf("a read failed after %v, twice its deadline", got[1].Took)
 	}
 	m.ask(t, command{Cmd: "fail", Arg: "lookup " + newPath, Kind: "unreachable"})
@@ -279,8 +279,8 @@ func TestWaitingSaysWhoWaitsForWhat(t *testing.T) {
 	if nodes := m.ask(t, command{Cmd: "nodes", Paths: []string{hung}}).Nodes; int(w.PID) != b.cmd.Process.Pid || w.Node != nodes[0] {
 		t.Errorf("%+v", w)
 	}
-	a.dies(t, 5*time.Second)
-	b.dies(t, 5*time.Second)
+	a.dies(t, 10*time.Second)
+	b.dies(t, 10*time.Second)
 }
 
 func TestKilledProcessesAreFreed(t *testing.T) {
@@ -301,13 +301,13 @@ func TestKilledProcessesAreFreed(t *testing.T) {
 		{"when nothing more is read from the kernel", 1, "LOOKUP", []op{{Do: "stat", Path: hungPath}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			m := newMount(t, serveOptions{MaxInFlight: c.max})
+			m := newMount(t, serveOptions{MaxInFlight: c.max, LookupTimeout: time.Minute, ReadTimeout: time.Minute})
 			m.ask(t, command{Cmd: "hold", Arg: "lookup " + hungPath})
 			m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
 			p := m.begin(t, c.ops...)
 			m.awaitWait(t, c.wait)
 			time.Sleep(50 * time.Millisecond) // lets the timer tick
-			p.dies(t, time.Second)
+			p.dies(t, 10*time.Second)         // usually at once, and never by a deadline
 			for range 100 {
 				if len(m.ask(t, command{Cmd: "waiting"}).Waiting) == 0 {
 					return
@@ -355,7 +355,7 @@ func TestSignalsInterruptNothing(t *testing.T) {
 }
 
 func TestHungLookupBlocksNobodyElse(t *testing.T) {
-	m := newMount(t, serveOptions{})
+	m := newMount(t, serveOptions{LookupTimeout: time.Minute, ReadTimeout: time.Minute})
 	hung := toolsPath + "/share/hung"
 	m.ask(t, command{Cmd: "hold", Arg: "lookup " + hungPath})
 	m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
@@ -386,7 +386,7 @@ func TestHungLookupBlocksNobodyElse(t *testing.T) {
 		p.cmd.Process.Kill()
 	}
 	for _, p := range stuck {
-		p.gone(t, 2*time.Second)
+		p.gone(t, 10*time.Second)
 	}
 }
 
@@ -482,7 +482,7 @@ func TestDropPagesCostsOneRead(t *testing.T) {
 	if n := m.ask(t, command{Cmd: "stats"}).Stats.Dropped; n != 2 {
 		t.Errorf("dropped %d, want 2", n)
 	}
-	p.dies(t, 5*time.Second)
+	p.dies(t, 10*time.Second)
 }
 
 func TestOverlayOnTop(t *testing.T) {
@@ -546,7 +546,7 @@ func TestKillsUnderLoad(t *testing.T) {
 	var ops []op
 	for i := range crowd {
 		ops = append(ops, op{Do: "read", Path: fmt.Sprintf("%s/share/crowd/f%04d", toolsPath, i)})
-		switch i % 50 {
+		switch i % 100 {
 		case 0:
 			ops = append(ops, op{Do: "readdir", Path: toolsPath + "/share/crowd"}, op{Do: "sleep", Len: 50})
 		case 20:
@@ -556,19 +556,19 @@ func TestKillsUnderLoad(t *testing.T) {
 		}
 	}
 	var readers []*toucher
-	for i := range 8 {
-		at := i * len(ops) / 8 // not all in step
+	for i := range 4 {
+		at := i * len(ops) / 4 // not all in step
 		readers = append(readers, m.begin(t, slices.Concat(ops[at:], ops[:at])...))
 	}
 	kills := 0
-	for len(readers[0].done) == 0 && kills < 50 {
+	for len(readers[0].done) == 0 && kills < 20 {
 		time.Sleep(20 * time.Millisecond)
 		m.srv.kill()
 		m.start(t)
 		kills++
 	}
 	for _, p := range readers {
-		for _, o := range p.wait(t, 30*time.Second) {
+		for _, o := range p.wait(t, 90*time.Second) {
 			i := 0
 			if o.Errno != "" {
 				t.Errorf("%s %s: %s", o.Do, o.Path, o.Errno)

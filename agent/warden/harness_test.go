@@ -111,24 +111,27 @@ func newHost(t *testing.T) *host {
 	return h
 }
 
-// start runs a warden in this process until the test ends or stop is called;
-// stop gives Run's error.
-func (h *host) start(t *testing.T) (stop func() error) {
+// start runs a warden in this process until the test ends or stop is called.
+// Both functions give Run's error; wait does not ask it to end.
+func (h *host) start(t *testing.T) (stop, wait func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- Run(ctx, h.cfg) }()
-	stop = sync.OnceValue(func() error {
-		cancel()
+	wait = sync.OnceValue(func() error {
 		select {
 		case err := <-done:
 			return err
-		case <-time.After(20 * time.Second):
+		case <-time.After(30 * time.Second):
 			return errors.New("Run does not end")
 		}
 	})
+	stop = func() error {
+		cancel()
+		return wait()
+	}
 	t.Cleanup(func() { stop() })
-	return stop
+	return stop, wait
 }
 
 // path is a path in the mount.

@@ -35,7 +35,7 @@ func alive(pid int) bool {
 
 func TestChildIsUnprivilegedAndServes(t *testing.T) {
 	h := newHost(t)
-	stop := h.start(t)
+	stop, _ := h.start(t)
 	r := h.report(t, 1)
 	if got := run(t, "cat %s", h.path("conf")); got != "hello\n" {
 		t.Errorf("read %q", got)
@@ -243,8 +243,14 @@ func TestScanWaitsForNobody(t *testing.T) {
 		}
 		hung = append(hung, cmd)
 	}
-	time.Sleep(200 * time.Millisecond)
-	if used := h.ask(t, query{Ask: askInUse}); used.Err != "" || !slices.Contains(used.Mapped, "hung") {
+	var used query
+	for range 100 { // until the second has come to its mapping
+		if used = h.ask(t, query{Ask: askInUse}); used.Err != "" || slices.Contains(used.Mapped, "hung") {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if !slices.Contains(used.Mapped, "hung") {
 		t.Errorf("%+v", used)
 	}
 	for _, cmd := range hung {
@@ -288,20 +294,10 @@ func TestKilledWardenLeavesNothingThatHinders(t *testing.T) {
 
 func TestUnmountedByOthers(t *testing.T) {
 	h := newHost(t)
-	stop := h.start(t)
+	_, wait := h.start(t)
 	h.report(t, 1)
 	run(t, "umount %s", h.cfg.MountDir)
-	for range 500 {
-		if _, err := os.Stat("/proc"); err != nil {
-			t.Fatal(err)
-		}
-		if m, _ := fuse.FindMount(h.cfg.MountDir); m == nil {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	time.Sleep(300 * time.Millisecond)
-	if err := stop(); !errors.Is(err, flox.ErrClosed) || !strings.Contains(err.Error(), "start the agent again") {
+	if err := wait(); !errors.Is(err, flox.ErrClosed) || !strings.Contains(err.Error(), "start the agent again") {
 		t.Errorf("Run ended with %v", err)
 	}
 }
@@ -309,18 +305,22 @@ func TestUnmountedByOthers(t *testing.T) {
 func TestChildThatKeepsDyingIsStartedMoreSlowly(t *testing.T) {
 	h := newHost(t)
 	h.cfg.Env = []string{modeEnv + "=exit"}
-	var log bytes.Buffer
-	h.cfg.Log = newLog(&log)
-	stop := h.start(t)
-	time.Sleep(time.Second)
+	log := &lockedBuffer{}
+	h.cfg.Log = newLog(log)
+	stop, _ := h.start(t)
+	for range 1000 {
+		if strings.Count(log.String(), "pause=") >= 4 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	if n := strings.Count(log.String(), "the child runs"); n < 3 || n > 8 {
-		t.Errorf("%d children in a second, want a few:\n%s", n, &log)
-	}
-	if !strings.Contains(log.String(), "exit status 3") {
-		t.Errorf("the log does not say how it ended:\n%s", &log)
+	for _, want := range []string{"pause=0s", "pause=50ms", "pause=100ms", "pause=200ms", "exit status 3"} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %q:\n%s", want, log)
+		}
 	}
 }
 
