@@ -144,7 +144,7 @@ func (s *Server) serve(ctx context.Context, dev *device, in []byte) {
 	case status != fuse.OK:
 		s.answer(dev, headerOnly(-int32(status), h.unique))
 	case n == 0: // wants no answer
-	case h.node == rootNode && (h.op == opReadDir || h.op == opReadDirPlus) && n == outHeaderSize:
+	case h.node == rootNode && (h.op == opReadDir || h.op == opReadDirPlus) && n == outHeaderSize && !answerFailed(out.b[:n]):
 		s.answer(dev, endOfRoot(out.b, h.unique))
 	default:
 		s.answer(dev, out.b[:n])

@@ -163,7 +163,10 @@ func (m *memStore) Lookup(ctx context.Context, name string) (flox.CID, bool, err
 	return id, false, nil
 }
 
-func (m *memStore) Names(_ context.Context, after string, limit int) ([]flox.Named, error) {
+func (m *memStore) Names(ctx context.Context, after string, limit int) ([]flox.Named, error) {
+	if err := m.pass(ctx, "names"); err != nil {
+		return nil, err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var list []flox.Named

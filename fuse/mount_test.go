@@ -181,6 +181,31 @@ func TestRootListingIsNeverStale(t *testing.T) {
 	}
 }
 
+// A listing that cannot be had is an error, not an empty directory.
+func TestFailedListings(t *testing.T) {
+	m := newMount(t, serveOptions{ReadTimeout: 200 * time.Millisecond})
+	for _, kind := range []string{"unreachable", "corrupt"} {
+		m.ask(t, command{Cmd: "fail", Arg: "names", Kind: kind})
+		if o := m.touch(t, op{Do: "readdir"})[0]; o.Errno != "EIO" {
+			t.Errorf("%s: %q, %d names", kind, o.Errno, o.Count)
+		}
+	}
+}
+
+// The kernel passes on every ioctl(2), such as the isatty(3) with which some
+// languages begin to read a file; it must not wait behind anything.
+func TestIoctlIsRefusedAtOnce(t *testing.T) {
+	m := newMount(t, serveOptions{})
+	for _, o := range m.touch(t, repeat(op{Do: "ioctl", Path: toolsPath + "/etc/conf"}, 3)...) {
+		if o.Errno != "ENOTTY" {
+			t.Errorf("%+v", o)
+		}
+	}
+	if n := m.ask(t, command{Cmd: "stats"}).Stats.Requests["IOCTL"]; n != 3 {
+		t.Errorf("%d ioctls arrived, want 3", n)
+	}
+}
+
 // A listing of very many names takes no memory that grows with them, and each
 // is in it once, although getdents reads it in hundreds of pieces.
 func TestManyNames(t *testing.T) {
