@@ -329,12 +329,17 @@ func TestKilledProcessesAreFreed(t *testing.T) {
 			m := newMount(t, serveOptions{MaxInFlight: c.max, LookupTimeout: time.Minute, ReadTimeout: time.Minute})
 			m.ask(t, command{Cmd: "hold", Arg: "lookup " + hungPath})
 			m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
+			if c.max > 0 { // one more, so that nobody is left to read
+				other := m.begin(t, op{Do: "read", Path: hung})
+				m.awaitWait(t, "READ")
+				defer other.dies(t, 10*time.Second)
+			}
 			p := m.begin(t, c.ops...)
 			m.awaitWait(t, c.wait)
 			time.Sleep(50 * time.Millisecond) // lets the timer tick
 			p.dies(t, 10*time.Second)         // usually at once, and never by a deadline
 			for range 100 {
-				if len(m.ask(t, command{Cmd: "waiting"}).Waiting) == 0 {
+				if !slices.ContainsFunc(m.ask(t, command{Cmd: "waiting"}).Waiting, func(w Wait) bool { return w.Op == c.wait }) {
 					return
 				}
 				time.Sleep(10 * time.Millisecond)

@@ -305,6 +305,9 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 		q.Text, err = c.RootTarget(ctx, q.Link)
 	case askReadAhead:
 		err = c.SetReadAhead(ctx, q.KiB)
+	case "drop":
+		node, _ := s.Node(tinyID, 1)
+		err = s.DropPages(ctx, []uint64{node})
 	case askInUse:
 		var used map[uint64]struct{}
 		used, err = c.InUse(ctx)

@@ -181,6 +181,10 @@ func TestQuestions(t *testing.T) {
 	}()
 	time.Sleep(200 * time.Millisecond) // until both are past exec
 	before := h.ask(t, query{Ask: askReadAhead, KiB: 32})
+	// Whoever asks for its attributes now, has to ask the file system.
+	if dropped := h.ask(t, query{Ask: "drop"}); dropped.Err != "" {
+		t.Error(dropped.Err)
+	}
 	used := h.ask(t, query{Ask: askInUse})
 	if diff := cmp.Diff([]string{"", "conf", "sleep"}, used.InUse); diff != "" {
 		t.Errorf("in use (-want +got): %s", diff)
