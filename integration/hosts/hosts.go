@@ -282,15 +282,21 @@ func (t Traffic) Sub(before Traffic) Traffic {
 	}
 }
 
-// Requests sums the FUSE requests that want an answer.
-func (s *Status) Requests() uint64 {
-	var n uint64
+// Requests sums the FUSE requests that want an answer. IOCTL is left out and
+// given by itself: the kernel sends every ioctl on and keeps no answer, so a
+// program that asks isatty of each file it opens, as Python does, always costs
+// one request per file.
+func (s *Status) Requests() (n, ioctl uint64) {
 	for op, count := range s.FuseRequests {
-		if op != "FORGET" && op != "BATCH_FORGET" && op != "INTERRUPT" {
+		switch op {
+		case "FORGET", "BATCH_FORGET", "INTERRUPT":
+		case "IOCTL":
+			ioctl += count
+		default:
 			n += count
 		}
 	}
-	return n
+	return n, ioctl
 }
 
 // Status asks the agent.

@@ -73,7 +73,11 @@ func (s *Scenario) onB(ctx context.Context, report *Report) error {
 // heldByA: B opens a path that A holds and never executed.
 func (s *Scenario) heldByA(ctx context.Context, report *Report) (err error) {
 	s.say("   B opens a path that A holds and never ran")
-	report.HeldByA, err = s.Fetched(ctx, s.B, func() error { return s.Sum(ctx, s.B, s.cfg.World.Unused.Exe) })
+	file, err := s.largest(s.cfg.World.Unused.Path)
+	if err != nil {
+		return err
+	}
+	report.HeldByA, err = s.Fetched(ctx, s.B, func() error { return s.Sum(ctx, s.B, file) })
 	if err != nil {
 		return err
 	}

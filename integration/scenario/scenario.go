@@ -175,7 +175,9 @@ func (s *Scenario) RunPrograms(ctx context.Context, a *hosts.Agent, round int) (
 			return nil, err
 		}
 		run.Round, run.Closure = round, p.of.ClosureBytes
-		run.Fuse = after.Requests() - before.Requests()
+		was, wasIoctl := before.Requests()
+		now, nowIoctl := after.Requests()
+		run.Fuse, run.Ioctl = now-was, nowIoctl-wasIoctl
 		run.Traffic = after.Traffic.Sub(before.Traffic)
 		runs = append(runs, *run)
 		s.say("  %s: %-14s %s", a.Name, p.name, run.line())
