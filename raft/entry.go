@@ -7,9 +7,8 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	floxv1 "github.com/floxctl/flox/api/flox/v1"
-
 	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
 // castagnoli has hardware support everywhere we run.

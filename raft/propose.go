@@ -9,9 +9,8 @@ import (
 
 	"github.com/hashicorp/raft"
 
-	floxv1 "github.com/floxctl/flox/api/flox/v1"
-
 	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
 // enqueueTimeout bounds how long a proposal waits for the leader's loop.

@@ -17,9 +17,8 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
-	floxv1 "github.com/floxctl/flox/api/flox/v1"
-
 	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
 func TestMain(m *testing.M) {

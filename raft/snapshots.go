@@ -174,8 +174,7 @@ func (k *sink) Close() error {
 	}
 	var err error
 	if k.pipe != nil {
-		k.pipe.Close() //nolint:errcheck // never fails
-		err = <-k.result
+		err = errors.Join(k.pipe.Close(), <-k.result)
 	} else if len(k.meta.Files) == 0 {
 		err = fmt.Errorf("snapshot without files: %w", flox.ErrCorrupt)
 	}
@@ -216,7 +215,7 @@ func (k *sink) Cancel() error {
 	}
 	k.done = true
 	if k.pipe != nil {
-		k.pipe.CloseWithError(flox.ErrClosed) //nolint:errcheck // never fails
+		_ = k.pipe.CloseWithError(flox.ErrClosed) // never fails
 		<-k.result
 	}
 	return os.RemoveAll(k.dir)

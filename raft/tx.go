@@ -158,6 +158,5 @@ func (r *Reader) Close() error {
 	}
 	err := r.snap.Close()
 	r.snap = nil
-	r.db.release()
-	return err
+	return errors.Join(err, r.db.release())
 }

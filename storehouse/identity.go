@@ -99,7 +99,7 @@ func (id *identity) loadFixed(cfg Config) error {
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&id.fixed); err != nil || id.Format != 1 {
-		return fmt.Errorf("%s is not of this program (format %d, %v); use another state directory: %w", path, id.Format, err, flox.ErrBadInput)
+		return fmt.Errorf("%s is not of this program (format %d); use another state directory: %w", path, id.Format, errors.Join(err, flox.ErrBadInput))
 	}
 	if id.StoreDir != cfg.StoreDir {
 		return fmt.Errorf("%s was made for the store directory %s, the configuration says %s: every path's name depends on it; change the configuration or begin in another directory: %w",

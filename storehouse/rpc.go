@@ -158,6 +158,8 @@ func (s *rpc) addPath(ctx context.Context, stream *connect.ClientStream[floxv1.A
 		return nil, errors.Join(fmt.Errorf("add path: no first message: %w", flox.ErrBadInput), stream.Err())
 	}
 	first := stream.Msg()
+	nar := &narStream{stream: stream, left: first.GetNar()}
+	defer nar.drain()
 	publisher, err := s.CheckToken(first.GetToken())
 	if err != nil {
 		return nil, err
@@ -168,7 +170,6 @@ func (s *rpc) addPath(ctx context.Context, stream *connect.ClientStream[floxv1.A
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	nar := &narStream{stream: stream, left: first.GetNar()}
 	var valid *flox.PathInfo
 	var wasValid bool
 	if first.GetInfo() == nil {
@@ -219,4 +220,16 @@ func (n *narStream) Read(p []byte) (int, error) {
 	k := copy(p, n.left)
 	n.left = n.left[k:]
 	return k, nil
+}
+
+// maxDrained is how much of an upload that is refused or not needed is read
+// all the same.
+const maxDrained = 4 << 30
+
+// drain reads what is left: over HTTP/1.1 a caller that is still sending when
+// the connection closes never sees the answer.
+func (n *narStream) drain() {
+	if n.stream.Err() == nil {
+		_, _ = io.CopyN(io.Discard, n, maxDrained)
+	}
 }

@@ -365,12 +365,15 @@ func (s *Server) Staged(publisher, key string) (*Staged, error) {
 // Commit makes a path valid whose NAR was staged under key; as Publish, and
 // ErrNotFound when nothing is staged under key.
 func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {
+	p, missing := s.staging.get(publisher, key)
 	if valid, err = s.known(ctx, info); valid != nil || err != nil {
+		if valid != nil && missing == nil {
+			s.staging.used(p)
+		}
 		return valid, valid != nil, err
 	}
-	p, err := s.staging.get(publisher, key)
-	if err != nil {
-		return nil, false, err
+	if missing != nil {
+		return nil, false, missing
 	}
 	if err := s.checkInfo(ctx, info); err != nil {
 		return nil, false, err
