@@ -129,7 +129,7 @@ func stop(ctx context.Context, err error) error {
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			return fmt.Errorf("nobody delivered in time: %w", flox.ErrUnreachable)
 		}
-		return fmt.Errorf("nobody delivered in time: %w", errors.Join(err, flox.ErrUnreachable))
+		return fmt.Errorf("nobody delivered in time: %w", because(err, flox.ErrUnreachable))
 	}
 	return nil
 }

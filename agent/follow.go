@@ -105,7 +105,7 @@ func (f *follower) once(ctx context.Context) error {
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
-	return errors.Join(errors.New("watch stream ended"), api.FromConnect(stream.Err()))
+	return because(errors.New("watch stream ended"), api.FromConnect(stream.Err()))
 }
 
 // introduce fetches what a first contact needs: the trust list and who this is.

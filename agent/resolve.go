@@ -81,7 +81,7 @@ func (r *resolver) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo
 		}
 		return matchName(f.info, p)
 	case <-ctx.Done():
-		return nil, fmt.Errorf("%s: no answer in time: %w", p, errors.Join(f.newest(), flox.ErrUnreachable))
+		return nil, fmt.Errorf("no answer about %s in time: %w", p, because(f.newest(), flox.ErrUnreachable))
 	}
 }
 
@@ -148,7 +148,7 @@ func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%s: %w", p, errors.Join(err, flox.ErrUnreachable))
+			return nil, fmt.Errorf("no answer about %s: %w", p, because(err, flox.ErrUnreachable))
 		}
 	}
 }
@@ -194,7 +194,7 @@ func (r *resolver) round(ctx context.Context, p flox.StorePath) (*flox.PathInfo,
 			}(peers)
 		}
 	}
-	return nil, errors.Join(failed...)
+	return nil, because(failed...)
 }
 
 // askStorehouse also brings the infos of the path's closure: whoever starts a
@@ -221,7 +221,7 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 	request := connect.NewRequest(&floxv1.PathsRequest{HashParts: []string{p.HashPart()}, Closure: closure})
 	response, err := r.calls.facts(peer).Paths(ctx, request)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", api.FromConnect(err), flox.ErrUnreachable)
+		return nil, nil, because(api.FromConnect(err), flox.ErrUnreachable)
 	}
 	var wanted *flox.PathInfo
 	var infos []*flox.PathInfo
@@ -283,5 +283,5 @@ func (r *resolver) askPeers(ctx context.Context, p flox.StorePath) (*flox.PathIn
 			return info, nil
 		}
 	}
-	return nil, fmt.Errorf("none of %d peers knows %s: %w", len(asked), p, flox.ErrUnreachable)
+	return nil, fmt.Errorf("none of %d peers knows it: %w", len(asked), flox.ErrUnreachable)
 }

@@ -1,0 +1,42 @@
+package agent
+
+import (
+	"slices"
+	"strings"
+
+	flox "github.com/floxctl/flox"
+)
+
+// causes are several reasons for one failure, in one line for people. A bare
+// sentinel among them is there for errors.Is and is not printed when another
+// reason says more.
+type causes []error
+
+// because joins reasons; nil ones are left out.
+func because(reasons ...error) error {
+	c := causes(slices.DeleteFunc(reasons, func(err error) bool { return err == nil }))
+	switch len(c) {
+	case 0:
+		return nil
+	case 1:
+		return c[0]
+	}
+	return c
+}
+
+// Error implements error.
+func (c causes) Error() string {
+	var said []string
+	for _, err := range c {
+		if err != flox.ErrUnreachable && !slices.Contains(said, err.Error()) { //nolint:errorlint // the bare sentinel itself
+			said = append(said, err.Error())
+		}
+	}
+	if len(said) == 0 {
+		return flox.ErrUnreachable.Error()
+	}
+	return strings.Join(said, "; ")
+}
+
+// Unwrap lets errors.Is and errors.As see every reason.
+func (c causes) Unwrap() []error { return c }
