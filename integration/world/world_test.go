@@ -3,6 +3,8 @@ package world
 import (
 	"context"
 	"errors"
+	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/integration/need"
+	"github.com/floxctl/flox/integration/netns"
 )
 
 // alone runs a program where there is nothing but the world's /nix, /proc,
@@ -121,6 +124,58 @@ func TestLayeredLeavesTheWorldAlone(t *testing.T) {
 	}
 	if _, err := os.Lstat(path); err == nil {
 		t.Errorf("%s is in the machine's own store", path)
+	}
+}
+
+// TestCommandRunsInANetworkNamespace serves the world's store from a host over
+// HTTP to stock Nix on another.
+func TestCommandRunsInANetworkNamespace(t *testing.T) {
+	w := built(t)
+	need.Namespaces(t)
+	ctx := t.Context()
+	network, err := netns.New(ctx, netns.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer network.Close()
+	subnet, err := network.Subnet(ctx, "office", netip.Prefix{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := network.Host(ctx, "server", subnet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := network.Host(ctx, "client", subnet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cache := t.TempDir()
+	layer := w.Layered(t.TempDir())
+	shell := w.StoreDir.Join(w.Closure(w.Ripgrep.Path)[0].Path)
+	if _, err := output(layer.Command(ctx, "nix", "copy", "--to", "file://"+cache, shell)); err != nil {
+		t.Fatal(err)
+	}
+	listener, err := server.Listen(ctx, "tcp", "0.0.0.0:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	go func() { _ = http.Serve(listener, http.FileServer(http.Dir(cache))) }()
+
+	empty := Nix{Dir: t.TempDir(), NetNS: client.NetNS()}
+	if _, err := output(empty.Command(ctx, "nix", "copy", "--no-check-sigs", "--from", "http://"+server.Addr().String(), shell)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := output(empty.Command(ctx, "nix-store", "--check-validity", shell)); err != nil {
+		t.Error(err)
+	}
+	// Without the namespace the server does not exist.
+	elsewhere := Nix{Dir: t.TempDir()}
+	short, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if _, err := output(elsewhere.Command(short, "nix", "path-info", "--store", "http://"+server.Addr().String(), shell)); err == nil {
+		t.Error("the server was reached from outside")
 	}
 }
 
