@@ -199,7 +199,7 @@ func startStorehouse(ctx context.Context, dir string) (*storehouse.Server, func(
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
-	stop := func() { cancel(); <-done }
+	stop := func() { cancel(); _ = <-done }
 	if err := server.Ready(ctx); err != nil {
 		stop()
 		return nil, nil, err

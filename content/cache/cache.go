@@ -32,11 +32,11 @@ type Range struct{ Off, Len int64 }
 type State uint8
 
 const (
-	// Miss: at least one byte is not here. Fetch it, PutChunk it.
+	// Miss says that at least one byte is not here. Fetch it, PutChunk it.
 	Miss State = iota
-	// Hit: every byte is here and trusted.
+	// Hit says that every byte is here and trusted.
 	Hit
-	// Unverified: every byte is here, but some were written before a power cut
+	// Unverified says that every byte is here, but some were written before a power cut
 	// (or another loss of the system session) that no sync mark precedes. Verify
 	// the chunks of the range, then read again.
 	Unverified
@@ -129,8 +129,7 @@ var _ flox.Blocks = (*Cache)(nil)
 func Open(cfg Config) (*Cache, error) {
 	c := &Cache{cfg: cfg, poke: make(chan struct{}, 1), evicting: make(chan struct{}, 1)}
 	if err := c.open(); err != nil {
-		c.release()
-		return nil, err
+		return nil, errors.Join(err, c.release())
 	}
 	return c, nil
 }

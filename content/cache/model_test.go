@@ -218,8 +218,18 @@ func TestModel(t *testing.T) {
 			weight int
 			do     func()
 		}{
-			{30, m.put}, {10, m.putAll}, {25, m.read}, {10, m.get}, {4, m.block}, {6, m.gc},
-			{4, m.keep}, {3, m.unkeep}, {2, m.killed}, {2, m.powerCut}, {1, m.closed}, {3, m.sync},
+			{30, m.put},
+			{10, m.putAll},
+			{25, m.read},
+			{10, m.get},
+			{4, m.block},
+			{6, m.gc},
+			{4, m.keep},
+			{3, m.unkeep},
+			{2, m.killed},
+			{2, m.powerCut},
+			{1, m.closed},
+			{3, m.sync},
 		}
 		var bag []int
 		for i, s := range steps {

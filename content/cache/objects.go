@@ -135,13 +135,6 @@ func (o *objects) seal(object uint64) (size int64) {
 	return o.packs[object]
 }
 
-// newest is the number of the newest object so far.
-func (o *objects) newest() uint64 {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.next - 1
-}
-
 // open gives the file of an object; it may be closed at any time, which reads
 // report as os.ErrClosed.
 func (o *objects) open(object uint64) (*os.File, error) {

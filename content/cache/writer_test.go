@@ -133,7 +133,7 @@ func writeFull(dir, session, _ string) error {
 		return err
 	}
 	if _, after, err := c.disk(); err != nil || after-before < 4<<20 {
-		return fmt.Errorf("eviction freed %d bytes, %v", after-before, err)
+		return fmt.Errorf("eviction freed %d bytes, error %v", after-before, err) //nolint:errorlint // err may be nil
 	}
 	if kept := writerSample(3); c.State(kept.File, 0, kept.Size) != Hit {
 		return errors.New("kept content was evicted")
