@@ -39,13 +39,27 @@ func (h *Host) maintain(ctx context.Context) error {
 			timer.Stop()
 			return ctx.Err()
 		case info := <-h.found:
-			h.meetAll(ctx, []peer.AddrInfo{info})
+			h.meetAll(ctx, h.drainFound(info))
 			step = min(time.Second, every)
 		case <-h.wake:
 			step = min(time.Second, every)
 		case <-timer.C:
 		}
 		timer.Stop()
+	}
+}
+
+// drainFound takes what else was found meanwhile, so that one dead peer does
+// not hold up the others.
+func (h *Host) drainFound(first peer.AddrInfo) []peer.AddrInfo {
+	infos := []peer.AddrInfo{first}
+	for {
+		select {
+		case info := <-h.found:
+			infos = append(infos, info)
+		default:
+			return infos
+		}
 	}
 }
 
@@ -131,6 +145,9 @@ func (t *peerTable) inspect(now time.Time) []peer.ID {
 	var dead []peer.ID
 	for _, r := range t.remotes {
 		if !r.connected {
+			if !r.fixed && now.Sub(r.since) > time.Minute {
+				delete(t.remotes, r.id) // somebody waited for it, it was gone already
+			}
 			continue
 		}
 		moved := t.lanesOf(r, now)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/floxctl/flox"
@@ -155,13 +156,12 @@ func (h *Host) member(ctx context.Context, id PeerID) (peer.ID, error) {
 
 // waitReady waits for a connected peer's hello and filter.
 func (t *peerTable) waitReady(ctx context.Context, id peer.ID) error {
-	t.mu.Lock()
-	r := t.remotes[id]
-	if r == nil || !r.connected {
-		t.mu.Unlock()
+	// The table hears of a connection a moment after the dialer: ask the network.
+	if t.h.net.Network().Connectedness(id) != network.Connected {
 		return fmt.Errorf("peer %s is not connected: %w", id, flox.ErrUnreachable)
 	}
-	ready := r.ready
+	t.mu.Lock()
+	ready := t.get(id).ready
 	t.mu.Unlock()
 	select {
 	case <-ready:

@@ -38,11 +38,12 @@ type memory struct {
 	mu     sync.Mutex
 	blocks map[flox.CID][]byte
 	gets   atomic.Int64
+	asked  map[flox.CID]bool // by Has
 	get    func(ctx context.Context, id flox.CID, data []byte) ([]byte, error)
 }
 
 func newMemory(blocks ...[]byte) *memory {
-	m := &memory{blocks: map[flox.CID][]byte{}}
+	m := &memory{blocks: map[flox.CID][]byte{}, asked: map[flox.CID]bool{}}
 	for _, b := range blocks {
 		m.put(b)
 	}
@@ -78,6 +79,7 @@ func (m *memory) Has(ids []flox.CID) []bool {
 	out := make([]bool, len(ids))
 	for i, id := range ids {
 		_, out[i] = m.blocks[id]
+		m.asked[id] = true
 	}
 	return out
 }

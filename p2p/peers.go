@@ -97,7 +97,7 @@ func newPeerTable(h *Host, boot []peer.AddrInfo) *peerTable {
 func (t *peerTable) get(id peer.ID) *remote {
 	r := t.remotes[id]
 	if r == nil {
-		r = &remote{id: id, name: PeerID(id.String()), tier: TierFar, ready: make(chan struct{})}
+		r = &remote{id: id, name: PeerID(id.String()), tier: TierFar, ready: make(chan struct{}), since: time.Now()}
 		if b, ok := t.bans[id]; ok {
 			r.bannedUntil, r.banWhy = b.until, b.why
 		}
