@@ -179,8 +179,9 @@ func TestPageCacheIsBounded(t *testing.T) {
 		}
 	}
 	// A page that lay in the root block comes back after it had to leave.
-	small, in, _ := ingestNodes(t, mem, smallTree())
-	if small, err = cache.Open(ctx, in.Manifest, mem); err != nil {
+	_, in, _ = ingestNodes(t, mem, smallTree())
+	small, err := cache.Open(ctx, in.Manifest, mem)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := m.Walk(ctx, 0, func(uint32, string, flox.Entry) bool { return true }); err != nil {

@@ -17,7 +17,7 @@ const (
 
 // tap passes a stream through and hashes it in a goroutine of its own.
 type tap struct {
-	ctx  context.Context //nolint:containedctx // of the one Ingest the tap lives in
+	ctx  context.Context // of the one Ingest the tap lives in
 	r    io.Reader
 	buf  []byte // being filled
 	full chan []byte

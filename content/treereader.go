@@ -27,7 +27,7 @@ const slabSize = 512 << 10
 
 // treeReader cuts a NAR into entries and chunks.
 type treeReader struct {
-	ctx    context.Context //nolint:containedctx // of the one Ingest the reader lives in
+	ctx    context.Context // of the one Ingest the reader lives in
 	cancel context.CancelCauseFunc
 	nar    *nix.NarReader
 	sink   flox.BlockSink

@@ -92,15 +92,15 @@ func (d *decoder) cid() (id flox.CID) {
 }
 
 // uvarint reads a number of at most max, in its shortest form.
-func (d *decoder) uvarint(what string, max uint64) uint64 {
+func (d *decoder) uvarint(what string, most uint64) uint64 {
 	if d.err != nil {
 		return 0
 	}
 	// One byte is by far the commonest.
 	if d.off < len(d.b) && d.b[d.off] < 0x80 {
 		v := uint64(d.b[d.off])
-		if v > max {
-			d.fail("%s is %d, want at most %d", what, v, max)
+		if v > most {
+			d.fail("%s is %d, want at most %d", what, v, most)
 			return 0
 		}
 		d.off++
@@ -112,8 +112,8 @@ func (d *decoder) uvarint(what string, max uint64) uint64 {
 		d.fail("%s is no number", what)
 	case n > 1 && d.b[d.off+n-1] == 0:
 		d.fail("%s is not in its shortest form", what)
-	case v > max:
-		d.fail("%s is %d, want at most %d", what, v, max)
+	case v > most:
+		d.fail("%s is %d, want at most %d", what, v, most)
 	default:
 		d.off += n
 		return v
@@ -122,8 +122,8 @@ func (d *decoder) uvarint(what string, max uint64) uint64 {
 }
 
 // text reads a length of at most max and that many bytes.
-func (d *decoder) text(what string, max uint64) []byte {
-	n := d.uvarint("length of "+what, max)
+func (d *decoder) text(what string, most uint64) []byte {
+	n := d.uvarint("length of "+what, most)
 	return d.bytes(int(n))
 }
 

@@ -118,7 +118,7 @@ func Open(cfg Config) (s *Store, err error) {
 	s.files = newFiles(s.packPath)
 	defer func() {
 		if err != nil {
-			s.release()
+			err = errors.Join(err, s.release())
 			s = nil
 		}
 	}()
