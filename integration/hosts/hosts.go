@@ -52,8 +52,9 @@ type Daemon struct {
 	err  error
 }
 
-// start runs argv on host with its output in dir/name.log.
-func start(host *netns.Host, dir, name string, argv ...string) (*Daemon, error) {
+// Start runs argv on a host with its output, of both kinds, in dir/name.log.
+// Stop or Kill must be called.
+func Start(host *netns.Host, dir, name string, argv ...string) (*Daemon, error) {
 	d := &Daemon{Name: name, Log: filepath.Join(dir, name+".log"), done: make(chan struct{})}
 	log, err := os.OpenFile(d.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -82,9 +83,10 @@ func (d *Daemon) Running() bool {
 	}
 }
 
-// Stop asks the daemon to end (SIGTERM), and makes it after a while.
+// Stop asks the daemon to end (SIGTERM), and makes it after a while. One that
+// has ended is left alone.
 func (d *Daemon) Stop() error {
-	_ = d.cmd.Process.Signal(syscall.SIGTERM)
+	d.Signal(syscall.SIGTERM)
 	select {
 	case <-d.done:
 		return nil
@@ -95,14 +97,27 @@ func (d *Daemon) Stop() error {
 	}
 }
 
+// Signal sends a signal, if the process has not ended.
+func (d *Daemon) Signal(sig os.Signal) { _ = d.cmd.Process.Signal(sig) }
+
+// Wait waits for the process to end and gives its exit code, -1 after a signal.
+func (d *Daemon) Wait(ctx context.Context) (int, error) {
+	select {
+	case <-d.done:
+		return d.cmd.ProcessState.ExitCode(), nil
+	case <-ctx.Done():
+		return 0, fmt.Errorf("%s runs on: %w", d.Name, ctx.Err())
+	}
+}
+
 // Kill ends the daemon with SIGKILL and waits for it.
 func (d *Daemon) Kill() {
 	_ = d.cmd.Process.Kill()
 	<-d.done
 }
 
-// tail is the end of the daemon's log, for error messages.
-func (d *Daemon) tail() string {
+// Tail is the end of the daemon's log, for error messages.
+func (d *Daemon) Tail() string {
 	b, err := os.ReadFile(d.Log)
 	if err != nil {
 		return err.Error()
@@ -122,9 +137,9 @@ func (d *Daemon) await(ctx context.Context, ready func(context.Context) error) e
 		}
 		select {
 		case <-d.done:
-			return fmt.Errorf("%s ended: %w\n%s", d.Name, d.err, d.tail())
+			return fmt.Errorf("%s ended: %w\n%s", d.Name, d.err, d.Tail())
 		case <-ctx.Done():
-			return fmt.Errorf("%s is not ready: %w\n%s", d.Name, err, d.tail())
+			return fmt.Errorf("%s is not ready: %w\n%s", d.Name, err, d.Tail())
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -152,7 +167,7 @@ func StartStorehouse(ctx context.Context, p Programs, host *netns.Host, logs str
 // Start starts the storehouse (again) and waits until it answers.
 func (s *Storehouse) Start(ctx context.Context) error {
 	var err error
-	if s.Daemon, err = start(s.Host, s.logs, s.Host.Name, s.argv...); err != nil {
+	if s.Daemon, err = Start(s.Host, s.logs, s.Host.Name, s.argv...); err != nil {
 		return err
 	}
 	err = s.await(ctx, func(ctx context.Context) error {
@@ -206,9 +221,15 @@ func StartAgent(ctx context.Context, p Programs, host *netns.Host, logs, invite 
 	return a, a.Start(ctx)
 }
 
+// StartUp starts `floxd up`, which is an agent with a storehouse of its own.
+func StartUp(ctx context.Context, p Programs, host *netns.Host, logs string, flags ...string) (*Agent, error) {
+	a := &Agent{Host: host, programs: p, logs: logs, argv: append([]string{p.Floxd, "up"}, flags...)}
+	return a, a.Start(ctx)
+}
+
 // Start starts the agent (again) and waits until its mount answers.
 func (a *Agent) Start(ctx context.Context) error {
-	d, err := start(a.Host, a.logs, a.Host.Name, a.argv...)
+	d, err := Start(a.Host, a.logs, a.Host.Name, a.argv...)
 	if err != nil {
 		return err
 	}
@@ -242,18 +263,24 @@ func (a *Agent) Ctl(ctx context.Context, args ...string) ([]byte, error) {
 
 // Status is what `floxctl status --json` says, as far as tests look at it.
 type Status struct {
+	PID        int  `json:"pid"` // of the unprivileged process
 	Mounted    bool `json:"mounted"`
 	Storehouse struct {
-		Connected bool `json:"connected"`
+		Connected bool   `json:"connected"`
+		Error     string `json:"error"`
 	} `json:"storehouse"`
 	Peers        int               `json:"peers"`
 	FuseRequests map[string]uint64 `json:"fuseRequests"`
 	Traffic      Traffic           `json:"traffic"`
 	Waiting      int               `json:"waiting"`
 	Cache        struct {
-		Bytes   uint64 `json:"bytes"`
-		Evicted uint64 `json:"evictedBytes"`
+		Dir       string `json:"dir"`
+		Bytes     uint64 `json:"bytes"`
+		Kept      uint64 `json:"keptBytes"`
+		Evicted   uint64 `json:"evictedBytes"`
+		Streaming bool   `json:"streaming"` // nothing more can be kept
 	} `json:"cache"`
+	Problems []string `json:"problems"`
 }
 
 // Traffic counts plain bytes by where they came from, and what crossed the wire.
