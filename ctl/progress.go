@@ -24,7 +24,13 @@ type progress struct {
 	drawn bool // a bar stands on the current line
 }
 
-func newProgress(out *output) *progress { return &progress{out: out, start: time.Now()} }
+func newProgress(out *output) *progress {
+	p := &progress{out: out, start: time.Now()}
+	if out.terminal == nil {
+		p.last = p.start // a log need not hear of what is over at once
+	}
+	return p
+}
 
 // step is one state of progress. Total 0 means that it is not known yet.
 type step struct {

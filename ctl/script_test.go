@@ -254,8 +254,12 @@ func (s *scripted) Download(_ context.Context, r *connect.Request[floxv1.Downloa
 	return stream[floxv1.DownloadRequest](s, "Download", r, out)
 }
 
-// Add keeps the NAR that was uploaded in Add.nar.
+// Add keeps the NAR that was uploaded in Add.nar. With Add.error it refuses
+// before it has read anything.
 func (s *scripted) Add(_ context.Context, in *connect.ClientStream[floxv1.AddRequest]) (*connect.Response[floxv1.AddResponse], error) {
+	if err := s.lines("Add", nil, nil); err != nil {
+		return nil, err
+	}
 	var nar []byte
 	for first := true; in.Receive(); first = false {
 		if first {

@@ -70,7 +70,7 @@ func runTerminal(ts *testscript.TestScript, neg bool, args []string) {
 }
 
 // watchScreen collects what the terminal shows until the program is gone, and
-// presses key whenever something appears.
+// presses key once something appears.
 func watchScreen(control *os.File, key string) <-chan []byte {
 	screen := make(chan []byte, 1)
 	go func() {
@@ -83,8 +83,9 @@ func watchScreen(control *os.File, key string) <-chan []byte {
 				screen <- all.Bytes()
 				return
 			}
-			if key != "" && n > len(key)+1 { // more than the echo of the key
+			if key != "" { // once: the second Ctrl-C is for programs that hang
 				_, _ = control.WriteString(key)
+				key = ""
 			}
 		}
 	}()

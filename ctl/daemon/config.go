@@ -180,8 +180,8 @@ func nearKeys(key string) string {
 				near = append(near, known)
 			}
 		}
-		if len(near) == 0 {
-			return "; there are the sections [agent] and [storehouse]"
+		if !found || len(near) == 0 {
+			near = append(near, "and in the sections [agent] and [storehouse]")
 		}
 		return "; known here: " + strings.Join(near, ", ")
 	}
@@ -234,7 +234,8 @@ func (c *Config) check() error {
 		d   Duration
 	}{
 		{"agent.lookup-timeout", c.Agent.LookupTimeout},
-		{"agent.read-timeout", c.Agent.ReadTimeout}, {"storehouse.stage-ttl", c.Storehouse.StageTTL},
+		{"agent.read-timeout", c.Agent.ReadTimeout},
+		{"storehouse.stage-ttl", c.Storehouse.StageTTL},
 	} {
 		if d.d <= 0 {
 			return cli.Explain(flox.ErrBadInput, "%s %s: want more than nothing, such as 5s", d.key, d.d)
@@ -246,18 +247,22 @@ func (c *Config) check() error {
 	return c.checkListen()
 }
 
-func (c *Config) checkListen() error {
-	lists := []struct {
-		key   string
-		addrs []string
-	}{{"agent.listen", c.Agent.Listen}, {"storehouse.listen", c.Storehouse.Listen}}
+// listening is one key that holds addresses to listen at.
+type listening struct {
+	key   string
+	addrs []string
+}
+
+func (c *Config) listened() []listening {
+	all := []listening{{"storehouse.listen", c.Storehouse.Listen}, {"agent.listen", c.Agent.Listen}}
 	if c.Storehouse.HTTP != noHTTP {
-		lists = append(lists, struct {
-			key   string
-			addrs []string
-		}{"storehouse.http", []string{c.Storehouse.HTTP}})
+		all = append(all, listening{"storehouse.http", []string{c.Storehouse.HTTP}})
 	}
-	for _, l := range lists {
+	return all
+}
+
+func (c *Config) checkListen() error {
+	for _, l := range c.listened() {
 		for _, addr := range l.addrs {
 			if _, err := parseListen(addr); err != nil {
 				return fmt.Errorf("%s: %w", l.key, err)

@@ -66,7 +66,6 @@ func runStorehouse(ctx context.Context, cfg *Config, log *slog.Logger, ready int
 		if err := server.Ready(ctx); err != nil {
 			return nil // Run says why
 		}
-		log.Info("storehouse is ready", "state", cfg.StateDir, "http", cfg.Storehouse.HTTP, "invite", invitePath(cfg))
 		if ready == 0 {
 			return nil
 		}

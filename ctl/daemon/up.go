@@ -39,6 +39,9 @@ A machine with a Nix store keeps it untouched: up refuses to cover one, and
 		if err != nil {
 			return err
 		}
+		if cfg.LogLevel == "" {
+			cfg.LogLevel = "warn" // what a newcomer needs is said in words
+		}
 		u := &up{
 			cfg: cfg, say: cmd.OutOrStdout(), errOut: cmd.ErrOrStderr(),
 			log: newLogger(cmd.ErrOrStderr(), cfg, slog.LevelWarn),
@@ -114,13 +117,9 @@ func (u *up) prepare(ctx context.Context) (err error) {
 	if err := makeStateDirs(u.cfg.StateDir, u.who, agentDir, storehouseDir); err != nil {
 		return err
 	}
-	ports := map[string][]string{"agent.listen": u.cfg.Agent.Listen, "storehouse.listen": u.cfg.Storehouse.Listen}
-	if u.cfg.Storehouse.HTTP != noHTTP {
-		ports["storehouse.http"] = []string{u.cfg.Storehouse.HTTP}
-	}
-	for key, addrs := range ports {
-		for _, addr := range addrs {
-			if err := checkPort(ctx, key, addr); err != nil {
+	for _, l := range u.cfg.listened() {
+		for _, addr := range l.addrs {
+			if err := checkPort(ctx, l.key, addr); err != nil {
 				return err
 			}
 		}
@@ -194,6 +193,7 @@ func (u *up) greet(ctx context.Context, invite *api.Invite) {
 	u.tell("  sudo floxctl%s store add FILE --token-file %s\n", socketFlag, tokenPath(u.cfg))
 	if invite.HTTPURL != "" {
 		u.tell("  nix copy --from %s PATH   (trusted-public-keys = %s)\n", invite.HTTPURL, invite.NixKey)
+		u.tell("  curl %s   (how stock Nix reads from it and writes to it)\n", invite.HTTPURL)
 	}
 	u.tell("\n")
 }
