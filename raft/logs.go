@@ -34,8 +34,15 @@ func (l raftLog) Log(level hclog.Level, msg string, args ...any) {
 			args[i] = fmt.Sprintf(fmt.Sprint(f[0]), f[1:]...)
 		}
 	}
+	if msg == electionMessage {
+		level = hclog.Info // every start of a single server begins with it
+	}
 	logAt(l.log, levels[level], msg, args...)
 }
+
+// electionMessage is raft's warning that nobody leads yet.
+const electionMessage = "heartbeat timeout reached, starting election"
+
 func (l raftLog) Trace(msg string, args ...any) { l.Log(hclog.Trace, msg, args...) }
 func (l raftLog) Debug(msg string, args ...any) { l.Log(hclog.Debug, msg, args...) }
 func (l raftLog) Info(msg string, args ...any)  { l.Log(hclog.Info, msg, args...) }

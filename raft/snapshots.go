@@ -136,7 +136,7 @@ func (k *sink) Write(b []byte) (int, error) {
 		go func() {
 			c, err := unpack(r, k.data())
 			k.meta.Applied, k.meta.Files = c.applied, c.files
-			r.CloseWithError(err) //nolint:errcheck // never fails
+			_ = r.CloseWithError(err) // never fails
 			k.result <- err
 		}()
 	}
