@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -152,16 +153,23 @@ type Storehouse struct {
 	Host *netns.Host
 	argv []string
 	logs string
+	url  string
 }
 
 // StartStorehouse starts one; its log goes to logs/HOST.log.
 func StartStorehouse(ctx context.Context, p Programs, host *netns.Host, logs string, flags ...string) (*Storehouse, error) {
-	s := &Storehouse{Host: host, logs: logs}
+	s := &Storehouse{Host: host, logs: logs, url: fmt.Sprintf("http://%s:%d", host.Addr(), HTTPPort)}
 	s.argv = append([]string{
 		p.Floxd, "storehouse", "--name", host.Name, "--http", fmt.Sprintf("0.0.0.0:%d", HTTPPort), "--http-url", s.URL(),
 		"--advertise", fmt.Sprintf("%s:%d", host.Addr(), HousePort),
 	}, flags...)
 	return s, s.Start(ctx)
+}
+
+// Inside is the storehouse that runs as a part of up, which started it and stops
+// it. It is reached from that host only.
+func Inside(up *Agent) *Storehouse {
+	return &Storehouse{Host: up.Host, logs: up.logs, url: fmt.Sprintf("http://127.0.0.1:%d", HTTPPort)}
 }
 
 // Start starts the storehouse (again) and waits until it answers.
@@ -185,7 +193,7 @@ func (s *Storehouse) Start(ctx context.Context) error {
 }
 
 // URL is the binary cache's.
-func (s *Storehouse) URL() string { return fmt.Sprintf("http://%s:%d", s.Host.Addr(), HTTPPort) }
+func (s *Storehouse) URL() string { return s.url }
 
 // State is the storehouse's state directory, seen from outside of the host.
 func (s *Storehouse) State() string { return filepath.Join(s.Host.Dir, "state", "storehouse") }
@@ -199,8 +207,12 @@ func (s *Storehouse) Netrc() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	name := filepath.Join(s.logs, "netrc")
-	line := fmt.Sprintf("machine %s password %s\n", s.Host.Addr(), strings.TrimSpace(string(token)))
+	at, err := url.Parse(s.url)
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Join(s.logs, "netrc-"+s.Host.Name)
+	line := fmt.Sprintf("machine %s password %s\n", at.Hostname(), strings.TrimSpace(string(token)))
 	return name, os.WriteFile(name, []byte(line), 0o600)
 }
 

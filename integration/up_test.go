@@ -1,0 +1,122 @@
+package integration
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/floxctl/flox/integration/hosts"
+)
+
+// up starts `floxd up` for one test.
+func (l *lab) up(t *testing.T, name string, flags ...string) *hosts.Agent {
+	t.Helper()
+	a, err := hosts.StartUp(t.Context(), l.programs, l.host(t, name), l.dir, flags...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop(t, a.Daemon) })
+	return a
+}
+
+// said waits until a daemon has said words, counted from the beginning of its log.
+func said(t *testing.T, d *hosts.Daemon, times int, words string) {
+	t.Helper()
+	eventually(t, d.Name+" says "+words, func() bool {
+		b, err := os.ReadFile(d.Log)
+		return err == nil && strings.Count(string(b), words) >= times
+	})
+}
+
+// interrupt is Ctrl-C.
+func interrupt(t *testing.T, d *hosts.Daemon) int {
+	t.Helper()
+	d.Signal(syscall.SIGINT)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	code, err := d.Wait(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return code
+}
+
+// TestUpOnABareMachine: one command gives a working store and a binary cache;
+// Ctrl-C takes everything away again but the state, and so does kill -9.
+func TestUpOnABareMachine(t *testing.T) {
+	l := open(t)
+	a := l.up(t, "bare")
+	said(t, a.Daemon, 1, "Ready.")
+	log, err := os.ReadFile(a.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"binary cache at http://127.0.0.1:7780", "mounted at /nix/store", "floxctl status", "Ctrl-C"} {
+		if !strings.Contains(string(log), want) {
+			t.Errorf("want %q in what it says first:\n%s", want, log)
+		}
+	}
+	await(t, a, "follows the storehouse", connected)
+	do(t, a.Host, l.programs.Floxctl, "status").want(t, 0, "mounted at /nix/store, read-only", "connected to", "http://127.0.0.1:7780", "No problems.")
+	do(t, a.Host, l.programs.Floxctl, "doctor").want(t, 0)
+
+	if err := l.copyTo(t.Context(), hosts.Inside(a), l.world.Ripgrep.Path); err != nil {
+		t.Fatal(err)
+	}
+	l.runs(t, a.Host)
+
+	if code := interrupt(t, a.Daemon); code != 0 {
+		t.Errorf("exit code %d after Ctrl-C, want 0", code)
+	}
+	said(t, a.Daemon, 1, "nothing is mounted at /nix/store any more")
+	nothingLeft(t, a.Host)
+
+	if err := a.Start(t.Context()); err != nil {
+		t.Fatalf("again with the same state: %v", err)
+	}
+	l.runs(t, a.Host)
+
+	for range 2 {
+		a.Kill()
+		if err := a.Start(t.Context()); err != nil {
+			t.Fatalf("after kill -9: %v", err)
+		}
+		l.same(t, a.Host, l.files(t, l.world.Ripgrep.Path)...)
+	}
+}
+
+// TestUpSparesANixStore: a machine with a store of its own keeps it, and can
+// mount elsewhere.
+func TestUpSparesANixStore(t *testing.T) {
+	l := open(t)
+	h := l.host(t, "spared")
+	own := filepath.Join(h.Dir, "nix", "store", "own")
+	if err := os.WriteFile(own, []byte("mine\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range [][]string{{"up"}, {"agent", "--invite", l.house.Invite()}} {
+		do(t, h, l.programs.Floxd, command...).want(t, 8, "/nix/store holds files already (own", "has changed nothing", "--store-dir")
+	}
+	do(t, h, "cat", "/nix/store/own").want(t, 0, "mine")
+	if left, err := os.ReadDir(filepath.Join(h.Dir, "state")); err != nil || len(left) > 0 {
+		t.Errorf("the refused left state behind: %v, %v", left, err)
+	}
+
+	a, err := hosts.StartUp(t.Context(), l.programs, h, l.dir, "--store-dir", "/var/lib/other/store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop(t, a.Daemon) })
+	await(t, a, "follows the storehouse", connected)
+	r := do(t, h, l.programs.Floxctl, "store", "add", "/etc/hostname", "--token-file", "/var/lib/floxd/storehouse/upload-token")
+	r.want(t, 0, "/var/lib/other/store/")
+	want := do(t, h, "cat", "/etc/hostname")
+	if got := do(t, h, "cat", strings.TrimSpace(r.out)); got != want {
+		t.Errorf("read %+v from %s, want %+v", got, r.out, want)
+	}
+	do(t, h, "cat", "/nix/store/own").want(t, 0, "mine")
+}
