@@ -216,7 +216,7 @@ func (k *sink) Cancel() error {
 	k.done = true
 	if k.pipe != nil {
 		_ = k.pipe.CloseWithError(flox.ErrClosed) // never fails
-		<-k.result
+		_ = <-k.result // it says that the pipe was closed
 	}
 	return os.RemoveAll(k.dir)
 }
