@@ -117,8 +117,9 @@ type sink struct {
 	done  bool
 
 	// of a stream
-	pipe   *io.PipeWriter
-	result chan error
+	pipe     *io.PipeWriter
+	unpacked chan struct{} // closed when all of it was, or err says why not
+	err      error
 }
 
 var _ raft.SnapshotSink = (*sink)(nil)
@@ -132,12 +133,13 @@ func (k *sink) ID() string { return k.meta.Raft.ID }
 func (k *sink) Write(b []byte) (int, error) {
 	if k.pipe == nil {
 		r, w := io.Pipe()
-		k.pipe, k.result = w, make(chan error, 1)
+		k.pipe, k.unpacked = w, make(chan struct{})
 		go func() {
+			defer close(k.unpacked)
 			c, err := unpack(r, k.data())
 			k.meta.Applied, k.meta.Files = c.applied, c.files
 			_ = r.CloseWithError(err) // never fails
-			k.result <- err
+			k.err = err
 		}()
 	}
 	return k.pipe.Write(b)
@@ -174,7 +176,9 @@ func (k *sink) Close() error {
 	}
 	var err error
 	if k.pipe != nil {
-		err = errors.Join(k.pipe.Close(), <-k.result)
+		err = k.pipe.Close()
+		<-k.unpacked
+		err = errors.Join(err, k.err)
 	} else if len(k.meta.Files) == 0 {
 		err = fmt.Errorf("snapshot without files: %w", flox.ErrCorrupt)
 	}
@@ -216,7 +220,7 @@ func (k *sink) Cancel() error {
 	k.done = true
 	if k.pipe != nil {
 		_ = k.pipe.CloseWithError(flox.ErrClosed) // never fails
-		_ = <-k.result // it says that the pipe was closed
+		<-k.unpacked
 	}
 	return os.RemoveAll(k.dir)
 }
