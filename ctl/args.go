@@ -41,6 +41,8 @@ func storeArg(arg string) (string, error) {
 	return "", fmt.Errorf("%s: more than %d symlinks: %w", arg, maxLinks, flox.ErrBadInput)
 }
 
+// storeArgs is storeArg for a whole command line; the first mistake ends it, so
+// that nothing is asked for half of the arguments.
 func storeArgs(args []string) ([]string, error) {
 	out := make([]string, 0, len(args))
 	for _, a := range args {

@@ -10,6 +10,7 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
+// newCacheCmd only holds the commands below it.
 func newCacheCmd(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cache",
@@ -28,6 +29,8 @@ func newCacheUsageCmd(g *globals) *cobra.Command {
 	}
 }
 
+// runCacheUsage prints each number with what it means for the user: what may
+// go, what never goes, what is left to others.
 func runCacheUsage(ctx context.Context, g *globals, out *output) error {
 	resp, err := g.agent().CacheUsage(ctx, connect.NewRequest(&floxv1.CacheUsageRequest{}))
 	if err != nil {
@@ -68,6 +71,8 @@ is dropped is fetched again when somebody reads it.
 	return cmd
 }
 
+// runCacheGC refuses a size it cannot read before it asks the agent: a typing
+// error must not empty a cache.
 func runCacheGC(ctx context.Context, g *globals, out *output, target string) error {
 	req := &floxv1.CacheGCRequest{}
 	if target != "" {

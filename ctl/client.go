@@ -61,6 +61,8 @@ func explain(err error) error {
 	return translated
 }
 
+// explainDial tells apart what calls for different steps: no right to ask, no
+// socket, a socket nobody serves.
 func explainDial(e *cli.DialError) error {
 	if errors.Is(e.Err, fs.ErrPermission) {
 		return cli.Explain(flox.ErrDenied, "you may not open the agent's socket %s: ask with sudo, or as a member of the group that owns it", e.Socket)

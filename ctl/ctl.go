@@ -24,6 +24,8 @@ type globals struct {
 	noColor bool
 }
 
+// newRootCmd builds the whole tree of commands. It is built on every start, so
+// nothing here may open, read or ask anything.
 func newRootCmd() *cobra.Command {
 	g := &globals{}
 	root := &cobra.Command{

@@ -20,6 +20,7 @@ import (
 // agent must not keep doctor from speaking.
 const agentPatience = 10 * time.Second
 
+// doctorOptions say where to look on a machine that is not set up yet.
 type doctorOptions struct {
 	*globals
 	storeDir string
@@ -65,14 +66,17 @@ type finding struct {
 	Fix   string `json:"fix"`
 }
 
+// ok is a line without a fix.
 func ok(check, format string, args ...any) finding {
 	return finding{Check: check, Level: levelOK, What: fmt.Sprintf(format, args...)}
 }
 
+// warning is about what works, but worse than it could.
 func warning(check, fix, format string, args ...any) finding {
 	return finding{Check: check, Level: levelWarning, What: fmt.Sprintf(format, args...), Fix: fix}
 }
 
+// failure is about what does not work.
 func failure(check, fix, format string, args ...any) finding {
 	return finding{Check: check, Level: levelError, What: fmt.Sprintf(format, args...), Fix: fix}
 }
@@ -86,6 +90,8 @@ type patient struct {
 	agent    *floxv1.StatusResponse // nil when it does not answer
 }
 
+// runDoctor looks at the machine first and asks the agent last, so that it has
+// something to say in every state a machine can be in.
 func runDoctor(ctx context.Context, opts doctorOptions, out *output) error {
 	askCtx, cancel := context.WithTimeout(ctx, agentPatience)
 	defer cancel()
@@ -150,6 +156,7 @@ func agentMissing(p patient, err error) finding {
 	return warning("agent", start, "none is running at %s", p.socket)
 }
 
+// printFindings prints every line and makes the exit code of the worst.
 func printFindings(out *output, findings []finding) error {
 	count := map[level]int{}
 	for _, f := range findings {

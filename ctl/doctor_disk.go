@@ -100,6 +100,7 @@ func checkKeys(ctx context.Context, p patient) []finding {
 	return list
 }
 
+// stopWalk ends the walk of a state directory that is larger than any should be.
 func stopWalk(seen int) error {
 	if seen > maxKeyFiles {
 		return fs.SkipAll

@@ -34,6 +34,8 @@ var (
 	kernelResend    = [2]int{6, 9} // a new process takes over requests in flight (FUSE_NOTIFY_RESEND)
 )
 
+// checkKernel goes by version: the features themselves are only told to who
+// mounts.
 func checkKernel(_ context.Context, p patient) []finding {
 	b, err := os.ReadFile(filepath.Join(p.root, "/proc/sys/kernel/osrelease"))
 	release := strings.TrimSpace(string(b))
@@ -51,6 +53,7 @@ func checkKernel(_ context.Context, p patient) []finding {
 	return []finding{ok("kernel", "Linux %s has every FUSE feature used", release)}
 }
 
+// parseKernel reads the two first numbers of "6.12.3-1-amd64".
 func parseKernel(release string) (version [2]int, parsed bool) {
 	parts := strings.SplitN(release, ".", 3)
 	if len(parts) < 2 {
@@ -72,8 +75,11 @@ func parseKernel(release string) (version [2]int, parsed bool) {
 
 func before(a, b [2]int) bool { return a[0] < b[0] || a[0] == b[0] && a[1] < b[1] }
 
+// fuseFix is for both places where /dev/fuse is missing: a host and a container.
 const fuseFix = "load the module: sudo modprobe fuse; in a container pass the device: --device /dev/fuse --cap-add SYS_ADMIN"
 
+// checkFuse opens the device, because in a container it may be there and
+// forbidden. Opening alone mounts nothing.
 func checkFuse(_ context.Context, p patient) []finding {
 	device := filepath.Join(p.root, "/dev/fuse")
 	info, err := os.Stat(device)
@@ -126,6 +132,8 @@ func unescapeMount(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
+// checkMount looks into the directory only where the kernel's table says that
+// nothing is mounted there.
 func checkMount(_ context.Context, p patient) []finding {
 	m := storeMount(p)
 	switch {
@@ -169,6 +177,7 @@ func readSome(dir string) (int, error) {
 // earliest is before any build of this program: a clock that shows it was never set.
 var earliest = time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
 
+// checkClock asks the kernel, not the network: doctor must work offline.
 func checkClock(_ context.Context, _ patient) []finding {
 	const fix = "switch time synchronisation on: sudo timedatectl set-ntp true (invites, leases and TLS go by the clock)"
 	now := time.Now()

@@ -15,6 +15,7 @@ func localChecks(ctx context.Context, p patient) []finding {
 	return append(all, checkKeys(ctx, p)...)
 }
 
+// mount stands in for what only Linux has.
 type mount struct{}
 
 func storeMount(patient) *mount { return nil }

@@ -21,6 +21,7 @@ var ports = []struct {
 	{cli.DefaultAgentPort, "agent to machines", "agent.listen"},
 }
 
+// checkPorts listens for a moment: the only way to know that one can.
 func checkPorts(ctx context.Context, p patient) []finding {
 	var list []finding
 	free := ""

@@ -14,6 +14,7 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
+// downloadOptions are the command line of download.
 type downloadOptions struct {
 	*globals
 	paths   []string
@@ -45,6 +46,7 @@ from there.
 	return cmd
 }
 
+// downloadFacts is one line of download --json; the last one says finished.
 type downloadFacts struct {
 	Path           string `json:"path"`
 	DoneBytes      uint64 `json:"doneBytes"`
@@ -55,6 +57,8 @@ type downloadFacts struct {
 	Finished       bool   `json:"finished"`
 }
 
+// runDownload shows progress until the agent says that it is finished. A stream
+// that ends without that is a failure: the paths are not all here.
 func runDownload(ctx context.Context, opts downloadOptions, out, errOut *output) error {
 	paths, err := storeArgs(opts.paths)
 	if err != nil {
@@ -110,6 +114,7 @@ func downloadOf(m *floxv1.DownloadProgress) downloadFacts {
 	}
 }
 
+// soFar says how far a stopped download got.
 func soFar(last *floxv1.DownloadProgress) string {
 	if last.GetTotalBytes() == 0 {
 		return ""

@@ -7,6 +7,7 @@ import (
 // The types of this file are what --json prints. Their field names are an
 // interface: they are added to and never renamed.
 
+// storehouseFacts is the link to the storehouse; index counts its changes.
 type storehouseFacts struct {
 	PeerID     string  `json:"peerId"`
 	Name       string  `json:"name"`
@@ -49,6 +50,7 @@ func (t trafficFacts) fetched() uint64 {
 	return t.LanBytes + t.SiteBytes + t.FarBytes + t.StorehouseBytes
 }
 
+// cacheFacts is the cache; reserve is what stays free on the disk for others.
 type cacheFacts struct {
 	Dir           string `json:"dir"`
 	Bytes         uint64 `json:"bytes"`

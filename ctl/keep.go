@@ -45,8 +45,11 @@ func newUnkeepCmd(g *globals) *cobra.Command {
 	return cmd
 }
 
+// keepCall is Keep or Unkeep: they differ in nothing else.
 type keepCall func(context.Context, *connect.Request[floxv1.KeepRequest]) (*connect.Response[floxv1.KeepResponse], error)
 
+// runKeep prints what the agent says it did, which with closures is more than
+// what was asked for.
 func runKeep(ctx context.Context, call keepCall, out *output, args []string, closure bool, done string) error {
 	paths, err := storeArgs(args)
 	if err != nil {

@@ -34,6 +34,8 @@ func (g *globals) progressPrinter(cmd *cobra.Command) *output {
 	return newOutput(g, cmd.ErrOrStderr())
 }
 
+// newOutput decides on colours once: only for a terminal that shows them, and
+// not against the user's wish (no-color.org).
 func newOutput(g *globals, w io.Writer) *output {
 	o := &output{w: w, json: g.json}
 	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
@@ -68,10 +70,13 @@ func (o *output) printJSONLine(v any) error {
 	return e.Encode(v)
 }
 
+// printf ignores errors: a reader that left (a pager, head) ends the program by
+// SIGPIPE anyway.
 func (o *output) printf(format string, args ...any) {
 	fmt.Fprintf(o.w, format, args...)
 }
 
+// style is the number of a terminal's attribute (ECMA-48, SGR).
 type style string
 
 const (
@@ -112,6 +117,7 @@ func clean(s string) string {
 	return b.String()
 }
 
+// hidden characters do something to a terminal, or cannot be seen.
 func hidden(r rune) bool { return !unicode.IsPrint(r) && r != ' ' }
 
 // table prints rows in columns that fit their widest cell; the first row is

@@ -30,6 +30,8 @@ are, how fast, how much went each way, and how they are rated and why.
 	return cmd
 }
 
+// peerFacts is a peer; the rate is an average, the score the one peers are
+// chosen by, with its reason in words.
 type peerFacts struct {
 	ID             string   `json:"id"`
 	Role           string   `json:"role"`
@@ -45,6 +47,7 @@ type peerFacts struct {
 	ScoreReason    string   `json:"scoreReason"`
 }
 
+// runPeers sorts as the agent asks: near before far, quick before slow.
 func runPeers(ctx context.Context, g *globals, out *output, long bool) error {
 	resp, err := g.agent().Peers(ctx, connect.NewRequest(&floxv1.PeersRequest{}))
 	if err != nil {
@@ -87,6 +90,7 @@ func tierRank(tier string) int {
 	return 3
 }
 
+// printPeers shortens IDs to their ends, since all begin alike.
 func printPeers(out *output, peers []*floxv1.Peer, long bool, now time.Time) {
 	rows := [][]string{{"PEER", "ROLE", "WHERE", "SITE", "RTT", "SPEED", "IN", "OUT", "SINCE", "SCORE", "ADDRESS"}}
 	for _, p := range peers {
@@ -116,6 +120,7 @@ func printPeers(out *output, peers []*floxv1.Peer, long bool, now time.Time) {
 	out.table(rows, map[int]bool{4: true, 5: true, 6: true, 7: true})
 }
 
+// orDash keeps a column from looking forgotten.
 func orDash(s string) string {
 	if s == "" {
 		return "-"

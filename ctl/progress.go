@@ -24,6 +24,7 @@ type progress struct {
 	drawn bool // a bar stands on the current line
 }
 
+// newProgress begins now; rates are reckoned from here.
 func newProgress(out *output) *progress {
 	p := &progress{out: out, start: time.Now()}
 	if out.terminal == nil {
@@ -40,6 +41,8 @@ type step struct {
 	extra          string // "12 of 31 paths"
 }
 
+// show draws a state, or skips it when the last one is young. It may be called
+// for every message.
 func (p *progress) show(s step) {
 	now := time.Now()
 	every := logEvery
@@ -107,6 +110,7 @@ func (s step) line(width int) string {
 	return text
 }
 
+// percent rounds down: 100 % means all of it.
 func (s step) percent() uint64 {
 	if s.total == 0 {
 		return 0

@@ -29,6 +29,7 @@ It exits 0 whenever the agent answers; for a check that fails, see: floxctl doct
 	}
 }
 
+// statusFacts is status --json.
 type statusFacts struct {
 	Version      string            `json:"version"`
 	PID          uint32            `json:"pid"`
@@ -48,6 +49,7 @@ type statusFacts struct {
 	Problems     []string          `json:"problems"`
 }
 
+// runStatus asks once and prints; nothing in it waits for the network.
 func runStatus(ctx context.Context, g *globals, out *output) error {
 	resp, err := g.agent().Status(ctx, connect.NewRequest(&floxv1.StatusRequest{}))
 	if err != nil {
@@ -71,6 +73,8 @@ func runStatus(ctx context.Context, g *globals, out *output) error {
 	return nil
 }
 
+// printStatus puts what a newcomer asks first on top: is it there, who feeds it,
+// is anything wrong.
 func printStatus(out *output, s statusFacts, m *floxv1.StatusResponse, now time.Time) {
 	line := func(name, format string, args ...any) {
 		out.printf("%s %s\n", out.paint(bold, fmt.Sprintf("%-11s", name)), fmt.Sprintf(format, args...))
@@ -139,6 +143,7 @@ func storehouseLine(out *output, l *floxv1.StorehouseLink, now time.Time) string
 	return s
 }
 
+// cacheLine says how full the cache is and whether it still grows.
 func cacheLine(c cacheFacts) string {
 	s := cli.FormatBytes(c.Bytes) + " used"
 	if c.BudgetBytes > 0 {
@@ -151,6 +156,8 @@ func cacheLine(c cacheFacts) string {
 	return s
 }
 
+// fetchedLine says how much came from where; sources that gave nothing are left
+// out.
 func fetchedLine(t trafficFacts) string {
 	if t.fetched() == 0 {
 		return "nothing since the agent started"
@@ -172,6 +179,7 @@ func fetchedLine(t trafficFacts) string {
 	return fmt.Sprintf("%s (%s on the wire): %s", cli.FormatBytes(t.fetched()), cli.FormatBytes(t.WireBytes), strings.Join(parts, ", "))
 }
 
+// siteSuffix names the place of this machine, if it was given one.
 func siteSuffix(site string) string {
 	if site == "" {
 		return ""
@@ -179,6 +187,8 @@ func siteSuffix(site string) string {
 	return ", site " + clean(site)
 }
 
+// requestsLine names the few operations that make most of the requests: none
+// at all is what a warm program should cost.
 func requestsLine(byOp map[string]uint64) string {
 	var total uint64
 	names := make([]string, 0, len(byOp))

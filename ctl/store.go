@@ -4,6 +4,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// newStoreCmd only holds the commands below it.
 func newStoreCmd(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "store",

@@ -25,6 +25,7 @@ const addPiece = 256 << 10
 // maxToken bounds a token file: anything longer is no token.
 const maxToken = 4 << 10
 
+// addOptions are the command line of add.
 type addOptions struct {
 	*globals
 	path      string
@@ -56,6 +57,7 @@ its own at ` + cli.DefaultStateDir + `/storehouse/upload-token.
 	return cmd
 }
 
+// runStoreAdd checks everything that can be checked here before it sends a byte.
 func runStoreAdd(ctx context.Context, opts addOptions, out, errOut *output) error {
 	name, err := addName(opts)
 	if err != nil {
@@ -127,6 +129,7 @@ type addWriter struct {
 	sent   uint64
 }
 
+// Write gathers small writes: a NAR is made of many.
 func (w *addWriter) Write(p []byte) (int, error) {
 	n := len(p)
 	for len(p) > 0 {
@@ -142,6 +145,7 @@ func (w *addWriter) Write(p []byte) (int, error) {
 	return n, nil
 }
 
+// flush sends what was gathered.
 func (w *addWriter) flush() error {
 	if len(w.buf) == 0 {
 		return nil
@@ -176,6 +180,8 @@ func addName(opts addOptions) (string, error) {
 	return name, nil
 }
 
+// readToken takes the file before the environment: what was typed just now wins.
+// The token itself is never in a message.
 func readToken(file string) (string, error) {
 	if file == "" {
 		token := strings.TrimSpace(os.Getenv(cli.EnvToken))

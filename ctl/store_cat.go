@@ -27,6 +27,7 @@ read. It needs the agent, not the mount.
 	}
 }
 
+// runStoreCat writes as the bytes come; a file may be larger than memory.
 func runStoreCat(ctx context.Context, g *globals, w io.Writer, arg string) error {
 	path, err := storeArg(arg)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
+// infoOptions are the command line of info.
 type infoOptions struct {
 	*globals
 	paths   []string
@@ -58,6 +59,7 @@ type infoFacts struct {
 	Kept               bool     `json:"kept"`
 }
 
+// runStoreInfo prints each path once, also where closures overlap.
 func runStoreInfo(ctx context.Context, opts infoOptions, out *output) error {
 	paths, err := storeArgs(opts.paths)
 	if err != nil {
@@ -101,6 +103,7 @@ func runStoreInfo(ctx context.Context, opts infoOptions, out *output) error {
 	return nil
 }
 
+// infoOf joins the signed facts with what is here of them.
 func infoOf(dir flox.StoreDir, info *flox.PathInfo, d *floxv1.PathDetails) infoFacts {
 	f := infoFacts{
 		Path: dir.Join(info.Path), NarHash: "sha256-" + base64.StdEncoding.EncodeToString(info.NarHash[:]), NarSize: info.NarSize,
@@ -120,6 +123,8 @@ func infoOf(dir flox.StoreDir, info *flox.PathInfo, d *floxv1.PathDetails) infoF
 	return f
 }
 
+// printInfo begins with what changes (what is here) and ends with what is long
+// (references).
 func printInfo(out *output, f infoFacts) {
 	out.printf("%s\n", out.paint(bold, f.Path))
 	line := func(name, format string, args ...any) {
@@ -156,6 +161,7 @@ func printInfo(out *output, f infoFacts) {
 	}
 }
 
+// printClosureSum adds up what a closure costs.
 func printClosureSum(out *output, facts []infoFacts) {
 	var content, local, nar uint64
 	for _, f := range facts {

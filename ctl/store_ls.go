@@ -11,6 +11,7 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
+// lsOptions are the command line of ls.
 type lsOptions struct {
 	*globals
 	path      string
@@ -38,6 +39,7 @@ it. With --json every entry is one line.
 	return cmd
 }
 
+// entryFacts is one line of ls --json; paths are relative to the one asked for.
 type entryFacts struct {
 	Path       string `json:"path"`
 	Kind       string `json:"kind"`
@@ -47,6 +49,7 @@ type entryFacts struct {
 	Target     string `json:"target,omitempty"`
 }
 
+// runStoreLs prints as the entries come: a store path may hold 100,000.
 func runStoreLs(ctx context.Context, opts lsOptions, out *output) error {
 	path, err := storeArg(opts.path)
 	if err != nil {

@@ -28,6 +28,7 @@ fetched again when somebody reads it; then the exit code is 6.
 	}
 }
 
+// verifyFacts is one line of verify --json; bad is all that was found so far.
 type verifyFacts struct {
 	DoneBytes  uint64   `json:"doneBytes"`
 	TotalBytes uint64   `json:"totalBytes"`
@@ -35,6 +36,8 @@ type verifyFacts struct {
 	Finished   bool     `json:"finished"`
 }
 
+// runStoreVerify prints what is wrong as it is found. A check that did not come
+// to its end has proved nothing and fails.
 func runStoreVerify(ctx context.Context, g *globals, out, errOut *output, args []string) error {
 	paths, err := storeArgs(args)
 	if err != nil {

@@ -16,6 +16,7 @@ func newVersionCmd(g *globals) *cobra.Command {
 	}
 }
 
+// runVersion asks nobody: it must work when nothing else does.
 func runVersion(out *output) error {
 	v := cli.ReadVersion()
 	if out.json {

@@ -11,6 +11,7 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
+// watchOptions are the command line of watch.
 type watchOptions struct {
 	*globals
 	interval time.Duration
@@ -43,6 +44,7 @@ state is one line.
 	return cmd
 }
 
+// watchFacts is one line of watch --json: a whole state, not a difference.
 type watchFacts struct {
 	Reads          []readFacts     `json:"reads"`
 	BytesPerSecond uint64          `json:"bytesPerSecond"`
@@ -50,6 +52,7 @@ type watchFacts struct {
 	Storehouse     storehouseFacts `json:"storehouse"`
 }
 
+// readFacts is one wait; a total of 0 means that the size is not known yet.
 type readFacts struct {
 	PID            uint32 `json:"pid"`
 	Command        string `json:"command"`
@@ -84,6 +87,7 @@ func watchOf(m *floxv1.WatchReads) watchFacts {
 	return f
 }
 
+// runWatch chooses how to show the same stream: for programs, for logs, for eyes.
 func runWatch(ctx context.Context, opts watchOptions, out *output) error {
 	switch {
 	case out.json:

@@ -29,10 +29,13 @@ type watchLines struct {
 	now   func() time.Time
 }
 
+// newWatchLines begins with nothing shown.
 func newWatchLines(out *output) *watchLines {
 	return &watchLines{out: out, shown: map[readKey]string{}, now: time.Now}
 }
 
+// show prints the waits that are new or moved, those that ended, and once when
+// nobody waits any more.
 func (l *watchLines) show(m *floxv1.WatchReads) error {
 	now := l.now()
 	present := make(map[readKey]string, len(m.GetReads()))
@@ -78,10 +81,13 @@ func readWords(r *floxv1.WaitingRead, now time.Time) string {
 	return s
 }
 
+// waited is how long somebody waits; never less than nothing, should the two
+// clocks differ.
 func waited(r *floxv1.WaitingRead, now time.Time) string {
 	return cli.FormatDuration(max(now.Sub(time.UnixMilli(r.GetSinceUnixMs())), 0))
 }
 
+// sourceName never leaves the question open who a wait is for.
 func sourceName(r *floxv1.WaitingRead) string {
 	if r.GetSource() == "" {
 		return "nobody yet"
@@ -89,6 +95,7 @@ func sourceName(r *floxv1.WaitingRead) string {
 	return r.GetSource()
 }
 
+// eta is the time left as far as it is known.
 func eta(r *floxv1.WaitingRead) string {
 	if r.GetEtaMs() < 0 {
 		return "?"

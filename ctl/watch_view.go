@@ -132,6 +132,8 @@ func readKeys() (quit <-chan struct{}, restore func()) {
 	return done, func() { _ = term.Restore(fd, old) } // nothing to be done about it when leaving
 }
 
+// drawView writes a whole screen in one piece, so that it does not flicker. The
+// size is asked every time: windows change.
 func drawView(out *output, s watchState) {
 	width, height := 80, 24
 	if w, h, err := term.GetSize(int(out.terminal.Fd())); err == nil && w > 0 && h > 0 {
@@ -185,6 +187,7 @@ func viewLines(out *output, s watchState, width, height int, now time.Time) []st
 	return lines
 }
 
+// viewRead is the line of one wait.
 func viewRead(r *floxv1.WaitingRead, width int, now time.Time) string {
 	done, speed := "-", "-"
 	if r.GetTotalBytes() > 0 {

@@ -39,6 +39,7 @@ type DialError struct {
 	Err    error
 }
 
+// Error names the socket and the operating system's reason.
 func (e *DialError) Error() string { return fmt.Sprintf("open %s: %v", e.Socket, e.Err) }
 
 // Unwrap gives the operating system's error.

@@ -44,6 +44,7 @@ func Run(root *cobra.Command, args []string) int {
 	return ExitCode(err)
 }
 
+// report prints an error once, unless its explanation is on the screen already.
 func report(cmd *cobra.Command, err error) {
 	out := cmd.ErrOrStderr()
 	switch {
@@ -129,6 +130,8 @@ func Explain(kind error, format string, args ...any) error {
 	return &explainedError{message: fmt.Sprintf(format, args...), kind: kind}
 }
 
+// explainedError keeps its kind out of its words, where a sentinel's "not found"
+// behind a whole sentence would only stutter.
 type explainedError struct {
 	message string
 	kind    error

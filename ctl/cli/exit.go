@@ -86,6 +86,7 @@ func ExitCode(err error) int {
 // itself already; message adds who it was.
 func Exited(code int, message string) error { return &exitedError{code, message} }
 
+// exitedError carries the exit code of another process.
 type exitedError struct {
 	code    int
 	message string

@@ -8,6 +8,7 @@ type Owner struct {
 	Command string // its short name
 }
 
+// String says what is known: of others' processes only root may see the name.
 func (o Owner) String() string {
 	if o.PID == 0 {
 		return "a process of another user (sudo shows which)"

@@ -10,6 +10,7 @@ import (
 	flox "github.com/floxctl/flox"
 )
 
+// sizeUnits are powers of 1024; an uint64 ends in EiB.
 var sizeUnits = []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 
 // FormatBytes gives a size in binary units with three digits: "1.36 GiB".
@@ -82,6 +83,7 @@ func FormatDuration(d time.Duration) string {
 	return twoUnits(d, 24*time.Hour, "d", time.Hour, "h")
 }
 
+// twoUnits leaves the smaller unit out when there is nothing of it.
 func twoUnits(d, big time.Duration, bigName string, small time.Duration, smallName string) string {
 	s := fmt.Sprintf("%d %s", d/big, bigName)
 	if rest := d % big / small; rest > 0 {
