@@ -25,6 +25,7 @@ const (
 	agentDir      = "agent"
 	storehouseDir = "storehouse"
 	inviteName    = "invite.json" // in both: the storehouse writes it, the agent gets a copy
+	agentLock     = "agent.lock"  // of the privileged process; the child has its own
 )
 
 func newAgentCmd(file *string) *cobra.Command {
@@ -70,6 +71,11 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	if err := checkStoreDir(cfg.StoreDir, "floxd agent"); err != nil {
 		return err
 	}
+	lock, err := lockState(cfg.StateDir, agentLock, "agent")
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	if err := makeStateDirs(cfg.StateDir, who, agentDir); err != nil {
 		return err
 	}
@@ -77,7 +83,7 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		return err
 	}
 	for _, addr := range cfg.Agent.Listen {
-		if err := checkPort(ctx, "agent.listen", addr); err != nil {
+		if err := checkPort(ctx, "agent.listen", "listen", addr); err != nil {
 			return err
 		}
 	}
@@ -107,13 +113,27 @@ func installInvite(cfg *Config, from string, who account) error {
 (%s/%s/%s there) and run: sudo floxd agent --invite invite.json
 For a storehouse of this machine's own: sudo floxd up`, cli.DefaultStateDir, storehouseDir, inviteName)
 		}
-		return nil
+		return checkInvite(cfg, to)
 	}
-	if _, err := api.LoadInvite(from); err != nil {
+	if err := checkInvite(cfg, from); err != nil {
 		return err
 	}
 	if err := copyFor(who, from, to, cfg.StateDir); err != nil {
 		return fmt.Errorf("install the invite %s: %w", from, err)
+	}
+	return nil
+}
+
+// checkInvite finds out before anything is mounted what would only keep the
+// child from starting, again and again.
+func checkInvite(cfg *Config, file string) error {
+	invite, err := api.LoadInvite(file)
+	if err != nil {
+		return err
+	}
+	if string(invite.StoreDir) != cfg.StoreDir {
+		return cli.Explain(flox.ErrBadInput, `store directory %s: the paths of storehouse %s (%s) are made for %s, and the directory is part of every path's hash: start with --store-dir %s`,
+			cfg.StoreDir, invite.Name, file, invite.StoreDir, invite.StoreDir)
 	}
 	return nil
 }
@@ -185,6 +205,9 @@ func checkStoreDir(dir, command string) error {
 		return fmt.Errorf("store directory: %w: %w", err, flox.ErrBusy)
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err == nil && !info.IsDir() {
+		return cli.Explain(flox.ErrBadInput, "store directory %s is a file: choose a directory, or one that does not exist yet, with --store-dir", dir)
+	}
 	names, err := f.Readdirnames(1)
 	if len(names) == 0 && errors.Is(err, io.EOF) {
 		return nil

@@ -37,9 +37,10 @@ func parseListen(addr string) (string, error) {
 	return hostPort, nil
 }
 
-// checkPort says who is in the way if addr cannot be listened at. Finding it
-// out first makes a better message than a child that keeps dying.
-func checkPort(ctx context.Context, key, addr string) error {
+// checkPort says who is in the way if addr, the value of a key that flag sets,
+// cannot be listened at. Finding it out first makes a better message than a
+// child that keeps dying.
+func checkPort(ctx context.Context, key, flag, addr string) error {
 	hostPort, err := parseListen(addr)
 	if err != nil {
 		return err
@@ -59,5 +60,5 @@ func checkPort(ctx context.Context, key, addr string) error {
 		by = owner.String()
 	}
 	return cli.Explain(flox.ErrBusy, "port %s (%s) is in use by %s: stop it, or choose another address with --%s",
-		port, key, by, strings.ReplaceAll(key, ".", "-"))
+		port, key, by, flag)
 }

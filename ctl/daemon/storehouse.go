@@ -53,6 +53,9 @@ func runStorehouse(ctx context.Context, cfg *Config, log *slog.Logger, ready int
 	if err := makeStateDirs(cfg.StateDir, who, storehouseDir); err != nil {
 		return err
 	}
+	if err := checkStorehousePorts(ctx, cfg); err != nil {
+		return err
+	}
 	if err := dropTo(who); err != nil {
 		return err
 	}
@@ -79,6 +82,23 @@ func runStorehouse(ctx context.Context, cfg *Config, log *slog.Logger, ready int
 	return group.Wait()
 }
 
+// checkStorehousePorts is asked while this process may still see whose the
+// ports are.
+func checkStorehousePorts(ctx context.Context, cfg *Config) error {
+	if cfg.Storehouse.HTTP != noHTTP {
+		if err := checkPort(ctx, "storehouse.http", "http", cfg.Storehouse.HTTP); err != nil {
+			return err
+		}
+	}
+	for _, addr := range cfg.Storehouse.Listen {
+		if err := checkPort(ctx, "storehouse.listen", "listen", addr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// storehouseConfig translates; the storehouse checks what it is given itself.
 func storehouseConfig(cfg *Config, log *slog.Logger) storehouse.Config {
 	s := cfg.Storehouse
 	return storehouse.Config{
@@ -89,10 +109,12 @@ func storehouseConfig(cfg *Config, log *slog.Logger) storehouse.Config {
 	}
 }
 
+// invitePath is where the storehouse writes what other machines join with.
 func invitePath(cfg *Config) string {
 	return filepath.Join(cfg.StateDir, storehouseDir, inviteName)
 }
 
+// tokenPath is where the storehouse keeps the upload token.
 func tokenPath(cfg *Config) string {
 	if cfg.Storehouse.TokenFile != "" {
 		return cfg.Storehouse.TokenFile

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -60,8 +61,11 @@ type up struct {
 	log    *slog.Logger
 }
 
+// tell prints a line for people; what goes wrong with the printing is not worth
+// stopping a store for.
 func (u *up) tell(format string, args ...any) { fmt.Fprintf(u.say, format, args...) }
 
+// run starts the storehouse, then the agent, and ends both in the opposite order.
 func (u *up) run(ctx context.Context) error {
 	if err := needRoot("floxd up"); err != nil {
 		return err
@@ -69,11 +73,13 @@ func (u *up) run(ctx context.Context) error {
 	if err := checkStoreDir(u.cfg.StoreDir, "floxd up"); err != nil {
 		return err
 	}
-	lock, err := lockState(u.cfg.StateDir, "up.lock")
-	if err != nil {
-		return err
+	for _, use := range []struct{ lock, what string }{{"up.lock", "floxd up"}, {agentLock, "agent"}} {
+		lock, err := lockState(u.cfg.StateDir, use.lock, use.what)
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
 	}
-	defer lock.Close()
 	if err := u.prepare(ctx); err != nil {
 		return err
 	}
@@ -101,7 +107,7 @@ func (u *up) run(ctx context.Context) error {
 		defer stopHouse()
 		return u.runAgent(ctx, ready)
 	})
-	err = group.Wait()
+	err := group.Wait()
 	if err == nil {
 		u.tell("Stopped; nothing is mounted at %s any more.\n", u.cfg.StoreDir)
 	}
@@ -119,7 +125,7 @@ func (u *up) prepare(ctx context.Context) (err error) {
 	}
 	for _, l := range u.cfg.listened() {
 		for _, addr := range l.addrs {
-			if err := checkPort(ctx, l.key, addr); err != nil {
+			if err := checkPort(ctx, l.key, strings.ReplaceAll(l.key, ".", "-"), addr); err != nil {
 				return err
 			}
 		}
@@ -155,6 +161,7 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 	return group.Wait()
 }
 
+// cacheWords names the binary cache, if there is one.
 func (u *up) cacheWords(invite *api.Invite) string {
 	if invite.HTTPURL == "" {
 		return ""

@@ -109,6 +109,8 @@ func canReach(dir string, who account) error {
 	}
 }
 
+// passes decides as the kernel does: the owner's bit counts for the owner, also
+// where it grants less than the others'.
 func passes(info fs.FileInfo, who account) bool {
 	mode := info.Mode().Perm()
 	st, isStat := info.Sys().(*syscall.Stat_t)
@@ -178,9 +180,9 @@ func ownProgram(who account) (string, error) {
 	return program, nil
 }
 
-// lockState makes a state directory and makes sure that one floxd up uses it.
-// The lock is the returned file's, and ends with the process.
-func lockState(stateDir, name string) (*os.File, error) {
+// lockState makes a state directory and makes sure that one process uses it as
+// what. The lock is the returned file's, and ends with the process.
+func lockState(stateDir, name, what string) (*os.File, error) {
 	if err := os.MkdirAll(stateDir, 0o755); err != nil {
 		return nil, fmt.Errorf("state directory: %w: %w", err, flox.ErrDenied)
 	}
@@ -192,8 +194,8 @@ func lockState(stateDir, name string) (*os.File, error) {
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		holder := make([]byte, 32)
 		n, _ := f.Read(holder) // empty when it has just begun
-		return nil, errors.Join(cli.Explain(flox.ErrBusy, "state directory %s is in use by another floxd up (pid %s): stop that one, or choose another --state-dir",
-			stateDir, strings.TrimSpace(string(holder[:n]))), f.Close())
+		return nil, errors.Join(cli.Explain(flox.ErrBusy, "state directory %s is in use by another %s (pid %s): stop that one, or choose another --state-dir",
+			stateDir, what, strings.TrimSpace(string(holder[:n]))), f.Close())
 	}
 	if err := f.Truncate(0); err != nil {
 		return nil, errors.Join(err, f.Close())
