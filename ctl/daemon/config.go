@@ -253,6 +253,8 @@ type listening struct {
 	addrs []string
 }
 
+// listened lists what will be listened at, in the order it is checked in, so
+// that the same mistake is always reported first.
 func (c *Config) listened() []listening {
 	all := []listening{{"storehouse.listen", c.Storehouse.Listen}, {"agent.listen", c.Agent.Listen}}
 	if c.Storehouse.HTTP != noHTTP {
@@ -261,6 +263,8 @@ func (c *Config) listened() []listening {
 	return all
 }
 
+// checkListen parses every address, so that a bad one is found before half of
+// a machine runs.
 func (c *Config) checkListen() error {
 	for _, l := range c.listened() {
 		for _, addr := range l.addrs {

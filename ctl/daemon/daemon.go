@@ -76,6 +76,8 @@ func newLogger(w io.Writer, cfg *Config, fallback slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, opts))
 }
 
+// newVersionCmd prints the same words as floxctl's, so that the two can be
+// compared by eye.
 func newVersionCmd() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",

@@ -51,6 +51,7 @@ func (d *Duration) UnmarshalText(b []byte) error {
 	return nil
 }
 
+// String drops what time.Duration adds in zeros: "24h", not "24h0m0s".
 func (d Duration) String() string {
 	s := time.Duration(d).String() // "24h0m0s"
 	if strings.HasSuffix(s, "m0s") {
@@ -88,6 +89,7 @@ func settings(cfg *Config) []setting {
 	return list
 }
 
+// allKeys lists every key in the order of the file, for messages.
 func allKeys() []string {
 	var keys []string
 	for _, s := range settings(&Config{}) {
