@@ -34,6 +34,7 @@ type batcher struct {
 // addition is one path on its way into the log.
 type addition struct {
 	info      *floxv1.PathInfo
+	file      *floxv1.NarFile // nil = none
 	publisher string
 	done      chan added
 }
@@ -48,9 +49,13 @@ func newBatcher(node *cluster.Node) *batcher {
 	return &batcher{session: node.NewSession(), queue: make(chan *addition, batchQueue), stopped: make(chan struct{})}
 }
 
-// add makes a path valid and gives the reply of the entry it was in.
-func (b *batcher) add(ctx context.Context, info *flox.PathInfo, publisher string) (*floxv1.PathsReply, error) {
+// add makes a path valid and gives the reply of the entry it was in. narFile is
+// the name its NAR was uploaded under, or "".
+func (b *batcher) add(ctx context.Context, info *flox.PathInfo, narFile, publisher string) (*floxv1.PathsReply, error) {
 	a := &addition{info: api.FromPathInfo(info), publisher: publisher, done: make(chan added, 1)}
+	if narFile != "" {
+		a.file = &floxv1.NarFile{Name: narFile, Path: string(info.Path), NarHash: info.NarHash[:]}
+	}
 	select {
 	case b.queue <- a:
 	case <-b.stopped:
@@ -111,6 +116,9 @@ func (b *batcher) propose(ctx context.Context, batch []*addition) {
 	c := &floxv1.AddPaths{Publisher: batch[0].publisher}
 	for _, a := range batch {
 		c.Paths = append(c.Paths, a.info)
+		if a.file != nil {
+			c.NarFiles = append(c.NarFiles, a.file)
+		}
 	}
 	reply, err := propose(ctx, b.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Add{Add: c}})
 	if errors.Is(err, cluster.ErrRefused) && len(batch) > 1 {

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"time"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
@@ -27,6 +28,7 @@ type backend interface {
 	Info(ctx context.Context, hashPart string) (*flox.PathInfo, error)
 	Stage(ctx context.Context, publisher, key string, nar io.Reader) (*Staged, error)
 	Staged(publisher, key string) (*Staged, error)
+	NarFile(ctx context.Context, name string) (*flox.PathInfo, error)
 	Commit(ctx context.Context, key string, info *flox.PathInfo, publisher string) (*flox.PathInfo, bool, error)
 	CheckToken(token string) (publisher string, err error)
 }
@@ -43,26 +45,35 @@ type httpCache struct {
 	stored content.StoredBlock
 	pages  *content.PageCache
 	log    *slog.Logger
+
+	mux     *http.ServeMux
+	uploads chan struct{} // as many as are taken in at once
+	maxNar  uint64        // most bytes of an uploaded NAR, unpacked
+	stall   time.Duration // how long an upload may go without a byte
 }
 
 // newHTTP makes the handler of the binary cache.
-func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored content.StoredBlock) http.Handler {
+func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored content.StoredBlock) *httpCache {
+	mux := http.NewServeMux()
 	c := &httpCache{
 		backend: b, dir: cfg.StoreDir, name: cfg.Name, key: key, blocks: blocks, stored: stored,
 		pages: content.NewPageCache(manifestPages), log: cfg.Log,
+		mux: mux, uploads: make(chan struct{}, maxUploads), maxNar: maxNarBytes, stall: uploadStall,
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
-	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", c.welcome)
 	mux.HandleFunc("GET /nix-cache-info", c.cacheInfo)
 	mux.HandleFunc("GET /{file}", c.getFile)
 	mux.HandleFunc("PUT /{file}", c.putFile)
 	mux.HandleFunc("GET /nar/{file}", c.getNar)
 	mux.HandleFunc("PUT /nar/{file}", c.putNar)
-	return mux
+	return c
 }
+
+// ServeHTTP implements http.Handler.
+func (c *httpCache) ServeHTTP(w http.ResponseWriter, r *http.Request) { c.mux.ServeHTTP(w, r) }
 
 // welcome is for the person who opens the URL in a browser.
 func (c *httpCache) welcome(w http.ResponseWriter, _ *http.Request) {

@@ -3,25 +3,26 @@ package storehouse
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"strings"
+
+	"github.com/andybalholm/brotli"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/nix"
 )
 
-// getNar serves a NAR we rebuild, nar/<hash part>-<NAR hash>.nar[.zst], and tells
-// an uploader by HEAD whether a NAR it is about to send waits here already.
+// getNar serves a NAR we rebuild: nar/<hash part>-<NAR hash>.nar[.zst] as our
+// narinfo says, or the name it was uploaded under. It tells an uploader by HEAD
+// whether a NAR it is about to send waits here already.
 func (c *httpCache) getNar(w http.ResponseWriter, r *http.Request) {
 	file := r.PathValue("file")
-	name, zstd := strings.CutSuffix(file, ".nar.zst")
-	name, plain := strings.CutSuffix(name, ".nar")
+	name, ext, _ := strings.Cut(file, ".nar")
 	hash, narHash, ok := strings.Cut(name, "-")
-	if !ok || zstd == plain || !flox.ValidHashPart(hash) {
-		c.headStaged(w, r, file)
+	if !ok || (ext != "" && ext != ".zst") || !flox.ValidHashPart(hash) {
+		c.getUploaded(w, r, file)
 		return
 	}
 	info, err := c.Info(r.Context(), hash)
@@ -32,6 +33,11 @@ func (c *httpCache) getNar(w http.ResponseWriter, r *http.Request) {
 		c.fail(w, r, err)
 		return
 	}
+	c.send(w, r, info, ext)
+}
+
+// send sends a path's NAR, compressed as the extension says: "", ".zst", ".br".
+func (c *httpCache) send(w http.ResponseWriter, r *http.Request, info *flox.PathInfo, ext string) {
 	m, err := c.open(r.Context(), info)
 	if err != nil {
 		c.fail(w, r, err)
@@ -39,11 +45,52 @@ func (c *httpCache) getNar(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/x-nix-nar")
 	w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
-	if zstd {
+	switch ext {
+	case "":
+		c.sendPlain(w, r, m)
+	case ".br":
+		c.sendBrotli(w, r, m)
+	default:
 		c.sendZstd(w, r, m)
+	}
+}
+
+// getUploaded serves a NAR under the name a client uploaded it by. It is another
+// file than the one uploaded, and no client notices: Nix takes "none" and brotli
+// at their word and looks at the bytes for every other compression.
+func (c *httpCache) getUploaded(w http.ResponseWriter, r *http.Request, file string) {
+	info, err := c.NarFile(r.Context(), file)
+	if errors.Is(err, flox.ErrNotFound) {
+		c.headStaged(w, r, file)
 		return
 	}
-	c.sendPlain(w, r, m)
+	if err != nil {
+		c.fail(w, r, err)
+		return
+	}
+	ext := ".zst"
+	switch {
+	case strings.HasSuffix(file, ".br"):
+		ext = ".br"
+	case file == nix.EncodeBase32(info.NarHash[:])+".nar": // gzip has no extension either
+		ext = ""
+	}
+	c.send(w, r, info, ext)
+}
+
+// sendBrotli compresses the NAR on the way: fast rather than small.
+func (c *httpCache) sendBrotli(w http.ResponseWriter, r *http.Request, m *content.Manifest) {
+	if r.Method == http.MethodHead {
+		return
+	}
+	b := brotli.NewWriterLevel(w, 1)
+	err := m.WriteNar(r.Context(), b, c.blocks, 0, -1)
+	if err == nil {
+		err = b.Close()
+	}
+	if err != nil {
+		c.abort(r, err)
+	}
 }
 
 // sendZstd sends the stored frames one behind the other: nothing is compressed
@@ -62,17 +109,21 @@ func (c *httpCache) sendZstd(w http.ResponseWriter, r *http.Request, m *content.
 func (c *httpCache) sendPlain(w http.ResponseWriter, r *http.Request, m *content.Manifest) {
 	size := int64(m.NarSize()) //nolint:gosec // a NAR fits
 	w.Header().Set("Accept-Ranges", "bytes")
-	off, n, err := parseRange(r.Header.Get("Range"), size)
+	header := r.Header.Get("Range")
+	if r.Method != http.MethodGet || r.Header.Get("If-Range") != "" {
+		header = "" // ranges are of GET (RFC 9110 14.2), and we give no validator to compare
+	}
+	off, n, err := parseRange(header, size)
 	switch {
 	case errors.Is(err, errRange):
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes */%d", size))
 		http.Error(w, err.Error(), http.StatusRequestedRangeNotSatisfiable)
 		return
 	case err != nil: // a form we do not serve: the whole, as HTTP allows
-		off, n = 0, size
+		header, off, n = "", 0, size
 	}
 	w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
-	if n != size || (off == 0 && r.Header.Get("Range") != "" && err == nil) {
+	if header != "" {
 		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", off, off+n-1, size))
 		w.WriteHeader(http.StatusPartialContent)
 	}
@@ -108,8 +159,8 @@ func parseRange(header string, size int64) (off, n int64, err error) {
 		return 0, 0, errRangeForm
 	}
 	if first == "" { // the last so many bytes
-		n, err = strconv.ParseInt(last, 10, 64)
-		if err != nil || n < 0 {
+		n, err = parseSize(last)
+		if err != nil {
 			return 0, 0, errRangeForm
 		}
 		n = min(n, size)
@@ -118,13 +169,13 @@ func parseRange(header string, size int64) (off, n int64, err error) {
 		}
 		return size - n, n, nil
 	}
-	off, err = strconv.ParseInt(first, 10, 64)
-	if err != nil || off < 0 {
+	off, err = parseSize(first)
+	if err != nil {
 		return 0, 0, errRangeForm
 	}
 	end := size - 1
 	if last != "" {
-		if end, err = strconv.ParseInt(last, 10, 64); err != nil || end < off {
+		if end, err = parseSize(last); err != nil || end < off {
 			return 0, 0, errRangeForm
 		}
 	}
@@ -132,6 +183,12 @@ func parseRange(header string, size int64) (off, n int64, err error) {
 		return 0, 0, fmt.Errorf("%s of %d bytes: %w", header, size, errRange)
 	}
 	return off, min(end, size-1) - off + 1, nil
+}
+
+// parseSize reads digits only.
+func parseSize(s string) (int64, error) {
+	n, err := strconv.ParseUint(s, 10, 63)
+	return int64(n), err //nolint:gosec // 63 bits
 }
 
 // headStaged answers an uploader who asks whether a NAR is here already. Whoever
@@ -146,7 +203,3 @@ func (c *httpCache) headStaged(w http.ResponseWriter, r *http.Request, file stri
 	}
 	c.fail(w, r, fmt.Errorf("nar/%s: want nar/HASH-NARHASH.nar or .nar.zst, as the narinfo says: %w", file, flox.ErrNotFound))
 }
-
-// drain reads what is left of a refused upload, up to a bound, so that the client
-// gets to read the answer.
-func drain(r io.Reader) { _, _ = io.CopyN(io.Discard, r, 1<<20) }

@@ -1,6 +1,8 @@
 package storehouse
 
 import (
+	"bufio"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -9,7 +11,9 @@ import (
 	"net/http"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/nix"
@@ -18,6 +22,9 @@ import (
 // maxNarBytes bounds one uploaded NAR, unpacked: what compresses well must not
 // keep a core busy for ever.
 const maxNarBytes = 256 << 30
+
+// uploadStall is how long an upload may go without a byte before it is given up.
+const uploadStall = 2 * time.Minute
 
 // errNoToken: an upload without a token, or with a wrong one.
 var errNoToken = errors.New("uploads need the storehouse's token: it is in the file upload-token of the storehouse's state directory; " +
@@ -46,42 +53,106 @@ func (c *httpCache) publisher(r *http.Request) (string, error) {
 func (c *httpCache) putNar(w http.ResponseWriter, r *http.Request) {
 	publisher, err := c.publisher(r)
 	if err != nil {
-		drain(r.Body)
-		c.fail(w, r, err)
+		c.refuse(w, r, maxUnproven, err)
+		return
+	}
+	select {
+	case c.uploads <- struct{}{}:
+		defer func() { <-c.uploads }()
+	case <-r.Context().Done():
 		return
 	}
 	file := r.PathValue("file")
-	body := &hashed{r: r.Body, h: sha256.New()}
-	nar, err := nix.Decompressor(compressionOf(file), body, maxNarBytes)
-	if err == nil {
-		_, err = c.Stage(r.Context(), publisher, "nar/"+file, &checked{ReadCloser: nar, body: body, file: file})
-		err = errors.Join(err, nar.Close())
-	}
-	if err != nil {
-		drain(r.Body)
-		c.fail(w, r, fmt.Errorf("upload of nar/%s: %w", file, err))
+	if err := c.stageNar(w, r, publisher, file); err != nil {
+		c.refuse(w, r, maxRefused, fmt.Errorf("upload of nar/%s: %w", file, err))
 		return
 	}
 	w.WriteHeader(http.StatusCreated)
 }
 
-// compressionOf guesses from the extension; the decompressor looks at the bytes.
-func compressionOf(file string) string {
-	switch path.Ext(file) {
-	case ".xz":
-		return "xz"
-	case ".zst":
-		return "zstd"
-	case ".bz2":
-		return "bzip2"
-	case ".gz":
-		return "gzip"
-	case ".br":
-		return "br"
-	case ".lz4":
-		return "lz4"
+func (c *httpCache) stageNar(w http.ResponseWriter, r *http.Request, publisher, file string) error {
+	body := &hashed{r: c.body(w, r), h: sha256.New()}
+	head := bufio.NewReaderSize(body, len(narMagic))
+	nar, err := nix.Decompressor(compressionOf(file, head), head, c.maxNar)
+	if err != nil {
+		return err
 	}
-	return "none"
+	_, err = c.Stage(r.Context(), publisher, "nar/"+file, &checked{ReadCloser: nar, body: body, file: file})
+	return errors.Join(err, nar.Close())
+}
+
+// maxUnproven is how much of an upload is read before it is refused for want of
+// a token.
+const maxUnproven = 64 << 20
+
+// maxRefused is the same for an upload with a token.
+const maxRefused = 4 << 30
+
+// refuse answers an upload with an error. A client that is still sending when
+// the connection closes may never see the answer, so up to most bytes are read
+// first, unless the client waits to be told to send.
+func (c *httpCache) refuse(w http.ResponseWriter, r *http.Request, most int64, err error) {
+	body := c.body(w, r)
+	if r.Header.Get("Expect") == "" || most > maxUnproven {
+		_, _ = io.CopyN(io.Discard, body, most)
+	}
+	c.fail(w, r, err)
+}
+
+// body is the request's body, given up when it stalls.
+func (c *httpCache) body(w http.ResponseWriter, r *http.Request) io.Reader {
+	return &uploadBody{r: r, conn: http.NewResponseController(w), stall: c.stall}
+}
+
+// uploadBody tells a client's failure to send from ours to take in.
+type uploadBody struct {
+	r     *http.Request
+	conn  *http.ResponseController
+	stall time.Duration
+	n     int64 // bytes read
+}
+
+// Read implements io.Reader.
+func (b *uploadBody) Read(p []byte) (int, error) {
+	_ = b.conn.SetReadDeadline(time.Now().Add(b.stall)) // not every connection has one
+	n, err := b.r.Body.Read(p)
+	b.n += int64(n)
+	if err == nil {
+		return n, nil
+	}
+	// A deadline left behind would end the request while we work on it.
+	_ = b.conn.SetReadDeadline(time.Time{})
+	if errors.Is(err, io.EOF) {
+		return n, io.EOF
+	}
+	return n, fmt.Errorf("%d of %s bytes came, then: %w: send it again: %w", b.n, b.announced(), err, flox.ErrBadInput)
+}
+
+func (b *uploadBody) announced() string {
+	if b.r.ContentLength < 0 {
+		return "an unknown number of"
+	}
+	return strconv.FormatInt(b.r.ContentLength, 10)
+}
+
+// narMagic is how a NAR begins.
+const narMagic = "\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1"
+
+// compressionOf tells a plain NAR and brotli, which cannot be told from its
+// bytes; the decompressor looks at the bytes for all others, whatever the name
+// says: Nix gives gzip and others no extension.
+func compressionOf(file string, head *bufio.Reader) string {
+	b, _ := head.Peek(len(narMagic)) // an error comes again
+	ext := path.Ext(file)
+	switch {
+	case string(b) == narMagic:
+		return "none"
+	case ext == ".br":
+		return "br"
+	case ext == ".nar":
+		return "unnamed"
+	}
+	return strings.TrimPrefix(ext, ".")
 }
 
 // hashed hashes what is read.
@@ -140,30 +211,31 @@ func (c *checked) check() error {
 func (c *httpCache) putFile(w http.ResponseWriter, r *http.Request) {
 	publisher, err := c.publisher(r)
 	if err != nil {
-		drain(r.Body)
-		c.fail(w, r, err)
+		c.refuse(w, r, maxUnproven, err)
 		return
 	}
 	file := r.PathValue("file")
 	hash, ext, _ := strings.Cut(file, ".")
 	switch {
 	case ext == "ls" && flox.ValidHashPart(hash):
-		drain(r.Body)
-		w.WriteHeader(http.StatusOK)
-	case ext == "narinfo" && flox.ValidHashPart(hash):
-		if err := c.putInfo(r, hash, publisher); err != nil {
-			c.fail(w, r, fmt.Errorf("upload of %s: %w", file, err))
-			return
+		_, err = io.CopyN(io.Discard, c.body(w, r), maxRefused)
+		if errors.Is(err, io.EOF) {
+			err = nil
 		}
-		w.WriteHeader(http.StatusOK)
+	case ext == "narinfo" && flox.ValidHashPart(hash):
+		err = c.putInfo(r.Context(), c.body(w, r), hash, publisher)
 	default:
-		drain(r.Body)
-		c.fail(w, r, fmt.Errorf("upload of %s: want HASH.narinfo, HASH.ls or nar/…: %w", file, flox.ErrBadInput))
+		err = fmt.Errorf("want HASH.narinfo, HASH.ls or nar/…: %w", flox.ErrBadInput)
 	}
+	if err != nil {
+		c.refuse(w, r, maxRefused, fmt.Errorf("upload of %s: %w", file, err))
+		return
+	}
+	w.WriteHeader(http.StatusOK)
 }
 
-func (c *httpCache) putInfo(r *http.Request, hash, publisher string) error {
-	b, err := io.ReadAll(io.LimitReader(r.Body, nix.MaxNarInfo+1))
+func (c *httpCache) putInfo(ctx context.Context, body io.Reader, hash, publisher string) error {
+	b, err := io.ReadAll(io.LimitReader(body, nix.MaxNarInfo+1))
 	if err != nil {
 		return err
 	}
@@ -176,9 +248,9 @@ func (c *httpCache) putInfo(r *http.Request, hash, publisher string) error {
 	}
 	key := strings.TrimPrefix(n.URL, "/")
 	if strings.HasPrefix(key, "nar/"+narName(&n.Info)) { // our own narinfo again, with signatures added
-		return c.resign(r, n)
+		return c.resign(ctx, n)
 	}
-	_, _, err = c.Commit(r.Context(), key, &n.Info, publisher)
+	_, _, err = c.Commit(ctx, key, &n.Info, publisher)
 	if errors.Is(err, flox.ErrNotFound) {
 		return fmt.Errorf("its NAR %s was not uploaded before, or waited too long; upload it first, then the narinfo: %w", n.URL, errors.Join(err, flox.ErrBadInput))
 	}
@@ -187,8 +259,8 @@ func (c *httpCache) putInfo(r *http.Request, hash, publisher string) error {
 
 // resign answers a narinfo of ours that comes back, which is how stock Nix adds
 // signatures to a path.
-func (c *httpCache) resign(r *http.Request, n *nix.NarInfo) error {
-	info, err := c.Info(r.Context(), n.Info.Path.HashPart())
+func (c *httpCache) resign(ctx context.Context, n *nix.NarInfo) error {
+	info, err := c.Info(ctx, n.Info.Path.HashPart())
 	if err != nil {
 		return err
 	}

@@ -35,6 +35,8 @@ const maxDifferences = 1 << 12
 //	'c' log index            WatchEvent: what the entry changed
 //	'd' log index, position  Difference
 //	't' version              trust list (JSON)
+//	'f' NAR file name        hash part of the path uploaded under that name
+//	'u' hash part file name  the same, to find the names of a path
 //	'n'                      factCounts
 const (
 	infoKey     = 'p'
@@ -42,6 +44,8 @@ const (
 	changeKey   = 'c'
 	differKey   = 'd'
 	trustKey    = 't'
+	fileKey     = 'f'
+	uploadKey   = 'u'
 	countsKey   = 'n'
 )
 
@@ -261,6 +265,11 @@ func (a *applying) add(c *floxv1.AddPaths) error {
 			return err
 		}
 	}
+	for _, f := range c.GetNarFiles() {
+		if err := a.addFile(f); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -368,6 +377,7 @@ func (a *applying) removeOne(p flox.StorePath, info *floxv1.PathInfo, going map[
 	for _, ref := range info.GetReferences() {
 		err = errors.Join(err, a.tx.Delete(referrer(flox.StorePath(ref), p)))
 	}
+	err = errors.Join(err, a.removeFiles(p))
 	a.counts.paths--
 	a.counts.narBytes -= info.GetNarSize()
 	a.event.Removed = append(a.event.Removed, string(p))

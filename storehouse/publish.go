@@ -36,7 +36,7 @@ func (s *Server) Publish(ctx context.Context, info *flox.PathInfo, nar io.Reader
 	if err != nil {
 		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
 	}
-	return s.validate(ctx, info, got, publisher)
+	return s.validate(ctx, info, got, "", publisher)
 }
 
 // PublishSource takes in a NAR without path info, as `nix-store --add` does: the
@@ -61,7 +61,7 @@ func (s *Server) PublishSource(ctx context.Context, name string, nar io.Reader, 
 	if valid, err = s.known(ctx, info); valid != nil || err != nil {
 		return valid, valid != nil, err
 	}
-	return s.validate(ctx, info, got, publisher)
+	return s.validate(ctx, info, got, "", publisher)
 }
 
 // known gives the info in force if the path is valid with the same NAR already.
@@ -140,13 +140,14 @@ func (s *Server) checkCA(info *flox.PathInfo) error {
 }
 
 // validate checks what was taken in against info, signs and makes it valid. Its
-// blocks are durable and held by an open session.
-func (s *Server) validate(ctx context.Context, info *flox.PathInfo, got *content.Ingested, publisher string) (*flox.PathInfo, bool, error) {
+// blocks are durable and held by an open session. narFile is the name its NAR was
+// uploaded under, or "".
+func (s *Server) validate(ctx context.Context, info *flox.PathInfo, got *content.Ingested, narFile, publisher string) (*flox.PathInfo, bool, error) {
 	if err := content.Check(info, got); err != nil {
 		return nil, false, err
 	}
 	signed := s.sign(info, got.Manifest)
-	reply, err := s.batch.add(ctx, signed, publisher)
+	reply, err := s.batch.add(ctx, signed, narFile, publisher)
 	if err != nil {
 		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
 	}

@@ -362,15 +362,22 @@ func (s *Server) Staged(publisher, key string) (*Staged, error) {
 	return &st, nil
 }
 
-// Commit makes a path valid whose NAR was staged under key; as Publish, and
-// ErrNotFound when nothing is staged under key.
+// Commit makes a path valid whose NAR was staged under key, or is that of a path
+// uploaded under that key before; as Publish, and ErrNotFound when there is none.
 func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {
 	p, missing := s.staging.get(publisher, key)
-	if valid, err = s.known(ctx, info); valid != nil || err != nil {
-		if valid != nil && missing == nil {
+	if errors.Is(missing, flox.ErrNotFound) {
+		p, missing = s.uploaded(ctx, key, missing)
+	}
+	if valid, err = s.known(ctx, info); err != nil {
+		return nil, false, err
+	}
+	if valid != nil {
+		if missing == nil {
+			err = s.addName(ctx, valid, p, publisher)
 			s.staging.used(p)
 		}
-		return valid, valid != nil, err
+		return valid, true, err
 	}
 	if missing != nil {
 		return nil, false, missing
@@ -384,7 +391,7 @@ func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, pu
 		return nil, false, fmt.Errorf("commit %s: the staged NAR is no longer whole, upload it again: %w", info.Path, err)
 	}
 	defer session.Close()
-	valid, wasValid, err = s.validate(ctx, info, &content.Ingested{Manifest: p.Manifest, NarHash: p.NarHash, NarSize: p.NarSize}, publisher)
+	valid, wasValid, err = s.validate(ctx, info, &content.Ingested{Manifest: p.Manifest, NarHash: p.NarHash, NarSize: p.NarSize}, narFile(key), publisher)
 	if err == nil {
 		s.staging.used(p)
 	}

@@ -221,7 +221,8 @@ type AddPaths struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Paths []*PathInfo            `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
 	// Who published them, for the audit log: machine and user as authenticated.
-	Publisher     string `protobuf:"bytes,2,opt,name=publisher,proto3" json:"publisher,omitempty"`
+	Publisher     string     `protobuf:"bytes,2,opt,name=publisher,proto3" json:"publisher,omitempty"`
+	NarFiles      []*NarFile `protobuf:"bytes,3,rep,name=nar_files,json=narFiles,proto3" json:"nar_files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -270,6 +271,76 @@ func (x *AddPaths) GetPublisher() string {
 	return ""
 }
 
+func (x *AddPaths) GetNarFiles() []*NarFile {
+	if x != nil {
+		return x.NarFiles
+	}
+	return nil
+}
+
+// NarFile: under which name a path's NAR was uploaded to the binary cache. Stock Nix
+// remembers the narinfo it wrote and reads from there later. Ignored if the path is
+// not valid with this NAR.
+type NarFile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                      // below nar/, for example "HASH.nar.xz"
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                      // base name
+	NarHash       []byte                 `protobuf:"bytes,3,opt,name=nar_hash,json=narHash,proto3" json:"nar_hash,omitempty"` // 32 bytes, SHA-256
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NarFile) Reset() {
+	*x = NarFile{}
+	mi := &file_flox_v1_log_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NarFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NarFile) ProtoMessage() {}
+
+func (x *NarFile) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NarFile.ProtoReflect.Descriptor instead.
+func (*NarFile) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *NarFile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NarFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *NarFile) GetNarHash() []byte {
+	if x != nil {
+		return x.NarHash
+	}
+	return nil
+}
+
 // RemovePaths makes paths invalid. Refused while something outside the list refers to one.
 type RemovePaths struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -280,7 +351,7 @@ type RemovePaths struct {
 
 func (x *RemovePaths) Reset() {
 	*x = RemovePaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[3]
+	mi := &file_flox_v1_log_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -292,7 +363,7 @@ func (x *RemovePaths) String() string {
 func (*RemovePaths) ProtoMessage() {}
 
 func (x *RemovePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[3]
+	mi := &file_flox_v1_log_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -305,7 +376,7 @@ func (x *RemovePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemovePaths.ProtoReflect.Descriptor instead.
 func (*RemovePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RemovePaths) GetPaths() []string {
@@ -325,7 +396,7 @@ type SetTrustList struct {
 
 func (x *SetTrustList) Reset() {
 	*x = SetTrustList{}
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -337,7 +408,7 @@ func (x *SetTrustList) String() string {
 func (*SetTrustList) ProtoMessage() {}
 
 func (x *SetTrustList) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -350,7 +421,7 @@ func (x *SetTrustList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTrustList.ProtoReflect.Descriptor instead.
 func (*SetTrustList) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SetTrustList) GetList() []byte {
@@ -373,7 +444,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -385,7 +456,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -398,7 +469,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PathsReply) GetIndex() uint64 {
@@ -436,7 +507,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -448,7 +519,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -461,7 +532,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Difference) GetPath() string {
@@ -518,7 +589,7 @@ type PathInfo struct {
 
 func (x *PathInfo) Reset() {
 	*x = PathInfo{}
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -530,7 +601,7 @@ func (x *PathInfo) String() string {
 func (*PathInfo) ProtoMessage() {}
 
 func (x *PathInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -543,7 +614,7 @@ func (x *PathInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathInfo.ProtoReflect.Descriptor instead.
 func (*PathInfo) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PathInfo) GetPath() string {
@@ -633,10 +704,15 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"\x03add\x18\x01 \x01(\v2\x11.flox.v1.AddPathsH\x00R\x03add\x12.\n" +
 	"\x06remove\x18\x02 \x01(\v2\x14.flox.v1.RemovePathsH\x00R\x06remove\x12-\n" +
 	"\x05trust\x18\x03 \x01(\v2\x15.flox.v1.SetTrustListH\x00R\x05trustB\t\n" +
-	"\acommand\"Q\n" +
+	"\acommand\"\x80\x01\n" +
 	"\bAddPaths\x12'\n" +
 	"\x05paths\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05paths\x12\x1c\n" +
-	"\tpublisher\x18\x02 \x01(\tR\tpublisher\"#\n" +
+	"\tpublisher\x18\x02 \x01(\tR\tpublisher\x12-\n" +
+	"\tnar_files\x18\x03 \x03(\v2\x10.flox.v1.NarFileR\bnarFiles\"L\n" +
+	"\aNarFile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
+	"\bnar_hash\x18\x03 \x01(\fR\anarHash\"#\n" +
 	"\vRemovePaths\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\"\"\n" +
 	"\fSetTrustList\x12\x12\n" +
@@ -683,28 +759,30 @@ func file_flox_v1_log_proto_rawDescGZIP() []byte {
 	return file_flox_v1_log_proto_rawDescData
 }
 
-var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_flox_v1_log_proto_goTypes = []any{
 	(*Envelope)(nil),     // 0: flox.v1.Envelope
 	(*PathsCommand)(nil), // 1: flox.v1.PathsCommand
 	(*AddPaths)(nil),     // 2: flox.v1.AddPaths
-	(*RemovePaths)(nil),  // 3: flox.v1.RemovePaths
-	(*SetTrustList)(nil), // 4: flox.v1.SetTrustList
-	(*PathsReply)(nil),   // 5: flox.v1.PathsReply
-	(*Difference)(nil),   // 6: flox.v1.Difference
-	(*PathInfo)(nil),     // 7: flox.v1.PathInfo
+	(*NarFile)(nil),      // 3: flox.v1.NarFile
+	(*RemovePaths)(nil),  // 4: flox.v1.RemovePaths
+	(*SetTrustList)(nil), // 5: flox.v1.SetTrustList
+	(*PathsReply)(nil),   // 6: flox.v1.PathsReply
+	(*Difference)(nil),   // 7: flox.v1.Difference
+	(*PathInfo)(nil),     // 8: flox.v1.PathInfo
 }
 var file_flox_v1_log_proto_depIdxs = []int32{
 	2, // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
-	3, // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
-	4, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
-	7, // 3: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
-	6, // 4: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
-	5, // [5:5] is the sub-list for method output_type
-	5, // [5:5] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	4, // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
+	5, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
+	8, // 3: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
+	3, // 4: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
+	7, // 5: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
+	6, // [6:6] is the sub-list for method output_type
+	6, // [6:6] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_log_proto_init() }
@@ -723,7 +801,7 @@ func file_flox_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_log_proto_rawDesc), len(file_flox_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,230 @@
+package storehouse
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/nix"
+)
+
+// Stock Nix writes a closure in every compression it has and reads back what it
+// wrote, bit for bit.
+func TestNixCompressions(t *testing.T) {
+	n, s := nixAndServer(t)
+	for _, compression := range []string{"", "zstd", "none", "bzip2", "gzip", "br", "lz4"} {
+		t.Run("with "+compression, func(t *testing.T) {
+			u := cacheURL(s)
+			if compression != "" { // else Nix's own choice, xz
+				u += "?compression=" + compression
+			}
+			app := n.build("c" + compression)
+			n.run("nix", "copy", "--to", u, app)
+			checkStored(t, s, n, app)
+		})
+	}
+	if left, err := os.ReadDir(filepath.Join(s.cfg.StateDir, "staged")); err != nil || len(left) > 0 {
+		t.Errorf("%d uploads wait after all became paths, %v", len(left), err)
+	}
+}
+
+// checkStored compares everything the storehouse says of a closure with what the
+// Nix that made it says.
+func checkStored(t *testing.T, s *Server, n *stockNix, app string) {
+	t.Helper()
+	closure := n.closure(app)
+	if len(closure) != 2 {
+		t.Fatalf("closure %v, want 2 paths", closure)
+	}
+	files := t.TempDir()
+	n.run("nix", "copy", "--to", "file://"+files+"?compression=none&write-nar-listing=1", app)
+	for _, path := range closure {
+		hash := flox.StorePath(filepath.Base(path)).HashPart()
+		want := n.dump(path)
+		info, err := nix.ParseNarInfo(s.cfg.StoreDir, []byte(ask(t, "GET", cacheURL(s)+"/"+hash+".narinfo", "", nil, nil).body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantList, err := os.ReadFile(filepath.Join(files, hash+".ls"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(unmarshal(t, string(wantList)), unmarshal(t, ask(t, "GET", cacheURL(s)+"/"+hash+".ls", "", nil, nil).body)); diff != "" {
+			t.Errorf("listing of %s, -Nix +ours:\n%s", path, diff)
+		}
+		packed := ask(t, "GET", cacheURL(s)+"/"+info.URL, "", nil, nil)
+		packed.check(t, 200)
+		z, err := zstd.NewReader(strings.NewReader(packed.body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got bytes.Buffer
+		if _, err := z.WriteTo(&got); err != nil || !bytes.Equal(got.Bytes(), want) {
+			t.Errorf("%s as zstd: %v, another NAR than nix-store --dump gives", path, err)
+		}
+		z.Close()
+		plain := ask(t, "GET", cacheURL(s)+"/"+strings.TrimSuffix(info.URL, ".zst"), "", nil, nil)
+		if plain.check(t, 200); plain.body != string(want) {
+			t.Errorf("%s: another NAR than nix-store --dump gives", path)
+		}
+	}
+	u := cacheURL(s)
+	for _, args := range [][]string{{"path-info", "-r"}, {"path-info", "-rsS"}, {"store", "ls", "-lR"}} {
+		args = append([]string{"nix"}, args...)
+		if got, want := n.run(append(args, "--store", u, app)...), n.run(append(args, app)...); got != want {
+			t.Errorf("%v says %q, of the local store %q", args, got, want)
+		}
+	}
+	checkJSON(t, n, u, app)
+}
+
+// checkJSON compares the facts Nix reads from the cache with those it has itself.
+func checkJSON(t *testing.T, n *stockNix, u, app string) {
+	t.Helper()
+	of := func(args ...string) any {
+		list := unmarshal(t, n.run(append([]string{"nix", "path-info", "-r", "--json"}, args...)...))
+		for _, e := range list.([]any) {
+			for _, own := range []string{"registrationTime", "ultimate", "signatures", "url", "downloadSize", "downloadHash"} {
+				delete(e.(map[string]any), own)
+			}
+		}
+		return list
+	}
+	if diff := cmp.Diff(of(app), of("--store", u, app)); diff != "" {
+		t.Errorf("path-info, -local +ours:\n%s", diff)
+	}
+}
+
+// Another machine reads from the storehouse with stock Nix if it trusts our key,
+// and gets exactly what was written; with any other key it gets nothing.
+func TestNixReads(t *testing.T) {
+	n, s := nixAndServer(t)
+	app := n.build("r")
+	n.run("nix", "copy", "--to", cacheURL(s)+"?compression=zstd", app)
+	other, err := nix.GenerateKey("test-1") // our key's name, but not our key
+	if err != nil {
+		t.Fatal(err)
+	}
+	other2, err := nix.GenerateKey("other-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"nix", "copy", "--from", cacheURL(s), app}, {"nix-store", "-r", app}} {
+		for name, c := range map[string]struct {
+			key string
+			ok  bool
+		}{"our key": {s.PublicKey(), true}, "our name, another key": {other.Public().String(), false}, "another key": {other2.Public().String(), false}} {
+			t.Run(args[0]+" with "+name, func(t *testing.T) {
+				reader := newNix(t, n.storeDir)
+				reader.configure("substituters = " + cacheURL(s) + "\ntrusted-public-keys = " + c.key + "\n")
+				if !c.ok {
+					why := "lacks a valid signature"
+					if args[0] == "nix-store" {
+						why = "is not signed by any of the keys in 'trusted-public-keys'"
+					}
+					reader.refused([]string{why}, args...)
+					if _, err := os.Lstat(reader.real(app)); err == nil {
+						t.Error("it is there all the same")
+					}
+					return
+				}
+				reader.run(args...)
+				for _, path := range n.closure(app) {
+					if !bytes.Equal(reader.dump(path), n.dump(path)) {
+						t.Errorf("%s has other content", path)
+					}
+				}
+				reader.run("nix-store", "--verify", "--check-contents")
+			})
+		}
+	}
+}
+
+// Uploads without the token are refused, and Nix shows what to do about it.
+func TestNixToken(t *testing.T) {
+	n, s := nixAndServer(t)
+	app := n.build("t")
+	for name, token := range map[string]string{"none": "", "wrong": "0123456789abcdef0123456789abcdef"} {
+		t.Run(name, func(t *testing.T) {
+			n.token(s, token)
+			if token == "" {
+				if err := os.Remove(filepath.Join(n.dir, "netrc")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			// Small and large: Nix waits for a word before it sends a large one.
+			for _, compression := range []string{"xz", "none"} {
+				n.refused([]string{"HTTP error 401", "upload-token", "netrc-file"}, "nix", "copy", "--to", cacheURL(s)+"?compression="+compression, app)
+			}
+			for _, path := range n.closure(app) {
+				isValid(t, s, path, false)
+			}
+		})
+	}
+	n.token(s, uploadToken(t, s))
+	n.run("nix", "copy", "--to", cacheURL(s)+"?compression=zstd", app)
+	isValid(t, s, app, true)
+}
+
+// Copying what is there again sends nothing. A store that built the same path
+// with other content gets the first content's facts from stock Nix, and a clear
+// answer when it insists.
+func TestNixFirstWins(t *testing.T) {
+	n, s := nixAndServer(t)
+	app := n.build("f")
+	u := cacheURL(s) + "?compression=zstd"
+	n.run("nix", "copy", "--to", u, app)
+	lib := n.closure(app)[0]
+	if lib == app {
+		lib = n.closure(app)[1]
+	}
+	first := n.dump(lib)
+	entries := s.node.Status().Last
+	n.run("nix", "copy", "--to", u, app)
+	n.run("nix-store", "--delete", app, lib)
+	if again := n.build("f"); again != app || bytes.Equal(n.dump(lib), first) {
+		t.Fatalf("built %s again as %s: want the same name and other content", app, again)
+	}
+	n.run("nix", "copy", "--to", u, app)
+	if got := s.node.Status().Last; got != entries {
+		t.Errorf("%d entries in the log, %d before copying what is there", got, entries)
+	}
+	token := uploadToken(t, s)
+	nar, info := n.files(lib, "zstd")
+	nar.put(t, s, token).check(t, 201)
+	info.put(t, s, token).check(t, 400, "the first one stays", nix.SHA256Hash(sha256.Sum256(first)).String(),
+		nix.SHA256Hash(sha256.Sum256(n.dump(lib))).String())
+	hash := flox.StorePath(filepath.Base(lib)).HashPart()
+	served := ask(t, "GET", cacheURL(s)+"/nar/"+hash+"-"+nix.EncodeBase32(sumOf(first))+".nar", "", nil, nil)
+	if served.check(t, 200); served.body != string(first) {
+		t.Error("the first content is not what is served")
+	}
+}
+
+func sumOf(b []byte) []byte { h := sha256.Sum256(b); return h[:] }
+
+// Two machines copying one closure at once both succeed.
+func TestNixTwoAtOnce(t *testing.T) {
+	n, s := nixAndServer(t)
+	app := n.build("two")
+	var group sync.WaitGroup
+	for _, compression := range []string{"zstd", "zstd", "xz"} {
+		m := *n // with a cache of its own, as on a machine of its own
+		m.home = t.TempDir()
+		group.Go(func() {
+			if _, bad, err := m.try("nix", "copy", "--to", cacheURL(s)+"?compression="+compression, app); err != nil {
+				t.Errorf("copy with %s: %v\n%s", compression, err, bad)
+			}
+		})
+	}
+	group.Wait()
+	checkStored(t, s, n, app)
+}
