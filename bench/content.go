@@ -41,11 +41,11 @@ func contentBench(ctx context.Context) ([]Row, error) {
 	if err != nil {
 		return nil, err
 	}
-	size, err := sizeBench(ctx, w, dir)
+	nar, err := narBench(ctx, w, dir)
 	if err != nil {
 		return nil, err
 	}
-	nar, err := narBench(ctx, w, dir)
+	size, err := sizeBench(ctx, w, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -147,8 +147,7 @@ func narBench(ctx context.Context, w *world.World, dir string) ([]Row, error) {
 	static := &http.Server{Handler: http.FileServer(http.Dir(dir)), ReadHeaderTimeout: time.Second}
 	go func() { _ = static.Serve(listener) }()
 	defer func() { _ = static.Close() }()
-	cfg := server.Config()
-	mine := cfg.HTTPURL + "/nar/" + info.Path.HashPart() + "-" + nix.EncodeBase32(info.NarHash[:]) + ".nar"
+	mine := server.Invite().HTTPURL + "/nar/" + info.Path.HashPart() + "-" + nix.EncodeBase32(info.NarHash[:]) + ".nar"
 	theirs := "http://" + listener.Addr().String() + "/static.nar"
 	var ours, peer []float64
 	for range rounds * 2 {
