@@ -118,8 +118,10 @@ func (f *facts) byManifest(id flox.CID) (*flox.PathInfo, bool) {
 	return f.get(hash)
 }
 
-// put stores infos that verify has passed. It is not synced: what a power cut
-// takes is fetched again.
+// put stores infos that verify has passed. It is synced before anybody hears of
+// them: the kernel goes on with what it was told after this process was killed,
+// and the next one must know the paths behind it. (Unsynced, Pebble keeps the
+// newest writes in memory of the process.)
 func (f *facts) put(infos ...*flox.PathInfo) error {
 	batch := f.db.NewBatch()
 	defer func() { _ = batch.Close() }()
@@ -141,7 +143,7 @@ func (f *facts) put(infos ...*flox.PathInfo) error {
 			}
 		}
 	}
-	if err := batch.Commit(pebble.NoSync); err != nil {
+	if err := batch.Commit(pebble.Sync); err != nil {
 		return fmt.Errorf("facts: %w", err)
 	}
 	f.mu.Lock()
