@@ -33,6 +33,7 @@ type lab struct {
 	world    *world.World
 	net      *netns.Network
 	house    *hosts.Storehouse // holds the closures of ripgrep and unused
+	hosts    int               // added by tests
 }
 
 // shared is made by the first test that asks.
@@ -118,7 +119,8 @@ func (l *lab) addHost(ctx context.Context, name string) (*netns.Host, error) {
 // was left on it.
 func (l *lab) host(t *testing.T, name string) *netns.Host {
 	t.Helper()
-	h, err := l.addHost(t.Context(), name)
+	l.hosts++
+	h, err := l.addHost(t.Context(), fmt.Sprintf("%s-%d", name, l.hosts))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,7 +197,10 @@ func (l *lab) nixCopy(ctx context.Context, n world.Nix, house *hosts.Storehouse,
 		return nil, err
 	}
 	n.NetNS = house.Host.NetNS()
-	args := []string{"nix", "copy", "--to", house.URL() + "?compression=zstd", "--option", "netrc-file", netrc, "--option", "narinfo-cache-positive-ttl", "0"}
+	args := []string{"nix", "copy", "--to", house.URL() + "?compression=zstd", "--option", "netrc-file", netrc,
+		"--option", "narinfo-cache-positive-ttl", "0",
+		"--option", "download-attempts", "1", // who is killed is not waited for
+	}
 	for _, p := range roots {
 		args = append(args, l.world.StoreDir.Join(p))
 	}

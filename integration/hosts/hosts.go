@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -179,17 +180,33 @@ func (s *Storehouse) Start(ctx context.Context) error {
 		return err
 	}
 	err = s.await(ctx, func(ctx context.Context) error {
-		conn, err := s.Host.Dial(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", HTTPPort))
-		if err != nil {
+		if _, err := os.Stat(s.Invite()); err != nil {
 			return err
 		}
-		_, err = os.Stat(s.Invite())
-		return errors.Join(err, conn.Close())
+		return s.answers(ctx)
 	})
 	if err != nil {
 		return errors.Join(err, s.Stop())
 	}
 	return nil
+}
+
+// answers asks for a path that is not there: a storehouse that has only begun
+// does not know that yet.
+func (s *Storehouse) answers(ctx context.Context) error {
+	client := &http.Client{Transport: &http.Transport{DialContext: s.Host.Dial, DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+"/00000000000000000000000000000000.narinfo", http.NoBody)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusNotFound {
+		err = fmt.Errorf("it answers %s", resp.Status)
+	}
+	return errors.Join(err, resp.Body.Close())
 }
 
 // URL is the binary cache's.
