@@ -247,6 +247,9 @@ func (f *facts) accept(lists [][]byte) error {
 				return fmt.Errorf("the storehouse's trust list is not the invite's; this is another storehouse, or somebody in between: %w", err)
 			}
 		case next.Version <= current.Version && next.Epoch == current.Epoch:
+			if err := sameList(current, next); err != nil {
+				return err
+			}
 			continue // known already
 		default:
 			if err := content.Newer(current, next); err != nil {
@@ -262,6 +265,21 @@ func (f *facts) accept(lists [][]byte) error {
 		return fmt.Errorf("trust list: %w", err)
 	}
 	f.trust = current
+	return nil
+}
+
+// sameList refuses a list that claims to be the one accepted and is another.
+func sameList(have, other *content.TrustList) error {
+	if have.Version != other.Version {
+		return nil // an older one: nothing is known of it any more
+	}
+	fingerprint, err := have.Fingerprint()
+	if err != nil {
+		return err
+	}
+	if err := other.CheckFirst(fingerprint); err != nil {
+		return fmt.Errorf("the storehouse's trust list version %d is not the one accepted before; this is another storehouse, or somebody in between: %w", other.Version, flox.ErrUntrusted)
+	}
 	return nil
 }
 

@@ -112,7 +112,10 @@ func (f *follower) once(ctx context.Context) error {
 func (f *follower) introduce(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
-	lists, err := f.calls.facts(f.house).TrustList(ctx, connect.NewRequest(&floxv1.TrustListRequest{HaveVersion: f.facts.trustVersion()}))
+	// The newest one that is here is asked for as well: a storehouse that has
+	// another under that version is not the one this machine joined.
+	have := f.facts.trustVersion()
+	lists, err := f.calls.facts(f.house).TrustList(ctx, connect.NewRequest(&floxv1.TrustListRequest{HaveVersion: max(have, 1) - 1}))
 	if err != nil {
 		return fmt.Errorf("trust list: %w", api.FromConnect(err))
 	}

@@ -116,11 +116,19 @@ func (a *Agent) info(ctx context.Context, given string) (*flox.PathInfo, string,
 	if err != nil {
 		return nil, "", err
 	}
-	info, err := a.resolver.lookup(ctx, p)
+	info, err := a.lookup(ctx, p)
 	if err != nil {
 		return nil, "", err
 	}
 	return info, rest, nil
+}
+
+// lookup finds the facts of a path within the time a look-up may take, also for
+// those who would wait longer.
+func (a *Agent) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.cfg.LookupTimeout)
+	defer cancel()
+	return a.resolver.lookup(ctx, p)
 }
 
 // closure gives the infos of everything roots refer to, roots included, each once.
@@ -136,7 +144,7 @@ func (a *Agent) closure(ctx context.Context, roots []*flox.PathInfo) ([]*flox.Pa
 				continue
 			}
 			seen[ref] = true
-			info, err := a.resolver.lookup(ctx, ref)
+			info, err := a.lookup(ctx, ref)
 			if err != nil {
 				if errors.Is(err, flox.ErrNotFound) {
 					err = fmt.Errorf("%s refers to %s, which is not valid: %w", queue[i].Path, ref, flox.ErrCorrupt)
