@@ -93,10 +93,15 @@ func (d *Daemon) Stop() error {
 	case <-d.done:
 		return nil
 	case <-time.After(15 * time.Second):
-		_ = d.cmd.Process.Kill()
-		<-d.done
-		return fmt.Errorf("%s did not stop within 15 s of SIGTERM; its log is %s", d.Name, d.Log)
 	}
+	d.Signal(syscall.SIGQUIT) // Go then writes where each goroutine stands
+	select {
+	case <-d.done:
+	case <-time.After(2 * time.Second):
+		d.Kill()
+	}
+	log, err := os.ReadFile(d.Log)
+	return errors.Join(fmt.Errorf("%s did not stop within 15 s of SIGTERM:\n%s", d.Name, log), err)
 }
 
 // Signal sends a signal, if the process has not ended.
