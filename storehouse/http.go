@@ -73,7 +73,15 @@ func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored conte
 }
 
 // ServeHTTP implements http.Handler.
-func (c *httpCache) ServeHTTP(w http.ResponseWriter, r *http.Request) { c.mux.ServeHTTP(w, r) }
+func (c *httpCache) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.ContentLength != 0 {
+		// net/http reads what a handler leaves of a body, and would wait for it for ever.
+		conn := http.NewResponseController(w)
+		_ = conn.SetReadDeadline(time.Now().Add(c.stall)) // not every connection has one
+		defer func() { _ = conn.SetReadDeadline(time.Now().Add(min(c.stall, leftoverStall))) }()
+	}
+	c.mux.ServeHTTP(w, r)
+}
 
 // welcome is for the person who opens the URL in a browser.
 func (c *httpCache) welcome(w http.ResponseWriter, _ *http.Request) {
@@ -150,6 +158,10 @@ func (c *httpCache) listing(w http.ResponseWriter, r *http.Request, info *flox.P
 
 func (c *httpCache) open(ctx context.Context, info *flox.PathInfo) (*content.Manifest, error) {
 	m, err := c.pages.Open(ctx, info.Manifest, c.blocks)
+	if errors.Is(err, flox.ErrNotFound) {
+		// Not wrapped: the path is there, its content is what should be.
+		return nil, fmt.Errorf("the manifest of %s is lost: %v", info.Path, err) //nolint:errorlint // see above
+	}
 	if err != nil {
 		return nil, fmt.Errorf("manifest of %s: %w", info.Path, err)
 	}

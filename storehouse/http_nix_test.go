@@ -3,10 +3,15 @@ package storehouse
 import (
 	"bytes"
 	"crypto/sha256"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -227,4 +232,47 @@ func TestNixTwoAtOnce(t *testing.T) {
 	}
 	group.Wait()
 	checkStored(t, s, n, app)
+}
+
+// A client that is killed in the middle of an upload leaves nothing valid, and the
+// next copy works.
+func TestNixKilled(t *testing.T) {
+	n, s := nixAndServer(t)
+	app := n.build("k")
+	var cmd *exec.Cmd
+	cache := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
+	arrived := make(chan int, 8)
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPut && strings.HasPrefix(r.URL.Path, "/nar/") && r.ContentLength > 2<<20 {
+			r.Body = &killer{r.Body, cmd.Process}
+			defer func() { arrived <- 1 }()
+		}
+		cache.ServeHTTP(w, r)
+	}))
+	defer web.Close()
+	cmd = n.command(within(t), "nix", "copy", "--to", web.URL+"?compression=none", app)
+	if err := cmd.Run(); cmd.ProcessState == nil || cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		t.Fatalf("not killed: %v", err)
+	}
+	<-arrived
+	for _, path := range n.closure(app) {
+		isValid(t, s, path, false)
+	}
+	n.run("nix", "copy", "--to", cacheURL(s)+"?compression=none", app)
+	checkStored(t, s, n, app)
+}
+
+// killer kills a process once a part of a request has come.
+type killer struct {
+	io.ReadCloser
+	process *os.Process
+}
+
+// Read implements io.Reader.
+func (k *killer) Read(p []byte) (int, error) {
+	n, err := k.ReadCloser.Read(p[:min(len(p), 1<<20)])
+	if n > 0 {
+		_ = k.process.Kill()
+	}
+	return n, err
 }

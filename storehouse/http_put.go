@@ -26,6 +26,9 @@ const maxNarBytes = 256 << 30
 // uploadStall is how long an upload may go without a byte before it is given up.
 const uploadStall = 2 * time.Minute
 
+// leftoverStall is the same for what is left of a request that was answered.
+const leftoverStall = 5 * time.Second
+
 // errNoToken: an upload without a token, or with a wrong one.
 var errNoToken = errors.New("uploads need the storehouse's token: it is in the file upload-token of the storehouse's state directory; " +
 	"put \"machine HOST password TOKEN\" into a netrc file and pass --option netrc-file FILE")
@@ -120,12 +123,13 @@ func (b *uploadBody) Read(p []byte) (int, error) {
 	if err == nil {
 		return n, nil
 	}
-	// A deadline left behind would end the request while we work on it.
-	_ = b.conn.SetReadDeadline(time.Time{})
 	if errors.Is(err, io.EOF) {
+		// A deadline left behind would end the request while we work on it.
+		_ = b.conn.SetReadDeadline(time.Time{})
 		return n, io.EOF
 	}
-	return n, fmt.Errorf("%d of %s bytes came, then: %w: send it again: %w", b.n, b.announced(), err, flox.ErrBadInput)
+	// Not wrapped: behind it, an early end would be taken for that of the NAR.
+	return n, fmt.Errorf("%d of %s bytes came, then: %v: send it again: %w", b.n, b.announced(), err, flox.ErrBadInput)
 }
 
 func (b *uploadBody) announced() string {
