@@ -3,9 +3,11 @@ package p2p
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -52,7 +54,7 @@ func (h *Host) Dial(ctx context.Context, id PeerID, protocolID string) (net.Conn
 	if err != nil {
 		return nil, fmt.Errorf("open %s to peer %s: %w: %w", protocolID, id, flox.ErrUnreachable, err)
 	}
-	return streamConn{s}, nil
+	return &streamConn{Stream: s, h: h}, nil
 }
 
 type listener struct {
@@ -83,12 +85,12 @@ func (l *listener) handle(s network.Stream) {
 func (l *listener) Accept() (net.Conn, error) {
 	select {
 	case s := <-l.in:
-		return streamConn{s}, nil
+		return &streamConn{Stream: s, h: l.h}, nil
 	default:
 	}
 	select {
 	case s := <-l.in:
-		return streamConn{s}, nil
+		return &streamConn{Stream: s, h: l.h}, nil
 	case <-l.done:
 	case <-l.h.base.Done():
 	}
@@ -118,11 +120,92 @@ func (l *listener) Addr() net.Addr { return peerAddr(l.h.self.String()) }
 // drop ends a stream both ways. Its error would only say that it was over already.
 func drop(s network.Stream) { _ = s.Reset() }
 
-// streamConn is a stream as net.Conn.
-type streamConn struct{ network.Stream }
+// streamConn is a stream as net.Conn. It lets one Read through at a time: a
+// stream wakes only one of two waiting readers, and an HTTP server still reads
+// while it closes.
+type streamConn struct {
+	network.Stream
+	h *Host
 
-func (c streamConn) LocalAddr() net.Addr  { return peerAddr(c.Conn().LocalPeer().String()) }
-func (c streamConn) RemoteAddr() net.Addr { return peerAddr(c.Conn().RemotePeer().String()) }
+	reading sync.Mutex // held during a Read
+	mu      sync.Mutex // guards closed, and with it the deadlines
+	closed  bool
+}
+
+// linger is how long a closed connection still takes in what the other side
+// sends, so that it gets to read our last words.
+const linger = 5 * time.Second
+
+func (c *streamConn) Read(p []byte) (int, error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	if c.isClosed() {
+		return 0, net.ErrClosed
+	}
+	n, err := c.Stream.Read(p)
+	if err != nil && c.isClosed() {
+		err = net.ErrClosed
+	}
+	return n, err
+}
+
+func (c *streamConn) isClosed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
+func (c *streamConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return net.ErrClosed
+	}
+	return c.Stream.SetReadDeadline(t)
+}
+
+func (c *streamConn) SetDeadline(t time.Time) error {
+	if err := c.SetReadDeadline(t); err != nil {
+		return err
+	}
+	return c.SetWriteDeadline(t)
+}
+
+// Close ends the connection as a socket's close does: what was written still
+// arrives, and the other side's writes fail soon after instead of waiting for
+// ever for somebody to read them, which a stream's own Close leaves them to.
+func (c *streamConn) Close() error {
+	c.mu.Lock()
+	was := c.closed
+	c.closed = true
+	if !was {
+		_ = c.Stream.SetReadDeadline(time.Unix(1, 0)) // ends a Read that waits
+	}
+	c.mu.Unlock()
+	if was {
+		return nil
+	}
+	err := c.CloseWrite()
+	if err != nil || !c.h.spawn(c.drain) {
+		drop(c.Stream)
+	}
+	return err
+}
+
+// drain takes in what still comes until the other side closes, linger is over,
+// or the host closes.
+func (c *streamConn) drain() {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	defer drop(c.Stream)
+	defer context.AfterFunc(c.h.base, func() { drop(c.Stream) })()
+	if c.Stream.SetReadDeadline(time.Now().Add(linger)) == nil {
+		_, _ = io.Copy(io.Discard, c.Stream)
+	}
+}
+
+func (c *streamConn) LocalAddr() net.Addr  { return peerAddr(c.Conn().LocalPeer().String()) }
+func (c *streamConn) RemoteAddr() net.Addr { return peerAddr(c.Conn().RemotePeer().String()) }
 
 // peerAddr is a machine's name as a net.Addr.
 type peerAddr string
