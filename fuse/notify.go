@@ -21,19 +21,20 @@ type drop struct {
 }
 
 // DropPages makes the kernel forget the cached pages of nodes, so that the
-// next use of one is seen as a READ. Nodes the kernel does not know, or is
-// reading right now, are left alone. It returns when that is done or ctx is.
-// Errors: ErrClosed when the server does not run, ErrBadInput for a node that
-// is no entry of a store path.
+// next use of one is seen as a READ. Nodes that are none of this mount (one that
+// an earlier mount gave out, say), that the kernel does not know, or is reading
+// right now, are left alone. It returns when that is done or ctx is. ErrClosed
+// when the server does not run.
 func (s *Server) DropPages(ctx context.Context, nodes []uint64) error {
+	var ours []uint64
 	for _, node := range nodes {
 		// Never the root directory: a notification about it can wait for a lock
 		// that a hung look-up holds, and with it everything behind.
-		if _, _, ok := s.nodes.resolve(node); !ok {
-			return fmt.Errorf("drop pages of node %d: not an inode of a store path in this mount: %w", node, flox.ErrBadInput)
+		if _, _, ok := s.nodes.resolve(node); ok {
+			ours = append(ours, node)
 		}
 	}
-	d := drop{ctx: ctx, nodes: nodes, done: make(chan error, 1)}
+	d := drop{ctx: ctx, nodes: ours, done: make(chan error, 1)}
 	select {
 	case s.drops <- d:
 	case <-s.stopped:
