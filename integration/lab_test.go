@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -233,6 +234,25 @@ func (l *lab) files(t *testing.T, paths ...flox.StorePath) []string {
 		t.Fatalf("no files in %v", paths)
 	}
 	return files
+}
+
+// large is the largest file that unused needs and ripgrep does not, and the
+// store path it lies in.
+func (l *lab) large(t *testing.T) (dir, file string) {
+	t.Helper()
+	needed := l.closure(l.world.Ripgrep.Path)
+	most := int64(-1)
+	for _, p := range l.closure(l.world.Unused.Path) {
+		if slices.Contains(needed, p) {
+			continue
+		}
+		for _, f := range l.files(t, p) {
+			if info, err := os.Stat(l.original(f)); err == nil && info.Size() > most {
+				most, dir, file = info.Size(), l.world.StoreDir.Join(p), f
+			}
+		}
+	}
+	return dir, file
 }
 
 // closure are the store paths a program needs.

@@ -218,7 +218,7 @@ func (s *Storehouse) answers(ctx context.Context) error {
 func (s *Storehouse) URL() string { return s.url }
 
 // State is the storehouse's state directory, seen from outside of the host.
-func (s *Storehouse) State() string { return filepath.Join(s.Host.Dir, "state", "storehouse") }
+func (s *Storehouse) State() string { return filepath.Join(s.Host.Root(), "var/lib/floxd/storehouse") }
 
 // Invite is the invite file agents join with.
 func (s *Storehouse) Invite() string { return filepath.Join(s.State(), "invite.json") }
@@ -282,7 +282,7 @@ func (a *Agent) Start(ctx context.Context) error {
 }
 
 // State is the agent's state directory, seen from outside of the host.
-func (a *Agent) State() string { return filepath.Join(a.Host.Dir, "state", "agent") }
+func (a *Agent) State() string { return filepath.Join(a.Host.Root(), "var/lib/floxd/agent") }
 
 // Ctl runs floxctl on the agent's host and gives what it prints.
 func (a *Agent) Ctl(ctx context.Context, args ...string) ([]byte, error) {

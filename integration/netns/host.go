@@ -42,6 +42,10 @@ func (h *Host) Addr() netip.Addr { return h.addr }
 // NetNS is the file of the host's network namespace, /run/netns/NAME.
 func (h *Host) NetNS() string { return filepath.Join(runDir, h.namespace) }
 
+// Root is the host's file system as seen from outside, with what is mounted
+// there. Who serves one of those mounts must not go through it.
+func (h *Host) Root() string { return "/proc/" + strconv.Itoa(h.pid) + "/root" }
+
 // device is a host's only interface besides lo.
 const device = "eth0"
 
