@@ -208,10 +208,7 @@ func (a *Agent) openNetwork() error {
 		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.host, house: house, traffic: a.traffic, log: a.log,
 		places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
 	}
-	a.fetcher = &fetcher{
-		host: a.host, cache: a.cache, traffic: a.traffic, log: a.log,
-		places: make(chan struct{}, maxBatches), flights: make(map[flox.CID]*flight),
-	}
+	a.fetcher = newFetcher(a.host, a.cache, a.traffic, a.log)
 	return nil
 }
 
@@ -241,6 +238,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.serveFacts(ctx) })
 	group.Go(func() error { return a.serveControl(ctx) })
 	err := group.Wait()
+	// Look-ups and fetches outlive who asked; they end with ctx, and must have
+	// ended before what they write to is closed.
+	a.resolver.work.Wait()
+	a.fetcher.work.Wait()
 	if errors.Is(err, errEnded) && ctx.Err() != nil {
 		err = nil
 	}

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
+
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/p2p"
 )
@@ -16,6 +18,10 @@ const rpcProtocol = "/flox/rpc/1"
 
 // maxCallPeers bounds the HTTP clients kept, one per peer asked.
 const maxCallPeers = 128
+
+// maxAnswer bounds one message of an answer in bytes; a storehouse answers for
+// whole closures.
+const maxAnswer = 32 << 20
 
 // calls makes Connect clients whose connections are streams of the p2p host.
 type calls struct {
@@ -56,12 +62,12 @@ func (c *calls) client(peer p2p.PeerID) *http.Client {
 
 // facts is a client of a machine's Facts service.
 func (c *calls) facts(peer p2p.PeerID) floxv1connect.FactsClient {
-	return floxv1connect.NewFactsClient(c.client(peer), "http://peer")
+	return floxv1connect.NewFactsClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
 }
 
 // storehouse is a client of the storehouse's own service.
 func (c *calls) storehouse(peer p2p.PeerID) floxv1connect.StorehouseClient {
-	return floxv1connect.NewStorehouseClient(c.client(peer), "http://peer")
+	return floxv1connect.NewStorehouseClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
 }
 
 func (c *calls) close() {

@@ -40,3 +40,20 @@ func (c causes) Error() string {
 
 // Unwrap lets errors.Is and errors.As see every reason.
 func (c causes) Unwrap() []error { return c }
+
+// unreachable is a failure to get something from others: in their words, but
+// ErrUnreachable whatever they said. Above all it is never ErrNotFound: a block
+// nobody has, or a call nobody answers, does not mean that a name does not
+// exist, and the kernel would believe that for ever.
+type unreachable struct{ reason error }
+
+// Error implements error.
+func (u *unreachable) Error() string {
+	if u.reason == nil {
+		return flox.ErrUnreachable.Error()
+	}
+	return u.reason.Error()
+}
+
+// Unwrap shows the one sentinel that callers may act on.
+func (u *unreachable) Unwrap() error { return flox.ErrUnreachable }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -31,11 +32,8 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	if err := os.MkdirAll(filepath.Dir(a.cfg.Socket), 0o755); err != nil { //nolint:gosec // the socket is for everybody
 		return fmt.Errorf("control socket: %w", err)
 	}
-	if conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", a.cfg.Socket); err == nil {
-		return errors.Join(fmt.Errorf("control socket %s is served by another agent: stop it, or choose another --run-dir: %w", a.cfg.Socket, flox.ErrBusy), conn.Close())
-	}
-	if err := os.Remove(a.cfg.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("control socket: %w", err)
+	if err := clearSocket(ctx, a.cfg.Socket); err != nil {
+		return err
 	}
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "unix", a.cfg.Socket)
 	if err != nil {
@@ -46,12 +44,50 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(floxv1connect.NewAgentHandler(&control{a}, connect.WithReadMaxBytes(4<<20)))
+	var open atomic.Int64
 	return serveHTTP(ctx, listener, &http.Server{
-		Handler: mux, ReadHeaderTimeout: 10 * time.Second,
+		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		ConnState: func(conn net.Conn, state http.ConnState) {
+			switch state {
+			case http.StateNew:
+				if open.Add(1) > maxClients {
+					_ = conn.Close()
+				}
+			case http.StateClosed, http.StateHijacked:
+				open.Add(-1)
+			case http.StateActive, http.StateIdle:
+			}
+		},
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, callerKey{}, callerUID(conn))
 		},
 	})
+}
+
+// maxClients bounds the connections to the socket.
+const maxClients = 1024
+
+// clearSocket removes a socket that a killed agent left. One that is served, or
+// something that is no socket, is ErrBusy.
+func clearSocket(ctx context.Context, name string) error {
+	st, err := os.Lstat(name)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err == nil && st.Mode().Type() != os.ModeSocket {
+		return fmt.Errorf("control socket %s: there is a file of that name: move it away, or choose another --run-dir: %w", name, flox.ErrBusy)
+	}
+	conn, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", name)
+	if err == nil {
+		_ = conn.Close()
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return fmt.Errorf("control socket %s is served by another agent: stop it, or choose another --run-dir: %w", name, flox.ErrBusy)
+	}
+	if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	return nil
 }
 
 // callerKey is the context key of the calling user's id.
@@ -224,14 +260,7 @@ const shownAfter = 20 * time.Millisecond
 
 // waiting lists who waits for what: reads with their progress, and names looked up.
 func (c *control) waiting(now time.Time) []*floxv1.WaitingRead {
-	pids := make(map[string]uint32)
-	if c.a.mount != nil {
-		for _, w := range c.a.mount.Waiting() {
-			if w.Op == "LOOKUP" && w.Name != "" {
-				pids[filepath.Join(string(c.a.cfg.StoreDir), w.Name)] = w.PID
-			}
-		}
-	}
+	pids := c.a.waitingPIDs()
 	var out []*floxv1.WaitingRead
 	for _, w := range c.a.waits.snapshot(now.Add(-shownAfter)) {
 		r := &floxv1.WaitingRead{
@@ -252,6 +281,29 @@ func (c *control) waiting(now time.Time) []*floxv1.WaitingRead {
 		out = append(out, r)
 	}
 	return out
+}
+
+// waitingPIDs says who waits for a name of the store directory or for something
+// in a store path that is not a READ, which says so itself: of several, the first.
+func (a *Agent) waitingPIDs() map[string]uint32 {
+	pids := make(map[string]uint32)
+	if a.mount == nil {
+		return pids
+	}
+	for _, w := range a.mount.Waiting() {
+		name := filepath.Join(string(a.cfg.StoreDir), w.Name)
+		if manifest, _, ok := a.mount.Resolve(w.Node); ok {
+			info, known := a.facts.byManifest(manifest)
+			if !known {
+				continue
+			}
+			name = a.cfg.StoreDir.Join(info.Path)
+		}
+		if _, ok := pids[name]; !ok {
+			pids[name] = w.PID
+		}
+	}
+	return pids
 }
 
 // command is the name of a process as the kernel keeps it, "" if it is gone.

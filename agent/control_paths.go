@@ -7,9 +7,12 @@ import (
 	"io"
 	"iter"
 	"path"
+	"slices"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
@@ -44,30 +47,40 @@ func (c *control) path(ctx context.Context, req *floxv1.PathRequest) (*floxv1.Pa
 	if err != nil {
 		return nil, err
 	}
-	response := &floxv1.PathResponse{}
-	for _, info := range infos {
-		d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: kept[string(info.Path)]}
-		t, err := c.a.open(ctx, info)
-		if err != nil {
-			return nil, err
-		}
-		err = t.files(ctx, func(_ uint32, _ string, e flox.Entry) error {
-			d.Files++
-			d.ContentBytes += e.Size
-			d.LocalBytes += c.a.localBytes(ctx, t, e)
-			return nil
+	response := &floxv1.PathResponse{Paths: make([]*floxv1.PathDetails, len(infos))}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(openAtOnce)
+	for i, info := range infos {
+		group.Go(func() (err error) {
+			response.Paths[i], err = c.a.details(ctx, info, kept[string(info.Path)])
+			return err
 		})
-		if err != nil {
-			return nil, err
-		}
-		response.Paths = append(response.Paths, d)
 	}
-	return response, nil
+	return response, group.Wait()
+}
+
+// openAtOnce is how many manifests one caller opens at once: each may be several
+// round trips away.
+const openAtOnce = 16
+
+// details says how much of a path is here.
+func (a *Agent) details(ctx context.Context, info *flox.PathInfo, kept bool) (*floxv1.PathDetails, error) {
+	d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: kept}
+	t, err := a.open(ctx, info)
+	if err != nil {
+		return nil, err
+	}
+	return d, t.files(ctx, func(_ uint32, _ string, e flox.Entry) error {
+		d.Files++
+		d.ContentBytes += e.Size
+		d.LocalBytes += a.localBytes(t, e)
+		return nil
+	})
 }
 
 // localBytes is how much of a file is here; content that lies in the manifest
 // counts, for the manifest is here when this is asked.
-func (a *Agent) localBytes(_ context.Context, t *tree, e flox.Entry) uint64 {
+func (a *Agent) localBytes(t *tree, e flox.Entry) uint64 {
 	if e.Size <= uint64(t.Params().InlineLimit) {
 		return e.Size
 	}
@@ -116,7 +129,7 @@ func (c *control) List(ctx context.Context, req *connect.Request[floxv1.ListRequ
 	send := func(name string, e flox.Entry) error {
 		m := &floxv1.ListEntry{Path: name, Kind: e.Kind.String(), Executable: e.Executable, Size: e.Size, Target: e.Target}
 		if e.Kind == flox.Regular {
-			m.LocalBytes = c.a.localBytes(ctx, t, e)
+			m.LocalBytes = c.a.localBytes(t, e)
 		}
 		return stream.Send(m)
 	}
@@ -177,7 +190,7 @@ func (c *control) Verify(ctx context.Context, req *connect.Request[floxv1.Verify
 	if err != nil {
 		return api.ToConnect(err)
 	}
-	progress := &floxv1.VerifyProgress{}
+	progress := &verification{stream: stream}
 	for _, info := range infos {
 		t, err := c.a.open(ctx, info)
 		if err != nil {
@@ -187,14 +200,42 @@ func (c *control) Verify(ctx context.Context, req *connect.Request[floxv1.Verify
 			return api.ToConnect(err)
 		}
 		err = t.files(ctx, func(i uint32, name string, e flox.Entry) error {
-			return c.verifyFile(ctx, t, i, name, e, progress, stream)
+			return c.verifyFile(ctx, t, i, name, e, progress)
 		})
 		if err != nil {
 			return api.ToConnect(err)
 		}
 	}
-	progress.Finished = true
-	return stream.Send(progress)
+	progress.said.Finished = true
+	return progress.say(true)
+}
+
+// maxBad bounds the places named by one check; more are counted with the last.
+const maxBad = 1000
+
+// verification is the progress of one Verify.
+type verification struct {
+	said   floxv1.VerifyProgress
+	at     time.Time
+	stream *connect.ServerStream[floxv1.VerifyProgress]
+}
+
+func (v *verification) bad(what string) {
+	if len(v.said.Bad) == maxBad {
+		what = "more than that; check again when these are fetched"
+	}
+	if len(v.said.Bad) <= maxBad {
+		v.said.Bad = append(v.said.Bad, what)
+	}
+}
+
+// say sends the progress, at most ten times a second.
+func (v *verification) say(now bool) error {
+	if !now && time.Since(v.at) < 100*time.Millisecond {
+		return nil
+	}
+	v.at = time.Now()
+	return v.stream.Send(&v.said)
 }
 
 // verified gives the infos of the paths asked for, or of all that are known.
@@ -220,9 +261,10 @@ func (c *control) verified(ctx context.Context, given []string) ([]*flox.PathInf
 }
 
 // verifyFile hashes what is here of one file; what is wrong is dropped and said.
-func (c *control) verifyFile(ctx context.Context, t *tree, i uint32, name string, e flox.Entry,
-	progress *floxv1.VerifyProgress, stream *connect.ServerStream[floxv1.VerifyProgress],
-) error {
+func (c *control) verifyFile(ctx context.Context, t *tree, i uint32, name string, e flox.Entry, progress *verification) error {
+	if e.Size <= uint64(t.Params().InlineLimit) || c.a.localBytes(t, e) == 0 {
+		return nil // in the manifest, which is checked whenever it is read; or not here
+	}
 	file := cache.File{ID: e.File, Size: int64(e.Size)} //nolint:gosec // sizes fit
 	var failed error
 	err := t.Chunks(ctx, i, 0, file.Size, func(off int64, chunk flox.Chunk) bool {
@@ -234,17 +276,15 @@ func (c *control) verifyFile(ctx context.Context, t *tree, i uint32, name string
 			failed = err
 			return false
 		}
-		progress.DoneBytes += uint64(chunk.Size)
+		progress.said.DoneBytes += uint64(chunk.Size)
 		if !ok {
-			progress.Bad = append(progress.Bad, fmt.Sprintf("%s/%s: bytes %d to %d were wrong and are dropped; they are fetched again when read",
+			progress.bad(fmt.Sprintf("%s/%s: bytes %d to %d were wrong and are dropped; they are fetched again when read",
 				c.a.cfg.StoreDir.Join(t.path), name, off, off+int64(chunk.Size)))
 		}
-		return ctx.Err() == nil
+		failed = progress.say(false)
+		return failed == nil && ctx.Err() == nil
 	})
-	if err := errors.Join(failed, err); err != nil {
-		return err
-	}
-	return stream.Send(progress)
+	return errors.Join(failed, err, ctx.Err())
 }
 
 // keptOwners is the set of store paths that are kept.
@@ -271,6 +311,7 @@ func (c *control) Keep(ctx context.Context, req *connect.Request[floxv1.KeepRequ
 		err = c.a.keep(ctx, info)
 		response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(info.Path))
 	}
+	c.a.executed.again()
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
@@ -279,27 +320,69 @@ func (c *control) Keep(ctx context.Context, req *connect.Request[floxv1.KeepRequ
 
 // Unkeep implements floxv1connect.AgentHandler.
 func (c *control) Unkeep(ctx context.Context, req *connect.Request[floxv1.KeepRequest]) (*connect.Response[floxv1.KeepResponse], error) {
-	err := mayTake(ctx)
-	var infos []*flox.PathInfo
-	if err == nil {
-		infos, err = c.a.wanted(ctx, req.Msg.GetPaths(), req.Msg.GetClosure())
-	}
-	response := &floxv1.KeepResponse{}
-	for n, info := range infos {
-		if err != nil {
-			break
-		}
-		err = c.a.cache.Unkeep(ctx, string(info.Path))
-		if errors.Is(err, flox.ErrNotFound) && (req.Msg.GetClosure() || n > 0) {
-			err = nil // part of a closure that was kept by itself or not at all
-			continue
-		}
-		response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(info.Path))
-	}
+	response, err := c.unkeep(ctx, req.Msg)
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
 	return connect.NewResponse(response), nil
+}
+
+// unkeep asks nobody else: also what is valid no longer can be let go of.
+func (c *control) unkeep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.KeepResponse, error) {
+	if err := mayTake(ctx); err != nil {
+		return nil, err
+	}
+	var paths []flox.StorePath
+	for _, given := range req.GetPaths() {
+		p, _, err := c.a.parse(given)
+		if err != nil {
+			return nil, err
+		}
+		paths = append(paths, p)
+	}
+	if len(paths) == 0 {
+		return nil, fmt.Errorf("no path given: %w", flox.ErrBadInput)
+	}
+	if req.GetClosure() {
+		paths = c.a.knownClosure(paths)
+	}
+	response := &floxv1.KeepResponse{}
+	var missing error
+	for _, p := range paths {
+		err := c.a.cache.Unkeep(ctx, string(p))
+		switch {
+		case err == nil:
+			response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(p))
+		case errors.Is(err, flox.ErrNotFound):
+			missing = fmt.Errorf("%s is not kept: %w", c.a.cfg.StoreDir.Join(p), flox.ErrNotFound)
+		default:
+			return nil, err
+		}
+	}
+	c.a.executed.again()
+	if len(response.Kept) == 0 || !req.GetClosure() && missing != nil {
+		return nil, missing
+	}
+	return response, nil
+}
+
+// knownClosure is roots and what they refer to, as far as it is known here.
+func (a *Agent) knownClosure(roots []flox.StorePath) []flox.StorePath {
+	seen := make(map[flox.StorePath]bool)
+	queue := slices.Clone(roots)
+	out := queue[:0:0]
+	for i := 0; i < len(queue); i++ {
+		p := queue[i]
+		if seen[p] {
+			continue
+		}
+		seen[p] = true
+		out = append(out, p)
+		if info, ok := a.facts.get(p.HashPart()); ok {
+			queue = append(queue, info.References...)
+		}
+	}
+	return out
 }
 
 // wanted finds the infos of paths, with their closures if asked.
@@ -323,10 +406,13 @@ func (a *Agent) wanted(ctx context.Context, given []string, closure bool) ([]*fl
 
 // keep keeps everything one store path consists of: blocks and files.
 func (a *Agent) keep(ctx context.Context, info *flox.PathInfo) error {
-	t, err := a.open(ctx, info)
+	// A manifest does not name its chunk lists, but they are read through it.
+	lists := &recorder{Blocks: blocks{a, info.Path, a.cfg.ReadTimeout}}
+	m, err := a.pages.Open(ctx, info.Manifest, lists)
 	if err != nil {
-		return err
+		return fmt.Errorf("manifest of %s: %w", info.Path, err)
 	}
+	t := &tree{Manifest: m, path: info.Path, a: a}
 	var failed error
 	ids := iter.Seq[flox.CID](func(yield func(flox.CID) bool) {
 		if !yield(info.Manifest) {
@@ -337,16 +423,52 @@ func (a *Agent) keep(ctx context.Context, info *flox.PathInfo) error {
 				return
 			}
 		}
-		failed = t.files(ctx, func(_ uint32, _ string, e flox.Entry) error {
+		failed = t.files(ctx, func(i uint32, _ string, e flox.Entry) error {
+			for _, id := range lists.take() {
+				if !yield(id) {
+					return io.EOF
+				}
+			}
 			if !yield(e.File) {
 				return io.EOF
 			}
-			return nil
+			if e.Size < uint64(t.Params().MinChunk)*leastListed {
+				return nil
+			}
+			return t.Chunks(ctx, i, 0, -1, func(int64, flox.Chunk) bool { return true })
 		})
+		for _, id := range lists.take() {
+			if !yield(id) {
+				return
+			}
+		}
 	})
 	err = a.cache.Keep(ctx, string(info.Path), ids)
 	if errors.Is(failed, io.EOF) {
 		failed = nil
 	}
 	return errors.Join(failed, err)
+}
+
+// leastListed is the least number of chunks of a file whose chunks are listed in
+// blocks of their own (content/DESIGN.md).
+const leastListed = 1024
+
+// recorder remembers which blocks were read through it.
+type recorder struct {
+	flox.Blocks
+	ids []flox.CID
+}
+
+// Get implements flox.Blocks.
+func (r *recorder) Get(ctx context.Context, id flox.CID) ([]byte, error) {
+	r.ids = append(r.ids, id)
+	return r.Blocks.Get(ctx, id)
+}
+
+// take gives the blocks read since the last call.
+func (r *recorder) take() []flox.CID {
+	ids := r.ids
+	r.ids = nil
+	return ids
 }

@@ -80,10 +80,12 @@ func (d *download) tree(ctx context.Context, t *tree) error {
 	size := int64(0)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	hints := d.a.hints(t.path)
+	hints.Background = true
 	flush := func() error {
 		stall := time.AfterFunc(downloadStall, cancel)
 		defer stall.Stop()
-		err := d.a.fetcher.fetch(ctx, window, d.a.hints(t.path), nil, func(one piece, _ []byte) error {
+		err := d.a.fetcher.fetch(ctx, window, hints, nil, func(one piece, _ []byte) error {
 			stall.Reset(downloadStall)
 			d.progress.DoneBytes += uint64(one.chunk.Size)
 			d.fetched += uint64(one.chunk.Size)
@@ -166,6 +168,12 @@ func (c *control) add(ctx context.Context, stream *connect.ClientStream[floxv1.A
 	answer, err := up.CloseAndReceive()
 	if err != nil {
 		return nil, api.FromConnect(err)
+	}
+	// Known at once: the watch stream tells the same a moment later.
+	if info, err := api.ToPathInfo(answer.Msg.GetInfo()); err == nil && c.a.facts.verify(info) == nil {
+		if err := c.a.facts.put(info); err != nil {
+			return nil, err
+		}
 	}
 	return &floxv1.AddResponse{Info: answer.Msg.GetInfo(), WasValid: answer.Msg.GetWasValid()}, nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,8 +17,18 @@ import (
 // maxExecuted is how many store paths this machine is announced under.
 const maxExecuted = 256
 
-// announceEvery is how often a changed set is announced.
-const announceEvery = 2 * time.Second
+// maxAnnounced is how many keys there are with the kept paths.
+const maxAnnounced = maxExecuted + maxExecuted/8
+
+const (
+	// announceEvery is how often a changed set is announced.
+	announceEvery = 2 * time.Second
+	// trackerEvery is how often the tracker is told of a set that does not
+	// change; it forgets after 15 minutes.
+	trackerEvery = 5 * time.Minute
+	// trackerRetry is when it is told again if that failed.
+	trackerRetry = 15 * time.Second
+)
 
 // executed remembers the store paths whose programs and libraries were used last,
 // newest first. They are what this machine is found under by its peers; the
@@ -71,6 +82,14 @@ func (e *executed) touch(p flox.StorePath) {
 	e.dirty = true
 }
 
+// again makes the list count as changed: it was not told to everybody, or what
+// is announced beside it changed.
+func (e *executed) again() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.dirty = true
+}
+
 // changed gives the list if it changed since the last call.
 func (e *executed) changed() ([]flox.StorePath, bool) {
 	e.mu.Lock()
@@ -95,14 +114,32 @@ func (e *executed) save(paths []flox.StorePath) error {
 }
 
 // announce tells the swarm under which keys this machine is found, whenever
-// they change: executed paths and kept paths.
+// they change: executed paths and kept paths. The storehouse's tracker is told
+// again before it forgets, and whenever it comes back.
 func (a *Agent) announce(ctx context.Context) error {
 	tick := time.NewTicker(announceEvery)
 	defer tick.Stop()
+	var keys []flox.CID
+	var told time.Time // the tracker; zero = not
 	for {
 		if paths, ok := a.executed.changed(); ok {
-			if err := a.announcePaths(ctx, paths); err != nil {
+			now, err := a.announcePaths(ctx, paths)
+			if err != nil && ctx.Err() == nil {
 				a.log.Warn("announcement failed", "error", err)
+			}
+			if now != nil {
+				keys, told = now, time.Time{}
+			}
+		}
+		connected := a.follower.state().connected
+		if !connected {
+			told = time.Time{}
+		}
+		if connected && time.Since(told) > trackerEvery {
+			told = time.Now()
+			if err := a.tellTracker(ctx, keys); err != nil {
+				a.log.Debug("tracker not told", "error", err)
+				told = told.Add(trackerRetry - trackerEvery)
 			}
 		}
 		select {
@@ -113,25 +150,22 @@ func (a *Agent) announce(ctx context.Context) error {
 	}
 }
 
-func (a *Agent) announcePaths(ctx context.Context, paths []flox.StorePath) error {
+// announcePaths announces paths and what is kept, and gives the keys. The list
+// is saved in any case.
+func (a *Agent) announcePaths(ctx context.Context, paths []flox.StorePath) ([]flox.CID, error) {
+	saved := a.executed.save(paths)
 	kept, err := a.cache.Keeps(ctx)
 	if err != nil {
-		return fmt.Errorf("kept paths: %w", err)
+		return nil, errors.Join(fmt.Errorf("kept paths: %w", err), saved)
 	}
-	keys := make([]flox.CID, 0, len(paths)+len(kept))
+	keys := make([]flox.CID, 0, maxAnnounced)
 	for _, p := range paths {
 		keys = append(keys, p2p.PathKey(p))
 	}
 	for _, k := range kept {
-		if p, err := flox.ParseStorePath(k.Owner); err == nil && len(keys) < maxExecuted+maxExecuted/8 {
+		if p, err := flox.ParseStorePath(k.Owner); err == nil && len(keys) < maxAnnounced && !slices.Contains(paths, p) {
 			keys = append(keys, p2p.PathKey(p))
 		}
 	}
-	if err := a.host.Announce(keys); err != nil {
-		return err
-	}
-	if err := a.tellTracker(ctx, keys); err != nil {
-		a.log.Debug("tracker not told", "error", err)
-	}
-	return a.executed.save(paths)
+	return keys, errors.Join(a.host.Announce(keys), saved)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -20,7 +21,7 @@ import (
 // Key prefixes of the facts database.
 const (
 	prefixInfo     = 'p' // p<hash part> -> floxv1.PathInfo
-	prefixManifest = 'm' // m<CID> -> hash part
+	prefixManifest = 'm' // m<CID> -> hash part, or floxv1.PathInfo of a path no longer valid
 	prefixReferrer = 'r' // r<hash part of the reference><hash part of the referrer> -> ""
 )
 
@@ -37,7 +38,10 @@ type facts struct {
 	anchor flox.CID // fingerprint of the first trust list, from the invite
 	db     *pebble.DB
 
-	mu    sync.RWMutex
+	writing   sync.Mutex // held by put and remove
+	accepting sync.Mutex // held by accept
+
+	mu    sync.RWMutex       // of the fields below, never held over I/O
 	trust *content.TrustList // nil until the first list was accepted
 	count uint64
 }
@@ -107,28 +111,50 @@ func decodeInfo(b []byte) (*flox.PathInfo, bool) {
 	return info, err == nil
 }
 
-// byManifest finds the info a manifest belongs to.
+// byManifest finds the info a manifest belongs to, also that of a path that is
+// valid no longer: who has its files open goes on reading them. It never gives
+// an info with another manifest: inode numbers stand for the one asked for.
 func (f *facts) byManifest(id flox.CID) (*flox.PathInfo, bool) {
 	b, closer, err := f.db.Get(append([]byte{prefixManifest}, id[:]...))
 	if err != nil {
 		return nil, false
 	}
-	hash := string(b)
+	var info *flox.PathInfo
+	var ok bool
+	if len(b) == flox.HashPartLen {
+		info, ok = f.get(string(b))
+	} else {
+		info, ok = decodeInfo(b)
+	}
 	_ = closer.Close()
-	return f.get(hash)
+	if !ok || info.Manifest != id {
+		return nil, false
+	}
+	return info, true
 }
 
 // put stores infos that verify has passed. It is synced before anybody hears of
 // them: the kernel goes on with what it was told after this process was killed,
 // and the next one must know the paths behind it. (Unsynced, Pebble keeps the
 // newest writes in memory of the process.)
+//
+// What is known stays until it is removed: a second info with other content
+// for the same path is left out, as the storehouse does with it.
 func (f *facts) put(infos ...*flox.PathInfo) error {
+	f.writing.Lock()
+	defer f.writing.Unlock()
 	batch := f.db.NewBatch()
 	defer func() { _ = batch.Close() }()
 	added := uint64(0)
+	seen := make(map[string]bool, len(infos))
 	for _, info := range infos {
 		hash := info.Path.HashPart()
-		if _, known := f.get(hash); !known {
+		known, ok := f.get(hash)
+		if seen[hash] || ok && (!sameContent(known, info) || len(info.Signatures) <= len(known.Signatures)) {
+			continue
+		}
+		seen[hash] = true
+		if !ok {
 			added++
 		}
 		b, err := proto.Marshal(api.FromPathInfo(info))
@@ -143,6 +169,9 @@ func (f *facts) put(infos ...*flox.PathInfo) error {
 			}
 		}
 	}
+	if batch.Empty() {
+		return nil
+	}
 	if err := batch.Commit(pebble.Sync); err != nil {
 		return fmt.Errorf("facts: %w", err)
 	}
@@ -152,23 +181,37 @@ func (f *facts) put(infos ...*flox.PathInfo) error {
 	return nil
 }
 
+// sameContent reports whether two infos say the same of the same path: all that
+// a manifest key signs.
+func sameContent(a, b *flox.PathInfo) bool {
+	return a.Path == b.Path && a.NarHash == b.NarHash && a.NarSize == b.NarSize && a.Manifest == b.Manifest &&
+		slices.Equal(a.References, b.References)
+}
+
 func referrerKey(ref flox.StorePath, by string) []byte {
 	return append(append([]byte{prefixReferrer}, ref.HashPart()...), by...)
 }
 
-// remove forgets a path that is valid no longer.
+// remove forgets a path that is valid no longer. Its manifest stays known.
 func (f *facts) remove(hashPart string) error {
+	f.writing.Lock()
+	defer f.writing.Unlock()
 	info, ok := f.get(hashPart)
 	if !ok {
 		return nil
 	}
 	batch := f.db.NewBatch()
 	defer func() { _ = batch.Close() }()
+	b, err := proto.Marshal(api.FromPathInfo(info))
+	if err != nil {
+		return fmt.Errorf("facts of %s: %w", info.Path, err)
+	}
+	_ = batch.Set(append([]byte{prefixManifest}, info.Manifest[:]...), b, nil)
 	_ = batch.Delete(append([]byte{prefixInfo}, hashPart...), nil)
 	for _, ref := range info.References {
 		_ = batch.Delete(referrerKey(ref, hashPart), nil)
 	}
-	if err := batch.Commit(pebble.NoSync); err != nil {
+	if err := batch.Commit(pebble.Sync); err != nil {
 		return fmt.Errorf("facts: %w", err)
 	}
 	f.mu.Lock()
@@ -233,9 +276,13 @@ func (f *facts) verify(info *flox.PathInfo) error {
 // accept moves the trust list forward along lists, oldest first. The first one
 // ever is checked by the invite's fingerprint, each other by the one before.
 func (f *facts) accept(lists [][]byte) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	current := f.trust
+	f.accepting.Lock()
+	defer f.accepting.Unlock()
+	f.mu.RLock()
+	known := f.trust
+	f.mu.RUnlock()
+	current := known
+	var first error // why none of lists is the invite's
 	for _, b := range lists {
 		next, err := content.ParseTrustList(b)
 		if err != nil {
@@ -243,8 +290,10 @@ func (f *facts) accept(lists [][]byte) error {
 		}
 		switch {
 		case current == nil:
+			// Lists older than the invite come first.
 			if err := next.CheckFirst(f.anchor); err != nil {
-				return fmt.Errorf("the storehouse's trust list is not the invite's; this is another storehouse, or somebody in between: %w", err)
+				first = fmt.Errorf("the storehouse's trust list is not the invite's; this is another storehouse, or somebody in between: %w", err)
+				continue
 			}
 		case next.Version <= current.Version && next.Epoch == current.Epoch:
 			if err := sameList(current, next); err != nil {
@@ -258,12 +307,17 @@ func (f *facts) accept(lists [][]byte) error {
 		}
 		current = next
 	}
-	if current == nil || current == f.trust {
+	if current == nil {
+		return first
+	}
+	if current == known {
 		return nil
 	}
 	if err := current.Save(filepath.Join(f.state, trustFile)); err != nil {
 		return fmt.Errorf("trust list: %w", err)
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.trust = current
 	return nil
 }

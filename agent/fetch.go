@@ -15,10 +15,15 @@ import (
 
 const (
 	// fetchLife bounds one attempt to fetch a batch; readers that still wait
-	// start another.
-	fetchLife = 30 * time.Second
-	// maxBatches bounds the fetches under way.
-	maxBatches = 256
+	// start another. It is long enough for the largest chunk over a slow line.
+	fetchLife = time.Minute
+	// maxBatches bounds the fetches under way: more than the mount has requests,
+	// so that its readers never wait for each other.
+	maxBatches = 1280
+	// maxLeft bounds the fetches that go on although all their readers left.
+	maxLeft = 64
+	// lastMoment is how long a reader waits for its own end when the agent stops.
+	lastMoment = 2 * time.Second
 )
 
 // piece is a block to fetch: a chunk of a file, or a block of a manifest when
@@ -39,7 +44,8 @@ type swarm interface {
 
 // fetcher brings blocks from the swarm into the cache. A block is fetched once
 // at a time; a fetch belongs to the block, not to the request that started it:
-// it goes on while anybody waits for a block of its batch.
+// it goes on when its readers leave, so that they find the bytes when they come
+// back. Only a download's, which may be large, ends with the download.
 type fetcher struct {
 	host    swarm
 	cache   *cache.Cache
@@ -47,32 +53,55 @@ type fetcher struct {
 	log     *slog.Logger
 	life    context.Context //nolint:containedctx // the agent's Run
 	places  chan struct{}
+	left    chan struct{}
+	work    sync.WaitGroup // fetches under way; Run waits for them
 
 	mu      sync.Mutex
 	flights map[flox.CID]*flight
 }
 
+func newFetcher(host swarm, c *cache.Cache, t *traffic, log *slog.Logger) *fetcher {
+	return &fetcher{
+		host: host, cache: c, traffic: t, log: log,
+		places: make(chan struct{}, maxBatches), left: make(chan struct{}, maxLeft),
+		flights: make(map[flox.CID]*flight),
+	}
+}
+
 // flight is one block under way.
 type flight struct {
-	piece piece
+	piece piece // of who started it; others may want the same block elsewhere
 	batch *batch
 	done  chan struct{}
 	data  []byte
 	from  p2p.Source
+	local bool // it lay in the cache, as part of another file
 	err   error
 }
 
 // batch is what one call of p2p.Fetch brings.
 type batch struct {
-	cancel  context.CancelFunc
+	cancel context.CancelFunc
+	left   chan struct{} // a place in it lets the batch go on without waiters; nil = never
+
 	mu      sync.Mutex
 	waiters int
+	goesOn  bool // has a place in left
+	over    bool // given up, or through
 }
 
+// leave counts a waiter out. The last one ends the batch, unless it may go on.
 func (b *batch) leave() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.waiters--; b.waiters == 0 {
+	if b.waiters--; b.waiters > 0 || b.over || b.goesOn {
+		return
+	}
+	select {
+	case b.left <- struct{}{}:
+		b.goesOn = true
+	default:
+		b.over = true
 		b.cancel()
 	}
 }
@@ -81,66 +110,73 @@ func (b *batch) leave() {
 func (b *batch) join() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.waiters == 0 {
+	if b.over {
 		return false
 	}
 	b.waiters++
 	return true
 }
 
-// fetch gets pieces and calls each with their bytes, in order, as they are there.
-// It retries what fails until ctx ends: then the error wraps the last failure.
-// A nil watch is allowed.
+// end frees what the batch holds when its fetch is through.
+func (b *batch) end() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.over = true
+	b.cancel()
+	if b.goesOn {
+		<-b.left
+	}
+}
+
+// fetch gets pieces and calls each with their bytes as they are there, in no
+// order to rely on. It retries what fails until ctx ends: then the error wraps
+// ErrUnreachable and tells the last failure. A nil watch is allowed.
 func (f *fetcher) fetch(ctx context.Context, pieces []piece, hints p2p.Hints, watch *wait, each func(piece, []byte) error) error {
-	pause := retryMin
-	for len(pieces) > 0 {
+	for pause := retryMin; ; pause = min(2*pause, retryMax) {
 		flights, err := f.start(ctx, pieces, hints)
 		if err != nil {
 			return err
 		}
-		got, err := f.collect(ctx, flights, watch, each)
-		if err == nil {
+		if pieces, err = f.collect(ctx, pieces, flights, watch, each); err == nil {
 			return nil
 		}
-		pieces = pieces[got:]
-		if errStop := stop(ctx, err); errStop != nil {
-			return errStop
+		var consumer *consumerError
+		if errors.As(err, &consumer) {
+			return consumer.err
+		}
+		if f.life.Err() != nil {
+			return stopping(ctx)
 		}
 		watch.reason(err)
 		select {
 		case <-time.After(pause):
-			pause = min(2*pause, retryMax)
 		case <-ctx.Done():
-			return stop(ctx, err)
+			if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+				err = nil
+			}
+			return fmt.Errorf("nobody delivered in time: %w", &unreachable{err})
 		}
 	}
-	return nil
 }
 
-// stop says whether trying again is pointless, and then with what error to end.
-func stop(ctx context.Context, err error) error {
-	var consumer *consumerError
-	switch {
-	case errors.As(err, &consumer):
-		return consumer.err
-	case errors.Is(err, flox.ErrClosed):
-		return err
-	case ctx.Err() != nil:
-		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-			return fmt.Errorf("nobody delivered in time: %w", flox.ErrUnreachable)
-		}
-		return fmt.Errorf("nobody delivered in time: %w", because(err, flox.ErrUnreachable))
+// stopping waits for a reader's own end when the agent ends: the mount leaves
+// what was not answered to the next agent, an error would be an answer.
+func stopping(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+	case <-time.After(lastMoment):
 	}
-	return nil
+	return fmt.Errorf("the agent stops: %w", flox.ErrClosed)
 }
 
-// consumerError marks an error of the caller's own each.
+// consumerError marks an error that no second try would change.
 type consumerError struct{ err error }
 
 func (e *consumerError) Error() string { return e.err.Error() }
 
-// collect waits for the flights in order. It returns how many were consumed.
-func (f *fetcher) collect(ctx context.Context, flights []*flight, watch *wait, each func(piece, []byte) error) (got int, err error) {
+// collect waits for the flights of pieces. It returns the pieces not consumed,
+// and why the first of them was not.
+func (f *fetcher) collect(ctx context.Context, pieces []piece, flights []*flight, watch *wait, each func(piece, []byte) error) (left []piece, err error) {
 	defer func() {
 		for _, fl := range flights {
 			fl.batch.leave()
@@ -150,22 +186,44 @@ func (f *fetcher) collect(ctx context.Context, flights []*flight, watch *wait, e
 		select {
 		case <-fl.done:
 		case <-ctx.Done():
-			return i, ctx.Err()
+			if err == nil {
+				err = ctx.Err()
+			}
+			return append(left, pieces[i:]...), err
 		}
 		if fl.err != nil {
-			return i, fl.err
+			left = append(left, pieces[i])
+			if err == nil {
+				err = fl.err
+			}
+			continue
 		}
-		watch.arrived(len(fl.data), fl.from)
-		if err := each(fl.piece, fl.data); err != nil {
-			return i, &consumerError{err}
+		watch.arrived(fl)
+		if err := f.consume(ctx, pieces[i], fl, each); err != nil {
+			return nil, &consumerError{err}
 		}
 	}
-	return len(flights), nil
+	return left, err
+}
+
+// consume hands a block to who wants it as piece p. Whoever fetched it may have
+// wanted it at another place, or in another file.
+func (f *fetcher) consume(ctx context.Context, p piece, fl *flight, each func(piece, []byte) error) error {
+	if p.chunk.Size != 0 && int(p.chunk.Size) != len(fl.data) {
+		return fmt.Errorf("chunk %s has %d bytes, its manifest says %d: %w", p.chunk.ID, len(fl.data), p.chunk.Size, flox.ErrCorrupt)
+	}
+	if p != fl.piece {
+		f.store(ctx, p, fl.data)
+	}
+	return each(p, fl.data)
 }
 
 // start returns a joined flight for each piece, starting one batch for those
 // that are not under way.
 func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([]*flight, error) {
+	if flights := f.joinAll(pieces); flights != nil {
+		return flights, nil
+	}
 	select {
 	case f.places <- struct{}{}:
 	case <-ctx.Done():
@@ -173,6 +231,9 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 	}
 	life, cancel := context.WithTimeout(f.life, fetchLife)
 	mine := &batch{cancel: cancel}
+	if !hints.Background {
+		mine.left = f.left
+	}
 	flights := make([]*flight, len(pieces))
 	var fresh []*flight
 	f.mu.Lock()
@@ -192,43 +253,88 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 		<-f.places
 		return flights, nil
 	}
-	go func() { // owned by the agent's Run through f.life, bounded by f.places
-		defer func() { cancel(); <-f.places }()
+	f.work.Go(func() { // bounded by f.places
+		defer func() { mine.end(); <-f.places }()
 		f.run(life, fresh, hints)
-	}()
+	})
 	return flights, nil
+}
+
+// joinAll joins the flights of pieces if all of them are under way, else none.
+func (f *fetcher) joinAll(pieces []piece) []*flight {
+	flights := make([]*flight, 0, len(pieces))
+	f.mu.Lock()
+	for _, p := range pieces {
+		fl, ok := f.flights[p.chunk.ID]
+		if !ok || !fl.batch.join() {
+			break
+		}
+		flights = append(flights, fl)
+	}
+	f.mu.Unlock()
+	if len(flights) == len(pieces) {
+		return flights
+	}
+	for _, fl := range flights {
+		fl.batch.leave()
+	}
+	return nil
 }
 
 // run fetches a batch, stores what arrives and ends every flight.
 func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
+	flights = f.fromCache(ctx, flights)
+	if len(flights) == 0 {
+		return
+	}
 	wants := make([]p2p.Want, len(flights))
 	for i, fl := range flights {
 		wants[i] = p2p.Want{ID: fl.piece.chunk.ID, Size: fl.piece.chunk.Size}
 	}
-	var mu sync.Mutex
 	ended := make([]bool, len(flights))
 	err := f.host.Fetch(ctx, wants, hints, func(i int, data []byte, from p2p.Source) {
-		mu.Lock()
-		again := ended[i]
-		ended[i] = true
-		mu.Unlock()
-		if again {
+		if ended[i] {
 			return
 		}
-		f.traffic.block(len(data), from, flights[i].piece.manifest())
-		f.store(ctx, flights[i].piece, data)
-		f.end(flights[i], data, from, nil)
+		ended[i] = true
+		fl := flights[i]
+		fl.data, fl.from = data, from
+		f.traffic.block(len(data), from, fl.piece.manifest())
+		f.store(ctx, fl.piece, data)
+		f.end(fl)
 	})
 	if err == nil {
 		err = fmt.Errorf("fetch ended without all blocks: %w", flox.ErrUnreachable)
 	}
-	mu.Lock()
-	defer mu.Unlock()
 	for i, fl := range flights {
 		if !ended[i] {
-			f.end(fl, nil, p2p.Source{}, err)
+			fl.err = err
+			f.end(fl)
 		}
 	}
+}
+
+// fromCache ends the flights of chunks that are here as part of another file, or
+// came since they were missed, and returns the others.
+func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
+	rest := make([]*flight, 0, len(flights))
+	for _, fl := range flights {
+		p := fl.piece
+		data, err := []byte(nil), error(flox.ErrNotFound)
+		if !p.manifest() { // those are looked for before they are fetched
+			data, err = f.cache.Get(ctx, p.chunk.ID)
+		}
+		if err != nil {
+			rest = append(rest, fl)
+			continue
+		}
+		fl.data, fl.local = data, true
+		if f.cache.State(p.file, p.off, int64(p.chunk.Size)) != cache.Hit {
+			f.store(ctx, p, data)
+		}
+		f.end(fl)
+	}
+	return rest
 }
 
 // store puts verified bytes into the cache. A cache that cannot take them costs
@@ -244,6 +350,7 @@ func (f *fetcher) store(ctx context.Context, p piece, data []byte) {
 	switch {
 	case err == nil:
 		f.host.Holding(p.chunk.ID)
+	case errors.Is(err, flox.ErrClosed): // the agent stops
 	case errors.Is(err, flox.ErrFull):
 		f.log.Debug("cache is full, streaming", "error", err)
 	default:
@@ -251,28 +358,27 @@ func (f *fetcher) store(ctx context.Context, p piece, data []byte) {
 	}
 }
 
-func (f *fetcher) end(fl *flight, data []byte, from p2p.Source, err error) {
+// end lets everybody who waits for fl go on.
+func (f *fetcher) end(fl *flight) {
 	f.mu.Lock()
 	if f.flights[fl.piece.chunk.ID] == fl {
 		delete(f.flights, fl.piece.chunk.ID)
 	}
 	f.mu.Unlock()
-	fl.data, fl.from, fl.err = data, from, err
 	close(fl.done)
 }
 
 // blocks serves the blocks of one path's manifest: from the cache, else from
 // the swarm.
 type blocks struct {
-	fetcher  *fetcher
-	hints    func() p2p.Hints
-	watch    *wait
+	a        *Agent
+	path     flox.StorePath
 	patience time.Duration // how long one block may take; 0 = until the caller gives up
 }
 
 // Get implements flox.Blocks.
 func (b blocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
-	if data, err := b.fetcher.cache.Get(ctx, id); err == nil {
+	if data, err := b.a.cache.Get(ctx, id); err == nil {
 		return data, nil
 	}
 	if b.patience > 0 {
@@ -280,8 +386,10 @@ func (b blocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
 		ctx, cancel = context.WithTimeout(ctx, b.patience)
 		defer cancel()
 	}
+	watch := b.a.waits.begin(0, opManifest, b.a.cfg.StoreDir.Join(b.path), 0)
+	defer watch.end()
 	var out []byte
-	err := b.fetcher.fetch(ctx, []piece{{chunk: flox.Chunk{ID: id}}}, b.hints(), b.watch, func(_ piece, data []byte) error {
+	err := b.a.fetcher.fetch(ctx, []piece{{chunk: flox.Chunk{ID: id}}}, b.a.hints(b.path), watch, func(_ piece, data []byte) error {
 		out = data
 		return nil
 	})

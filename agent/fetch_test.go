@@ -88,17 +88,17 @@ func newRig(t *testing.T, budget int64, chunks int) *rig {
 		t.Fatal(err)
 	}
 	life, end := context.WithCancel(context.Background())
+	var r *rig
 	t.Cleanup(func() {
 		end()
+		r.work.Wait()
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
 	})
 	s := &fakeSwarm{blocks: make(map[flox.CID][]byte), asked: make(map[flox.CID]int)}
-	r := &rig{swarm: s, fetcher: &fetcher{
-		host: s, cache: c, traffic: &traffic{}, log: slog.New(slog.DiscardHandler), life: life,
-		places: make(chan struct{}, maxBatches), flights: make(map[flox.CID]*flight),
-	}}
+	r = &rig{swarm: s, fetcher: newFetcher(s, c, &traffic{}, slog.New(slog.DiscardHandler))}
+	r.life = life
 	random := rand.NewChaCha8([32]byte{1})
 	for range chunks {
 		data := make([]byte, 20_000)
@@ -155,43 +155,169 @@ func TestManyReadersOfOneBlockFetchItOnce(t *testing.T) {
 	}
 }
 
-func TestAFetchGoesOnForTheOthersAndEndsWithTheLast(t *testing.T) {
+func TestAFetchGoesOnWhenItsReadersLeave(t *testing.T) {
 	r := newRig(t, 1<<30, 2)
-	r.swarm.set(func() { r.swarm.gate = make(chan struct{}) })
-	first, giveUp := context.WithCancel(t.Context())
+	gate := make(chan struct{})
+	r.swarm.set(func() { r.swarm.gate = gate })
+	reader, giveUp := context.WithCancel(t.Context())
 	gone := make(chan error, 1)
-	go func() { _, err := r.read(first); gone <- err }()
+	go func() { _, err := r.read(reader); gone <- err }()
 	for len(r.places) == 0 {
 		time.Sleep(time.Millisecond)
 	}
-	second := make(chan []byte, 1)
-	go func() { got, _ := r.read(t.Context()); second <- got }()
-	time.Sleep(20 * time.Millisecond)
 	giveUp()
 	if err := <-gone; !errors.Is(err, flox.ErrUnreachable) {
 		t.Errorf("the reader who gave up got %v, want ErrUnreachable", err)
 	}
-	if r.swarm.stops() != 0 {
-		t.Error("the fetch was stopped although another reader waits")
+	again := make(chan []byte, 1)
+	go func() { got, _ := r.read(t.Context()); again <- got }()
+	close(gate)
+	if got := <-again; !bytes.Equal(got, r.whole) {
+		t.Error("the reader who came back did not get the bytes")
 	}
-	close(r.swarm.gate)
-	if got := <-second; !bytes.Equal(got, r.whole) {
-		t.Error("the reader who stayed did not get the bytes")
+	r.work.Wait()
+	if n := r.swarm.stops(); n != 0 {
+		t.Errorf("%d fetches were stopped, want none", n)
 	}
+	for id, n := range r.swarm.asked {
+		if n != 1 {
+			t.Errorf("block %s was asked for %d times", id, n)
+		}
+	}
+	if len(r.left) != 0 || len(r.places) != 0 || len(r.flights) != 0 {
+		t.Errorf("left behind: %d left, %d places, %d flights", len(r.left), len(r.places), len(r.flights))
+	}
+}
 
+func TestADownloadsFetchEndsWithIt(t *testing.T) {
+	r := newRig(t, 1<<30, 2)
 	r.swarm.set(func() { r.swarm.gate = make(chan struct{}) })
-	alone, stop := context.WithCancel(t.Context())
-	go func() { _, err := r.read(alone); gone <- err }()
+	ctx, stop := context.WithCancel(t.Context())
+	gone := make(chan error, 1)
+	go func() {
+		gone <- r.fetch(ctx, r.pieces, p2p.Hints{Background: true}, nil, func(piece, []byte) error { return nil })
+	}()
 	for len(r.places) == 0 {
 		time.Sleep(time.Millisecond)
 	}
 	stop()
 	<-gone
-	for len(r.places) != 0 { // the fetch itself ends
-		time.Sleep(time.Millisecond)
-	}
+	r.work.Wait()
 	if n := r.swarm.stops(); n != 1 {
 		t.Errorf("%d fetches stopped, want the one nobody waits for", n)
+	}
+}
+
+func TestFetchesWithoutReadersAreBounded(t *testing.T) {
+	r := newRig(t, 1<<30, maxLeft+6)
+	r.swarm.set(func() { r.swarm.gate = make(chan struct{}) })
+	ctx, stop := context.WithCancel(t.Context())
+	var readers sync.WaitGroup
+	for _, p := range r.pieces {
+		readers.Go(func() {
+			_ = r.fetch(ctx, []piece{p}, p2p.Hints{}, nil, func(piece, []byte) error { return nil })
+		})
+	}
+	for len(r.places) < len(r.pieces) {
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	readers.Wait()
+	for r.swarm.stops() < 6 {
+		time.Sleep(time.Millisecond)
+	}
+	if len(r.left) != maxLeft {
+		t.Errorf("%d fetches go on without readers, want %d", len(r.left), maxLeft)
+	}
+	close(r.swarm.gate)
+	r.work.Wait()
+	if len(r.left) != 0 {
+		t.Errorf("%d places are still taken at the end", len(r.left))
+	}
+}
+
+// Two files share a chunk, and one file holds it twice: whoever fetches it, each
+// reader wants it at its own place.
+func TestASharedChunkLandsWhereEachReaderWantsIt(t *testing.T) {
+	r := newRig(t, 1<<30, 3)
+	gate := make(chan struct{})
+	r.swarm.set(func() { r.swarm.gate = gate })
+	z := r.pieces[0]
+	other := cache.File{ID: content.Hash([]byte("other")), Size: 2*20_000 + 5}
+	twice := []piece{{file: other, off: 0, chunk: z.chunk}, {file: other, off: 20_000, chunk: z.chunk}}
+	first := make(chan error, 1)
+	go func() { _, err := r.read(t.Context()); first <- err }()
+	for len(r.places) == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	time.AfterFunc(20*time.Millisecond, func() { close(gate) })
+	p := make([]byte, 2*20_000)
+	err := r.fetch(t.Context(), twice, p2p.Hints{}, nil, func(one piece, data []byte) error {
+		if one.file != other {
+			t.Errorf("got a piece of another file at %d", one.off)
+		}
+		overlay(p, 0, data, one.off)
+		return nil
+	})
+	chunk := r.whole[:20_000]
+	if err != nil || !bytes.Equal(p, append(bytes.Clone(chunk), chunk...)) {
+		t.Errorf("the file that holds the chunk twice: wrong bytes, %v", err)
+	}
+	if err := <-first; err != nil {
+		t.Error(err)
+	}
+	clear(p)
+	if n, st := r.cache.ReadAt(other, p, 0, 0); st != cache.Hit || !bytes.Equal(p[:n], append(bytes.Clone(chunk), chunk...)) {
+		t.Errorf("the cache says %v of the second file", st)
+	}
+}
+
+func TestAChunkOfAnotherFileInTheCacheIsNotFetched(t *testing.T) {
+	r := newRig(t, 1<<30, 3)
+	if _, err := r.read(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r.swarm.set(func() { r.swarm.fail = fmt.Errorf("unplugged: %w", flox.ErrUnreachable) })
+	other := piece{file: cache.File{ID: content.Hash([]byte("other")), Size: 70_000}, off: 50_000, chunk: r.pieces[2].chunk}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	var got []byte
+	err := r.fetch(ctx, []piece{other}, p2p.Hints{}, nil, func(_ piece, data []byte) error { got = data; return nil })
+	if err != nil || !bytes.Equal(got, r.whole[40_000:]) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+// What arrived is not fetched again because of what did not.
+func TestAFailureCostsOnlyWhatFailed(t *testing.T) {
+	r := newRig(t, 1<<30, 4)
+	lost := r.pieces[1].chunk.ID
+	data := r.swarm.blocks[lost]
+	r.swarm.set(func() { delete(r.swarm.blocks, lost) })
+	time.AfterFunc(150*time.Millisecond, func() { r.swarm.set(func() { r.swarm.blocks[lost] = data }) })
+	p := make([]byte, len(r.whole))
+	err := r.fetch(t.Context(), r.pieces, p2p.Hints{}, nil, func(one piece, data []byte) error {
+		overlay(p, 0, data, one.off)
+		return nil
+	})
+	if err != nil || !bytes.Equal(p, r.whole) {
+		t.Fatalf("wrong bytes or %v", err)
+	}
+	if n := r.swarm.asked[r.pieces[0].chunk.ID]; n != 1 {
+		t.Errorf("a block that came at once was asked for %d times", n)
+	}
+}
+
+// The kernel believes for ever that a name does not exist: a block nobody has
+// must not look like one.
+func TestABlockNobodyHasIsUnreachableAndNotMissing(t *testing.T) {
+	r := newRig(t, 1<<30, 1)
+	r.swarm.set(func() { r.swarm.fail = fmt.Errorf("no such block, says the storehouse: %w", flox.ErrNotFound) })
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err := r.read(ctx)
+	if !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("got %v, want ErrUnreachable and not ErrNotFound", err)
 	}
 }
 
@@ -203,6 +329,7 @@ func TestAReaderOutlivesFailuresUntilItsDeadline(t *testing.T) {
 	if err != nil || !bytes.Equal(got, r.whole) {
 		t.Fatalf("read %d bytes after the failure ended: %v", len(got), err)
 	}
+	r = newRig(t, 1<<30, 3) // with nothing in its cache
 	r.swarm.set(func() { r.swarm.fail = fmt.Errorf("no route: %w", flox.ErrUnreachable) })
 	short, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()

@@ -33,6 +33,9 @@ type follower struct {
 	link link
 }
 
+// errNotYet is why the storehouse is not connected before the first attempt ended.
+var errNotYet = errors.New("not answered yet")
+
 // link is the state of the connection to the storehouse.
 type link struct {
 	connected bool
@@ -46,7 +49,11 @@ type link struct {
 func (f *follower) state() link {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.link
+	l := f.link
+	if !l.connected && l.err == nil {
+		l.err = errNotYet
+	}
+	return l
 }
 
 func (f *follower) update(change func(*link)) {
@@ -87,18 +94,21 @@ func (f *follower) once(ctx context.Context) error {
 	if err := f.introduce(ctx); err != nil {
 		return err
 	}
-	stream, err := f.calls.storehouse(f.house).Watch(ctx, connect.NewRequest(&floxv1.WatchRequest{AfterIndex: f.state().index}))
-	if err != nil {
-		return fmt.Errorf("watch: %w", api.FromConnect(err))
-	}
-	defer func() { _ = stream.Close() }()
 	silence := time.AfterFunc(streamSilence, func() {
 		cancel(fmt.Errorf("the storehouse was silent for %s: %w", streamSilence, flox.ErrUnreachable))
 	})
 	defer silence.Stop()
-	for stream.Receive() {
+	stream, err := f.calls.storehouse(f.house).Watch(ctx, connect.NewRequest(&floxv1.WatchRequest{AfterIndex: f.state().index}))
+	if err != nil {
+		return fmt.Errorf("watch: %w", api.FromConnect(err))
+	}
+	defer func() {
+		cancel(nil) // Close would wait for the rest of a stream that has no end
+		_ = stream.Close()
+	}()
+	for first := true; stream.Receive(); first = false {
 		silence.Reset(streamSilence)
-		if err := f.take(stream.Msg()); err != nil {
+		if err := f.take(stream.Msg(), first); err != nil {
 			return err
 		}
 	}
@@ -130,9 +140,11 @@ func (f *follower) introduce(ctx context.Context) error {
 	return nil
 }
 
-// take applies one event.
-func (f *follower) take(e *floxv1.WatchEvent) error {
-	if e.GetReset_() {
+// take applies one event. With the first one a stream goes on where the last one
+// ended, which is in the past: what was not valid then may be by now, and no
+// heartbeat says when the stream has caught up. So answers are asked for anew.
+func (f *follower) take(e *floxv1.WatchEvent, starts bool) error {
+	if starts || e.GetReset_() {
 		f.negatives.reset(e.GetIndex())
 	}
 	for _, name := range e.GetAdded() {
@@ -156,6 +168,9 @@ func (f *follower) take(e *floxv1.WatchEvent) error {
 	f.update(func(l *link) {
 		first = !l.connected
 		l.connected, l.err, l.lastSeen = true, nil, time.Now()
+		if e.GetReset_() {
+			l.index = e.GetIndex() // it may be lower: a storehouse's log begins anew when it is restored
+		}
 		l.index = max(l.index, e.GetIndex())
 	})
 	if first {

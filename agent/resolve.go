@@ -26,8 +26,11 @@ const (
 	peerHedge = 50 * time.Millisecond
 	// factsTimeout bounds one question to one machine.
 	factsTimeout = 3 * time.Second
-	// maxFactPeers is how many peers one look-up asks.
+	// maxFactPeers is how many connected peers one round asks, and how many of
+	// those that announced the path.
 	maxFactPeers = 8
+	// peerStagger is how long a peer may take before the next is asked too.
+	peerStagger = 50 * time.Millisecond
 	// retryMin and retryMax bound the pause between rounds of a look-up or fetch.
 	retryMin, retryMax = 100 * time.Millisecond, 2 * time.Second
 )
@@ -39,16 +42,24 @@ type resolver struct {
 	facts     *facts
 	negatives *negatives
 	calls     *calls
-	host      *p2p.Host
+	host      finder
 	house     p2p.PeerID
 	traffic   *traffic
 	log       *slog.Logger
 
 	life   context.Context //nolint:containedctx // the agent's Run: look-ups outlive their callers
 	places chan struct{}
+	work   sync.WaitGroup // look-ups under way; Run waits for them
 
 	mu      sync.Mutex
 	flights map[string]*lookupFlight
+}
+
+// finder is what the resolver needs of the p2p host.
+type finder interface {
+	Peers() []p2p.PeerStat
+	FindProviders(ctx context.Context, key flox.CID, max int) ([]p2p.PeerAddr, error)
+	AddPeer(p p2p.PeerAddr) error
 }
 
 type lookupFlight struct {
@@ -77,6 +88,9 @@ func (r *resolver) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo
 	select {
 	case <-f.done:
 		if f.err != nil {
+			if r.life.Err() != nil {
+				return nil, stopping(ctx)
+			}
 			return nil, f.err
 		}
 		return matchName(f.info, p)
@@ -121,7 +135,7 @@ func (r *resolver) join(ctx context.Context, p flox.StorePath) (*lookupFlight, e
 	}
 	f = &lookupFlight{done: make(chan struct{})}
 	r.flights[hash] = f
-	go func() { // owned by the agent's Run through r.life, bounded by r.places
+	r.work.Go(func() { // bounded by r.places
 		defer func() { <-r.places }()
 		life, cancel := context.WithTimeout(r.life, lookupLife)
 		defer cancel()
@@ -130,15 +144,16 @@ func (r *resolver) join(ctx context.Context, p flox.StorePath) (*lookupFlight, e
 		delete(r.flights, hash)
 		r.mu.Unlock()
 		close(f.done)
-	}()
+	})
 	return f, nil
 }
 
 // search asks in rounds until somebody proves the path, the storehouse says it
 // is not valid, or ctx ends.
 func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight) (*flox.PathInfo, error) {
+	asked := make(map[p2p.PeerID]bool)
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
-		info, err := r.round(ctx, p)
+		info, err := r.round(ctx, p, asked)
 		if err == nil || errors.Is(err, flox.ErrNotFound) {
 			return info, err
 		}
@@ -155,43 +170,48 @@ func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight
 
 // round asks the storehouse and, when it is slow or away, peers. The first
 // verified info wins; only the storehouse can say no.
-func (r *resolver) round(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+func (r *resolver) round(ctx context.Context, p flox.StorePath, asked map[p2p.PeerID]bool) (*flox.PathInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
 	type answer struct {
 		info *flox.PathInfo
 		err  error
 	}
-	house := make(chan answer, 1)
-	go func() {
+	house, peers := make(chan answer, 1), make(chan answer, 1)
+	r.work.Go(func() {
 		info, err := r.askStorehouse(ctx, p)
 		house <- answer{info, err}
-	}()
-	var peers chan answer
+	})
 	hedge := time.NewTimer(peerHedge)
 	defer hedge.Stop()
 	var failed []error
-	for house != nil || peers != nil {
+	for peersAsked, open := false, 1; open > 0; {
 		select {
 		case a := <-house:
 			if a.err == nil || errors.Is(a.err, flox.ErrNotFound) {
 				return a.info, a.err
 			}
 			failed = append(failed, a.err)
-			house = nil
-			hedge.Reset(0)
+			open--
+			if !peersAsked {
+				open++ // now: there is nothing else to wait for
+				hedge.Reset(0)
+			}
 		case a := <-peers:
 			if a.err == nil {
 				return a.info, nil
 			}
 			failed = append(failed, a.err)
-			peers = nil
+			open--
 		case <-hedge.C:
-			peers = make(chan answer, 1)
-			go func(out chan<- answer) {
-				info, err := r.askPeers(ctx, p)
-				out <- answer{info, err}
-			}(peers)
+			if len(failed) == 0 {
+				open++
+			}
+			peersAsked = true
+			r.work.Go(func() {
+				info, err := r.askPeers(ctx, p, asked)
+				peers <- answer{info, err}
+			})
 		}
 	}
 	return nil, because(failed...)
@@ -221,12 +241,14 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 	request := connect.NewRequest(&floxv1.PathsRequest{HashParts: []string{p.HashPart()}, Closure: closure})
 	response, err := r.calls.facts(peer).Paths(ctx, request)
 	if err != nil {
-		return nil, nil, because(api.FromConnect(err), flox.ErrUnreachable)
+		return nil, nil, &unreachable{api.FromConnect(err)}
 	}
-	var wanted *flox.PathInfo
 	var infos []*flox.PathInfo
 	for _, m := range response.Msg.GetFound() {
 		r.traffic.facts(m)
+		if !closure && m.GetPath() != string(p) {
+			continue // not asked for
+		}
 		info, err := api.ToPathInfo(m)
 		if err == nil {
 			err = r.facts.verify(info)
@@ -239,49 +261,112 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 			continue
 		}
 		infos = append(infos, info)
-		if info.Path.HashPart() == p.HashPart() {
-			wanted = info
-		}
 	}
 	if err := r.facts.put(infos...); err != nil {
 		return nil, nil, err
 	}
-	return wanted, response.Msg, nil
+	for _, info := range infos {
+		if info.Path != p {
+			continue
+		}
+		// What is known stays, whatever was answered now.
+		if known, ok := r.facts.get(p.HashPart()); ok {
+			return known, response.Msg, nil
+		}
+		return info, response.Msg, nil // removed a moment ago
+	}
+	return nil, response.Msg, nil
 }
 
-// askPeers asks connected peers, nearest first, then those that announced the
-// path or share the site. The storehouse is not among them.
-func (r *resolver) askPeers(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
-	asked := make(map[p2p.PeerID]bool)
-	try := func(peer p2p.PeerID) *flox.PathInfo {
-		if asked[peer] || peer == r.house || len(asked) >= maxFactPeers || ctx.Err() != nil {
-			return nil
+// askPeers asks connected peers, nearest first, and those that announced the
+// path. One that does not answer at once is overtaken by the next. The
+// storehouse is not among them; asked remembers who was, from round to round,
+// so that the next round asks others.
+func (r *resolver) askPeers(ctx context.Context, p flox.StorePath, asked map[p2p.PeerID]bool) (*flox.PathInfo, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	answers := make(chan *flox.PathInfo, 2*maxFactPeers)
+	announced := make(chan []p2p.PeerID, 1)
+	r.work.Go(func() { announced <- r.providers(ctx, p) })
+	queue := r.connected(asked)
+	now := time.NewTimer(0)
+	defer now.Stop()
+	tried := 0
+	for open, looking := 0, true; open > 0 || looking || len(queue) > 0; {
+		var next <-chan time.Time
+		if len(queue) > 0 {
+			next = now.C
 		}
-		asked[peer] = true
-		one, cancel := context.WithTimeout(ctx, factsTimeout/3)
-		defer cancel()
-		info, _, err := r.ask(one, peer, p, false)
-		if err != nil {
-			r.log.Debug("peer does not know path", "peer", string(peer), "path", string(p), "error", err)
+		select {
+		case <-next:
+			peer := queue[0]
+			queue = queue[1:]
+			if asked[peer] {
+				now.Reset(0)
+				continue
+			}
+			asked[peer] = true
+			tried, open = tried+1, open+1
+			r.work.Go(func() { answers <- r.askPeer(ctx, peer, p) })
+			now.Reset(peerStagger)
+		case info := <-answers:
+			open--
+			if info != nil {
+				return info, nil
+			}
+			now.Reset(0)
+		case peers := <-announced:
+			looking = false
+			queue = append(queue, peers...)
+		case <-ctx.Done():
+			return nil, fmt.Errorf("none of %d peers said anything in time: %w", tried, flox.ErrUnreachable)
 		}
-		return info
 	}
+	return nil, fmt.Errorf("none of %d peers knows it: %w", tried, flox.ErrUnreachable)
+}
+
+// connected lists connected peers that were not asked yet; when all were, it
+// begins anew.
+func (r *resolver) connected(asked map[p2p.PeerID]bool) []p2p.PeerID {
+	var fresh, again []p2p.PeerID
 	for _, peer := range r.host.Peers() {
-		if info := try(peer.ID); info != nil {
-			return info, nil
+		switch {
+		case peer.ID == r.house || peer.Role == p2p.Storehouse:
+		case asked[peer.ID]:
+			again = append(again, peer.ID)
+		default:
+			fresh = append(fresh, peer.ID)
 		}
 	}
-	providers, err := r.host.FindProviders(ctx, p2p.PathKey(p), maxFactPeers)
+	if len(fresh) == 0 {
+		clear(asked)
+		fresh = again
+	}
+	return fresh[:min(len(fresh), maxFactPeers)]
+}
+
+// providers finds peers that announced p.
+func (r *resolver) providers(ctx context.Context, p flox.StorePath) []p2p.PeerID {
+	found, err := r.host.FindProviders(ctx, p2p.PathKey(p), maxFactPeers)
 	if err != nil {
 		r.log.Debug("providers not found", "path", string(p), "error", err)
 	}
-	for _, peer := range providers {
-		if err := r.host.AddPeer(peer); err != nil {
-			continue
-		}
-		if info := try(peer.ID); info != nil {
-			return info, nil
+	var ids []p2p.PeerID
+	for _, peer := range found[:min(len(found), maxFactPeers)] {
+		if peer.ID != r.house && r.host.AddPeer(peer) == nil {
+			ids = append(ids, peer.ID)
 		}
 	}
-	return nil, fmt.Errorf("none of %d peers knows it: %w", len(asked), flox.ErrUnreachable)
+	return ids
+}
+
+// askPeer asks one peer; nil if it does not know p, or not in time.
+func (r *resolver) askPeer(ctx context.Context, peer p2p.PeerID, p flox.StorePath) *flox.PathInfo {
+	ctx, cancel := context.WithTimeout(ctx, factsTimeout/3)
+	defer cancel()
+	info, _, err := r.ask(ctx, peer, p, false)
+	if err != nil {
+		r.log.Debug("peer does not know path", "peer", string(peer), "path", string(p), "error", err)
+	}
+	return info
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -56,7 +57,9 @@ func (s *factsServer) Paths(_ context.Context, req *connect.Request[floxv1.Paths
 		response.Found = append(response.Found, api.FromPathInfo(info))
 		if req.Msg.GetClosure() {
 			for _, ref := range info.References {
-				queue = append(queue, ref.HashPart())
+				if !seen[ref.HashPart()] {
+					queue = append(queue, ref.HashPart())
+				}
 			}
 		}
 	}
@@ -74,29 +77,69 @@ func (a *Agent) serveFacts(ctx context.Context) error {
 	return serveHTTP(ctx, listener, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
 }
 
-// serveHTTP serves until ctx ends and gives requests under way a moment to end.
+// serveHTTP serves until ctx ends, which also ends the requests under way; it
+// returns when their handlers have.
 func serveHTTP(ctx context.Context, listener net.Listener, server *http.Server) error {
-	stop := context.AfterFunc(ctx, func() {
-		grace, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		if server.Shutdown(grace) != nil {
-			_ = server.Close()
-		}
-	})
-	defer stop()
-	err := server.Serve(listener)
+	under := &handlers{inner: server.Handler}
+	server.Handler = under
+	server.BaseContext = func(net.Listener) context.Context { return ctx }
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	var err error
+	ended := false
+	select {
+	case err = <-served:
+		ended = true
+	case <-ctx.Done():
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	if server.Shutdown(grace) != nil {
+		_ = server.Close()
+	}
+	if !ended {
+		<-served
+	}
+	under.wait()
 	if errors.Is(err, http.ErrServerClosed) || ctx.Err() != nil {
 		return nil
 	}
 	return err
 }
 
+// handlers counts the requests under way. http.Server's Close does not wait for
+// them, and what they use is closed next.
+type handlers struct {
+	inner http.Handler
+	mu    sync.Mutex
+	over  bool
+	work  sync.WaitGroup
+}
+
+// ServeHTTP implements http.Handler.
+func (h *handlers) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h.mu.Lock()
+	if h.over {
+		h.mu.Unlock()
+		return
+	}
+	h.work.Add(1)
+	h.mu.Unlock()
+	defer h.work.Done()
+	h.inner.ServeHTTP(w, r)
+}
+
+// wait lets no request in any more and waits for the others.
+func (h *handlers) wait() {
+	h.mu.Lock()
+	h.over = true
+	h.mu.Unlock()
+	h.work.Wait()
+}
+
 // tellTracker registers keys with the storehouse's tracker, which finds faster
 // than the DHT while the storehouse is there.
 func (a *Agent) tellTracker(ctx context.Context, keys []flox.CID) error {
-	if !a.follower.state().connected {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
 	request := &floxv1.AnnounceRequest{Addrs: a.host.Addrs()}

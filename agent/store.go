@@ -38,7 +38,7 @@ func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error)
 		}
 		return info.Manifest, false, nil
 	}
-	watch := s.a.waits.begin(0, "LOOKUP", s.a.cfg.StoreDir.Join(p), 0)
+	watch := s.a.waits.begin(0, opLookup, s.a.cfg.StoreDir.Join(p), 0)
 	defer watch.end()
 	info, err := s.a.resolver.lookup(ctx, p)
 	if err != nil {
@@ -74,9 +74,7 @@ func (s *store) Tree(ctx context.Context, manifest flox.CID) (flox.Tree, error) 
 	if !ok {
 		return nil, fmt.Errorf("manifest %s belongs to no path known here: %w", manifest, flox.ErrNotFound)
 	}
-	watch := s.a.waits.begin(0, "MANIFEST", s.a.cfg.StoreDir.Join(info.Path), 0)
-	defer watch.end()
-	t, err := s.a.openTree(ctx, info, watch, 0)
+	t, err := s.a.openTree(ctx, info, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -105,14 +103,7 @@ func (s *store) Usage() flox.Usage {
 
 // info finds the facts of a path given as people give it: absolute or a base name.
 func (a *Agent) info(ctx context.Context, given string) (*flox.PathInfo, string, error) {
-	var p flox.StorePath
-	var rest string
-	var err error
-	if len(given) > 0 && given[0] == '/' {
-		p, rest, err = a.cfg.StoreDir.Split(given)
-	} else {
-		p, err = flox.ParseStorePath(given)
-	}
+	p, rest, err := a.parse(given)
 	if err != nil {
 		return nil, "", err
 	}
@@ -129,6 +120,15 @@ func (a *Agent) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo, e
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.LookupTimeout)
 	defer cancel()
 	return a.resolver.lookup(ctx, p)
+}
+
+// parse splits a path as people give it into the store path and what follows.
+func (a *Agent) parse(given string) (p flox.StorePath, rest string, err error) {
+	if len(given) > 0 && given[0] == '/' {
+		return a.cfg.StoreDir.Split(given)
+	}
+	p, err = flox.ParseStorePath(given)
+	return p, "", err
 }
 
 // closure gives the infos of everything roots refer to, roots included, each once.

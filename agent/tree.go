@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -36,6 +37,9 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 	if e.Kind != flox.Regular {
 		return 0, fmt.Errorf("read of %s entry %d: it is a %s: %w", t.path, index, e.Kind, flox.ErrBadInput)
 	}
+	if off < 0 {
+		return 0, fmt.Errorf("read of %s entry %d at %d: %w", t.path, index, off, flox.ErrBadInput)
+	}
 	if off >= int64(e.Size) {
 		return 0, nil
 	}
@@ -43,15 +47,17 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 	if off == 0 && (e.Executable || strings.Contains(e.Name, ".so")) {
 		t.a.executed.touch(t.path)
 	}
+	if e.Size <= uint64(t.Params().InlineLimit) {
+		if data, ok, err := t.Inline(ctx, index); err != nil || ok {
+			if err != nil {
+				return 0, err
+			}
+			return copy(p, data[off:]), nil
+		}
+	}
 	file := cache.File{ID: e.File, Size: int64(e.Size)}
 	if n, st := t.a.cache.ReadAt(file, p, off, who.Node); st == cache.Hit {
 		return n, nil
-	}
-	if data, ok, err := t.Inline(ctx, index); err != nil || ok {
-		if err != nil {
-			return 0, err
-		}
-		return copy(p, data[off:]), nil
 	}
 	return t.fill(ctx, index, file, p, off, who)
 }
@@ -59,7 +65,7 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 // fill reads p from chunks that are verified or fetched first.
 func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte, off int64, who flox.Reader) (int, error) {
 	end := off + int64(len(p))
-	watch := t.a.waits.begin(who.PID, "READ", t.name(ctx, index), uint64(len(p)))
+	watch := t.a.waits.begin(who.PID, opRead, t.name(ctx, index), uint64(len(p)))
 	defer watch.end()
 	var missing []piece
 	var verify []piece
@@ -84,6 +90,7 @@ func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte
 		}
 	}
 	if len(missing) > 0 {
+		watch.expect(sizeOf(missing))
 		err = t.a.fetcher.fetch(ctx, missing, t.a.hints(t.path), watch, func(one piece, data []byte) error {
 			overlay(p, off, data, one.off)
 			return nil
@@ -106,9 +113,17 @@ func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte
 			at += int64(got)
 			continue
 		}
-		return t.direct(ctx, index, file, p, off, watch)
+		return t.direct(ctx, index, file, p, off, who, watch)
 	}
 	return len(p), nil
+}
+
+// sizeOf is how many bytes pieces have.
+func sizeOf(pieces []piece) (n uint64) {
+	for _, one := range pieces {
+		n += uint64(one.chunk.Size)
+	}
+	return n
 }
 
 // fetchedUpTo says how far from at the bytes are covered by one of pieces, or, if
@@ -127,9 +142,9 @@ func fetchedUpTo(pieces []piece, at, end int64) (next int64, covered bool) {
 	return next, false
 }
 
-// direct reads p from freshly fetched chunks only, past the cache: for a disk that
-// is full or content evicted while it was read.
-func (t *tree) direct(ctx context.Context, index uint32, file cache.File, p []byte, off int64, watch *wait) (int, error) {
+// direct reads p from whole chunks only, never from a file of the cache: for
+// a disk that is full or content evicted while it was read.
+func (t *tree) direct(ctx context.Context, index uint32, file cache.File, p []byte, off int64, who flox.Reader, watch *wait) (int, error) {
 	var all []piece
 	err := t.Chunks(ctx, index, off, int64(len(p)), func(at int64, c flox.Chunk) bool {
 		all = append(all, piece{file: file, off: at, chunk: c})
@@ -138,6 +153,7 @@ func (t *tree) direct(ctx context.Context, index uint32, file cache.File, p []by
 	if err != nil {
 		return 0, err
 	}
+	watch.expect(sizeOf(all))
 	err = t.a.fetcher.fetch(ctx, all, t.a.hints(t.path), watch, func(one piece, data []byte) error {
 		overlay(p, off, data, one.off)
 		return nil
@@ -145,6 +161,7 @@ func (t *tree) direct(ctx context.Context, index uint32, file cache.File, p []by
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", t.path, err)
 	}
+	t.a.cache.Used(file, off, int64(len(p)), who.Node)
 	return len(p), nil
 }
 
@@ -181,15 +198,14 @@ func (a *Agent) hints(p flox.StorePath) p2p.Hints {
 // open opens the tree of a path for somebody at the control socket: what cannot
 // be fetched within the read timeout is an error.
 func (a *Agent) open(ctx context.Context, info *flox.PathInfo) (*tree, error) {
-	return a.openTree(ctx, info, nil, a.cfg.ReadTimeout)
+	return a.openTree(ctx, info, a.cfg.ReadTimeout)
 }
 
 // openTree opens the tree of a path whose info is known and verified. Patience
 // bounds the fetch of each block of the manifest, now and later; 0 leaves that to
 // the contexts given.
-func (a *Agent) openTree(ctx context.Context, info *flox.PathInfo, watch *wait, patience time.Duration) (*tree, error) {
-	source := blocks{fetcher: a.fetcher, watch: watch, patience: patience, hints: func() p2p.Hints { return a.hints(info.Path) }}
-	m, err := a.pages.Open(ctx, info.Manifest, source)
+func (a *Agent) openTree(ctx context.Context, info *flox.PathInfo, patience time.Duration) (*tree, error) {
+	m, err := a.pages.Open(ctx, info.Manifest, blocks{a, info.Path, patience})
 	if err != nil {
 		return nil, fmt.Errorf("manifest of %s: %w", info.Path, err)
 	}
@@ -215,9 +231,33 @@ func (t *tree) readFile(ctx context.Context, index uint32, size int64, w io.Writ
 	return nil
 }
 
-// readPart is ReadAt within the read timeout.
+// readPart is ReadAt within the read timeout, again and again while more of p is
+// here than the last time: over a slow line all of it may take longer.
 func (t *tree) readPart(ctx context.Context, index uint32, p []byte, off int64) (int, error) {
-	ctx, cancel := context.WithTimeout(ctx, t.a.cfg.ReadTimeout)
-	defer cancel()
-	return t.ReadAt(ctx, index, p, off, flox.Reader{})
+	here := t.here(ctx, index, p, off)
+	for {
+		one, cancel := context.WithTimeout(ctx, t.a.cfg.ReadTimeout)
+		n, err := t.ReadAt(one, index, p, off, flox.Reader{})
+		cancel()
+		if err == nil || ctx.Err() != nil || !errors.Is(err, flox.ErrUnreachable) {
+			return n, err
+		}
+		before := here
+		if here = t.here(ctx, index, p, off); here <= before {
+			return 0, err
+		}
+	}
+}
+
+// here is how many of the bytes of p, which lies at off in a file, are in the cache.
+func (t *tree) here(ctx context.Context, index uint32, p []byte, off int64) int64 {
+	e, err := t.Entry(ctx, index)
+	if err != nil {
+		return 0
+	}
+	n := min(int64(len(p)), int64(e.Size)-off)
+	for _, gap := range t.a.cache.Missing(cache.File{ID: e.File, Size: int64(e.Size)}, off, n) {
+		n -= gap.Len
+	}
+	return n
 }

@@ -7,6 +7,13 @@ import (
 	"github.com/floxctl/flox/p2p"
 )
 
+// What is waited for.
+const (
+	opLookup   = "LOOKUP"   // the facts of a store path
+	opManifest = "MANIFEST" // a block of its file tree
+	opRead     = "READ"     // bytes of a file
+)
+
 // waits lists who waits for what right now, for people to see.
 type waits struct {
 	mu  sync.Mutex
@@ -20,9 +27,9 @@ type wait struct {
 	op    string
 	path  string
 	since time.Time
-	total uint64
 
 	mu     sync.Mutex
+	total  uint64
 	done   uint64
 	source string
 	why    string
@@ -31,7 +38,8 @@ type wait struct {
 func newWaits() *waits { return &waits{all: make(map[*wait]struct{})} }
 
 // begin registers a wait; end it with its end method. The number of waits is
-// bounded by the mount's own limit on requests under way.
+// bounded by the mount's own limit on requests under way and by the callers of
+// the control socket.
 func (w *waits) begin(pid uint32, op, path string, total uint64) *wait {
 	e := &wait{list: w, pid: pid, op: op, path: path, since: time.Now(), total: total}
 	w.mu.Lock()
@@ -46,19 +54,30 @@ func (e *wait) end() {
 	e.list.mu.Unlock()
 }
 
-// arrived counts bytes in. A nil wait counts nothing.
-func (e *wait) arrived(n int, from p2p.Source) {
+// expect says how many bytes are waited for, once that is known.
+func (e *wait) expect(total uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.total = total
+}
+
+// arrived counts a block in. A nil wait counts nothing.
+func (e *wait) arrived(fl *flight) {
 	if e == nil {
 		return
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.done += uint64(n)
-	e.source = from.Tier.String()
-	if from.Tier != p2p.TierStorehouse && from.Peer != "" {
-		e.source += " " + string(from.Peer)
-	}
+	e.done += uint64(len(fl.data))
 	e.why = ""
+	switch {
+	case fl.local:
+		e.source = "cache"
+	case fl.from.Tier == p2p.TierStorehouse || fl.from.Peer == "":
+		e.source = fl.from.Tier.String()
+	default:
+		e.source = fl.from.Tier.String() + " " + string(fl.from.Peer)
+	}
 }
 
 // reason says why nothing came so far.
