@@ -276,7 +276,7 @@ func (s *Server) serveWeb(ctx context.Context) error {
 	if s.web == nil {
 		return nil
 	}
-	handler := newHTTP(s, s.cfg, s.PublicKey(), s.packs, content.StoredBlock(s.packs.Stored))
+	handler := newHTTP(s, s.cfg, s.PublicKey(), s.packs.Checksummed(), content.StoredBlock(s.packs.Stored))
 	return serve(ctx, s.web, &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
 }
 

@@ -60,7 +60,7 @@ func BenchmarkRebuild(b *testing.B) {
 	b.Run("plain", func(b *testing.B) {
 		b.SetBytes(int64(len(nar)))
 		for b.Loop() {
-			if err := m.WriteNar(ctx, io.Discard, s, 0, -1); err != nil {
+			if err := m.WriteNar(ctx, io.Discard, s.Checksummed(), 0, -1); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -258,6 +258,9 @@ func TestScrubFindsEveryFlip(t *testing.T) {
 		if _, err := s.Get(ctx, p.id); at-int64(p.off) < headerSize && !errors.Is(err, flox.ErrCorrupt) {
 			t.Fatalf("round %d: get: %v", round, err)
 		}
+		if _, err := s.Checksummed().Get(ctx, p.id); !errors.Is(err, flox.ErrCorrupt) {
+			t.Fatalf("round %d: a flip the checksum does not see: %v", round, err)
+		}
 		flip(t, s.packPath(p.pack), at, bit)
 	}
 	flip(t, s.packPath(1), 3, 1)
@@ -286,6 +289,12 @@ func TestScrubFindsEveryFlip(t *testing.T) {
 	put(t, s, 0, n)
 	wantBlocks(t, s, 0, n)
 	noBadBlocks(t, s)
+	for i := range n {
+		id, data := block(i)
+		if got, err := s.Checksummed().Get(ctx, id); err != nil || !bytes.Equal(got, data) {
+			t.Fatalf("block %d by its checksum: %d bytes, %v", i, len(got), err)
+		}
+	}
 }
 
 // A flipped bit in the index's tables is found; the index made anew is whole.
