@@ -198,7 +198,12 @@ func startStorehouse(ctx context.Context, dir string) (*storehouse.Server, func(
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
-	stop := func() { cancel(); _ = <-done }
+	stop := func() {
+		cancel()
+		if err := <-done; err != nil {
+			fmt.Fprintln(os.Stderr, "bench: storehouse:", err)
+		}
+	}
 	if err := server.Ready(ctx); err != nil {
 		stop()
 		return nil, nil, err
