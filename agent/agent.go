@@ -86,6 +86,7 @@ type Agent struct {
 	store     *store
 	mount     *fuse.Server // nil without a warden
 	kernel    *kernel
+	end       context.CancelFunc // ends look-ups and fetches, which outlive who asked
 }
 
 // New opens the state and binds the sockets. An Agent that is not run must be
@@ -201,14 +202,16 @@ func (a *Agent) openNetwork() error {
 	if err != nil {
 		return err
 	}
+	life, end := context.WithCancel(context.Background())
+	a.end = end
 	house := bootstrap[0].ID
 	a.calls = newCalls(a.host)
 	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, log: a.log}
 	a.resolver = &resolver{
 		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.host, house: house, traffic: a.traffic, log: a.log,
-		places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
+		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
 	}
-	a.fetcher = newFetcher(a.host, a.cache, a.traffic, a.log)
+	a.fetcher = newFetcher(life, a.host, a.cache, a.traffic, a.log)
 	return nil
 }
 
@@ -226,7 +229,7 @@ func (a *Agent) openMount() (err error) {
 // mount is served first: what is here can be read before the network is up.
 func (a *Agent) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	a.resolver.life, a.fetcher.life = ctx, ctx
+	defer context.AfterFunc(ctx, a.end)()
 	if a.mount != nil {
 		group.Go(func() error { return ended(ctx, "warden", a.cfg.Warden.Run(ctx)) })
 		group.Go(func() error { return ended(ctx, "mount", a.mount.Run(ctx)) })
@@ -238,10 +241,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.serveFacts(ctx) })
 	group.Go(func() error { return a.serveControl(ctx) })
 	err := group.Wait()
-	// Look-ups and fetches outlive who asked; they end with ctx, and must have
-	// ended before what they write to is closed.
-	a.resolver.work.Wait()
-	a.fetcher.work.Wait()
 	if errors.Is(err, errEnded) && ctx.Err() != nil {
 		err = nil
 	}
@@ -266,6 +265,11 @@ func ended(ctx context.Context, part string, err error) error {
 // Close frees everything of an Agent that is not running. It may be called twice.
 func (a *Agent) Close() error {
 	var errs []error
+	if a.end != nil { // what they write to is closed next
+		a.end()
+		a.resolver.work.Wait()
+		a.fetcher.work.Wait()
+	}
 	if a.calls != nil {
 		a.calls.close()
 	}

@@ -51,7 +51,7 @@ type fetcher struct {
 	cache   *cache.Cache
 	traffic *traffic
 	log     *slog.Logger
-	life    context.Context //nolint:containedctx // the agent's Run
+	life    context.Context //nolint:containedctx // ends with the agent
 	places  chan struct{}
 	left    chan struct{}
 	work    sync.WaitGroup // fetches under way; Run waits for them
@@ -60,9 +60,9 @@ type fetcher struct {
 	flights map[flox.CID]*flight
 }
 
-func newFetcher(host swarm, c *cache.Cache, t *traffic, log *slog.Logger) *fetcher {
+func newFetcher(life context.Context, host swarm, c *cache.Cache, t *traffic, log *slog.Logger) *fetcher {
 	return &fetcher{
-		host: host, cache: c, traffic: t, log: log,
+		host: host, cache: c, traffic: t, log: log, life: life,
 		places: make(chan struct{}, maxBatches), left: make(chan struct{}, maxLeft),
 		flights: make(map[flox.CID]*flight),
 	}

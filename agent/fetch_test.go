@@ -97,8 +97,7 @@ func newRig(t *testing.T, budget int64, chunks int) *rig {
 		}
 	})
 	s := &fakeSwarm{blocks: make(map[flox.CID][]byte), asked: make(map[flox.CID]int)}
-	r = &rig{swarm: s, fetcher: newFetcher(s, c, &traffic{}, slog.New(slog.DiscardHandler))}
-	r.life = life
+	r = &rig{swarm: s, fetcher: newFetcher(life, s, c, &traffic{}, slog.New(slog.DiscardHandler))}
 	random := rand.NewChaCha8([32]byte{1})
 	for range chunks {
 		data := make([]byte, 20_000)

@@ -47,7 +47,7 @@ type resolver struct {
 	traffic   *traffic
 	log       *slog.Logger
 
-	life   context.Context //nolint:containedctx // the agent's Run: look-ups outlive their callers
+	life   context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
 	places chan struct{}
 	work   sync.WaitGroup // look-ups under way; Run waits for them
 
