@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -25,13 +24,13 @@ import (
 // wrote, bit for bit.
 func TestNixCompressions(t *testing.T) {
 	n, s := nixAndServer(t)
-	for _, compression := range []string{"", "zstd", "none", "bzip2", "gzip", "br", "lz4"} {
+	for compression, size := range map[string]int{"": large, "zstd": large, "none": large, "bzip2": small, "gzip": small, "br": small, "lz4": small} {
 		t.Run("with "+compression, func(t *testing.T) {
 			u := cacheURL(s)
 			if compression != "" { // else Nix's own choice, xz
 				u += "?compression=" + compression
 			}
-			app := n.build("c" + compression)
+			app := n.build("c"+compression, size)
 			n.run("nix", "copy", "--to", u, app)
 			checkStored(t, s, n, app)
 		})
@@ -112,7 +111,7 @@ func checkJSON(t *testing.T, n *stockNix, u, app string) {
 // and gets exactly what was written; with any other key it gets nothing.
 func TestNixReads(t *testing.T) {
 	n, s := nixAndServer(t)
-	app := n.build("r")
+	app := n.build("r", large)
 	n.run("nix", "copy", "--to", cacheURL(s)+"?compression=zstd", app)
 	other, err := nix.GenerateKey("test-1") // our key's name, but not our key
 	if err != nil {
@@ -153,10 +152,11 @@ func TestNixReads(t *testing.T) {
 	}
 }
 
-// Uploads without the token are refused, and Nix shows what to do about it.
+// Uploads without the token are refused, and Nix shows what to do about it: also
+// for a large one, which it sends only when told to.
 func TestNixToken(t *testing.T) {
 	n, s := nixAndServer(t)
-	app := n.build("t")
+	apps := []string{n.build("ts", small), n.build("tl", large)}
 	for name, token := range map[string]string{"none": "", "wrong": "0123456789abcdef0123456789abcdef"} {
 		t.Run(name, func(t *testing.T) {
 			n.token(s, token)
@@ -165,18 +165,29 @@ func TestNixToken(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			// Small and large: Nix waits for a word before it sends a large one.
-			for _, compression := range []string{"xz", "none"} {
-				n.refused([]string{"HTTP error 401", "upload-token", "netrc-file"}, "nix", "copy", "--to", cacheURL(s)+"?compression="+compression, app)
-			}
-			for _, path := range n.closure(app) {
-				isValid(t, s, path, false)
+			for _, app := range apps {
+				n.refused([]string{"HTTP error 401", "upload-token", "netrc-file"}, "nix", "copy", "--to", cacheURL(s)+"?compression=none", app)
+				for _, path := range n.closure(app) {
+					isValid(t, s, path, false)
+				}
 			}
 		})
 	}
 	n.token(s, uploadToken(t, s))
-	n.run("nix", "copy", "--to", cacheURL(s)+"?compression=zstd", app)
-	isValid(t, s, app, true)
+	for _, app := range apps {
+		n.run("nix", "copy", "--to", cacheURL(s)+"?compression=zstd", app)
+		isValid(t, s, app, true)
+	}
+}
+
+// What we cannot unpack is refused, and Nix shows what we can.
+func TestNixUnknownCompression(t *testing.T) {
+	n, s := nixAndServer(t)
+	app := n.build("u", small)
+	for _, compression := range []string{"lzip", "lzma"} {
+		n.refused([]string{"HTTP error 400", "known: none, xz, zstd, bzip2, gzip, br, lz4"}, "nix", "copy", "--to", cacheURL(s)+"?compression="+compression, app)
+	}
+	isValid(t, s, app, false)
 }
 
 // Copying what is there again sends nothing. A store that built the same path
@@ -184,7 +195,7 @@ func TestNixToken(t *testing.T) {
 // answer when it insists.
 func TestNixFirstWins(t *testing.T) {
 	n, s := nixAndServer(t)
-	app := n.build("f")
+	app := n.build("f", small)
 	u := cacheURL(s) + "?compression=zstd"
 	n.run("nix", "copy", "--to", u, app)
 	lib := n.closure(app)[0]
@@ -195,7 +206,7 @@ func TestNixFirstWins(t *testing.T) {
 	entries := s.node.Status().Last
 	n.run("nix", "copy", "--to", u, app)
 	n.run("nix-store", "--delete", app, lib)
-	if again := n.build("f"); again != app || bytes.Equal(n.dump(lib), first) {
+	if again := n.build("f", small); again != app || bytes.Equal(n.dump(lib), first) {
 		t.Fatalf("built %s again as %s: want the same name and other content", app, again)
 	}
 	n.run("nix", "copy", "--to", u, app)
@@ -219,7 +230,7 @@ func sumOf(b []byte) []byte { h := sha256.Sum256(b); return h[:] }
 // Two machines copying one closure at once both succeed.
 func TestNixTwoAtOnce(t *testing.T) {
 	n, s := nixAndServer(t)
-	app := n.build("two")
+	app := n.build("two", large)
 	var group sync.WaitGroup
 	for _, compression := range []string{"zstd", "zstd", "xz"} {
 		m := *n // with a cache of its own, as on a machine of its own
@@ -238,20 +249,24 @@ func TestNixTwoAtOnce(t *testing.T) {
 // next copy works.
 func TestNixKilled(t *testing.T) {
 	n, s := nixAndServer(t)
-	app := n.build("k")
-	var cmd *exec.Cmd
+	app := n.build("k", large)
+	started := make(chan *os.Process, 1)
 	cache := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
 	arrived := make(chan int, 8)
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPut && strings.HasPrefix(r.URL.Path, "/nar/") && r.ContentLength > 2<<20 {
-			r.Body = &killer{r.Body, cmd.Process}
+			r.Body = &killer{r.Body, started}
 			defer func() { arrived <- 1 }()
 		}
 		cache.ServeHTTP(w, r)
 	}))
 	defer web.Close()
-	cmd = n.command(within(t), "nix", "copy", "--to", web.URL+"?compression=none", app)
-	if err := cmd.Run(); cmd.ProcessState == nil || cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+	cmd := n.command(within(t), "nix", "copy", "--to", web.URL+"?compression=none", app)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	started <- cmd.Process
+	if err := cmd.Wait(); cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		t.Fatalf("not killed: %v", err)
 	}
 	<-arrived
@@ -265,14 +280,16 @@ func TestNixKilled(t *testing.T) {
 // killer kills a process once a part of a request has come.
 type killer struct {
 	io.ReadCloser
-	process *os.Process
+	started chan *os.Process // gets it once, and keeps it
 }
 
 // Read implements io.Reader.
 func (k *killer) Read(p []byte) (int, error) {
 	n, err := k.ReadCloser.Read(p[:min(len(p), 1<<20)])
 	if n > 0 {
-		_ = k.process.Kill()
+		process := <-k.started
+		_ = process.Kill()
+		k.started <- process
 	}
 	return n, err
 }

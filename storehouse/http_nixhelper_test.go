@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -14,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -155,11 +155,11 @@ const sample = `let
     args = [ "-e" "-c" script ];
     PATH = "/usr/bin:/bin";
   };
-  lib = make "lib" ''
+  lib = make "lib-SALT" ''
     mkdir -p $out/share/many
     i=0; while [ $i -lt 400 ]; do echo "file $i" > $out/share/many/$i; i=$((i+1)); done
     : > $out/empty
-    head -c 3145728 /dev/urandom > $out/random
+    head -c SIZE /dev/urandom > $out/random
     mkdir $out/hollow
   '';
 in make "app-SALT" ''
@@ -173,10 +173,17 @@ in make "app-SALT" ''
 ''
 `
 
+// Sizes of the random file in the sample: small is quick to compress, large is
+// many chunks and more than an HTTP client sends unasked.
+const (
+	small = 100_000
+	large = 3 << 20
+)
+
 // build builds the sample; another salt makes another app of another lib.
-func (n *stockNix) build(salt string) (app string) {
+func (n *stockNix) build(salt string, size int) (app string) {
 	n.t.Helper()
-	expr := strings.ReplaceAll(strings.ReplaceAll(sample, "SALT", salt), `make "lib"`, fmt.Sprintf("make %q", "lib-"+salt))
+	expr := strings.NewReplacer("SALT", salt, "SIZE", strconv.Itoa(size)).Replace(sample)
 	return strings.TrimSpace(n.run("nix-build", "--no-out-link", "-E", expr))
 }
 

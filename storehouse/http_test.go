@@ -157,3 +157,19 @@ func TestLostBlock(t *testing.T) {
 	}
 	ask(t, "GET", cacheURL(s)+"/nar/"+narName(q.info)+".nar", "", nil, nil).check(t, 500, "lost")
 }
+
+// Whatever a Range header says, what is served lies within the NAR.
+func FuzzRange(f *testing.F) {
+	for _, s := range []string{"", "bytes=0-", "bytes=5-9", "bytes=-7", "bytes=-0", "bytes=9-5", "bytes=0-1,5-9", "bytes=", "bytes=--1", "bytes=18446744073709551615-"} {
+		f.Add(s, int64(10))
+	}
+	f.Fuzz(func(t *testing.T, header string, size int64) {
+		if size <= 0 {
+			t.Skip()
+		}
+		off, n, err := parseRange(header, size)
+		if err == nil && (off < 0 || n <= 0 || off > size-n) {
+			t.Errorf("%q of %d: %d bytes from %d", header, size, n, off)
+		}
+	})
+}
