@@ -28,6 +28,7 @@ other machines join with, all in STATE-DIR/storehouse.
 ` + cli.ExitCodes,
 		Args: cli.Args(0, 0, ""),
 	}
+	cmd.AddCommand(newVerifyCmd(file))
 	flags := bindFlags(cmd.Flags(), "storehouse")
 	cmd.Flags().IntVar(&ready, "ready-fd", 0, "")
 	if err := cmd.Flags().MarkHidden("ready-fd"); err != nil {
