@@ -38,6 +38,7 @@ type facts struct {
 	anchor flox.CID // fingerprint of the first trust list, from the invite
 	db     *pebble.DB
 
+	closed    sync.Once
 	writing   sync.Mutex // held by put and remove
 	accepting sync.Mutex // held by accept
 
@@ -66,7 +67,11 @@ func openFacts(dir string, store flox.StoreDir, anchor flox.CID) (*facts, error)
 	return f, nil
 }
 
-func (f *facts) close() error { return f.db.Close() }
+// close may be called twice.
+func (f *facts) close() (err error) {
+	f.closed.Do(func() { err = f.db.Close() })
+	return err
+}
 
 func (f *facts) loadTrust() error {
 	file := filepath.Join(f.state, trustFile)
