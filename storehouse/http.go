@@ -69,6 +69,7 @@ func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored conte
 	mux.HandleFunc("PUT /{file}", c.putFile)
 	mux.HandleFunc("GET /nar/{file}", c.getNar)
 	mux.HandleFunc("PUT /nar/{file}", c.putNar)
+	mux.HandleFunc("/", c.other)
 	return c
 }
 
@@ -94,6 +95,18 @@ Write to it with stock Nix (the token is in the storehouse's state directory, up
   echo "machine HOST password TOKEN" > netrc
   nix copy --to URL --option netrc-file $PWD/netrc PATH
 `, c.name, c.dir, c.key)
+}
+
+// other answers what a binary cache may have and this one has not.
+func (c *httpCache) other(w http.ResponseWriter, r *http.Request) {
+	switch r.Method {
+	case http.MethodGet, http.MethodHead, http.MethodPut:
+		c.refuse(w, r, maxUnproven, fmt.Errorf("%s: this cache has nix-cache-info, HASH.narinfo, HASH.ls and nar/…; it keeps no build logs and no realisations: %w",
+			r.URL.Path, flox.ErrNotFound))
+	default:
+		w.Header().Set("Allow", "GET, HEAD, PUT")
+		http.Error(w, r.Method+" is not served here: want GET, HEAD or PUT", http.StatusMethodNotAllowed)
+	}
 }
 
 func (c *httpCache) cacheInfo(w http.ResponseWriter, _ *http.Request) {

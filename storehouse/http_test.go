@@ -110,7 +110,10 @@ func TestHead(t *testing.T) {
 		})
 	}
 	for _, c := range []struct{ method, path string }{{"DELETE", "/" + hash + ".narinfo"}, {"POST", "/nar/x"}, {"PATCH", "/"}} {
-		ask(t, c.method, cacheURL(s)+c.path, uploadToken(t, s), nil, nil).check(t, 405)
+		ask(t, c.method, cacheURL(s)+c.path, uploadToken(t, s), nil, nil).check(t, 405, "want GET, HEAD or PUT")
+	}
+	for _, method := range []string{"GET", "PUT"} {
+		ask(t, method, cacheURL(s)+"/log/x.drv", uploadToken(t, s), nil, strings.NewReader("hello")).check(t, 404, "/log/x.drv", "no build logs")
 	}
 }
 
