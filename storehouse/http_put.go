@@ -129,7 +129,7 @@ func (b *uploadBody) Read(p []byte) (int, error) {
 		return n, io.EOF
 	}
 	// Not wrapped: behind it, an early end would be taken for that of the NAR.
-	return n, fmt.Errorf("%d of %s bytes came, then: %v: send it again: %w", b.n, b.announced(), err, flox.ErrBadInput)
+	return n, fmt.Errorf("%d of %s bytes came, then: %v: send it again: %w", b.n, b.announced(), err, flox.ErrBadInput) //nolint:errorlint // see above
 }
 
 func (b *uploadBody) announced() string {
