@@ -63,6 +63,22 @@ func (c *control) path(ctx context.Context, req *floxv1.PathRequest) (*floxv1.Pa
 // round trips away.
 const openAtOnce = 16
 
+// openAll opens the trees of many paths and reads all of their manifests.
+func (a *Agent) openAll(ctx context.Context, infos []*flox.PathInfo) ([]*tree, error) {
+	trees := make([]*tree, len(infos))
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(openAtOnce)
+	for i, info := range infos {
+		group.Go(func() (err error) {
+			if trees[i], err = a.open(ctx, info); err != nil {
+				return err
+			}
+			return trees[i].files(ctx, func(uint32, string, flox.Entry) error { return nil })
+		})
+	}
+	return trees, group.Wait()
+}
+
 // details says how much of a path is here.
 func (a *Agent) details(ctx context.Context, info *flox.PathInfo, kept bool) (*floxv1.PathDetails, error) {
 	d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: kept}
@@ -428,6 +444,9 @@ func (a *Agent) keep(ctx context.Context, info *flox.PathInfo) error {
 				if !yield(id) {
 					return io.EOF
 				}
+			}
+			if e.Size <= uint64(t.Params().InlineLimit) {
+				return nil // it lies in the manifest
 			}
 			if !yield(e.File) {
 				return io.EOF

@@ -45,11 +45,11 @@ func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
 		return err
 	}
 	d.progress.TotalPaths = uint32(len(infos)) //nolint:gosec // a closure
-	trees := make([]*tree, len(infos))
+	trees, err := d.a.openAll(ctx, infos)
+	if err != nil {
+		return err
+	}
 	for i, info := range infos {
-		if trees[i], err = d.a.open(ctx, info); err != nil {
-			return err
-		}
 		err = trees[i].files(ctx, func(_ uint32, _ string, e flox.Entry) error {
 			d.progress.TotalBytes += e.Size
 			return nil
@@ -70,8 +70,31 @@ func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
 		}
 		d.progress.DonePaths++
 	}
+	if err := d.check(ctx, trees); err != nil {
+		return err
+	}
 	d.progress.Finished = true
 	return d.say(true)
+}
+
+// check makes sure that what arrived is still here: a cache without room lets
+// bytes pass, which is right for a reader and not for a download.
+func (d *download) check(ctx context.Context, trees []*tree) error {
+	missing := uint64(0)
+	for _, t := range trees {
+		err := t.files(ctx, func(_ uint32, _ string, e flox.Entry) error {
+			missing += e.Size - d.a.localBytes(t, e)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if missing > 0 {
+		return fmt.Errorf("%d of %d bytes arrived and could not be kept; free some space on the disk of %s or allow a larger cache, `floxctl cache usage` says what it may hold: %w",
+			missing, d.progress.TotalBytes, d.a.cfg.StateDir, flox.ErrFull)
+	}
+	return nil
 }
 
 // tree fetches what is missing of one path, a window of chunks at a time.

@@ -230,16 +230,20 @@ func TestLaterRoundsAskOtherPeers(t *testing.T) {
 }
 
 func TestForgedFactsAreRefused(t *testing.T) {
-	w := newTown(t)
-	forged := w.fact(1)
-	sign(forged, testKey(t, "k-1")) // another key of the same name
-	changed := w.fact(2)
-	changed.Manifest = flox.CID{66}
-	other := w.fact(3)
-	for _, info := range []*flox.PathInfo{forged, changed} {
+	key, foreign := testKey(t, "k-1"), testKey(t, "k-1") // of the same name
+	liar := func(info *flox.PathInfo) *resolver {
+		w := newTown(t)
+		w.key = key
 		w.connected = []p2p.PeerID{"liar"}
 		w.houses["liar"] = knowing{info: info}
-		r := w.resolver()
+		return w.resolver()
+	}
+	w := &town{t: t, key: key}
+	forged, changed, other := w.fact(1), w.fact(2), w.fact(3)
+	sign(forged, foreign)
+	changed.Manifest = flox.CID{66}
+	for _, info := range []*flox.PathInfo{forged, changed} {
+		r := liar(info)
 		_, err := r.lookup(within(t, 300*time.Millisecond), info.Path)
 		if !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
 			t.Errorf("forged facts of %s: %v, want ErrUnreachable", info.Path, err)
@@ -249,8 +253,7 @@ func TestForgedFactsAreRefused(t *testing.T) {
 		}
 	}
 	// A peer cannot push facts nobody asked for, signed or not.
-	w.houses["liar"] = knowing{info: other}
-	r := w.resolver()
+	r := liar(other)
 	_, _ = r.lookup(within(t, 300*time.Millisecond), forged.Path)
 	if _, ok := r.facts.get(other.Path.HashPart()); ok {
 		t.Error("facts that were not asked for were kept")
