@@ -49,6 +49,8 @@ func TestAgentsDiskIsFull(t *testing.T) {
 	do(t, h, l.programs.Floxctl, "status").want(t, 0, "nearly full", "free some space")
 	do(t, h, l.programs.Floxctl, "doctor").want(t, 1, "streamed and not kept", "free some disk space")
 
+	l.ctl(t, a, "download", l.world.StoreDir.Join(l.world.Unused.Path)).want(t, 7, "could not be kept", "free some space")
+
 	if err := a.Stop(); err != nil {
 		t.Fatal(err)
 	}

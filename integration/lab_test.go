@@ -198,7 +198,8 @@ func (l *lab) nixCopy(ctx context.Context, n world.Nix, house *hosts.Storehouse,
 		return nil, err
 	}
 	n.NetNS = house.Host.NetNS()
-	args := []string{"nix", "copy", "--to", house.URL() + "?compression=zstd", "--option", "netrc-file", netrc,
+	args := []string{
+		"nix", "copy", "--to", house.URL() + "?compression=zstd", "--option", "netrc-file", netrc,
 		"--option", "narinfo-cache-positive-ttl", "0",
 		"--option", "download-attempts", "1", // who is killed is not waited for
 	}
@@ -366,8 +367,6 @@ func await(t *testing.T, a *hosts.Agent, what string, ok func(*hosts.Status) boo
 }
 
 func connected(s *hosts.Status) bool { return s.Storehouse.Connected }
-
-func disconnected(s *hosts.Status) bool { return !s.Storehouse.Connected }
 
 // nothingLeft looks for mounts and processes of ours on a host where everything
 // was stopped.
