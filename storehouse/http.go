@@ -23,6 +23,17 @@ const cachePriority = 30
 // manifestPages bounds the memory the cache's readers take for decoded manifests.
 const manifestPages = 64 << 20
 
+// maxDownloads is how many NARs are sent at once, each from about 12 MiB of
+// memory; other readers wait.
+const maxDownloads = 128
+
+// clientStall is how long a client may neither send nor take a byte before it is
+// given up.
+const clientStall = 2 * time.Minute
+
+// leftoverStall is the same for what is left of a request that was answered.
+const leftoverStall = 5 * time.Second
+
 // backend is what the binary cache needs of a Server.
 type backend interface {
 	Info(ctx context.Context, hashPart string) (*flox.PathInfo, error)
@@ -46,10 +57,11 @@ type httpCache struct {
 	pages  *content.PageCache
 	log    *slog.Logger
 
-	mux     *http.ServeMux
-	uploads chan struct{} // as many as are taken in at once
-	maxNar  uint64        // most bytes of an uploaded NAR, unpacked
-	stall   time.Duration // how long an upload may go without a byte
+	mux       *http.ServeMux
+	uploads   chan struct{} // as many as are taken in at once
+	downloads chan struct{} // as many as are sent at once
+	maxNar    uint64        // most bytes of an uploaded NAR, unpacked
+	stall     time.Duration // how long a client may neither send nor take a byte
 }
 
 // newHTTP makes the handler of the binary cache.
@@ -58,7 +70,7 @@ func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored conte
 	c := &httpCache{
 		backend: b, dir: cfg.StoreDir, name: cfg.Name, key: key, blocks: blocks, stored: stored,
 		pages: content.NewPageCache(manifestPages), log: cfg.Log,
-		mux: mux, uploads: make(chan struct{}, maxUploads), maxNar: maxNarBytes, stall: uploadStall,
+		mux: mux, uploads: make(chan struct{}, maxUploads), downloads: make(chan struct{}, maxDownloads), maxNar: maxNarBytes, stall: clientStall,
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -75,14 +87,32 @@ func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored conte
 
 // ServeHTTP implements http.Handler.
 func (c *httpCache) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	conn := http.NewResponseController(w)
+	// What is buffered goes out behind us.
+	defer func() { _ = conn.SetWriteDeadline(time.Now().Add(c.stall + leftoverStall)) }()
 	if r.ContentLength != 0 {
 		// net/http reads what a handler leaves of a body, and would wait for it for ever.
-		conn := http.NewResponseController(w)
 		_ = conn.SetReadDeadline(time.Now().Add(c.stall)) // not every connection has one
 		defer func() { _ = conn.SetReadDeadline(time.Now().Add(min(c.stall, leftoverStall))) }()
 	}
-	c.mux.ServeHTTP(w, r)
+	c.mux.ServeHTTP(&patient{w, conn, c.stall}, r)
 }
+
+// patient gives up on a client that takes nothing of the answer.
+type patient struct {
+	http.ResponseWriter
+	conn  *http.ResponseController
+	stall time.Duration
+}
+
+// Write implements io.Writer.
+func (p *patient) Write(b []byte) (int, error) {
+	_ = p.conn.SetWriteDeadline(time.Now().Add(p.stall)) // not every connection has one
+	return p.ResponseWriter.Write(b)
+}
+
+// Unwrap is for http.ResponseController.
+func (p *patient) Unwrap() http.ResponseWriter { return p.ResponseWriter }
 
 // welcome is for the person who opens the URL in a browser.
 func (c *httpCache) welcome(w http.ResponseWriter, _ *http.Request) {

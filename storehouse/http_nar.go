@@ -38,6 +38,12 @@ func (c *httpCache) getNar(w http.ResponseWriter, r *http.Request) {
 
 // send sends a path's NAR, compressed as the extension says: "", ".zst", ".br".
 func (c *httpCache) send(w http.ResponseWriter, r *http.Request, info *flox.PathInfo, ext string) {
+	select {
+	case c.downloads <- struct{}{}:
+		defer func() { <-c.downloads }()
+	case <-r.Context().Done():
+		return
+	}
 	m, err := c.open(r.Context(), info)
 	if err != nil {
 		c.fail(w, r, err)

@@ -23,12 +23,6 @@ import (
 // keep a core busy for ever.
 const maxNarBytes = 256 << 30
 
-// uploadStall is how long an upload may go without a byte before it is given up.
-const uploadStall = 2 * time.Minute
-
-// leftoverStall is the same for what is left of a request that was answered.
-const leftoverStall = 5 * time.Second
-
 // errNoToken: an upload without a token, or with a wrong one.
 var errNoToken = errors.New("uploads need the storehouse's token: it is in the file upload-token of the storehouse's state directory; " +
 	"put \"machine HOST password TOKEN\" into a netrc file and pass --option netrc-file FILE")
@@ -95,9 +89,9 @@ const maxRefused = 4 << 30
 // the connection closes may never see the answer, so up to most bytes are read
 // first, unless the client waits to be told to send.
 func (c *httpCache) refuse(w http.ResponseWriter, r *http.Request, most int64, err error) {
-	body := c.body(w, r)
-	if r.Header.Get("Expect") == "" || most > maxUnproven {
-		_, _ = io.CopyN(io.Discard, body, most)
+	waits := r.Header.Get("Expect") != "" && most <= maxUnproven
+	if !waits && !errors.Is(err, errBrokenOff) {
+		_, _ = io.CopyN(io.Discard, c.body(w, r), most)
 	}
 	c.fail(w, r, err)
 }
@@ -106,6 +100,9 @@ func (c *httpCache) refuse(w http.ResponseWriter, r *http.Request, most int64, e
 func (c *httpCache) body(w http.ResponseWriter, r *http.Request) io.Reader {
 	return &uploadBody{r: r, conn: http.NewResponseController(w), stall: c.stall}
 }
+
+// errBrokenOff: the client did not send all it announced.
+var errBrokenOff = fmt.Errorf("the upload broke off, send it again: %w", flox.ErrBadInput)
 
 // uploadBody tells a client's failure to send from ours to take in.
 type uploadBody struct {
@@ -129,7 +126,7 @@ func (b *uploadBody) Read(p []byte) (int, error) {
 		return n, io.EOF
 	}
 	// Not wrapped: behind it, an early end would be taken for that of the NAR.
-	return n, fmt.Errorf("%d of %s bytes came, then: %v: send it again: %w", b.n, b.announced(), err, flox.ErrBadInput) //nolint:errorlint // see above
+	return n, fmt.Errorf("%d of %s bytes came, then: %v: %w", b.n, b.announced(), err, errBrokenOff) //nolint:errorlint // see above
 }
 
 func (b *uploadBody) announced() string {

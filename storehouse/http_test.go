@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/content"
@@ -159,6 +162,36 @@ func TestLostBlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	ask(t, "GET", cacheURL(s)+"/nar/"+narName(q.info)+".nar", "", nil, nil).check(t, 500, "lost")
+}
+
+// A reader that takes nothing is given up, and its place goes to the next one.
+func TestStalledReader(t *testing.T) {
+	s, _ := start(t, testConfig(t.TempDir()))
+	p := makePath(t, "p", 48<<20) // more than sockets buffer
+	publish(t, s, p)
+	c := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
+	c.stall = 200 * time.Millisecond
+	c.downloads = make(chan struct{}, 1)
+	web := httptest.NewServer(c)
+	defer web.Close()
+	conn, err := net.Dial("tcp", web.Listener.Addr().String()) //nolint:noctx // a test's own server
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	path := "/nar/" + narName(p.info) + ".nar"
+	if _, err := io.WriteString(conn, "GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, make([]byte, 100)); err != nil { // it has the only place
+		t.Fatal(err)
+	}
+	if got := ask(t, "GET", web.URL+path, "", nil, nil); got.status != 200 || got.body != string(p.nar) {
+		t.Errorf("the next reader gets %d and %d bytes", got.status, len(got.body))
+	}
+	if n, err := io.Copy(io.Discard, conn); err == nil && n >= int64(len(p.nar)) {
+		t.Error("the stalled reader gets everything: it was not given up")
+	}
 }
 
 // Whatever a Range header says, what is served lies within the NAR.
