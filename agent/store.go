@@ -49,17 +49,29 @@ func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error)
 }
 
 // Names implements flox.Store: what is known here, which is what was used or
-// downloaded on this machine and the closures of that.
+// downloaded on this machine and the closures of that. The kind is given for
+// paths whose manifest was opened; to learn it of the others would take a fetch
+// for each.
 func (s *store) Names(ctx context.Context, after string, limit int) ([]flox.Named, error) {
 	out := make([]flox.Named, 0, min(limit, 1024))
 	err := s.a.facts.each(after, func(info *flox.PathInfo) bool {
-		out = append(out, flox.Named{Name: string(info.Path), Manifest: info.Manifest})
+		out = append(out, flox.Named{Name: string(info.Path), Manifest: info.Manifest, Kind: s.kind(info.Manifest)})
 		return len(out) < limit && ctx.Err() == nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	return out, ctx.Err()
+}
+
+// kind is what entry 0 of an opened manifest is, 0 if it was not opened.
+func (s *store) kind(manifest flox.CID) flox.Kind {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if t, ok := s.trees[manifest]; ok {
+		return t.RootKind()
+	}
+	return 0
 }
 
 // Tree implements flox.Store.
