@@ -98,7 +98,7 @@ func serveHTTP(ctx context.Context, listener net.Listener, server *http.Server) 
 		_ = server.Close()
 	}
 	if !ended {
-		<-served
+		err = <-served
 	}
 	under.wait()
 	if errors.Is(err, http.ErrServerClosed) || ctx.Err() != nil {
