@@ -5,9 +5,9 @@ GO    ?= go
 # Tests and the demo need root (mounts, network namespaces); an ordinary user's
 # run goes through sudo, with the user's own Go on the path.
 SUDO  := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E env PATH="$$PATH")
-# BENCH=name runs one benchmark, SOAK=duration says how long each soak lasts.
+# BENCH=name runs one benchmark, SOAK=seconds says how long a soak lasts.
 BENCH ?=
-SOAK  ?= 10m
+SOAK  ?= 600
 
 # Everything but the race detector goes without cgo, as what we ship does: then
 # the compiler's cache is shared by build and tests.
@@ -23,7 +23,7 @@ help:
 	@echo 'make build           bin/floxd and bin/floxctl'
 	@echo 'make cross           the same for every system we ship'
 	@echo 'make bench [BENCH=name]   measure against peers, into bench/out/'
-	@echo 'make soak [SOAK=10m]      long runs with faults'
+	@echo 'make soak [SOAK=600]      the fault tests over and over, so many seconds'
 	@echo 'make unit race integration fuzz world setup fmt clean   parts of the above'
 
 setup:
@@ -57,7 +57,7 @@ bench: setup world build
 	@$(SUDO) bin/bench $(BENCH)
 
 soak: setup world build
-	@FLOX_SOAK=$(SOAK) scripts/test soak
+	@FLOX_SOAK=$(SOAK) scripts/test race-all soak
 
 lint:
 	@scripts/lint

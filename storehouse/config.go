@@ -49,7 +49,8 @@ type Config struct {
 	UploadTokenFile string `json:"upload_token_file"`
 	// StageTTL is how long an uploaded NAR waits for its path info. Default 24 h.
 	StageTTL time.Duration `json:"stage_ttl"`
-	// MaxStaged is how many uploaded NARs may wait at once. Default 4096.
+	// MaxStaged is how many uploaded NARs may wait at once; each holds about 1 MiB
+	// of memory. Default 256.
 	MaxStaged int `json:"max_staged"`
 	// ReserveBytes is kept free on the disk of StateDir, so that facts can still
 	// be written and reads go on when it fills up. Default 256 MiB.
@@ -73,7 +74,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.HTTPListen, "127.0.0.1:7780")
 	setDefault(&c.UploadTokenFile, filepath.Join(c.StateDir, "upload-token"))
 	setDefault(&c.StageTTL, 24*time.Hour)
-	setDefault(&c.MaxStaged, 4096)
+	setDefault(&c.MaxStaged, 256)
 	setDefault(&c.ReserveBytes, 256<<20)
 	setDefault(&c.Version, "dev")
 	if len(c.Listen) == 0 {
