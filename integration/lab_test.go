@@ -33,8 +33,9 @@ type lab struct {
 	programs hosts.Programs
 	world    *world.World
 	net      *netns.Network
-	house    *hosts.Storehouse // holds the closures of ripgrep and unused
-	hosts    int               // added by tests
+	house    *hosts.Storehouse        // holds the closures of ripgrep and unused
+	hosts    int                      // added by tests
+	found    map[*netns.Host][]string // mounts a host inherited from whoever else tests on this machine
 }
 
 // shared is made by the first test that asks.
@@ -68,7 +69,7 @@ func open(t *testing.T) *lab {
 func newLab() (l *lab, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // the world may have to be built
 	defer cancel()
-	l = &lab{}
+	l = &lab{found: map[*netns.Host][]string{}}
 	if l.dir, err = os.MkdirTemp("", "flox-integration-"); err != nil {
 		return nil, err
 	}
@@ -125,9 +126,10 @@ func (l *lab) host(t *testing.T, name string) *netns.Host {
 	if err != nil {
 		t.Fatal(err)
 	}
+	l.found[h] = ourMounts(t, h)
 	t.Cleanup(func() {
 		if !t.Failed() {
-			nothingLeft(t, h)
+			l.nothingLeft(t, h)
 		}
 	})
 	return h
@@ -368,16 +370,34 @@ func await(t *testing.T, a *hosts.Agent, what string, ok func(*hosts.Status) boo
 
 func connected(s *hosts.Status) bool { return s.Storehouse.Connected }
 
-// nothingLeft looks for mounts and processes of ours on a host where everything
-// was stopped.
-func nothingLeft(t *testing.T, h *netns.Host) {
+// ourMounts are the mount points of our file systems on a host.
+func ourMounts(t *testing.T, h *netns.Host) (at []string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second) // also at the end of a test
 	defer cancel()
 	mounts, err := h.Run(ctx, "cat", "/proc/self/mountinfo")
-	if err != nil || strings.Contains(mounts, " - fuse.floxd ") {
-		t.Errorf("mounts left on %s: %v\n%s", h.Name, err, mounts)
+	if err != nil {
+		t.Fatal(err)
 	}
+	for line := range strings.Lines(mounts) {
+		if f := strings.Fields(line); strings.Contains(line, " - fuse.floxd ") {
+			at = append(at, f[4])
+		}
+	}
+	return at
+}
+
+// nothingLeft looks for mounts and processes of ours on a host where everything
+// was stopped.
+func (l *lab) nothingLeft(t *testing.T, h *netns.Host) {
+	t.Helper()
+	for _, dir := range ourMounts(t, h) {
+		if !slices.Contains(l.found[h], dir) {
+			t.Errorf("%s is still mounted on %s", dir, h.Name)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
 	// Killed processes go in their own time.
 	var left string
 	for ctx.Err() == nil {

@@ -73,7 +73,7 @@ func TestUpOnABareMachine(t *testing.T) {
 		t.Errorf("exit code %d after Ctrl-C, want 0", code)
 	}
 	said(t, a.Daemon, 1, "nothing is mounted at /nix/store any more")
-	nothingLeft(t, a.Host)
+	l.nothingLeft(t, a.Host)
 
 	if err := a.Start(t.Context()); err != nil {
 		t.Fatalf("again with the same state: %v", err)
