@@ -59,41 +59,67 @@ func open(t *testing.T) *lab {
 	need.FUSE(t)
 	need.Namespaces(t)
 	need.Nix(t)
-	shared.once.Do(func() { shared.lab, shared.err = newLab() })
+	shared.once.Do(func() {
+		shared.lab = &lab{found: map[*netns.Host][]string{}}
+		shared.err = shared.lab.start()
+	})
 	if shared.err != nil {
 		t.Fatal(shared.err)
 	}
 	return shared.lab
 }
 
-func newLab() (l *lab, err error) {
+// start makes everything; what it has made when it fails is there for close.
+func (l *lab) start() (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // the world may have to be built
 	defer cancel()
-	l = &lab{found: map[*netns.Host][]string{}}
-	if l.dir, err = os.MkdirTemp("", "flox-integration-"); err != nil {
-		return nil, err
+	if err := sweep(); err != nil {
+		return err
 	}
-	shared.lab = l // so that it is closed, however far this comes
+	if l.dir, err = os.MkdirTemp("", fmt.Sprintf("%s%d-", dirPrefix, os.Getpid())); err != nil {
+		return err
+	}
 	if err := os.Chmod(l.dir, 0o755); err != nil {
-		return nil, err
+		return err
 	}
 	if l.world, err = world.Ensure(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	if l.programs, err = hosts.Build(ctx, l.dir); err != nil {
-		return nil, err
+		return err
 	}
 	if l.net, err = netns.New(ctx, netns.Config{Dir: l.dir}); err != nil {
-		return nil, err
+		return err
 	}
 	host, err := l.addHost(ctx, "house")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if l.house, err = hosts.StartStorehouse(ctx, l.programs, host, l.dir); err != nil {
-		return nil, err
+		return err
 	}
-	return l, l.copyTo(ctx, l.house, l.world.Ripgrep.Path, l.world.Unused.Path)
+	return l.copyTo(ctx, l.house, l.world.Ripgrep.Path, l.world.Unused.Path)
+}
+
+// dirPrefix begins the name of a lab's directory; the process id follows.
+const dirPrefix = "flox-integration-"
+
+// sweep removes the directories of labs whose process was killed. Everything
+// else of them went with it.
+func sweep() error {
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), dirPrefix+"*-*"))
+	if err != nil {
+		return err
+	}
+	for _, dir := range dirs {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), dirPrefix), "-")
+		if _, err := os.Stat("/proc/" + pid); errors.Is(err, os.ErrNotExist) {
+			if err := os.RemoveAll(dir); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // close stops the storehouse and removes the network, and says what did not
