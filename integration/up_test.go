@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,6 +31,21 @@ func said(t *testing.T, d *hosts.Daemon, times int, words string) {
 		b, err := os.ReadFile(d.Log)
 		return err == nil && strings.Count(string(b), words) >= times
 	})
+}
+
+// parts are the processes that `floxd up` has started with some arguments.
+func parts(t *testing.T, a *hosts.Agent, arguments string) []string {
+	t.Helper()
+	return strings.Fields(do(t, a.Host, "pgrep", "-P", strconv.Itoa(a.PID()), "-f", "--", arguments).out)
+}
+
+func part(t *testing.T, a *hosts.Agent, arguments string) string {
+	t.Helper()
+	found := parts(t, a, arguments)
+	if len(found) != 1 {
+		t.Fatalf("processes %v of floxd up are %q, want one", found, arguments)
+	}
+	return found[0]
 }
 
 // interrupt is Ctrl-C.
@@ -67,6 +83,15 @@ func TestUpOnABareMachine(t *testing.T) {
 	if err := l.copyTo(t.Context(), hosts.Inside(a), l.world.Ripgrep.Path); err != nil {
 		t.Fatal(err)
 	}
+	l.runs(t, a.Host)
+
+	// Its parts are started again when they die.
+	house := part(t, a, "storehouse --ready-fd")
+	for _, pid := range []string{house, part(t, a, "agent --child")} {
+		do(t, a.Host, "kill", "-9", pid).want(t, 0)
+	}
+	eventually(t, "another storehouse", func() bool { p := parts(t, a, "storehouse --ready-fd"); return len(p) == 1 && p[0] != house })
+	await(t, a, "follows the storehouse again", connected)
 	l.runs(t, a.Host)
 
 	if code := interrupt(t, a.Daemon); code != 0 {
