@@ -115,7 +115,10 @@ func (f *files) listRoot(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bo
 func (f *files) addName(pos *rootCursor, name flox.Named, add func(fuse.DirEntry, flox.Entry) bool) bool {
 	off, listed := pos.next(name.Name)
 	if !listed {
-		e := fuse.DirEntry{Name: name.Name, Mode: mode(flox.Entry{Kind: name.Kind}), Ino: fuse.FUSE_UNKNOWN_INO, Off: off}
+		e := fuse.DirEntry{Name: name.Name, Ino: fuse.FUSE_UNKNOWN_INO, Off: off}
+		if name.Kind != 0 { // else type 0, DT_UNKNOWN: a reader asks lstat, and find descends
+			e.Mode = mode(flox.Entry{Kind: name.Kind})
+		}
 		if node, ok := f.s.nodes.node(name.Manifest, 0); ok {
 			e.Ino = node
 		}

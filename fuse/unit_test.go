@@ -398,3 +398,22 @@ func TestErrno(t *testing.T) {
 		}
 	}
 }
+
+// A listed name whose kind nobody knows yet has type 0, DT_UNKNOWN: with that of a
+// file, find(1) would not descend into a store path that was never opened.
+func TestUnknownKindsAreListedAsUnknown(t *testing.T) {
+	nodes, err := openNodeTable(filepath.Join(t.TempDir(), "nodes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &files{s: &Server{nodes: nodes}}
+	pos := newRootCursor(0)
+	for kind, want := range map[flox.Kind]uint32{0: 0, flox.Directory: syscall.S_IFDIR, flox.Regular: syscall.S_IFREG, flox.Symlink: syscall.S_IFLNK} {
+		f.addName(&pos, flox.Named{Name: fmt.Sprintf("%032d-x", kind), Kind: kind}, func(e fuse.DirEntry, _ flox.Entry) bool {
+			if got := e.Mode & syscall.S_IFMT; got != want {
+				t.Errorf("kind %v is listed with type %o, want %o", kind, got, want)
+			}
+			return true
+		})
+	}
+}
