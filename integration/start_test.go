@@ -155,3 +155,28 @@ func TestInviteOfAnotherStorehouse(t *testing.T) {
 	do(t, a.Host, "cat", l.world.Ripgrep.Exe).want(t, 1, "Input/output error")
 	do(t, a.Host, l.programs.Floxctl, "doctor").want(t, 1, "no trust list")
 }
+
+// TestStranger: who does not know the members' secret gets no answer from
+// anybody, and is told where to look.
+func TestStranger(t *testing.T) {
+	l := open(t)
+	invite, err := api.LoadInvite(l.house.Invite())
+	if err != nil {
+		t.Fatal(err)
+	}
+	invite.Secret[0] ^= 1
+	file := filepath.Join(t.TempDir(), "invite.json")
+	if err := invite.Save(file); err != nil {
+		t.Fatal(err)
+	}
+	a, err := hosts.StartAgent(t.Context(), l.programs, l.host(t, "stranger"), l.dir, file, "--lookup-timeout", "1s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop(t, a.Daemon) })
+	await(t, a, "the agent says that it is not let in", func(s *hosts.Status) bool {
+		return !s.Storehouse.Connected && s.Storehouse.Error != "" && len(s.Problems) > 0
+	})
+	do(t, a.Host, "cat", l.world.Ripgrep.Exe).want(t, 1, "Input/output error")
+	do(t, a.Host, l.programs.Floxctl, "status").want(t, 0, "the storehouse is not connected", "does not know this swarm's secret", "another invite?")
+}
