@@ -197,7 +197,7 @@ func (a *Agent) openNetwork() error {
 	a.host, err = p2p.New(p2p.Config{
 		Key: key, Listen: a.cfg.Listen, Announce: a.cfg.Advertise, Secret: a.cfg.Invite.Secret,
 		Site: a.cfg.Site, Bootstrap: bootstrap, DHTClient: a.cfg.DHTClient, NoMDNS: a.cfg.NoMDNS,
-		Blocks: holder{a.cache}, Log: a.log,
+		Blocks: holder{a.cache}, Tracker: a.whoHas, Log: a.log,
 	})
 	if err != nil {
 		return err

@@ -26,6 +26,8 @@ const (
 	peerHedge = 50 * time.Millisecond
 	// factsTimeout bounds one question to one machine.
 	factsTimeout = 3 * time.Second
+	// trackerTimeout bounds one question to the tracker, which the DHT is faster than otherwise.
+	trackerTimeout = time.Second
 	// maxFactPeers is how many connected peers one round asks, and how many of
 	// those that announced the path.
 	maxFactPeers = 8

@@ -149,3 +149,23 @@ func (a *Agent) tellTracker(ctx context.Context, keys []flox.CID) error {
 	_, err := a.calls.storehouse(a.follower.house).Announce(ctx, connect.NewRequest(request))
 	return api.FromConnect(err)
 }
+
+// whoHas asks the storehouse's tracker who announced key lately. It is quick or
+// nothing: the DHT is asked at the same time.
+func (a *Agent) whoHas(ctx context.Context, key flox.CID, most int) ([]p2p.PeerAddr, error) {
+	if !a.follower.state().connected {
+		return nil, fmt.Errorf("tracker: the storehouse is not connected: %w", flox.ErrUnreachable)
+	}
+	ctx, cancel := context.WithTimeout(ctx, trackerTimeout)
+	defer cancel()
+	request := &floxv1.WhoHasRequest{Keys: [][]byte{key[:]}, Max: uint32(most)} //nolint:gosec // a few
+	response, err := a.calls.storehouse(a.follower.house).WhoHas(ctx, connect.NewRequest(request))
+	if err != nil {
+		return nil, api.FromConnect(err)
+	}
+	var out []p2p.PeerAddr
+	for _, p := range response.Msg.GetProviders() {
+		out = append(out, p2p.PeerAddr{ID: p2p.PeerID(p.GetPeer()), Addrs: p.GetAddrs()})
+	}
+	return out, nil
+}

@@ -3,6 +3,7 @@ package p2p
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -132,20 +133,46 @@ func (l *lookups) run(key flox.CID, k *keySearch) {
 func (h *Host) meet(ctx context.Context, key flox.CID, max int) int {
 	var group errgroup.Group
 	group.SetLimit(lookupPeers)
-	met := make(chan struct{}, max)
-	err := h.eachProvider(ctx, key, max, func(info peer.AddrInfo) {
+	var met atomic.Int64
+	found := func(info peer.AddrInfo) {
 		group.Go(func() error {
 			if h.greet(ctx, info) {
-				met <- struct{}{}
+				met.Add(1)
 			}
 			return nil
 		})
-	})
+	}
+	tracked := make(chan struct{})
+	go func() { // waited for below
+		defer close(tracked)
+		h.askTracker(ctx, key, max, found)
+	}()
+	err := h.eachProvider(ctx, key, max, found)
 	if err != nil {
 		h.log.Debug("look-up found nobody", "key", key, "err", err)
 	}
+	<-tracked
 	_ = group.Wait() // its functions give no error
-	return len(met)
+	return int(met.Load())
+}
+
+// askTracker calls found with at most max peers the tracker knows under key.
+func (h *Host) askTracker(ctx context.Context, key flox.CID, max int, found func(peer.AddrInfo)) {
+	if h.cfg.Tracker == nil {
+		return
+	}
+	peers, err := h.cfg.Tracker(ctx, key, max)
+	if err != nil {
+		h.log.Debug("tracker did not answer", "key", key, "err", err)
+		return
+	}
+	for _, p := range peers[:min(len(peers), max)] {
+		info, err := p.addrInfo()
+		if err != nil || info.ID == h.self {
+			continue
+		}
+		found(info)
+	}
 }
 
 // greet connects to a peer that is not connected; it reports whether that

@@ -109,6 +109,9 @@ type Config struct {
 	// Storehouses, if set, decides who is believed to be a storehouse, so whose
 	// "not found" is final. Default: exactly the peers of Bootstrap that say so.
 	Storehouses func(PeerID) bool
+	// Tracker, if set, is asked beside the DHT who announced a key, at most max
+	// peers: it finds faster while it is there. It must end with ctx.
+	Tracker func(ctx context.Context, key flox.CID, max int) ([]PeerAddr, error)
 	// DHTClient makes this machine ask the DHT without storing for others: for
 	// machines on battery or behind NAT.
 	DHTClient bool
