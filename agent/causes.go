@@ -57,3 +57,11 @@ func (u *unreachable) Error() string {
 
 // Unwrap shows the one sentinel that callers may act on.
 func (u *unreachable) Unwrap() error { return flox.ErrUnreachable }
+
+// oneLine is an error's text in one line: libraries write lists of what they tried.
+func oneLine(err error) string {
+	if err == nil {
+		return "no reason known yet"
+	}
+	return strings.Join(strings.Fields(err.Error()), " ")
+}

@@ -152,7 +152,7 @@ func (a *Agent) problems() []string {
 			since = "last heard of " + l.lastSeen.Format(time.DateTime)
 		}
 		out = append(out, fmt.Sprintf("the storehouse is not connected (%s): %v; what is here and what peers hold can be read; check its address %v and the network",
-			since, l.err, a.cfg.Invite.Storehouse[0].Addrs))
+			since, oneLine(l.err), a.cfg.Invite.Storehouse[0].Addrs))
 	}
 	if u := a.cache.Usage(); u.Limit < u.Budget/2 {
 		out = append(out, fmt.Sprintf("the disk of %s is nearly full: the cache may use %d of its %d bytes; free some space or set a smaller reserve", a.cfg.StateDir, u.Limit, u.Budget))
@@ -172,7 +172,7 @@ func (a *Agent) linkMessage() *floxv1.StorehouseLink {
 		m.LastSeenUnix = l.lastSeen.Unix()
 	}
 	if l.err != nil {
-		m.Error = l.err.Error()
+		m.Error = oneLine(l.err)
 	}
 	return m
 }

@@ -28,7 +28,7 @@ func (a *Agent) doctorStorehouse() *floxv1.Finding {
 	}
 	return finding("storehouse", "error",
 		fmt.Sprintf("check that %v is reachable from here (address, port, firewall) and that the storehouse runs", a.cfg.Invite.Storehouse[0].Addrs),
-		"not connected: %v", l.err)
+		"not connected: %s", oneLine(l.err))
 }
 
 func (a *Agent) doctorTrust() *floxv1.Finding {

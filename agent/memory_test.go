@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -160,5 +161,15 @@ func TestFetchedPiecesAreNotReadFromTheCacheAgain(t *testing.T) {
 	}
 	if next, covered := fetchedUpTo(pieces, 40, 50); next != 50 || covered {
 		t.Errorf("behind all pieces: %d %v", next, covered)
+	}
+}
+
+func TestReasonsAreSaidInOneLine(t *testing.T) {
+	err := because(errors.New("dial:\n  * one\n  * two"), nil, flox.ErrUnreachable, errors.New("dial:\n  * one\n  * two"))
+	if got, want := oneLine(err), "dial: * one * two"; got != want || !errors.Is(err, flox.ErrUnreachable) {
+		t.Errorf("%q, want %q, and still unreachable", got, want)
+	}
+	if because(nil, nil) != nil {
+		t.Error("no reason is an error")
 	}
 }
