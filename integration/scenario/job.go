@@ -53,7 +53,7 @@ func (s *Scenario) onB(ctx context.Context, report *Report) error {
 		return err
 	}
 	report.Runs = append(report.Runs, runs...)
-	s.say("4. B runs it all a second time")
+	s.say("3. B runs it all a second time")
 	for try := 1; ; try++ {
 		if runs, err = s.RunPrograms(ctx, s.B, 2); err != nil {
 			return err
@@ -87,7 +87,7 @@ func (s *Scenario) heldByA(ctx context.Context, report *Report) (err error) {
 
 // unplugged: what only A holds works on B, what nobody holds is a clear error.
 func (s *Scenario) unplugged(ctx context.Context, report *Report) error {
-	s.say("3. The storehouse is unplugged")
+	s.say("4. The storehouse is unplugged")
 	if err := s.House.Host.Unplug(ctx); err != nil {
 		return err
 	}
