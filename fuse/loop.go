@@ -237,10 +237,18 @@ func (d *device) read(b []byte) (int, error) {
 			}
 		}
 	})
-	if waitErr != nil {
+	if waitErr == nil {
+		return n, err
+	}
+	if errors.Is(waitErr, os.ErrDeadlineExceeded) || errors.Is(waitErr, os.ErrClosed) {
 		return 0, waitErr
 	}
-	return n, err
+	// The poller gives up on a device that signals an error, which one without a
+	// mount does: the device itself says what it is.
+	if d.raw.Control(func(fd uintptr) { n, err = unix.Read(int(fd), b) }) == nil && !errors.Is(err, unix.EAGAIN) {
+		return n, err
+	}
+	return 0, waitErr
 }
 
 // write sends one answer or notification; it is never partial.
