@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	flox "github.com/floxctl/flox"
 )
@@ -113,7 +114,7 @@ func (inv *Invite) check() error {
 
 // LoadInvite reads an invite file.
 func LoadInvite(path string) (*Invite, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for a writer
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("invite %s does not exist: copy invite.json of the storehouse's state directory to it: %w", path, flox.ErrNotFound)
 	}
@@ -121,6 +122,9 @@ func LoadInvite(path string) (*Invite, error) {
 		return nil, fmt.Errorf("read invite: %w", err)
 	}
 	defer f.Close()
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return nil, errors.Join(fmt.Errorf("read invite %s: want a regular file: %w", path, flox.ErrBadInput), err)
+	}
 	b, err := io.ReadAll(io.LimitReader(f, maxInviteBytes+1))
 	if err != nil {
 		return nil, fmt.Errorf("read invite %s: %w", path, err)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -113,4 +114,15 @@ func FuzzParseInvite(f *testing.F) {
 			t.Error(diff)
 		}
 	})
+}
+
+// A pipe in the place of an invite keeps nobody waiting for a writer.
+func TestInviteIsNoPipe(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "invite.json")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadInvite(path); !errors.Is(err, flox.ErrBadInput) {
+		t.Errorf("a pipe: %v, want ErrBadInput", err)
+	}
 }

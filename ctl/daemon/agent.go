@@ -1,8 +1,8 @@
 package daemon
 
 import (
-	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -114,55 +115,58 @@ func installInvite(cfg *Config, from string, who account) error {
 (%s/%s/%s there) and run: sudo floxd agent --invite invite.json
 For a storehouse of this machine's own: sudo floxd up`, cli.DefaultStateDir, storehouseDir, inviteName)
 		}
-		return checkInvite(cfg, to)
-	}
-	if err := checkInvite(cfg, from); err != nil {
+		_, err := checkInvite(cfg, to)
 		return err
 	}
-	if sameFile(from, to) { // also on a disk that is full
+	invite, err := checkInvite(cfg, from)
+	if err != nil {
+		return err
+	}
+	if had, err := api.LoadInvite(to); err == nil && reflect.DeepEqual(had, invite) { // also on a disk that is full
 		return nil
 	}
-	if err := copyFor(who, from, to, cfg.StateDir); err != nil {
+	if err := giveInvite(cfg.StateDir, invite, who); err != nil {
 		return fmt.Errorf("install the invite %s: %w", from, err)
 	}
 	return nil
 }
 
-// sameFile reports whether two files hold the same.
-func sameFile(a, b string) bool {
-	have, err := os.ReadFile(a)
-	other, errOther := os.ReadFile(b)
-	return err == nil && errOther == nil && bytes.Equal(have, other)
-}
-
 // checkInvite finds out before anything is mounted what would only keep the
 // child from starting, again and again.
-func checkInvite(cfg *Config, file string) error {
+func checkInvite(cfg *Config, file string) (*api.Invite, error) {
 	invite, err := api.LoadInvite(file)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if string(invite.StoreDir) != cfg.StoreDir {
-		return cli.Explain(flox.ErrBadInput, `store directory %s: the paths of storehouse %s (%s) are made for %s, and the directory is part of every path's hash: start with --store-dir %s`,
+		return nil, cli.Explain(flox.ErrBadInput, `store directory %s: the paths of storehouse %s (%s) are made for %s, and the directory is part of every path's hash: start with --store-dir %s`,
 			cfg.StoreDir, invite.Name, file, invite.StoreDir, invite.StoreDir)
 	}
-	return nil
+	return invite, nil
 }
 
-// copyFor copies a small file so that only who can read it, whole or not at
-// all. It is written in dir, which is root's, and moved: in a directory of
-// who's it could be swapped for something else while root still works on it.
-func copyFor(who account, from, to, dir string) error {
-	content, err := os.ReadFile(from)
+// giveInvite writes what was read, whole or not at all, so that only who can
+// read it. The file it came from is not read again: that of the storehouse here
+// is an ordinary user's, who could have put a link to a secret of root's in its
+// place. For the same reason nothing outside of the state directory is touched.
+func giveInvite(stateDir string, invite *api.Invite, who account) error {
+	content, err := json.MarshalIndent(invite, "", "  ")
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, ".copy-*") // mode 0600
+	dir, err := os.OpenRoot(stateDir)
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // gone already when it was renamed
-	_, err = f.Write(content)
+	defer dir.Close()
+	const draft = ".invite.new"
+	_ = dir.Remove(draft) // of one that was killed; what is in the way is said next
+	f, err := dir.OpenFile(draft, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = dir.Remove(draft) }() // gone already when it was renamed
+	_, err = f.Write(append(content, '\n'))
 	if err == nil {
 		err = f.Chown(int(who.uid), int(who.gid))
 	}
@@ -172,7 +176,7 @@ func copyFor(who account, from, to, dir string) error {
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), to)
+	return dir.Rename(draft, filepath.Join(agentDir, inviteName))
 }
 
 // runAgentChild is the unprivileged process the warden starts.

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/floxctl/flox/ctl/cli"
 )
 
@@ -101,10 +103,12 @@ func (c *child) once(ctx context.Context, isReady func()) error {
 		Pdeathsig:  syscall.SIGTERM,
 	}
 	// The death signal belongs to the thread that starts the child, so that
-	// thread must live as long as we do.
+	// thread must live as long as we do. It can gain no privileges any more, nor
+	// can the child, so it is not given back: it goes with this goroutine.
 	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	err = cmd.Start()
+	if err = os.NewSyscallError("prctl", unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)); err == nil {
+		err = cmd.Start()
+	}
 	w.Close()
 	if err != nil {
 		return err

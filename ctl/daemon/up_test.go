@@ -353,7 +353,7 @@ func (m machineDirs) checkPrivileges(t *testing.T, pid int) {
 		if err != nil {
 			t.Error(err)
 		}
-		for _, want := range []string{"Uid:\t65534\t65534\t65534\t65534", "Gid:\t65534\t65534\t65534\t65534", "CapEff:\t0000000000000000"} {
+		for _, want := range []string{"Uid:\t65534\t65534\t65534\t65534", "Gid:\t65534\t65534\t65534\t65534", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"} {
 			if !strings.Contains(string(b), want) {
 				t.Errorf("%s (pid %d) lacks %q:\n%s", line, child, want, b)
 			}

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/ctl/cli"
 )
@@ -124,30 +126,56 @@ func passes(info fs.FileInfo, who account) bool {
 }
 
 // giveTo makes who the owner of dir and, where it was somebody else's, of
-// everything below.
+// everything below. That somebody may move things about meanwhile: nothing
+// outside of dir is reached through what they put there. dir itself comes last,
+// so that what was interrupted is done again.
 func giveTo(dir string, who account) error {
-	info, err := os.Lstat(dir)
+	parent, err := os.OpenRoot(filepath.Dir(dir))
+	if err != nil {
+		return fmt.Errorf("state directory: %w", err)
+	}
+	defer parent.Close()
+	name := filepath.Base(dir)
+	info, err := parent.Lstat(name)
 	if err != nil {
 		return fmt.Errorf("state directory: %w", err)
 	}
 	if st, isStat := info.Sys().(*syscall.Stat_t); isStat && st.Uid == who.uid && st.Gid == who.gid {
 		return nil
 	}
-	err = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		return os.Lchown(path, int(who.uid), int(who.gid))
-	})
+	if info.IsDir() {
+		err = giveBelow(parent, name, who)
+	}
+	if err == nil {
+		err = parent.Lchown(name, int(who.uid), int(who.gid))
+	}
 	if err != nil {
 		return fmt.Errorf("hand %s over to user %s: %w", dir, who.name, err)
 	}
 	return nil
 }
 
+// giveBelow makes who the owner of everything in the directory name of parent.
+func giveBelow(parent *os.Root, name string, who account) error {
+	dir, err := parent.OpenRoot(name)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return fs.WalkDir(dir.FS(), ".", func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || path == "." {
+			return err
+		}
+		return dir.Lchown(path, int(who.uid), int(who.gid))
+	})
+}
+
 // dropTo makes this process an ordinary one: who's, and unable to gain
-// anything. It does nothing for a process that is ordinary already.
+// anything. One that is ordinary already stays who it is.
 func dropTo(who account) error {
+	if err := gainNothing(); err != nil {
+		return err
+	}
 	if os.Geteuid() != 0 {
 		return nil
 	}
@@ -162,6 +190,18 @@ func dropTo(who account) error {
 		if err := step.do(); err != nil {
 			return fmt.Errorf("become user %s: %s: %w", who.name, step.what, err)
 		}
+	}
+	return nil
+}
+
+// gainNothing keeps this process, and what it starts, from ever gaining
+// privileges: no setuid program gives it any.
+func gainNothing() error {
+	_, _, errno := syscall.AllThreadsSyscall(syscall.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0)
+	// With cgo, as under the race detector, not all threads are Go's to set. A
+	// process started by floxd up has it from there.
+	if errno != 0 && errno != syscall.ENOTSUP {
+		return os.NewSyscallError("prctl", errno)
 	}
 	return nil
 }
@@ -187,7 +227,8 @@ func lockState(stateDir, name, what string) (*os.File, error) {
 		return nil, fmt.Errorf("state directory: %w: %w", err, flox.ErrDenied)
 	}
 	path := filepath.Join(stateDir, name)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	// No link: the directory may be an ordinary user's, and root empties the file.
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
