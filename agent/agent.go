@@ -81,6 +81,7 @@ type Agent struct {
 	fetcher   *fetcher
 	follower  *follower
 	executed  *executed
+	known     *knownPeers
 	waits     *waits
 	traffic   *traffic
 	store     *store
@@ -159,6 +160,7 @@ func (a *Agent) openState() (err error) {
 		return err
 	}
 	a.executed = loadExecuted(filepath.Join(dir, "executed.json"))
+	a.known = &knownPeers{file: filepath.Join(dir, "peers.json")}
 	a.cache, err = cache.Open(cache.Config{
 		Dir: filepath.Join(dir, "cache"), Budget: a.cfg.CacheBudget, Reserve: a.cfg.CacheReserve,
 		Kernel: a.kernel, Log: a.log,
@@ -238,6 +240,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return ended(ctx, "network", a.host.Run(ctx)) })
 	group.Go(func() error { return a.follower.run(ctx) })
 	group.Go(func() error { return a.announce(ctx) })
+	group.Go(func() error { return a.rememberPeers(ctx) })
 	group.Go(func() error { return a.serveFacts(ctx) })
 	group.Go(func() error { return a.serveControl(ctx) })
 	err := group.Wait()

@@ -1,0 +1,58 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/floxctl/flox/p2p"
+)
+
+func TestPeersAreRememberedOverARestart(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "peers.json")
+	stat := func(i int, role p2p.Role) p2p.PeerStat {
+		return p2p.PeerStat{ID: p2p.PeerID(fmt.Sprintf("peer%03d", i)), Addrs: []string{fmt.Sprintf("10.0.0.%d:7782", i)}, Role: role}
+	}
+	k := &knownPeers{file: file}
+	if got := k.load(); len(got) != 0 {
+		t.Fatalf("%d peers from nowhere", len(got))
+	}
+	if err := k.update([]p2p.PeerStat{stat(1, p2p.Agent), stat(2, p2p.Storehouse), {ID: "nowhere"}}); err != nil {
+		t.Fatal(err)
+	}
+	// Who is away now stays known, behind those who are here.
+	if err := k.update([]p2p.PeerStat{stat(3, p2p.Agent)}); err != nil {
+		t.Fatal(err)
+	}
+	got := (&knownPeers{file: file}).load()
+	if len(got) != 2 || got[0].ID != "peer003" || got[1].ID != "peer001" || got[1].Addrs[0] != "10.0.0.1:7782" {
+		t.Errorf("after a restart: %v", got)
+	}
+	before, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.update([]p2p.PeerStat{stat(1, p2p.Agent), stat(3, p2p.Agent)}); err != nil {
+		t.Fatal(err)
+	}
+	if after, err := os.Stat(file); err != nil || !os.SameFile(before, after) {
+		t.Errorf("the same peers were written again: %v", err)
+	}
+	var many []p2p.PeerStat
+	for i := range 2 * maxKnown {
+		many = append(many, stat(i, p2p.Agent))
+	}
+	if err := k.update(many); err != nil {
+		t.Fatal(err)
+	}
+	if got := (&knownPeers{file: file}).load(); len(got) != maxKnown {
+		t.Errorf("%d peers remembered, want %d", len(got), maxKnown)
+	}
+	if err := os.WriteFile(file, []byte("{torn"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := (&knownPeers{file: file}).load(); len(got) != 0 {
+		t.Errorf("a damaged list gave %d peers", len(got))
+	}
+}
