@@ -27,6 +27,10 @@ const manifestPages = 64 << 20
 // memory; other readers wait.
 const maxDownloads = 128
 
+// maxListings is how many file listings are made and sent at once: each is held
+// whole, a few hundred bytes for every file of a path.
+const maxListings = 8
+
 // clientStall is how long a client may neither send nor take a byte before it is
 // given up.
 const clientStall = 2 * time.Minute
@@ -60,6 +64,7 @@ type httpCache struct {
 	mux       *http.ServeMux
 	uploads   chan struct{} // as many as are taken in at once
 	downloads chan struct{} // as many as are sent at once
+	listings  chan struct{} // as many as are made at once
 	maxNar    uint64        // most bytes of an uploaded NAR, unpacked
 	stall     time.Duration // how long a client may neither send nor take a byte
 }
@@ -70,7 +75,8 @@ func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored conte
 	c := &httpCache{
 		backend: b, dir: cfg.StoreDir, name: cfg.Name, key: key, blocks: blocks, stored: stored,
 		pages: content.NewPageCache(manifestPages), log: cfg.Log,
-		mux: mux, uploads: make(chan struct{}, maxUploads), downloads: make(chan struct{}, maxDownloads), maxNar: maxNarBytes, stall: clientStall,
+		mux: mux, uploads: make(chan struct{}, maxUploads), downloads: make(chan struct{}, maxDownloads),
+		listings: make(chan struct{}, maxListings), maxNar: maxNarBytes, stall: clientStall,
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -182,6 +188,12 @@ func narName(info *flox.PathInfo) string {
 }
 
 func (c *httpCache) listing(w http.ResponseWriter, r *http.Request, info *flox.PathInfo) error {
+	select {
+	case c.listings <- struct{}{}:
+		defer func() { <-c.listings }()
+	case <-r.Context().Done():
+		return r.Context().Err()
+	}
 	m, err := c.open(r.Context(), info)
 	if err != nil {
 		return err

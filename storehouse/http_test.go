@@ -194,6 +194,59 @@ func TestStalledReader(t *testing.T) {
 	}
 }
 
+// Strangers can neither hold more connections than there are places nor send
+// headers without end; a place that is left goes to the next one.
+func TestStrangersAreBounded(t *testing.T) {
+	web := httptest.NewUnstartedServer(http.NotFoundHandler())
+	web.Config.ConnState = atMost(1)
+	web.Start()
+	defer web.Close()
+	first, err := net.Dial("tcp", web.Listener.Addr().String()) //nolint:noctx // a test's own server
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	request := func(conn net.Conn) error {
+		if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			return err
+		}
+		_, err := conn.Read(make([]byte, 1))
+		return err
+	}
+	if err := request(first); err != nil {
+		t.Fatal(err)
+	}
+	second, err := net.Dial("tcp", web.Listener.Addr().String()) //nolint:noctx // a test's own server
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if err := request(second); err == nil {
+		t.Error("a second client is served where there is one place")
+	}
+	first.Close()
+	for ctx := within(t); ; time.Sleep(time.Millisecond) { // the server notices in its own time
+		next, err := net.Dial("tcp", web.Listener.Addr().String()) //nolint:noctx // a test's own server
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = request(next)
+		next.Close()
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+	}
+
+	s, _ := start(t, testConfig(t.TempDir()))
+	header := http.Header{"X-Long": {strings.Repeat("x", maxWebHeader+8<<10)}}
+	if got := ask(t, "GET", cacheURL(s)+"/nix-cache-info", "", header, nil); got.status != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("a long header: status %d, want %d", got.status, http.StatusRequestHeaderFieldsTooLarge)
+	}
+}
+
 // Whatever a Range header says, what is served lies within the NAR.
 func FuzzRange(f *testing.F) {
 	for _, s := range []string{"", "bytes=0-", "bytes=5-9", "bytes=-7", "bytes=-0", "bytes=9-5", "bytes=0-1,5-9", "bytes=", "bytes=--1", "bytes=18446744073709551615-"} {

@@ -277,7 +277,33 @@ func (s *Server) serveWeb(ctx context.Context) error {
 		return nil
 	}
 	handler := newHTTP(s, s.cfg, s.PublicKey(), s.packs.Checksummed(), content.StoredBlock(s.packs.Stored))
-	return serve(ctx, s.web, &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
+	return serve(ctx, s.web, &http.Server{
+		Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: maxWebHeader, ConnState: atMost(maxWebClients),
+	})
+}
+
+// What strangers at the binary cache may take: connections, each a descriptor
+// and a goroutine, and bytes of a request's header.
+const (
+	maxWebClients = 4096
+	maxWebHeader  = 32 << 10
+)
+
+// atMost closes connections beyond so many.
+func atMost(most int64) func(net.Conn, http.ConnState) {
+	var open atomic.Int64
+	return func(conn net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if open.Add(1) > most {
+				_ = conn.Close() // counted until the server notices
+			}
+		case http.StateClosed, http.StateHijacked:
+			open.Add(-1)
+		case http.StateActive, http.StateIdle:
+		}
+	}
 }
 
 // serve runs an HTTP server until ctx ends, giving requests under way a moment.
