@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -44,28 +43,14 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(floxv1connect.NewAgentHandler(&control{a}, connect.WithReadMaxBytes(4<<20)))
-	var open atomic.Int64
 	return serveHTTP(ctx, listener, &http.Server{
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
-		ConnState: func(conn net.Conn, state http.ConnState) {
-			switch state {
-			case http.StateNew:
-				if open.Add(1) > maxClients {
-					_ = conn.Close()
-				}
-			case http.StateClosed, http.StateHijacked:
-				open.Add(-1)
-			case http.StateActive, http.StateIdle:
-			}
-		},
+		MaxHeaderBytes: 32 << 10, ConnState: newClients(callerUID).changed,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, callerKey{}, callerUID(conn))
 		},
 	})
 }
-
-// maxClients bounds the connections to the socket.
-const maxClients = 1024
 
 // clearSocket removes a socket that a killed agent left. One that is served, or
 // something that is no socket, is ErrBusy.
