@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -71,6 +72,9 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		return err
 	}
 	if err := checkStoreDir(cfg.StoreDir, "floxd agent"); err != nil {
+		return err
+	}
+	if err := checkRunDir(cfg.RunDir); err != nil {
 		return err
 	}
 	lock, err := lockState(cfg.StateDir, agentLock, "agent")
@@ -202,6 +206,21 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		return err
 	}
 	return a.Run(ctx)
+}
+
+// checkRunDir refuses a directory of root's that holds something: the run
+// directory is given to the child's user, and /run or /tmp must not be.
+func checkRunDir(dir string) error {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return nil //nolint:nilerr // it is made, or the warden says what is wrong
+	}
+	names, err := os.ReadDir(dir)
+	if st, isStat := info.Sys().(*syscall.Stat_t); err == nil && len(names) > 0 && isStat && st.Uid == 0 {
+		return cli.Explain(flox.ErrBadInput, "run directory %s is root's and holds files already (%s, ...): it would be given to an ordinary user; choose one of its own with --run-dir, such as %s",
+			dir, names[0].Name(), filepath.Join(dir, "floxd"))
+	}
+	return nil
 }
 
 // checkStoreDir refuses to cover a store that is there already. It asks the

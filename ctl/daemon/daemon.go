@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -16,7 +17,12 @@ import (
 )
 
 // Main runs floxd with the process's arguments and returns its exit code.
-func Main() int { return cli.Run(newRootCmd(), os.Args[1:]) }
+func Main() int {
+	// Hardened machines give root a mask under which nobody else could pass the
+	// directories it makes. What is secret says so by its own mode.
+	syscall.Umask(0o022)
+	return cli.Run(newRootCmd(), os.Args[1:])
+}
 
 func newRootCmd() *cobra.Command {
 	file := ""

@@ -73,6 +73,9 @@ func (u *up) run(ctx context.Context) error {
 	if err := checkStoreDir(u.cfg.StoreDir, "floxd up"); err != nil {
 		return err
 	}
+	if err := checkRunDir(u.cfg.RunDir); err != nil {
+		return err
+	}
 	for _, use := range []struct{ lock, what string }{{"up.lock", "floxd up"}, {agentLock, "agent"}} {
 		lock, err := lockState(u.cfg.StateDir, use.lock, use.what)
 		if err != nil {

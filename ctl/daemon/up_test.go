@@ -130,7 +130,8 @@ func (l *lockedBuffer) String() string {
 // start runs floxd up until it has said all that it says when it is ready.
 func (m machineDirs) start(t *testing.T, program string) *running {
 	t.Helper()
-	r := &running{t: t, cmd: exec.Command(program, m.flags...), log: &lockedBuffer{}, out: &lockedBuffer{}, done: make(chan error, 1)}
+	// Under the mask of a hardened machine.
+	r := &running{t: t, cmd: exec.Command("sh", append([]string{"-c", `umask 077; exec "$0" "$@"`, program}, m.flags...)...), log: &lockedBuffer{}, out: &lockedBuffer{}, done: make(chan error, 1)}
 	stdout, err := r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -330,6 +331,9 @@ func (m machineDirs) checkServed(t *testing.T) {
 // checkOwners: what holds secrets belongs to the ordinary user alone.
 func (m machineDirs) checkOwners(t *testing.T) {
 	t.Helper()
+	if info, err := os.Stat(m.root + "/run"); err != nil || info.Mode().Perm() != 0o755 {
+		t.Errorf("the run directory, which everybody must pass to the socket: %v, %v", info, err)
+	}
 	for path, mode := range map[string]os.FileMode{
 		"state/agent": 0o700, "state/storehouse": 0o700,
 		"state/storehouse/invite.json": 0o600, "state/agent/invite.json": 0o600, "state/storehouse/upload-token": 0o600,

@@ -147,3 +147,19 @@ func TestInstallInvite(t *testing.T) {
 		t.Errorf("behind the link: %v (%v)", names, err)
 	}
 }
+
+// What is given to the child's user is a directory of the agent's own.
+func TestRunDirIsNobodyElses(t *testing.T) {
+	asRoot(t)
+	dir := t.TempDir()
+	write(t, dir+"/full/other", "x")
+	write(t, dir+"/used/agent.sock", "x")
+	if err := errors.Join(os.Mkdir(dir+"/empty", 0o755), os.Chown(dir+"/used", int(somebody.uid), int(somebody.gid))); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]error{"full": flox.ErrBadInput, "used": nil, "empty": nil, "none": nil} {
+		if err := checkRunDir(dir + "/" + name); !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", name, err, want)
+		}
+	}
+}
