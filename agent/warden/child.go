@@ -56,8 +56,10 @@ func (w *warden) startChild() (*child, error) {
 		// No groups, and no capabilities: leaving uid 0 drops them.
 		Credential: &syscall.Credential{Uid: w.cfg.UID, Gid: w.cfg.GID},
 		Pdeathsig:  syscall.SIGKILL,
-		// Ctrl-C is the warden's to hear; it unmounts before it ends the child.
-		Setpgid: true,
+		// Ctrl-C is the warden's to hear; it unmounts before it ends the child. And
+		// the child may have root's terminal to write to, which it could type at
+		// (TIOCSTI) if it were that of its own session.
+		Setsid: true,
 	}
 	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{})}
 	if err := c.launch(cmd); err != nil {

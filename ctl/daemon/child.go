@@ -98,7 +98,9 @@ func (c *child) once(ctx context.Context, isReady func()) error {
 	cmd.WaitDelay = stopPatience
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Setpgid:    true, // Ctrl-C is for us: we end it in order
+		// Ctrl-C is for us: we end it in order. And it gets our terminal to write
+		// to only: as that of its own session it could type there, as root.
+		Setsid:     true,
 		Credential: &syscall.Credential{Uid: c.who.uid, Gid: c.who.gid},
 		Pdeathsig:  syscall.SIGTERM,
 	}

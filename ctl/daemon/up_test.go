@@ -362,6 +362,9 @@ func (m machineDirs) checkPrivileges(t *testing.T, pid int) {
 				t.Errorf("%s (pid %d) lacks %q:\n%s", line, child, want, b)
 			}
 		}
+		if session, err := unix.Getsid(child); err != nil || session != child {
+			t.Errorf("%s is in session %d (%v), whose terminal it could type at", line, session, err)
+		}
 		if groups := groupsOf(string(b)); groups != "" {
 			t.Errorf("%s keeps the groups %s", line, groups)
 		}
