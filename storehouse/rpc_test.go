@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -293,5 +294,22 @@ func TestTracker(t *testing.T) {
 	tr.expire()
 	if len(tr.peers)+len(tr.keys)+tr.total != 0 {
 		t.Errorf("kept %d peers, %d keys, total %d", len(tr.peers), len(tr.keys), tr.total)
+	}
+}
+
+// Whoever makes up names for itself does not fill the tracker's memory, even
+// with peers that hold nothing; those known stay and may announce again.
+func TestTrackerIsBounded(t *testing.T) {
+	tr := newTracker()
+	for i := range maxTracked {
+		if err := tr.announce(fmt.Sprint(i), nil, []string{"/ip4/10.0.0.1/tcp/1"}); err != nil {
+			t.Fatalf("peer %d: %v", i, err)
+		}
+	}
+	if err := tr.announce("one more", nil, nil); !errors.Is(err, flox.ErrFull) {
+		t.Errorf("one peer too many: %v, want ErrFull", err)
+	}
+	if err := tr.announce("0", []flox.CID{{1}}, nil); err != nil {
+		t.Errorf("one that is known: %v", err)
 	}
 }

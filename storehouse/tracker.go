@@ -16,6 +16,7 @@ const (
 	trackerTTL      = 15 * time.Minute
 	maxPeerKeys     = 512     // keys of one peer
 	maxTrackedKeys  = 1 << 20 // keys of all peers together
+	maxTracked      = 1 << 14 // peers, also of those that announce addresses only
 	maxPeerAddrs    = 16
 	maxAddrBytes    = 256
 	maxWhoHasKeys   = 64
@@ -56,8 +57,8 @@ func (t *tracker) announce(peer string, keys []flox.CID, addrs []string) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.forget(peer)
-	if t.total+len(keys) > maxTrackedKeys {
-		return fmt.Errorf("announce: %d keys are known already: %w", t.total, flox.ErrFull)
+	if t.total+len(keys) > maxTrackedKeys || len(t.peers) >= maxTracked {
+		return fmt.Errorf("announce: %d keys of %d peers are known already: %w", t.total, len(t.peers), flox.ErrFull)
 	}
 	set := map[flox.CID]struct{}{}
 	a := &announced{addrs: addrs, until: t.now().Add(trackerTTL)}
