@@ -169,30 +169,56 @@ func (h *Host) enter() []string {
 // the calling goroutine opens are the host's and stay so. fn must not leave
 // the opening of sockets to other goroutines.
 func (h *Host) Do(fn func() error) error {
+	return apart(func() error {
+		if err := setns(h.NetNS(), unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("enter %s: %w", h.namespace, err)
+		}
+		return fn()
+	})
+}
+
+// DoMounted runs fn in this process with the host's mounts: the files that the
+// calling goroutine opens and the commands that it starts see the host's, and
+// what they mount nobody else sees. The network stays this process's.
+func (h *Host) DoMounted(fn func() error) error {
+	return apart(func() error {
+		// A thread that shares its working directory may not change mounts.
+		err := unix.Unshare(unix.CLONE_FS)
+		if err == nil {
+			err = setns("/proc/"+strconv.Itoa(h.pid)+"/ns/mnt", unix.CLONE_NEWNS)
+		}
+		if err != nil {
+			return fmt.Errorf("enter the mounts of %s: %w", h.namespace, err)
+		}
+		return fn()
+	})
+}
+
+// apart runs fn on a thread that nobody has before or after it.
+func apart(fn func() error) error {
 	result := make(chan error, 1)
-	go func() { result <- h.inside(fn) }()
+	go func() {
+		// Never unlocked: the thread ends with the goroutine, and nobody else gets a
+		// thread in the wrong namespace.
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			// The main thread does not end, and where it is the whole process is said
+			// to be. While this goroutine sits on it, another cannot get it.
+			result <- apart(fn)
+			return
+		}
+		result <- fn()
+	}()
 	return <-result
 }
 
-// inside is Do on a thread that its caller, a goroutine of its own, gives up.
-func (h *Host) inside(fn func() error) error {
-	// Never unlocked: the thread ends with the goroutine, and nobody else gets a
-	// thread in the wrong namespace.
-	runtime.LockOSThread()
-	if unix.Gettid() == os.Getpid() {
-		// The main thread does not end, and where it is the whole process is said
-		// to be. While this goroutine sits on it, another cannot get it.
-		return h.Do(fn)
-	}
-	ns, err := os.Open(h.NetNS())
+func setns(file string, kind int) error {
+	ns, err := os.Open(file)
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("enter %s: %w", h.namespace, err)
-	}
-	return fn()
+	return unix.Setns(int(ns.Fd()), kind)
 }
 
 // Dial connects from the host to an address, which must be numeric. It fits
