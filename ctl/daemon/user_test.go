@@ -7,10 +7,10 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/floxctl/flox/api"
 	"golang.org/x/sys/unix"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
 )
 
 // asRoot skips a test that gives files away, and fails it under CI.
