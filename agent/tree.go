@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	flox "github.com/floxctl/flox"
@@ -17,12 +18,20 @@ import (
 // maxHintPaths bounds the store paths handed on as hints: the path, then referrers.
 const maxHintPaths = 8
 
+// While a path is read, its manifest is marked used every so many seconds, at
+// most so many blocks of it.
+const (
+	manifestUseSeconds = 2
+	maxUsedBlocks      = 16
+)
+
 // tree is the file tree of one store path: its manifest's entries, and bytes from
 // the cache or the swarm.
 type tree struct {
 	*content.Manifest
 	path flox.StorePath
 	a    *Agent
+	used atomic.Int64 // Unix seconds at which the cache was last told that the manifest is in use
 }
 
 var _ flox.Tree = (*tree)(nil)
@@ -57,9 +66,25 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 	}
 	file := cache.File{ID: e.File, Size: int64(e.Size)}
 	if n, st := t.a.cache.ReadAt(file, p, off, who.Node); st == cache.Hit {
+		t.use(ctx)
 		return n, nil
 	}
 	return t.fill(ctx, index, file, p, off, who)
+}
+
+// use tells the cache that the manifest is in use, now and then: this process has
+// it in memory and does not read it again, but the next one could not read the
+// path's content without it.
+func (t *tree) use(ctx context.Context) {
+	now := time.Now().Unix()
+	was := t.used.Load()
+	if now-was < manifestUseSeconds || !t.used.CompareAndSwap(was, now) {
+		return
+	}
+	ids := append([]flox.CID{t.ID()}, t.Pages()...)
+	for _, id := range ids[:min(len(ids), maxUsedBlocks)] {
+		_, _ = t.a.cache.Get(ctx, id) // only to be seen reading it
+	}
 }
 
 // fill reads p from chunks that are verified or fetched first.
