@@ -11,7 +11,7 @@ import (
 )
 
 // demoBench runs the main job and gives its figures.
-func demoBench(ctx context.Context) (rows []Row, err error) {
+func demoBench(ctx context.Context) ([]Row, error) {
 	w, err := world.Ensure(ctx)
 	if err != nil {
 		return nil, err
@@ -36,8 +36,5 @@ func demoBench(ctx context.Context) (rows []Row, err error) {
 	if err := s.MainJob(ctx, report); err != nil {
 		return nil, err
 	}
-	for _, r := range report.Rows() {
-		rows = append(rows, Row(r))
-	}
-	return rows, nil
+	return report.Rows(), nil
 }

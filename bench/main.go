@@ -13,19 +13,12 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/floxctl/flox/integration/scenario"
 )
 
-// Row is one comparison, as written to bench/out/NAME.json.
-type Row struct {
-	Name     string  `json:"name"`
-	Unit     string  `json:"unit"`
-	Ours     float64 `json:"ours"`
-	Peer     float64 `json:"peer"` // 0 = nothing to compare with
-	PeerName string  `json:"peer_name"`
-	Ratio    float64 `json:"ratio"`  // ours / peer
-	Target   string  `json:"target"` // in words; "publish" = no target
-	Met      bool    `json:"met"`
-}
+// Row is one comparison; the scenario of the demo makes the same ones.
+type Row = scenario.Row
 
 // benchmarks are what `make bench BENCH=name` names.
 var benchmarks = map[string]func(context.Context) ([]Row, error){

@@ -69,15 +69,15 @@ func size(n uint64) string {
 	return fmt.Sprintf("%dB", n)
 }
 
-// Row is one line of bench/out/demo.json, as every benchmark writes it.
+// Row is one comparison, as every file in bench/out holds them.
 type Row struct {
 	Name     string  `json:"name"`
 	Unit     string  `json:"unit"`
 	Ours     float64 `json:"ours"`
-	Peer     float64 `json:"peer"`
+	Peer     float64 `json:"peer"` // 0 = nothing to compare with
 	PeerName string  `json:"peer_name"`
-	Ratio    float64 `json:"ratio"`
-	Target   string  `json:"target"`
+	Ratio    float64 `json:"ratio"`  // ours / peer
+	Target   string  `json:"target"` // in words; "publish" = no target
 	Met      bool    `json:"met"`
 }
 
