@@ -28,8 +28,9 @@ type Store interface {
 	// behind after, at most limit names.
 	Names(ctx context.Context, after string, limit int) ([]Named, error)
 	// Tree opens the file tree of a manifest that Lookup or Names returned, in
-	// this process or in one before it.
-	Tree(ctx context.Context, manifest CID) (Tree, error)
+	// this process or in one before it. Who is the caller, whose next calls on
+	// the tree these are.
+	Tree(ctx context.Context, manifest CID, who Reader) (Tree, error)
 	// Usage is what statfs reports; it never waits for the network.
 	Usage() Usage
 }

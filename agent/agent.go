@@ -53,6 +53,18 @@ type Config struct {
 	// LookupTimeout bounds the wait for a name (default 5 s), ReadTimeout that
 	// for bytes (default 30 s).
 	LookupTimeout, ReadTimeout time.Duration
+	// NoPrefetch fetches nothing that nobody asked for yet; NoTraces neither
+	// records nor replays program starts.
+	NoPrefetch, NoTraces bool
+	// PrefetchRate is how many bytes per second are fetched for nobody who
+	// waits; 0 = no limit.
+	PrefetchRate int64
+	// Offline is the default policy of what is completed in the background:
+	// "closure", "used" or "none". Default "used".
+	Offline string
+	// ListValid makes the store directory list everything valid in the
+	// storehouse while it is connected, not only what is known here.
+	ListValid bool
 	// Warden is the line to the process that made the mount; nil = nothing is
 	// mounted, the agent only serves peers and its socket.
 	Warden *warden.Conn
@@ -79,6 +91,7 @@ type Agent struct {
 	calls     *calls
 	resolver  *resolver
 	fetcher   *fetcher
+	ahead     *prefetcher
 	follower  *follower
 	executed  *executed
 	known     *knownPeers
@@ -132,6 +145,9 @@ func (c *Config) fill() error {
 	}
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"0.0.0.0:7782"}
+	}
+	if c.Offline == "" {
+		c.Offline = "used"
 	}
 	if c.Site == "" {
 		c.Site = "default"
@@ -214,6 +230,7 @@ func (a *Agent) openNetwork() error {
 		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
 	}
 	a.fetcher = newFetcher(life, a.host, a.cache, a.traffic, a.log)
+	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate}
 	return nil
 }
 

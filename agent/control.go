@@ -21,7 +21,10 @@ import (
 
 // control answers floxctl on the agent's unix socket. Everybody on the machine
 // may look; what takes content away is for root and the agent's own user.
-type control struct{ a *Agent }
+type control struct {
+	floxv1connect.UnimplementedAgentHandler
+	a *Agent
+}
 
 var _ floxv1connect.AgentHandler = (*control)(nil)
 
@@ -42,7 +45,7 @@ func (a *Agent) serveControl(ctx context.Context) error {
 		return errors.Join(fmt.Errorf("control socket: %w", err), listener.Close())
 	}
 	mux := http.NewServeMux()
-	mux.Handle(floxv1connect.NewAgentHandler(&control{a}, connect.WithReadMaxBytes(4<<20)))
+	mux.Handle(floxv1connect.NewAgentHandler(&control{a: a}, connect.WithReadMaxBytes(4<<20)))
 	return serveHTTP(ctx, listener, &http.Server{
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 32 << 10, ConnState: newClients(callerUID).changed,
@@ -118,7 +121,7 @@ func (c *control) Status(_ context.Context, _ *connect.Request[floxv1.StatusRequ
 		Pid: uint32(os.Getpid()), PeerId: string(a.host.ID()), Site: a.cfg.Site, //nolint:gosec // a pid is positive
 		Storehouse: a.linkMessage(), Peers: uint32(len(peers)), Cache: a.cacheMessage(), //nolint:gosec // a few thousand
 		Traffic: a.trafficMessage(), Waiting: uint32(a.waits.count()), PathsKnown: a.facts.known(), //nolint:gosec // bounded by the mount
-		Problems: a.problems(),
+		Problems: a.problems(), Prefetch: a.ahead.message(),
 	}
 	if a.mount != nil {
 		s.Mounted, s.MountDir = true, a.cfg.Warden.MountDir

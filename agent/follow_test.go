@@ -35,7 +35,7 @@ func TestPathsComeIntoBeingAndGoAsTheStorehouseSays(t *testing.T) {
 	a.store.mu.Lock()
 	clear(a.store.trees)
 	a.store.mu.Unlock()
-	again, err := a.store.Tree(ctx, info.Manifest)
+	again, err := a.store.Tree(ctx, info.Manifest, flox.Reader{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,7 +22,7 @@ func treeOf(ctx context.Context, t *testing.T, a *Agent, p flox.StorePath) flox.
 	if err != nil {
 		t.Fatal(err)
 	}
-	tr, err := a.store.Tree(ctx, manifest)
+	tr, err := a.store.Tree(ctx, manifest, flox.Reader{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,7 +222,7 @@ func TestAManifestNobodyHasIsUnreachable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = a.store.Tree(within(t, 300*time.Millisecond), manifest)
+	_, err = a.store.Tree(within(t, 300*time.Millisecond), manifest, flox.Reader{})
 	if !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("got %v, want ErrUnreachable and not ErrNotFound", err)
 	}

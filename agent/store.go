@@ -75,7 +75,7 @@ func (s *store) kind(manifest flox.CID) flox.Kind {
 }
 
 // Tree implements flox.Store.
-func (s *store) Tree(ctx context.Context, manifest flox.CID) (flox.Tree, error) {
+func (s *store) Tree(ctx context.Context, manifest flox.CID, _ flox.Reader) (flox.Tree, error) {
 	s.mu.Lock()
 	t, ok := s.trees[manifest]
 	s.mu.Unlock()

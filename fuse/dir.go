@@ -59,7 +59,7 @@ func (f *files) list(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bool) 
 	base := in.NodeId &^ math.MaxUint32
 	r := f.request(&in.InHeader)
 	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
-		tree, err := f.s.cfg.Store.Tree(ctx, manifest)
+		tree, err := f.s.cfg.Store.Tree(ctx, manifest, r.reader())
 		if err != nil {
 			return err
 		}

@@ -95,7 +95,7 @@ func (f *files) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *f
 	var entry flox.Entry
 	missing := false
 	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
-		tree, err := f.s.cfg.Store.Tree(ctx, manifest)
+		tree, err := f.s.cfg.Store.Tree(ctx, manifest, r.reader())
 		if err != nil {
 			return err
 		}
@@ -128,7 +128,7 @@ func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Sta
 			missing = errors.Is(err, flox.ErrNotFound)
 			return err
 		}
-		tree, err := f.s.cfg.Store.Tree(ctx, manifest)
+		tree, err := f.s.cfg.Store.Tree(ctx, manifest, r.reader())
 		if err != nil {
 			return err
 		}
@@ -189,7 +189,7 @@ func (f *files) entry(in *fuse.InHeader) (entry flox.Entry, tree flox.Tree, stat
 	}
 	r := f.request(in)
 	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) (err error) {
-		if tree, err = f.s.cfg.Store.Tree(ctx, manifest); err != nil {
+		if tree, err = f.s.cfg.Store.Tree(ctx, manifest, r.reader()); err != nil {
 			return err
 		}
 		entry, err = tree.Entry(ctx, index)

@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/floxctl/flox"
 )
 
 const (
@@ -33,6 +35,9 @@ type request struct {
 
 	interrupted bool // guarded by requests.mu
 }
+
+// reader says who waits, to the store.
+func (r *request) reader() flox.Reader { return flox.Reader{PID: r.pid, Node: r.node} }
 
 // requests knows the requests being worked on.
 type requests struct {

@@ -210,7 +210,7 @@ func firstBehind(n int, after string) int {
 	return lo
 }
 
-func (m *memStore) Tree(_ context.Context, manifest flox.CID) (flox.Tree, error) {
+func (m *memStore) Tree(_ context.Context, manifest flox.CID, _ flox.Reader) (flox.Tree, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	t, ok := m.trees[manifest]

@@ -25,7 +25,7 @@ func (f *files) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 	who := flox.Reader{PID: in.Pid, Node: in.NodeId}
 	n := 0
 	read := func(ctx context.Context) error {
-		tree, err := f.s.cfg.Store.Tree(ctx, manifest)
+		tree, err := f.s.cfg.Store.Tree(ctx, manifest, who)
 		if err != nil {
 			return err
 		}

@@ -41,6 +41,7 @@ func (s *Server) serveRPC(ctx context.Context) error {
 
 // rpc answers calls. The connections it gets are of proven members.
 type rpc struct {
+	floxv1connect.UnimplementedStorehouseHandler
 	*Server
 	uploads  chan struct{}
 	watchers chan struct{}

@@ -200,6 +200,8 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		NoMDNS: !cfg.Agent.MDNS, DHTClient: !cfg.Agent.DHTServer,
 		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),
 		LookupTimeout: time.Duration(cfg.Agent.LookupTimeout), ReadTimeout: time.Duration(cfg.Agent.ReadTimeout),
+		NoPrefetch: !cfg.Agent.Prefetch, PrefetchRate: int64(cfg.Agent.PrefetchRate), NoTraces: !cfg.Agent.StartTraces,
+		Offline: cfg.Agent.Offline, ListValid: cfg.Agent.List == "valid",
 		Warden: line, Version: cli.ReadVersion().Version, Log: log,
 	})
 	if err != nil {

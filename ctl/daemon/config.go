@@ -43,6 +43,11 @@ type AgentConfig struct {
 	CacheReserve  Size     `toml:"cache-reserve" help:"what stays free on the disk for others (default: 5GiB or 5 %, whichever is more)"`
 	LookupTimeout Duration `toml:"lookup-timeout" help:"longest wait for a name nobody here knows"`
 	ReadTimeout   Duration `toml:"read-timeout" help:"longest wait for bytes, except of files a running program has mapped"`
+	Prefetch      bool     `toml:"prefetch" help:"fetch ahead of readers: large files read in order, small files of a directory, what a program reads when it starts"`
+	PrefetchRate  Size     `toml:"prefetch-rate" help:"most bytes per second fetched for nobody who waits; 0 = no limit"`
+	StartTraces   bool     `toml:"start-traces" help:"tell the storehouse what programs read when they start (no user, host, argument or time), and use what others told"`
+	Offline       string   `toml:"offline" help:"what is completed in the background of what ran here: closure, used (what it ran and mapped) or none"`
+	List          string   `toml:"list" help:"what ls of the store directory shows: here, or valid (everything the storehouse has)"`
 	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; more reads faster and fetches more than is needed"`
 }
 
@@ -67,6 +72,7 @@ func DefaultConfig() *Config {
 		Agent: AgentConfig{
 			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultAgentPort)}, MDNS: true, DHTServer: true,
 			LookupTimeout: Duration(5 * time.Second), ReadTimeout: Duration(30 * time.Second), ReadAhead: 64 << 10,
+			Prefetch: true, StartTraces: true, Offline: "used", List: "here",
 		},
 		Storehouse: StorehouseConfig{
 			HTTP:   fmt.Sprintf("127.0.0.1:%d", cli.DefaultHTTPPort),
@@ -98,6 +104,11 @@ cache-reserve  = "0"           # 0: 5GiB or 5 % of the disk, whichever is more
 lookup-timeout = "5s"
 read-timeout   = "30s"
 read-ahead     = "64KiB"
+prefetch       = true          # fetch ahead of readers
+prefetch-rate  = "0"           # bytes per second for nobody who waits; 0: no limit
+start-traces   = true          # what programs read when they start, without saying who
+offline        = "used"        # completed in the background of what ran: closure, used, none
+list           = "here"        # ls of the store directory: here, or valid (all there is)
 
 [storehouse]
 name       = ""                # the host's name
@@ -240,6 +251,12 @@ func (c *Config) check() error {
 		if d.d <= 0 {
 			return cli.Explain(flox.ErrBadInput, "%s %s: want more than nothing, such as 5s", d.key, d.d)
 		}
+	}
+	if !slices.Contains([]string{"closure", "used", "none"}, c.Agent.Offline) {
+		return cli.Explain(flox.ErrBadInput, "agent.offline %q: want closure, used or none", c.Agent.Offline)
+	}
+	if !slices.Contains([]string{"here", "valid"}, c.Agent.List) {
+		return cli.Explain(flox.ErrBadInput, "agent.list %q: want here or valid", c.Agent.List)
 	}
 	if c.Agent.ReadAhead > 4<<20 {
 		return cli.Explain(flox.ErrBadInput, "agent.read-ahead %s: want at most 4MiB", c.Agent.ReadAhead)

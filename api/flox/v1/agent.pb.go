@@ -77,6 +77,8 @@ type StatusResponse struct {
 	Waiting       uint32                 `protobuf:"varint,14,opt,name=waiting,proto3" json:"waiting,omitempty"`                         // requests waiting now
 	PathsKnown    uint64                 `protobuf:"varint,15,opt,name=paths_known,json=pathsKnown,proto3" json:"paths_known,omitempty"` // store paths with facts here
 	Problems      []string               `protobuf:"bytes,16,rep,name=problems,proto3" json:"problems,omitempty"`                        // in words, each with what to do
+	Offline       *OfflineState          `protobuf:"bytes,17,opt,name=offline,proto3" json:"offline,omitempty"`                          // what works with the network cut
+	Prefetch      *Prefetch              `protobuf:"bytes,18,opt,name=prefetch,proto3" json:"prefetch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -223,6 +225,290 @@ func (x *StatusResponse) GetProblems() []string {
 	return nil
 }
 
+func (x *StatusResponse) GetOffline() *OfflineState {
+	if x != nil {
+		return x.Offline
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetPrefetch() *Prefetch {
+	if x != nil {
+		return x.Prefetch
+	}
+	return nil
+}
+
+// OfflineState says what is ready to go offline.
+type OfflineState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Used          uint32                 `protobuf:"varint,1,opt,name=used,proto3" json:"used,omitempty"`                                     // store paths whose programs or libraries ran here lately
+	UsedComplete  uint32                 `protobuf:"varint,2,opt,name=used_complete,json=usedComplete,proto3" json:"used_complete,omitempty"` // of them: what they ran and mapped is here whole
+	Kept          uint32                 `protobuf:"varint,3,opt,name=kept,proto3" json:"kept,omitempty"`                                     // store paths kept
+	KeptComplete  uint32                 `protobuf:"varint,4,opt,name=kept_complete,json=keptComplete,proto3" json:"kept_complete,omitempty"` // of them: here as their policy asks
+	MissingBytes  uint64                 `protobuf:"varint,5,opt,name=missing_bytes,json=missingBytes,proto3" json:"missing_bytes,omitempty"` // still to come, of all of them
+	Missing       []*OfflinePath         `protobuf:"bytes,6,rep,name=missing,proto3" json:"missing,omitempty"`                                // the first 64 that are not complete
+	Policy        string                 `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`                                  // default policy: closure, used, none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfflineState) Reset() {
+	*x = OfflineState{}
+	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfflineState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfflineState) ProtoMessage() {}
+
+func (x *OfflineState) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfflineState.ProtoReflect.Descriptor instead.
+func (*OfflineState) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *OfflineState) GetUsed() uint32 {
+	if x != nil {
+		return x.Used
+	}
+	return 0
+}
+
+func (x *OfflineState) GetUsedComplete() uint32 {
+	if x != nil {
+		return x.UsedComplete
+	}
+	return 0
+}
+
+func (x *OfflineState) GetKept() uint32 {
+	if x != nil {
+		return x.Kept
+	}
+	return 0
+}
+
+func (x *OfflineState) GetKeptComplete() uint32 {
+	if x != nil {
+		return x.KeptComplete
+	}
+	return 0
+}
+
+func (x *OfflineState) GetMissingBytes() uint64 {
+	if x != nil {
+		return x.MissingBytes
+	}
+	return 0
+}
+
+func (x *OfflineState) GetMissing() []*OfflinePath {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
+}
+
+func (x *OfflineState) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+type OfflinePath struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Policy        string                 `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"` // closure, used, none
+	MissingBytes  uint64                 `protobuf:"varint,3,opt,name=missing_bytes,json=missingBytes,proto3" json:"missing_bytes,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"` // why it is not complete: fetching, nobody holds it, switched off
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfflinePath) Reset() {
+	*x = OfflinePath{}
+	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfflinePath) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfflinePath) ProtoMessage() {}
+
+func (x *OfflinePath) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfflinePath.ProtoReflect.Descriptor instead.
+func (*OfflinePath) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *OfflinePath) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *OfflinePath) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *OfflinePath) GetMissingBytes() uint64 {
+	if x != nil {
+		return x.MissingBytes
+	}
+	return 0
+}
+
+func (x *OfflinePath) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// Prefetch is what is fetched before somebody asks for it.
+type Prefetch struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	On              bool                   `protobuf:"varint,1,opt,name=on,proto3" json:"on,omitempty"`
+	Traces          bool                   `protobuf:"varint,2,opt,name=traces,proto3" json:"traces,omitempty"`                                          // start traces are recorded and replayed
+	RateBytes       uint64                 `protobuf:"varint,3,opt,name=rate_bytes,json=rateBytes,proto3" json:"rate_bytes,omitempty"`                   // cap in bytes per second, 0 = none
+	SequentialBytes uint64                 `protobuf:"varint,4,opt,name=sequential_bytes,json=sequentialBytes,proto3" json:"sequential_bytes,omitempty"` // fetched ahead of readers of large files, since the agent started
+	DirectoryBytes  uint64                 `protobuf:"varint,5,opt,name=directory_bytes,json=directoryBytes,proto3" json:"directory_bytes,omitempty"`    // small files of a directory
+	TraceBytes      uint64                 `protobuf:"varint,6,opt,name=trace_bytes,json=traceBytes,proto3" json:"trace_bytes,omitempty"`                // replayed starts
+	CompleteBytes   uint64                 `protobuf:"varint,7,opt,name=complete_bytes,json=completeBytes,proto3" json:"complete_bytes,omitempty"`       // completed in the background
+	StartsRecorded  uint64                 `protobuf:"varint,8,opt,name=starts_recorded,json=startsRecorded,proto3" json:"starts_recorded,omitempty"`
+	StartsReplayed  uint64                 `protobuf:"varint,9,opt,name=starts_replayed,json=startsReplayed,proto3" json:"starts_replayed,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Prefetch) Reset() {
+	*x = Prefetch{}
+	mi := &file_flox_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Prefetch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Prefetch) ProtoMessage() {}
+
+func (x *Prefetch) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Prefetch.ProtoReflect.Descriptor instead.
+func (*Prefetch) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Prefetch) GetOn() bool {
+	if x != nil {
+		return x.On
+	}
+	return false
+}
+
+func (x *Prefetch) GetTraces() bool {
+	if x != nil {
+		return x.Traces
+	}
+	return false
+}
+
+func (x *Prefetch) GetRateBytes() uint64 {
+	if x != nil {
+		return x.RateBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetSequentialBytes() uint64 {
+	if x != nil {
+		return x.SequentialBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetDirectoryBytes() uint64 {
+	if x != nil {
+		return x.DirectoryBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetTraceBytes() uint64 {
+	if x != nil {
+		return x.TraceBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetCompleteBytes() uint64 {
+	if x != nil {
+		return x.CompleteBytes
+	}
+	return 0
+}
+
+func (x *Prefetch) GetStartsRecorded() uint64 {
+	if x != nil {
+		return x.StartsRecorded
+	}
+	return 0
+}
+
+func (x *Prefetch) GetStartsReplayed() uint64 {
+	if x != nil {
+		return x.StartsReplayed
+	}
+	return 0
+}
+
 type StorehouseLink struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PeerId        string                 `protobuf:"bytes,1,opt,name=peer_id,json=peerId,proto3" json:"peer_id,omitempty"`
@@ -238,7 +524,7 @@ type StorehouseLink struct {
 
 func (x *StorehouseLink) Reset() {
 	*x = StorehouseLink{}
-	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	mi := &file_flox_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -250,7 +536,7 @@ func (x *StorehouseLink) String() string {
 func (*StorehouseLink) ProtoMessage() {}
 
 func (x *StorehouseLink) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	mi := &file_flox_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -263,7 +549,7 @@ func (x *StorehouseLink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StorehouseLink.ProtoReflect.Descriptor instead.
 func (*StorehouseLink) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *StorehouseLink) GetPeerId() string {
@@ -332,7 +618,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	mi := &file_flox_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -344,7 +630,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	mi := &file_flox_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -357,7 +643,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Traffic) GetLanBytes() uint64 {
@@ -424,7 +710,7 @@ type PeersRequest struct {
 
 func (x *PeersRequest) Reset() {
 	*x = PeersRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[4]
+	mi := &file_flox_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -436,7 +722,7 @@ func (x *PeersRequest) String() string {
 func (*PeersRequest) ProtoMessage() {}
 
 func (x *PeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[4]
+	mi := &file_flox_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -449,7 +735,7 @@ func (x *PeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
 func (*PeersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 type PeersResponse struct {
@@ -461,7 +747,7 @@ type PeersResponse struct {
 
 func (x *PeersResponse) Reset() {
 	*x = PeersResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[5]
+	mi := &file_flox_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +759,7 @@ func (x *PeersResponse) String() string {
 func (*PeersResponse) ProtoMessage() {}
 
 func (x *PeersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[5]
+	mi := &file_flox_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +772,7 @@ func (x *PeersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersResponse.ProtoReflect.Descriptor instead.
 func (*PeersResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PeersResponse) GetPeers() []*Peer {
@@ -516,7 +802,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_flox_v1_agent_proto_msgTypes[6]
+	mi := &file_flox_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -528,7 +814,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[6]
+	mi := &file_flox_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -541,7 +827,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Peer) GetId() string {
@@ -637,7 +923,7 @@ type WatchReadsRequest struct {
 
 func (x *WatchReadsRequest) Reset() {
 	*x = WatchReadsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	mi := &file_flox_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -649,7 +935,7 @@ func (x *WatchReadsRequest) String() string {
 func (*WatchReadsRequest) ProtoMessage() {}
 
 func (x *WatchReadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	mi := &file_flox_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -662,7 +948,7 @@ func (x *WatchReadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReadsRequest.ProtoReflect.Descriptor instead.
 func (*WatchReadsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchReadsRequest) GetIntervalMs() uint32 {
@@ -684,7 +970,7 @@ type WatchReads struct {
 
 func (x *WatchReads) Reset() {
 	*x = WatchReads{}
-	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	mi := &file_flox_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -696,7 +982,7 @@ func (x *WatchReads) String() string {
 func (*WatchReads) ProtoMessage() {}
 
 func (x *WatchReads) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	mi := &file_flox_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -709,7 +995,7 @@ func (x *WatchReads) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReads.ProtoReflect.Descriptor instead.
 func (*WatchReads) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchReads) GetReads() []*WaitingRead {
@@ -759,7 +1045,7 @@ type WaitingRead struct {
 
 func (x *WaitingRead) Reset() {
 	*x = WaitingRead{}
-	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	mi := &file_flox_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +1057,7 @@ func (x *WaitingRead) String() string {
 func (*WaitingRead) ProtoMessage() {}
 
 func (x *WaitingRead) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	mi := &file_flox_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +1070,7 @@ func (x *WaitingRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitingRead.ProtoReflect.Descriptor instead.
 func (*WaitingRead) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WaitingRead) GetPid() uint32 {
@@ -874,7 +1160,7 @@ type PathRequest struct {
 
 func (x *PathRequest) Reset() {
 	*x = PathRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	mi := &file_flox_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +1172,7 @@ func (x *PathRequest) String() string {
 func (*PathRequest) ProtoMessage() {}
 
 func (x *PathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	mi := &file_flox_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +1185,7 @@ func (x *PathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathRequest.ProtoReflect.Descriptor instead.
 func (*PathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PathRequest) GetPath() string {
@@ -925,7 +1211,7 @@ type PathResponse struct {
 
 func (x *PathResponse) Reset() {
 	*x = PathResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	mi := &file_flox_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -937,7 +1223,7 @@ func (x *PathResponse) String() string {
 func (*PathResponse) ProtoMessage() {}
 
 func (x *PathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	mi := &file_flox_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -950,7 +1236,7 @@ func (x *PathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathResponse.ProtoReflect.Descriptor instead.
 func (*PathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PathResponse) GetPaths() []*PathDetails {
@@ -967,13 +1253,14 @@ type PathDetails struct {
 	ContentBytes  uint64                 `protobuf:"varint,3,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"` // of all its files
 	Files         uint64                 `protobuf:"varint,4,opt,name=files,proto3" json:"files,omitempty"`
 	Kept          bool                   `protobuf:"varint,5,opt,name=kept,proto3" json:"kept,omitempty"`
+	Offline       string                 `protobuf:"bytes,6,opt,name=offline,proto3" json:"offline,omitempty"` // policy of a kept path
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PathDetails) Reset() {
 	*x = PathDetails{}
-	mi := &file_flox_v1_agent_proto_msgTypes[12]
+	mi := &file_flox_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1272,7 @@ func (x *PathDetails) String() string {
 func (*PathDetails) ProtoMessage() {}
 
 func (x *PathDetails) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[12]
+	mi := &file_flox_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1285,7 @@ func (x *PathDetails) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathDetails.ProtoReflect.Descriptor instead.
 func (*PathDetails) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PathDetails) GetInfo() *PathInfo {
@@ -1036,6 +1323,13 @@ func (x *PathDetails) GetKept() bool {
 	return false
 }
 
+func (x *PathDetails) GetOffline() string {
+	if x != nil {
+		return x.Offline
+	}
+	return ""
+}
+
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
@@ -1046,7 +1340,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[13]
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1352,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[13]
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1365,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListRequest) GetPath() string {
@@ -1102,7 +1396,7 @@ type ListEntry struct {
 
 func (x *ListEntry) Reset() {
 	*x = ListEntry{}
-	mi := &file_flox_v1_agent_proto_msgTypes[14]
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1408,7 @@ func (x *ListEntry) String() string {
 func (*ListEntry) ProtoMessage() {}
 
 func (x *ListEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[14]
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1421,7 @@ func (x *ListEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntry.ProtoReflect.Descriptor instead.
 func (*ListEntry) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListEntry) GetPath() string {
@@ -1181,7 +1475,7 @@ type CatRequest struct {
 
 func (x *CatRequest) Reset() {
 	*x = CatRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[15]
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1193,7 +1487,7 @@ func (x *CatRequest) String() string {
 func (*CatRequest) ProtoMessage() {}
 
 func (x *CatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[15]
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1206,7 +1500,7 @@ func (x *CatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatRequest.ProtoReflect.Descriptor instead.
 func (*CatRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CatRequest) GetPath() string {
@@ -1225,7 +1519,7 @@ type CatResponse struct {
 
 func (x *CatResponse) Reset() {
 	*x = CatResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1237,7 +1531,7 @@ func (x *CatResponse) String() string {
 func (*CatResponse) ProtoMessage() {}
 
 func (x *CatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1250,7 +1544,7 @@ func (x *CatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatResponse.ProtoReflect.Descriptor instead.
 func (*CatResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CatResponse) GetData() []byte {
@@ -1269,7 +1563,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1281,7 +1575,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1294,7 +1588,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *VerifyRequest) GetPaths() []string {
@@ -1316,7 +1610,7 @@ type VerifyProgress struct {
 
 func (x *VerifyProgress) Reset() {
 	*x = VerifyProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1328,7 +1622,7 @@ func (x *VerifyProgress) String() string {
 func (*VerifyProgress) ProtoMessage() {}
 
 func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1341,7 +1635,7 @@ func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyProgress.ProtoReflect.Descriptor instead.
 func (*VerifyProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *VerifyProgress) GetDoneBytes() uint64 {
@@ -1383,7 +1677,7 @@ type DownloadRequest struct {
 
 func (x *DownloadRequest) Reset() {
 	*x = DownloadRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1689,7 @@ func (x *DownloadRequest) String() string {
 func (*DownloadRequest) ProtoMessage() {}
 
 func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1702,7 @@ func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadRequest.ProtoReflect.Descriptor instead.
 func (*DownloadRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DownloadRequest) GetPaths() []string {
@@ -1447,7 +1741,7 @@ type DownloadProgress struct {
 
 func (x *DownloadProgress) Reset() {
 	*x = DownloadProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1753,7 @@ func (x *DownloadProgress) String() string {
 func (*DownloadProgress) ProtoMessage() {}
 
 func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1766,7 @@ func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadProgress.ProtoReflect.Descriptor instead.
 func (*DownloadProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DownloadProgress) GetPath() string {
@@ -1535,7 +1829,7 @@ type AddRequest struct {
 
 func (x *AddRequest) Reset() {
 	*x = AddRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1841,7 @@ func (x *AddRequest) String() string {
 func (*AddRequest) ProtoMessage() {}
 
 func (x *AddRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1854,7 @@ func (x *AddRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddRequest.ProtoReflect.Descriptor instead.
 func (*AddRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AddRequest) GetName() string {
@@ -1594,7 +1888,7 @@ type AddResponse struct {
 
 func (x *AddResponse) Reset() {
 	*x = AddResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +1900,7 @@ func (x *AddResponse) String() string {
 func (*AddResponse) ProtoMessage() {}
 
 func (x *AddResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +1913,7 @@ func (x *AddResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddResponse.ProtoReflect.Descriptor instead.
 func (*AddResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AddResponse) GetInfo() *PathInfo {
@@ -1640,13 +1934,14 @@ type KeepRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
 	Closure       bool                   `protobuf:"varint,2,opt,name=closure,proto3" json:"closure,omitempty"`
+	Offline       string                 `protobuf:"bytes,3,opt,name=offline,proto3" json:"offline,omitempty"` // closure, used, none; "" = as it was, used if new
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1658,7 +1953,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1671,7 +1966,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *KeepRequest) GetPaths() []string {
@@ -1688,6 +1983,13 @@ func (x *KeepRequest) GetClosure() bool {
 	return false
 }
 
+func (x *KeepRequest) GetOffline() string {
+	if x != nil {
+		return x.Offline
+	}
+	return ""
+}
+
 type KeepResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kept          []string               `protobuf:"bytes,1,rep,name=kept,proto3" json:"kept,omitempty"`
@@ -1697,7 +1999,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +2011,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +2024,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *KeepResponse) GetKept() []string {
@@ -1740,7 +2042,7 @@ type CacheUsageRequest struct {
 
 func (x *CacheUsageRequest) Reset() {
 	*x = CacheUsageRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +2054,7 @@ func (x *CacheUsageRequest) String() string {
 func (*CacheUsageRequest) ProtoMessage() {}
 
 func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +2067,7 @@ func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageRequest.ProtoReflect.Descriptor instead.
 func (*CacheUsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 type CacheUsageResponse struct {
@@ -1786,7 +2088,7 @@ type CacheUsageResponse struct {
 
 func (x *CacheUsageResponse) Reset() {
 	*x = CacheUsageResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1798,7 +2100,7 @@ func (x *CacheUsageResponse) String() string {
 func (*CacheUsageResponse) ProtoMessage() {}
 
 func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1811,7 +2113,7 @@ func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageResponse.ProtoReflect.Descriptor instead.
 func (*CacheUsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CacheUsageResponse) GetBytes() uint64 {
@@ -1893,7 +2195,7 @@ type CacheGCRequest struct {
 
 func (x *CacheGCRequest) Reset() {
 	*x = CacheGCRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1905,7 +2207,7 @@ func (x *CacheGCRequest) String() string {
 func (*CacheGCRequest) ProtoMessage() {}
 
 func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1918,7 +2220,7 @@ func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCRequest.ProtoReflect.Descriptor instead.
 func (*CacheGCRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CacheGCRequest) GetTargetBytes() uint64 {
@@ -1938,7 +2240,7 @@ type CacheGCResponse struct {
 
 func (x *CacheGCResponse) Reset() {
 	*x = CacheGCResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1950,7 +2252,7 @@ func (x *CacheGCResponse) String() string {
 func (*CacheGCResponse) ProtoMessage() {}
 
 func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1963,7 +2265,7 @@ func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCResponse.ProtoReflect.Descriptor instead.
 func (*CacheGCResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CacheGCResponse) GetFreedBytes() uint64 {
@@ -1980,6 +2282,154 @@ func (x *CacheGCResponse) GetBytes() uint64 {
 	return 0
 }
 
+type ListPathsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Valid         bool                   `protobuf:"varint,1,opt,name=valid,proto3" json:"valid,omitempty"` // everything valid in the storehouse, not only what is known here
+	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`  // base name to begin behind
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPathsRequest) Reset() {
+	*x = ListPathsRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPathsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPathsRequest) ProtoMessage() {}
+
+func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPathsRequest.ProtoReflect.Descriptor instead.
+func (*ListPathsRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ListPathsRequest) GetValid() bool {
+	if x != nil {
+		return x.Valid
+	}
+	return false
+}
+
+func (x *ListPathsRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type ListPathsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         []*ListedPath          `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPathsResponse) Reset() {
+	*x = ListPathsResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPathsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPathsResponse) ProtoMessage() {}
+
+func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPathsResponse.ProtoReflect.Descriptor instead.
+func (*ListPathsResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ListPathsResponse) GetPaths() []*ListedPath {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+type ListedPath struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`    // base name
+	Known         bool                   `protobuf:"varint,2,opt,name=known,proto3" json:"known,omitempty"` // its facts are here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListedPath) Reset() {
+	*x = ListedPath{}
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListedPath) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListedPath) ProtoMessage() {}
+
+func (x *ListedPath) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListedPath.ProtoReflect.Descriptor instead.
+func (*ListedPath) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ListedPath) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ListedPath) GetKnown() bool {
+	if x != nil {
+		return x.Known
+	}
+	return false
+}
+
 type DoctorRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1988,7 +2438,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2000,7 +2450,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2013,7 +2463,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 type DoctorResponse struct {
@@ -2025,7 +2475,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2487,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2500,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -2072,7 +2522,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2084,7 +2534,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2097,7 +2547,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Finding) GetCheck() string {
@@ -2133,7 +2583,7 @@ var File_flox_v1_agent_proto protoreflect.FileDescriptor
 const file_flox_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x13flox/v1/agent.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"\x0f\n" +
-	"\rStatusRequest\"\xf6\x04\n" +
+	"\rStatusRequest\"\xd6\x05\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tstore_dir\x18\x02 \x01(\tR\bstoreDir\x12\x1b\n" +
@@ -2154,10 +2604,37 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\awaiting\x18\x0e \x01(\rR\awaiting\x12\x1f\n" +
 	"\vpaths_known\x18\x0f \x01(\x04R\n" +
 	"pathsKnown\x12\x1a\n" +
-	"\bproblems\x18\x10 \x03(\tR\bproblems\x1a?\n" +
+	"\bproblems\x18\x10 \x03(\tR\bproblems\x12/\n" +
+	"\aoffline\x18\x11 \x01(\v2\x15.flox.v1.OfflineStateR\aoffline\x12-\n" +
+	"\bprefetch\x18\x12 \x01(\v2\x11.flox.v1.PrefetchR\bprefetch\x1a?\n" +
 	"\x11FuseRequestsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xc8\x01\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xed\x01\n" +
+	"\fOfflineState\x12\x12\n" +
+	"\x04used\x18\x01 \x01(\rR\x04used\x12#\n" +
+	"\rused_complete\x18\x02 \x01(\rR\fusedComplete\x12\x12\n" +
+	"\x04kept\x18\x03 \x01(\rR\x04kept\x12#\n" +
+	"\rkept_complete\x18\x04 \x01(\rR\fkeptComplete\x12#\n" +
+	"\rmissing_bytes\x18\x05 \x01(\x04R\fmissingBytes\x12.\n" +
+	"\amissing\x18\x06 \x03(\v2\x14.flox.v1.OfflinePathR\amissing\x12\x16\n" +
+	"\x06policy\x18\a \x01(\tR\x06policy\"v\n" +
+	"\vOfflinePath\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06policy\x18\x02 \x01(\tR\x06policy\x12#\n" +
+	"\rmissing_bytes\x18\x03 \x01(\x04R\fmissingBytes\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"\xbf\x02\n" +
+	"\bPrefetch\x12\x0e\n" +
+	"\x02on\x18\x01 \x01(\bR\x02on\x12\x16\n" +
+	"\x06traces\x18\x02 \x01(\bR\x06traces\x12\x1d\n" +
+	"\n" +
+	"rate_bytes\x18\x03 \x01(\x04R\trateBytes\x12)\n" +
+	"\x10sequential_bytes\x18\x04 \x01(\x04R\x0fsequentialBytes\x12'\n" +
+	"\x0fdirectory_bytes\x18\x05 \x01(\x04R\x0edirectoryBytes\x12\x1f\n" +
+	"\vtrace_bytes\x18\x06 \x01(\x04R\n" +
+	"traceBytes\x12%\n" +
+	"\x0ecomplete_bytes\x18\a \x01(\x04R\rcompleteBytes\x12'\n" +
+	"\x0fstarts_recorded\x18\b \x01(\x04R\x0estartsRecorded\x12'\n" +
+	"\x0fstarts_replayed\x18\t \x01(\x04R\x0estartsReplayed\"\xc8\x01\n" +
 	"\x0eStorehouseLink\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
@@ -2225,14 +2702,15 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
 	"\aclosure\x18\x02 \x01(\bR\aclosure\":\n" +
 	"\fPathResponse\x12*\n" +
-	"\x05paths\x18\x01 \x03(\v2\x14.flox.v1.PathDetailsR\x05paths\"\xa4\x01\n" +
+	"\x05paths\x18\x01 \x03(\v2\x14.flox.v1.PathDetailsR\x05paths\"\xbe\x01\n" +
 	"\vPathDetails\x12%\n" +
 	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x1f\n" +
 	"\vlocal_bytes\x18\x02 \x01(\x04R\n" +
 	"localBytes\x12#\n" +
 	"\rcontent_bytes\x18\x03 \x01(\x04R\fcontentBytes\x12\x14\n" +
 	"\x05files\x18\x04 \x01(\x04R\x05files\x12\x12\n" +
-	"\x04kept\x18\x05 \x01(\bR\x04kept\"?\n" +
+	"\x04kept\x18\x05 \x01(\bR\x04kept\x12\x18\n" +
+	"\aoffline\x18\x06 \x01(\tR\aoffline\"?\n" +
 	"\vListRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1c\n" +
 	"\trecursive\x18\x02 \x01(\bR\trecursive\"\xa0\x01\n" +
@@ -2283,10 +2761,11 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x03nar\x18\x03 \x01(\fR\x03nar\"Q\n" +
 	"\vAddResponse\x12%\n" +
 	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x1b\n" +
-	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"=\n" +
+	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"W\n" +
 	"\vKeepRequest\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x18\n" +
-	"\aclosure\x18\x02 \x01(\bR\aclosure\"\"\n" +
+	"\aclosure\x18\x02 \x01(\bR\aclosure\x12\x18\n" +
+	"\aoffline\x18\x03 \x01(\tR\aoffline\"\"\n" +
 	"\fKeepResponse\x12\x12\n" +
 	"\x04kept\x18\x01 \x03(\tR\x04kept\"\x13\n" +
 	"\x11CacheUsageRequest\"\xbc\x02\n" +
@@ -2308,7 +2787,16 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x0fCacheGCResponse\x12\x1f\n" +
 	"\vfreed_bytes\x18\x01 \x01(\x04R\n" +
 	"freedBytes\x12\x14\n" +
-	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\"\x0f\n" +
+	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\">\n" +
+	"\x10ListPathsRequest\x12\x14\n" +
+	"\x05valid\x18\x01 \x01(\bR\x05valid\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\">\n" +
+	"\x11ListPathsResponse\x12)\n" +
+	"\x05paths\x18\x01 \x03(\v2\x13.flox.v1.ListedPathR\x05paths\"6\n" +
+	"\n" +
+	"ListedPath\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05known\x18\x02 \x01(\bR\x05known\"\x0f\n" +
 	"\rDoctorRequest\">\n" +
 	"\x0eDoctorResponse\x12,\n" +
 	"\bfindings\x18\x01 \x03(\v2\x10.flox.v1.FindingR\bfindings\"[\n" +
@@ -2316,7 +2804,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\tR\x05level\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x10\n" +
-	"\x03fix\x18\x04 \x01(\tR\x03fix2\xb3\x06\n" +
+	"\x03fix\x18\x04 \x01(\tR\x03fix2\xf5\x06\n" +
 	"\x05Agent\x129\n" +
 	"\x06Status\x12\x16.flox.v1.StatusRequest\x1a\x17.flox.v1.StatusResponse\x126\n" +
 	"\x05Peers\x12\x15.flox.v1.PeersRequest\x1a\x16.flox.v1.PeersResponse\x12:\n" +
@@ -2331,7 +2819,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x06Unkeep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x12E\n" +
 	"\n" +
 	"CacheUsage\x12\x1a.flox.v1.CacheUsageRequest\x1a\x1b.flox.v1.CacheUsageResponse\x12<\n" +
-	"\aCacheGC\x12\x17.flox.v1.CacheGCRequest\x1a\x18.flox.v1.CacheGCResponse\x129\n" +
+	"\aCacheGC\x12\x17.flox.v1.CacheGCRequest\x1a\x18.flox.v1.CacheGCResponse\x12@\n" +
+	"\x05Paths\x12\x19.flox.v1.ListPathsRequest\x1a\x1a.flox.v1.ListPathsResponse0\x01\x129\n" +
 	"\x06Doctor\x12\x16.flox.v1.DoctorRequest\x1a\x17.flox.v1.DoctorResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
@@ -2346,89 +2835,101 @@ func file_flox_v1_agent_proto_rawDescGZIP() []byte {
 	return file_flox_v1_agent_proto_rawDescData
 }
 
-var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_flox_v1_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),      // 0: flox.v1.StatusRequest
 	(*StatusResponse)(nil),     // 1: flox.v1.StatusResponse
-	(*StorehouseLink)(nil),     // 2: flox.v1.StorehouseLink
-	(*Traffic)(nil),            // 3: flox.v1.Traffic
-	(*PeersRequest)(nil),       // 4: flox.v1.PeersRequest
-	(*PeersResponse)(nil),      // 5: flox.v1.PeersResponse
-	(*Peer)(nil),               // 6: flox.v1.Peer
-	(*WatchReadsRequest)(nil),  // 7: flox.v1.WatchReadsRequest
-	(*WatchReads)(nil),         // 8: flox.v1.WatchReads
-	(*WaitingRead)(nil),        // 9: flox.v1.WaitingRead
-	(*PathRequest)(nil),        // 10: flox.v1.PathRequest
-	(*PathResponse)(nil),       // 11: flox.v1.PathResponse
-	(*PathDetails)(nil),        // 12: flox.v1.PathDetails
-	(*ListRequest)(nil),        // 13: flox.v1.ListRequest
-	(*ListEntry)(nil),          // 14: flox.v1.ListEntry
-	(*CatRequest)(nil),         // 15: flox.v1.CatRequest
-	(*CatResponse)(nil),        // 16: flox.v1.CatResponse
-	(*VerifyRequest)(nil),      // 17: flox.v1.VerifyRequest
-	(*VerifyProgress)(nil),     // 18: flox.v1.VerifyProgress
-	(*DownloadRequest)(nil),    // 19: flox.v1.DownloadRequest
-	(*DownloadProgress)(nil),   // 20: flox.v1.DownloadProgress
-	(*AddRequest)(nil),         // 21: flox.v1.AddRequest
-	(*AddResponse)(nil),        // 22: flox.v1.AddResponse
-	(*KeepRequest)(nil),        // 23: flox.v1.KeepRequest
-	(*KeepResponse)(nil),       // 24: flox.v1.KeepResponse
-	(*CacheUsageRequest)(nil),  // 25: flox.v1.CacheUsageRequest
-	(*CacheUsageResponse)(nil), // 26: flox.v1.CacheUsageResponse
-	(*CacheGCRequest)(nil),     // 27: flox.v1.CacheGCRequest
-	(*CacheGCResponse)(nil),    // 28: flox.v1.CacheGCResponse
-	(*DoctorRequest)(nil),      // 29: flox.v1.DoctorRequest
-	(*DoctorResponse)(nil),     // 30: flox.v1.DoctorResponse
-	(*Finding)(nil),            // 31: flox.v1.Finding
-	nil,                        // 32: flox.v1.StatusResponse.FuseRequestsEntry
-	(*PathInfo)(nil),           // 33: flox.v1.PathInfo
+	(*OfflineState)(nil),       // 2: flox.v1.OfflineState
+	(*OfflinePath)(nil),        // 3: flox.v1.OfflinePath
+	(*Prefetch)(nil),           // 4: flox.v1.Prefetch
+	(*StorehouseLink)(nil),     // 5: flox.v1.StorehouseLink
+	(*Traffic)(nil),            // 6: flox.v1.Traffic
+	(*PeersRequest)(nil),       // 7: flox.v1.PeersRequest
+	(*PeersResponse)(nil),      // 8: flox.v1.PeersResponse
+	(*Peer)(nil),               // 9: flox.v1.Peer
+	(*WatchReadsRequest)(nil),  // 10: flox.v1.WatchReadsRequest
+	(*WatchReads)(nil),         // 11: flox.v1.WatchReads
+	(*WaitingRead)(nil),        // 12: flox.v1.WaitingRead
+	(*PathRequest)(nil),        // 13: flox.v1.PathRequest
+	(*PathResponse)(nil),       // 14: flox.v1.PathResponse
+	(*PathDetails)(nil),        // 15: flox.v1.PathDetails
+	(*ListRequest)(nil),        // 16: flox.v1.ListRequest
+	(*ListEntry)(nil),          // 17: flox.v1.ListEntry
+	(*CatRequest)(nil),         // 18: flox.v1.CatRequest
+	(*CatResponse)(nil),        // 19: flox.v1.CatResponse
+	(*VerifyRequest)(nil),      // 20: flox.v1.VerifyRequest
+	(*VerifyProgress)(nil),     // 21: flox.v1.VerifyProgress
+	(*DownloadRequest)(nil),    // 22: flox.v1.DownloadRequest
+	(*DownloadProgress)(nil),   // 23: flox.v1.DownloadProgress
+	(*AddRequest)(nil),         // 24: flox.v1.AddRequest
+	(*AddResponse)(nil),        // 25: flox.v1.AddResponse
+	(*KeepRequest)(nil),        // 26: flox.v1.KeepRequest
+	(*KeepResponse)(nil),       // 27: flox.v1.KeepResponse
+	(*CacheUsageRequest)(nil),  // 28: flox.v1.CacheUsageRequest
+	(*CacheUsageResponse)(nil), // 29: flox.v1.CacheUsageResponse
+	(*CacheGCRequest)(nil),     // 30: flox.v1.CacheGCRequest
+	(*CacheGCResponse)(nil),    // 31: flox.v1.CacheGCResponse
+	(*ListPathsRequest)(nil),   // 32: flox.v1.ListPathsRequest
+	(*ListPathsResponse)(nil),  // 33: flox.v1.ListPathsResponse
+	(*ListedPath)(nil),         // 34: flox.v1.ListedPath
+	(*DoctorRequest)(nil),      // 35: flox.v1.DoctorRequest
+	(*DoctorResponse)(nil),     // 36: flox.v1.DoctorResponse
+	(*Finding)(nil),            // 37: flox.v1.Finding
+	nil,                        // 38: flox.v1.StatusResponse.FuseRequestsEntry
+	(*PathInfo)(nil),           // 39: flox.v1.PathInfo
 }
 var file_flox_v1_agent_proto_depIdxs = []int32{
-	2,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
-	26, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
-	32, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
-	3,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
-	6,  // 4: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
-	9,  // 5: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
-	3,  // 6: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
-	2,  // 7: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
-	12, // 8: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
-	33, // 9: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
-	33, // 10: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
-	31, // 11: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
-	0,  // 12: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
-	4,  // 13: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
-	7,  // 14: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
-	10, // 15: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
-	13, // 16: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
-	15, // 17: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
-	17, // 18: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
-	19, // 19: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
-	21, // 20: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
-	23, // 21: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
-	23, // 22: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
-	25, // 23: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
-	27, // 24: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
-	29, // 25: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
-	1,  // 26: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
-	5,  // 27: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
-	8,  // 28: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
-	11, // 29: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
-	14, // 30: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
-	16, // 31: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
-	18, // 32: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
-	20, // 33: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
-	22, // 34: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
-	24, // 35: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
-	24, // 36: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
-	26, // 37: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
-	28, // 38: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
-	30, // 39: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
-	26, // [26:40] is the sub-list for method output_type
-	12, // [12:26] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	5,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
+	29, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
+	38, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
+	6,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
+	2,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
+	4,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
+	3,  // 6: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
+	9,  // 7: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
+	12, // 8: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
+	6,  // 9: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
+	5,  // 10: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
+	15, // 11: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
+	39, // 12: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
+	39, // 13: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
+	34, // 14: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
+	37, // 15: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
+	0,  // 16: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
+	7,  // 17: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
+	10, // 18: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
+	13, // 19: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
+	16, // 20: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
+	18, // 21: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
+	20, // 22: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
+	22, // 23: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
+	24, // 24: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
+	26, // 25: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
+	26, // 26: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
+	28, // 27: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
+	30, // 28: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
+	32, // 29: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
+	35, // 30: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
+	1,  // 31: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
+	8,  // 32: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
+	11, // 33: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
+	14, // 34: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
+	17, // 35: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
+	19, // 36: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
+	21, // 37: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
+	23, // 38: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
+	25, // 39: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
+	27, // 40: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
+	27, // 41: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
+	29, // 42: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
+	31, // 43: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
+	33, // 44: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
+	36, // 45: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
+	31, // [31:46] is the sub-list for method output_type
+	16, // [16:31] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_agent_proto_init() }
@@ -2443,7 +2944,7 @@ func file_flox_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_agent_proto_rawDesc), len(file_flox_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   33,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,7 +28,9 @@ type PathsRequest struct {
 	HashParts []string               `protobuf:"bytes,1,rep,name=hash_parts,json=hashParts,proto3" json:"hash_parts,omitempty"` // 32 characters each, at most 1,024
 	// Also answer for everything they refer to, at any depth (bounded by the
 	// server; truncated says so).
-	Closure       bool `protobuf:"varint,2,opt,name=closure,proto3" json:"closure,omitempty"`
+	Closure bool `protobuf:"varint,2,opt,name=closure,proto3" json:"closure,omitempty"`
+	// Also send the start traces of the paths asked for (not of their closures).
+	Traces        bool `protobuf:"varint,3,opt,name=traces,proto3" json:"traces,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -77,14 +79,24 @@ func (x *PathsRequest) GetClosure() bool {
 	return false
 }
 
+func (x *PathsRequest) GetTraces() bool {
+	if x != nil {
+		return x.Traces
+	}
+	return false
+}
+
 type PathsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Found []*PathInfo            `protobuf:"bytes,1,rep,name=found,proto3" json:"found,omitempty"`
 	// Hash parts that are not valid. Filled in by a storehouse only.
 	Invalid []string `protobuf:"bytes,2,rep,name=invalid,proto3" json:"invalid,omitempty"`
 	// Log index the answer was read at; 0 from an agent.
-	Index         uint64 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
-	Truncated     bool   `protobuf:"varint,4,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	Index     uint64 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	Truncated bool   `protobuf:"varint,4,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	// Accepted start traces, only from a storehouse: hints what to fetch. Every
+	// byte is checked as without them.
+	Traces        []*StartTrace `protobuf:"bytes,5,rep,name=traces,proto3" json:"traces,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -147,6 +159,211 @@ func (x *PathsResponse) GetTruncated() bool {
 	return false
 }
 
+func (x *PathsResponse) GetTraces() []*StartTrace {
+	if x != nil {
+		return x.Traces
+	}
+	return nil
+}
+
+// StartTrace is what a program of a store path reads when it starts. It says
+// nothing of who, where, when, or with which arguments.
+type StartTrace struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`   // base name of the executed store path
+	Trees         []*TraceTree           `protobuf:"bytes,2,rep,name=trees,proto3" json:"trees,omitempty"` // of its closure, itself included
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartTrace) Reset() {
+	*x = StartTrace{}
+	mi := &file_flox_v1_facts_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartTrace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartTrace) ProtoMessage() {}
+
+func (x *StartTrace) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartTrace.ProtoReflect.Descriptor instead.
+func (*StartTrace) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *StartTrace) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *StartTrace) GetTrees() []*TraceTree {
+	if x != nil {
+		return x.Trees
+	}
+	return nil
+}
+
+type TraceTree struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`         // base name
+	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // CID of its root block
+	Pages         [][]byte               `protobuf:"bytes,3,rep,name=pages,proto3" json:"pages,omitempty"`       // CIDs of the manifest's further blocks that a start reads
+	Chunks        []*TraceChunk          `protobuf:"bytes,4,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceTree) Reset() {
+	*x = TraceTree{}
+	mi := &file_flox_v1_facts_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceTree) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceTree) ProtoMessage() {}
+
+func (x *TraceTree) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceTree.ProtoReflect.Descriptor instead.
+func (*TraceTree) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *TraceTree) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *TraceTree) GetManifest() []byte {
+	if x != nil {
+		return x.Manifest
+	}
+	return nil
+}
+
+func (x *TraceTree) GetPages() [][]byte {
+	if x != nil {
+		return x.Pages
+	}
+	return nil
+}
+
+func (x *TraceTree) GetChunks() []*TraceChunk {
+	if x != nil {
+		return x.Chunks
+	}
+	return nil
+}
+
+type TraceChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entry         uint32                 `protobuf:"varint,1,opt,name=entry,proto3" json:"entry,omitempty"`   // index of the regular file in the manifest
+	Offset        uint64                 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"` // of the chunk in the file, bytes
+	Size          uint32                 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`     // bytes
+	Id            []byte                 `protobuf:"bytes,4,opt,name=id,proto3" json:"id,omitempty"`          // CID
+	Rank          uint32                 `protobuf:"varint,5,opt,name=rank,proto3" json:"rank,omitempty"`     // order of first touch in a start, 0 first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceChunk) Reset() {
+	*x = TraceChunk{}
+	mi := &file_flox_v1_facts_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceChunk) ProtoMessage() {}
+
+func (x *TraceChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceChunk.ProtoReflect.Descriptor instead.
+func (*TraceChunk) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *TraceChunk) GetEntry() uint32 {
+	if x != nil {
+		return x.Entry
+	}
+	return 0
+}
+
+func (x *TraceChunk) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *TraceChunk) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *TraceChunk) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *TraceChunk) GetRank() uint32 {
+	if x != nil {
+		return x.Rank
+	}
+	return 0
+}
+
 type TrustListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	HaveVersion   uint64                 `protobuf:"varint,1,opt,name=have_version,json=haveVersion,proto3" json:"have_version,omitempty"`
@@ -156,7 +373,7 @@ type TrustListRequest struct {
 
 func (x *TrustListRequest) Reset() {
 	*x = TrustListRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[2]
+	mi := &file_flox_v1_facts_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -168,7 +385,7 @@ func (x *TrustListRequest) String() string {
 func (*TrustListRequest) ProtoMessage() {}
 
 func (x *TrustListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[2]
+	mi := &file_flox_v1_facts_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -181,7 +398,7 @@ func (x *TrustListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustListRequest.ProtoReflect.Descriptor instead.
 func (*TrustListRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{2}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *TrustListRequest) GetHaveVersion() uint64 {
@@ -200,7 +417,7 @@ type TrustListResponse struct {
 
 func (x *TrustListResponse) Reset() {
 	*x = TrustListResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[3]
+	mi := &file_flox_v1_facts_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -212,7 +429,7 @@ func (x *TrustListResponse) String() string {
 func (*TrustListResponse) ProtoMessage() {}
 
 func (x *TrustListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[3]
+	mi := &file_flox_v1_facts_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -225,7 +442,7 @@ func (x *TrustListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustListResponse.ProtoReflect.Descriptor instead.
 func (*TrustListResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *TrustListResponse) GetLists() [][]byte {
@@ -233,6 +450,206 @@ func (x *TrustListResponse) GetLists() [][]byte {
 		return x.Lists
 	}
 	return nil
+}
+
+type ListValidRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         string                 `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListValidRequest) Reset() {
+	*x = ListValidRequest{}
+	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListValidRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListValidRequest) ProtoMessage() {}
+
+func (x *ListValidRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListValidRequest.ProtoReflect.Descriptor instead.
+func (*ListValidRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ListValidRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *ListValidRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListValidResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"` // base names
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListValidResponse) Reset() {
+	*x = ListValidResponse{}
+	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListValidResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListValidResponse) ProtoMessage() {}
+
+func (x *ListValidResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListValidResponse.ProtoReflect.Descriptor instead.
+func (*ListValidResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ListValidResponse) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *ListValidResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+func (x *ListValidResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+type ReportStartsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Starts        []*StartTrace          `protobuf:"bytes,1,rep,name=starts,proto3" json:"starts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStartsRequest) Reset() {
+	*x = ReportStartsRequest{}
+	mi := &file_flox_v1_facts_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStartsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStartsRequest) ProtoMessage() {}
+
+func (x *ReportStartsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStartsRequest.ProtoReflect.Descriptor instead.
+func (*ReportStartsRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReportStartsRequest) GetStarts() []*StartTrace {
+	if x != nil {
+		return x.Starts
+	}
+	return nil
+}
+
+type ReportStartsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Taken         uint32                 `protobuf:"varint,1,opt,name=taken,proto3" json:"taken,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStartsResponse) Reset() {
+	*x = ReportStartsResponse{}
+	mi := &file_flox_v1_facts_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStartsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStartsResponse) ProtoMessage() {}
+
+func (x *ReportStartsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStartsResponse.ProtoReflect.Descriptor instead.
+func (*ReportStartsResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ReportStartsResponse) GetTaken() uint32 {
+	if x != nil {
+		return x.Taken
+	}
+	return 0
 }
 
 type WatchRequest struct {
@@ -244,7 +661,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[4]
+	mi := &file_flox_v1_facts_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -256,7 +673,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[4]
+	mi := &file_flox_v1_facts_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -269,7 +686,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchRequest) GetAfterIndex() uint64 {
@@ -293,7 +710,7 @@ type WatchEvent struct {
 
 func (x *WatchEvent) Reset() {
 	*x = WatchEvent{}
-	mi := &file_flox_v1_facts_proto_msgTypes[5]
+	mi := &file_flox_v1_facts_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -305,7 +722,7 @@ func (x *WatchEvent) String() string {
 func (*WatchEvent) ProtoMessage() {}
 
 func (x *WatchEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[5]
+	mi := &file_flox_v1_facts_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -318,7 +735,7 @@ func (x *WatchEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEvent.ProtoReflect.Descriptor instead.
 func (*WatchEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchEvent) GetIndex() uint64 {
@@ -373,7 +790,7 @@ type WhoHasRequest struct {
 
 func (x *WhoHasRequest) Reset() {
 	*x = WhoHasRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[6]
+	mi := &file_flox_v1_facts_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -385,7 +802,7 @@ func (x *WhoHasRequest) String() string {
 func (*WhoHasRequest) ProtoMessage() {}
 
 func (x *WhoHasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[6]
+	mi := &file_flox_v1_facts_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -398,7 +815,7 @@ func (x *WhoHasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoHasRequest.ProtoReflect.Descriptor instead.
 func (*WhoHasRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WhoHasRequest) GetKeys() [][]byte {
@@ -424,7 +841,7 @@ type WhoHasResponse struct {
 
 func (x *WhoHasResponse) Reset() {
 	*x = WhoHasResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	mi := &file_flox_v1_facts_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -436,7 +853,7 @@ func (x *WhoHasResponse) String() string {
 func (*WhoHasResponse) ProtoMessage() {}
 
 func (x *WhoHasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	mi := &file_flox_v1_facts_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -449,7 +866,7 @@ func (x *WhoHasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoHasResponse.ProtoReflect.Descriptor instead.
 func (*WhoHasResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WhoHasResponse) GetProviders() []*Provider {
@@ -470,7 +887,7 @@ type Provider struct {
 
 func (x *Provider) Reset() {
 	*x = Provider{}
-	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	mi := &file_flox_v1_facts_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -482,7 +899,7 @@ func (x *Provider) String() string {
 func (*Provider) ProtoMessage() {}
 
 func (x *Provider) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	mi := &file_flox_v1_facts_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -495,7 +912,7 @@ func (x *Provider) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Provider.ProtoReflect.Descriptor instead.
 func (*Provider) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Provider) GetPeer() string {
@@ -529,7 +946,7 @@ type AnnounceRequest struct {
 
 func (x *AnnounceRequest) Reset() {
 	*x = AnnounceRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[9]
+	mi := &file_flox_v1_facts_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -541,7 +958,7 @@ func (x *AnnounceRequest) String() string {
 func (*AnnounceRequest) ProtoMessage() {}
 
 func (x *AnnounceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[9]
+	mi := &file_flox_v1_facts_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -554,7 +971,7 @@ func (x *AnnounceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AnnounceRequest.ProtoReflect.Descriptor instead.
 func (*AnnounceRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AnnounceRequest) GetKeys() [][]byte {
@@ -580,7 +997,7 @@ type AnnounceResponse struct {
 
 func (x *AnnounceResponse) Reset() {
 	*x = AnnounceResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[10]
+	mi := &file_flox_v1_facts_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -592,7 +1009,7 @@ func (x *AnnounceResponse) String() string {
 func (*AnnounceResponse) ProtoMessage() {}
 
 func (x *AnnounceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[10]
+	mi := &file_flox_v1_facts_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -605,7 +1022,7 @@ func (x *AnnounceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AnnounceResponse.ProtoReflect.Descriptor instead.
 func (*AnnounceResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AnnounceResponse) GetTtlSeconds() uint32 {
@@ -623,7 +1040,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[11]
+	mi := &file_flox_v1_facts_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -635,7 +1052,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[11]
+	mi := &file_flox_v1_facts_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -648,7 +1065,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{18}
 }
 
 type InfoResponse struct {
@@ -668,7 +1085,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[12]
+	mi := &file_flox_v1_facts_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +1097,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[12]
+	mi := &file_flox_v1_facts_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +1110,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *InfoResponse) GetName() string {
@@ -773,7 +1190,7 @@ type AddPathRequest struct {
 
 func (x *AddPathRequest) Reset() {
 	*x = AddPathRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[13]
+	mi := &file_flox_v1_facts_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -785,7 +1202,7 @@ func (x *AddPathRequest) String() string {
 func (*AddPathRequest) ProtoMessage() {}
 
 func (x *AddPathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[13]
+	mi := &file_flox_v1_facts_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -798,7 +1215,7 @@ func (x *AddPathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPathRequest.ProtoReflect.Descriptor instead.
 func (*AddPathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AddPathRequest) GetInfo() *PathInfo {
@@ -839,7 +1256,7 @@ type AddPathResponse struct {
 
 func (x *AddPathResponse) Reset() {
 	*x = AddPathResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[14]
+	mi := &file_flox_v1_facts_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -851,7 +1268,7 @@ func (x *AddPathResponse) String() string {
 func (*AddPathResponse) ProtoMessage() {}
 
 func (x *AddPathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[14]
+	mi := &file_flox_v1_facts_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -864,7 +1281,7 @@ func (x *AddPathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPathResponse.ProtoReflect.Descriptor instead.
 func (*AddPathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AddPathResponse) GetInfo() *PathInfo {
@@ -885,20 +1302,49 @@ var File_flox_v1_facts_proto protoreflect.FileDescriptor
 
 const file_flox_v1_facts_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"G\n" +
+	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"_\n" +
 	"\fPathsRequest\x12\x1d\n" +
 	"\n" +
 	"hash_parts\x18\x01 \x03(\tR\thashParts\x12\x18\n" +
-	"\aclosure\x18\x02 \x01(\bR\aclosure\"\x86\x01\n" +
+	"\aclosure\x18\x02 \x01(\bR\aclosure\x12\x16\n" +
+	"\x06traces\x18\x03 \x01(\bR\x06traces\"\xb3\x01\n" +
 	"\rPathsResponse\x12'\n" +
 	"\x05found\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05found\x12\x18\n" +
 	"\ainvalid\x18\x02 \x03(\tR\ainvalid\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x1c\n" +
-	"\ttruncated\x18\x04 \x01(\bR\ttruncated\"5\n" +
+	"\ttruncated\x18\x04 \x01(\bR\ttruncated\x12+\n" +
+	"\x06traces\x18\x05 \x03(\v2\x13.flox.v1.StartTraceR\x06traces\"J\n" +
+	"\n" +
+	"StartTrace\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12(\n" +
+	"\x05trees\x18\x02 \x03(\v2\x12.flox.v1.TraceTreeR\x05trees\"~\n" +
+	"\tTraceTree\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1a\n" +
+	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x12\x14\n" +
+	"\x05pages\x18\x03 \x03(\fR\x05pages\x12+\n" +
+	"\x06chunks\x18\x04 \x03(\v2\x13.flox.v1.TraceChunkR\x06chunks\"r\n" +
+	"\n" +
+	"TraceChunk\x12\x14\n" +
+	"\x05entry\x18\x01 \x01(\rR\x05entry\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\rR\x04size\x12\x0e\n" +
+	"\x02id\x18\x04 \x01(\fR\x02id\x12\x12\n" +
+	"\x04rank\x18\x05 \x01(\rR\x04rank\"5\n" +
 	"\x10TrustListRequest\x12!\n" +
 	"\fhave_version\x18\x01 \x01(\x04R\vhaveVersion\")\n" +
 	"\x11TrustListResponse\x12\x14\n" +
-	"\x05lists\x18\x01 \x03(\fR\x05lists\"/\n" +
+	"\x05lists\x18\x01 \x03(\fR\x05lists\">\n" +
+	"\x10ListValidRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\tR\x05after\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\"S\n" +
+	"\x11ListValidResponse\x12\x14\n" +
+	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\"B\n" +
+	"\x13ReportStartsRequest\x12+\n" +
+	"\x06starts\x18\x01 \x03(\v2\x13.flox.v1.StartTraceR\x06starts\",\n" +
+	"\x14ReportStartsResponse\x12\x14\n" +
+	"\x05taken\x18\x01 \x01(\rR\x05taken\"/\n" +
 	"\fWatchRequest\x12\x1f\n" +
 	"\vafter_index\x18\x01 \x01(\x04R\n" +
 	"afterIndex\"\xa5\x01\n" +
@@ -948,14 +1394,16 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\twas_valid\x18\x02 \x01(\bR\bwasValid2\x83\x01\n" +
 	"\x05Facts\x126\n" +
 	"\x05Paths\x12\x15.flox.v1.PathsRequest\x1a\x16.flox.v1.PathsResponse\x12B\n" +
-	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xb4\x02\n" +
+	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xc5\x03\n" +
 	"\n" +
 	"Storehouse\x125\n" +
 	"\x05Watch\x12\x15.flox.v1.WatchRequest\x1a\x13.flox.v1.WatchEvent0\x01\x129\n" +
 	"\x06WhoHas\x12\x16.flox.v1.WhoHasRequest\x1a\x17.flox.v1.WhoHasResponse\x12?\n" +
 	"\bAnnounce\x12\x18.flox.v1.AnnounceRequest\x1a\x19.flox.v1.AnnounceResponse\x123\n" +
 	"\x04Info\x12\x14.flox.v1.InfoRequest\x1a\x15.flox.v1.InfoResponse\x12>\n" +
-	"\aAddPath\x12\x17.flox.v1.AddPathRequest\x1a\x18.flox.v1.AddPathResponse(\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\aAddPath\x12\x17.flox.v1.AddPathRequest\x1a\x18.flox.v1.AddPathResponse(\x01\x12B\n" +
+	"\tListPaths\x12\x19.flox.v1.ListValidRequest\x1a\x1a.flox.v1.ListValidResponse\x12K\n" +
+	"\fReportStarts\x12\x1c.flox.v1.ReportStartsRequest\x1a\x1d.flox.v1.ReportStartsResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_facts_proto_rawDescOnce sync.Once
@@ -969,49 +1417,64 @@ func file_flox_v1_facts_proto_rawDescGZIP() []byte {
 	return file_flox_v1_facts_proto_rawDescData
 }
 
-var file_flox_v1_facts_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_flox_v1_facts_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_flox_v1_facts_proto_goTypes = []any{
-	(*PathsRequest)(nil),      // 0: flox.v1.PathsRequest
-	(*PathsResponse)(nil),     // 1: flox.v1.PathsResponse
-	(*TrustListRequest)(nil),  // 2: flox.v1.TrustListRequest
-	(*TrustListResponse)(nil), // 3: flox.v1.TrustListResponse
-	(*WatchRequest)(nil),      // 4: flox.v1.WatchRequest
-	(*WatchEvent)(nil),        // 5: flox.v1.WatchEvent
-	(*WhoHasRequest)(nil),     // 6: flox.v1.WhoHasRequest
-	(*WhoHasResponse)(nil),    // 7: flox.v1.WhoHasResponse
-	(*Provider)(nil),          // 8: flox.v1.Provider
-	(*AnnounceRequest)(nil),   // 9: flox.v1.AnnounceRequest
-	(*AnnounceResponse)(nil),  // 10: flox.v1.AnnounceResponse
-	(*InfoRequest)(nil),       // 11: flox.v1.InfoRequest
-	(*InfoResponse)(nil),      // 12: flox.v1.InfoResponse
-	(*AddPathRequest)(nil),    // 13: flox.v1.AddPathRequest
-	(*AddPathResponse)(nil),   // 14: flox.v1.AddPathResponse
-	(*PathInfo)(nil),          // 15: flox.v1.PathInfo
+	(*PathsRequest)(nil),         // 0: flox.v1.PathsRequest
+	(*PathsResponse)(nil),        // 1: flox.v1.PathsResponse
+	(*StartTrace)(nil),           // 2: flox.v1.StartTrace
+	(*TraceTree)(nil),            // 3: flox.v1.TraceTree
+	(*TraceChunk)(nil),           // 4: flox.v1.TraceChunk
+	(*TrustListRequest)(nil),     // 5: flox.v1.TrustListRequest
+	(*TrustListResponse)(nil),    // 6: flox.v1.TrustListResponse
+	(*ListValidRequest)(nil),     // 7: flox.v1.ListValidRequest
+	(*ListValidResponse)(nil),    // 8: flox.v1.ListValidResponse
+	(*ReportStartsRequest)(nil),  // 9: flox.v1.ReportStartsRequest
+	(*ReportStartsResponse)(nil), // 10: flox.v1.ReportStartsResponse
+	(*WatchRequest)(nil),         // 11: flox.v1.WatchRequest
+	(*WatchEvent)(nil),           // 12: flox.v1.WatchEvent
+	(*WhoHasRequest)(nil),        // 13: flox.v1.WhoHasRequest
+	(*WhoHasResponse)(nil),       // 14: flox.v1.WhoHasResponse
+	(*Provider)(nil),             // 15: flox.v1.Provider
+	(*AnnounceRequest)(nil),      // 16: flox.v1.AnnounceRequest
+	(*AnnounceResponse)(nil),     // 17: flox.v1.AnnounceResponse
+	(*InfoRequest)(nil),          // 18: flox.v1.InfoRequest
+	(*InfoResponse)(nil),         // 19: flox.v1.InfoResponse
+	(*AddPathRequest)(nil),       // 20: flox.v1.AddPathRequest
+	(*AddPathResponse)(nil),      // 21: flox.v1.AddPathResponse
+	(*PathInfo)(nil),             // 22: flox.v1.PathInfo
 }
 var file_flox_v1_facts_proto_depIdxs = []int32{
-	15, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
-	8,  // 1: flox.v1.WhoHasResponse.providers:type_name -> flox.v1.Provider
-	15, // 2: flox.v1.AddPathRequest.info:type_name -> flox.v1.PathInfo
-	15, // 3: flox.v1.AddPathResponse.info:type_name -> flox.v1.PathInfo
-	0,  // 4: flox.v1.Facts.Paths:input_type -> flox.v1.PathsRequest
-	2,  // 5: flox.v1.Facts.TrustList:input_type -> flox.v1.TrustListRequest
-	4,  // 6: flox.v1.Storehouse.Watch:input_type -> flox.v1.WatchRequest
-	6,  // 7: flox.v1.Storehouse.WhoHas:input_type -> flox.v1.WhoHasRequest
-	9,  // 8: flox.v1.Storehouse.Announce:input_type -> flox.v1.AnnounceRequest
-	11, // 9: flox.v1.Storehouse.Info:input_type -> flox.v1.InfoRequest
-	13, // 10: flox.v1.Storehouse.AddPath:input_type -> flox.v1.AddPathRequest
-	1,  // 11: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
-	3,  // 12: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
-	5,  // 13: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
-	7,  // 14: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
-	10, // 15: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
-	12, // 16: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
-	14, // 17: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
-	11, // [11:18] is the sub-list for method output_type
-	4,  // [4:11] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	22, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
+	2,  // 1: flox.v1.PathsResponse.traces:type_name -> flox.v1.StartTrace
+	3,  // 2: flox.v1.StartTrace.trees:type_name -> flox.v1.TraceTree
+	4,  // 3: flox.v1.TraceTree.chunks:type_name -> flox.v1.TraceChunk
+	2,  // 4: flox.v1.ReportStartsRequest.starts:type_name -> flox.v1.StartTrace
+	15, // 5: flox.v1.WhoHasResponse.providers:type_name -> flox.v1.Provider
+	22, // 6: flox.v1.AddPathRequest.info:type_name -> flox.v1.PathInfo
+	22, // 7: flox.v1.AddPathResponse.info:type_name -> flox.v1.PathInfo
+	0,  // 8: flox.v1.Facts.Paths:input_type -> flox.v1.PathsRequest
+	5,  // 9: flox.v1.Facts.TrustList:input_type -> flox.v1.TrustListRequest
+	11, // 10: flox.v1.Storehouse.Watch:input_type -> flox.v1.WatchRequest
+	13, // 11: flox.v1.Storehouse.WhoHas:input_type -> flox.v1.WhoHasRequest
+	16, // 12: flox.v1.Storehouse.Announce:input_type -> flox.v1.AnnounceRequest
+	18, // 13: flox.v1.Storehouse.Info:input_type -> flox.v1.InfoRequest
+	20, // 14: flox.v1.Storehouse.AddPath:input_type -> flox.v1.AddPathRequest
+	7,  // 15: flox.v1.Storehouse.ListPaths:input_type -> flox.v1.ListValidRequest
+	9,  // 16: flox.v1.Storehouse.ReportStarts:input_type -> flox.v1.ReportStartsRequest
+	1,  // 17: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
+	6,  // 18: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
+	12, // 19: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
+	14, // 20: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
+	17, // 21: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
+	19, // 22: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
+	21, // 23: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
+	8,  // 24: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
+	10, // 25: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
+	17, // [17:26] is the sub-list for method output_type
+	8,  // [8:17] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_facts_proto_init() }
@@ -1026,7 +1489,7 @@ func file_flox_v1_facts_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_facts_proto_rawDesc), len(file_flox_v1_facts_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -61,6 +61,8 @@ const (
 	AgentCacheUsageProcedure = "/flox.v1.Agent/CacheUsage"
 	// AgentCacheGCProcedure is the fully-qualified name of the Agent's CacheGC RPC.
 	AgentCacheGCProcedure = "/flox.v1.Agent/CacheGC"
+	// AgentPathsProcedure is the fully-qualified name of the Agent's Paths RPC.
+	AgentPathsProcedure = "/flox.v1.Agent/Paths"
 	// AgentDoctorProcedure is the fully-qualified name of the Agent's Doctor RPC.
 	AgentDoctorProcedure = "/flox.v1.Agent/Doctor"
 )
@@ -89,6 +91,8 @@ type AgentClient interface {
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error)
 	CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error)
+	// Paths lists store paths by name: those known here, or everything valid.
+	Paths(context.Context, *connect.Request[v1.ListPathsRequest]) (*connect.ServerStreamForClient[v1.ListPathsResponse], error)
 	// Doctor gives the agent's own findings; floxctl adds what it can see by itself.
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
 }
@@ -182,6 +186,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("CacheGC")),
 			connect.WithClientOptions(opts...),
 		),
+		paths: connect.NewClient[v1.ListPathsRequest, v1.ListPathsResponse](
+			httpClient,
+			baseURL+AgentPathsProcedure,
+			connect.WithSchema(agentMethods.ByName("Paths")),
+			connect.WithClientOptions(opts...),
+		),
 		doctor: connect.NewClient[v1.DoctorRequest, v1.DoctorResponse](
 			httpClient,
 			baseURL+AgentDoctorProcedure,
@@ -206,6 +216,7 @@ type agentClient struct {
 	unkeep     *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	cacheUsage *connect.Client[v1.CacheUsageRequest, v1.CacheUsageResponse]
 	cacheGC    *connect.Client[v1.CacheGCRequest, v1.CacheGCResponse]
+	paths      *connect.Client[v1.ListPathsRequest, v1.ListPathsResponse]
 	doctor     *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
 }
 
@@ -274,6 +285,11 @@ func (c *agentClient) CacheGC(ctx context.Context, req *connect.Request[v1.Cache
 	return c.cacheGC.CallUnary(ctx, req)
 }
 
+// Paths calls flox.v1.Agent.Paths.
+func (c *agentClient) Paths(ctx context.Context, req *connect.Request[v1.ListPathsRequest]) (*connect.ServerStreamForClient[v1.ListPathsResponse], error) {
+	return c.paths.CallServerStream(ctx, req)
+}
+
 // Doctor calls flox.v1.Agent.Doctor.
 func (c *agentClient) Doctor(ctx context.Context, req *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error) {
 	return c.doctor.CallUnary(ctx, req)
@@ -303,6 +319,8 @@ type AgentHandler interface {
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error)
 	CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error)
+	// Paths lists store paths by name: those known here, or everything valid.
+	Paths(context.Context, *connect.Request[v1.ListPathsRequest], *connect.ServerStream[v1.ListPathsResponse]) error
 	// Doctor gives the agent's own findings; floxctl adds what it can see by itself.
 	Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error)
 }
@@ -392,6 +410,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("CacheGC")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentPathsHandler := connect.NewServerStreamHandler(
+		AgentPathsProcedure,
+		svc.Paths,
+		connect.WithSchema(agentMethods.ByName("Paths")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentDoctorHandler := connect.NewUnaryHandler(
 		AgentDoctorProcedure,
 		svc.Doctor,
@@ -426,6 +450,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentCacheUsageHandler.ServeHTTP(w, r)
 		case AgentCacheGCProcedure:
 			agentCacheGCHandler.ServeHTTP(w, r)
+		case AgentPathsProcedure:
+			agentPathsHandler.ServeHTTP(w, r)
 		case AgentDoctorProcedure:
 			agentDoctorHandler.ServeHTTP(w, r)
 		default:
@@ -487,6 +513,10 @@ func (UnimplementedAgentHandler) CacheUsage(context.Context, *connect.Request[v1
 
 func (UnimplementedAgentHandler) CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.CacheGC is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Paths(context.Context, *connect.Request[v1.ListPathsRequest], *connect.ServerStream[v1.ListPathsResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Paths is not implemented"))
 }
 
 func (UnimplementedAgentHandler) Doctor(context.Context, *connect.Request[v1.DoctorRequest]) (*connect.Response[v1.DoctorResponse], error) {

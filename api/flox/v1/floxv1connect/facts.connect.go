@@ -51,6 +51,10 @@ const (
 	StorehouseInfoProcedure = "/flox.v1.Storehouse/Info"
 	// StorehouseAddPathProcedure is the fully-qualified name of the Storehouse's AddPath RPC.
 	StorehouseAddPathProcedure = "/flox.v1.Storehouse/AddPath"
+	// StorehouseListPathsProcedure is the fully-qualified name of the Storehouse's ListPaths RPC.
+	StorehouseListPathsProcedure = "/flox.v1.Storehouse/ListPaths"
+	// StorehouseReportStartsProcedure is the fully-qualified name of the Storehouse's ReportStarts RPC.
+	StorehouseReportStartsProcedure = "/flox.v1.Storehouse/ReportStarts"
 )
 
 // FactsClient is a client for the flox.v1.Facts service.
@@ -168,6 +172,10 @@ type StorehouseClient interface {
 	// AddPath uploads one path: first its info, then its NAR in pieces. Needs a
 	// publisher's token.
 	AddPath(context.Context) *connect.ClientStreamForClient[v1.AddPathRequest, v1.AddPathResponse]
+	// ListPaths lists valid paths in the order of their names, a page at a time.
+	ListPaths(context.Context, *connect.Request[v1.ListValidRequest]) (*connect.Response[v1.ListValidResponse], error)
+	// ReportStarts tells which chunks programs read when they started here.
+	ReportStarts(context.Context, *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error)
 }
 
 // NewStorehouseClient constructs a client for the flox.v1.Storehouse service. By default, it uses
@@ -211,16 +219,30 @@ func NewStorehouseClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(storehouseMethods.ByName("AddPath")),
 			connect.WithClientOptions(opts...),
 		),
+		listPaths: connect.NewClient[v1.ListValidRequest, v1.ListValidResponse](
+			httpClient,
+			baseURL+StorehouseListPathsProcedure,
+			connect.WithSchema(storehouseMethods.ByName("ListPaths")),
+			connect.WithClientOptions(opts...),
+		),
+		reportStarts: connect.NewClient[v1.ReportStartsRequest, v1.ReportStartsResponse](
+			httpClient,
+			baseURL+StorehouseReportStartsProcedure,
+			connect.WithSchema(storehouseMethods.ByName("ReportStarts")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // storehouseClient implements StorehouseClient.
 type storehouseClient struct {
-	watch    *connect.Client[v1.WatchRequest, v1.WatchEvent]
-	whoHas   *connect.Client[v1.WhoHasRequest, v1.WhoHasResponse]
-	announce *connect.Client[v1.AnnounceRequest, v1.AnnounceResponse]
-	info     *connect.Client[v1.InfoRequest, v1.InfoResponse]
-	addPath  *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
+	watch        *connect.Client[v1.WatchRequest, v1.WatchEvent]
+	whoHas       *connect.Client[v1.WhoHasRequest, v1.WhoHasResponse]
+	announce     *connect.Client[v1.AnnounceRequest, v1.AnnounceResponse]
+	info         *connect.Client[v1.InfoRequest, v1.InfoResponse]
+	addPath      *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
+	listPaths    *connect.Client[v1.ListValidRequest, v1.ListValidResponse]
+	reportStarts *connect.Client[v1.ReportStartsRequest, v1.ReportStartsResponse]
 }
 
 // Watch calls flox.v1.Storehouse.Watch.
@@ -248,6 +270,16 @@ func (c *storehouseClient) AddPath(ctx context.Context) *connect.ClientStreamFor
 	return c.addPath.CallClientStream(ctx)
 }
 
+// ListPaths calls flox.v1.Storehouse.ListPaths.
+func (c *storehouseClient) ListPaths(ctx context.Context, req *connect.Request[v1.ListValidRequest]) (*connect.Response[v1.ListValidResponse], error) {
+	return c.listPaths.CallUnary(ctx, req)
+}
+
+// ReportStarts calls flox.v1.Storehouse.ReportStarts.
+func (c *storehouseClient) ReportStarts(ctx context.Context, req *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error) {
+	return c.reportStarts.CallUnary(ctx, req)
+}
+
 // StorehouseHandler is an implementation of the flox.v1.Storehouse service.
 type StorehouseHandler interface {
 	// Watch streams what changes after index: newly valid and removed paths, trust
@@ -263,6 +295,10 @@ type StorehouseHandler interface {
 	// AddPath uploads one path: first its info, then its NAR in pieces. Needs a
 	// publisher's token.
 	AddPath(context.Context, *connect.ClientStream[v1.AddPathRequest]) (*connect.Response[v1.AddPathResponse], error)
+	// ListPaths lists valid paths in the order of their names, a page at a time.
+	ListPaths(context.Context, *connect.Request[v1.ListValidRequest]) (*connect.Response[v1.ListValidResponse], error)
+	// ReportStarts tells which chunks programs read when they started here.
+	ReportStarts(context.Context, *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error)
 }
 
 // NewStorehouseHandler builds an HTTP handler from the service implementation. It returns the path
@@ -302,6 +338,18 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(storehouseMethods.ByName("AddPath")),
 		connect.WithHandlerOptions(opts...),
 	)
+	storehouseListPathsHandler := connect.NewUnaryHandler(
+		StorehouseListPathsProcedure,
+		svc.ListPaths,
+		connect.WithSchema(storehouseMethods.ByName("ListPaths")),
+		connect.WithHandlerOptions(opts...),
+	)
+	storehouseReportStartsHandler := connect.NewUnaryHandler(
+		StorehouseReportStartsProcedure,
+		svc.ReportStarts,
+		connect.WithSchema(storehouseMethods.ByName("ReportStarts")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Storehouse/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case StorehouseWatchProcedure:
@@ -314,6 +362,10 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 			storehouseInfoHandler.ServeHTTP(w, r)
 		case StorehouseAddPathProcedure:
 			storehouseAddPathHandler.ServeHTTP(w, r)
+		case StorehouseListPathsProcedure:
+			storehouseListPathsHandler.ServeHTTP(w, r)
+		case StorehouseReportStartsProcedure:
+			storehouseReportStartsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -341,4 +393,12 @@ func (UnimplementedStorehouseHandler) Info(context.Context, *connect.Request[v1.
 
 func (UnimplementedStorehouseHandler) AddPath(context.Context, *connect.ClientStream[v1.AddPathRequest]) (*connect.Response[v1.AddPathResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.AddPath is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) ListPaths(context.Context, *connect.Request[v1.ListValidRequest]) (*connect.Response[v1.ListValidResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.ListPaths is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) ReportStarts(context.Context, *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.ReportStarts is not implemented"))
 }

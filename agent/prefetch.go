@@ -1,0 +1,125 @@
+package agent
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
+)
+
+// ahead says why something is fetched that nobody waits for.
+type ahead uint8
+
+const (
+	aheadSequential ahead = iota // behind what a reader of a large file reads
+	aheadDirectory               // small files beside one that was read
+	aheadTrace                   // what a program reads when it starts
+	aheadComplete                // the rest of what was used
+	aheadKinds
+)
+
+const (
+	// quietFor is how long no reader may have waited before completion goes on.
+	quietFor = 200 * time.Millisecond
+	// quietPoll is how often that is looked at.
+	quietPoll = 50 * time.Millisecond
+	// aheadBurst is how much a capped prefetch may take at once.
+	aheadBurst = 1 << 20
+)
+
+// prefetcher fetches what nobody waits for yet: within a cap, behind those who
+// wait, and not at all if it is switched off.
+type prefetcher struct {
+	fetcher *fetcher
+	waits   *waits
+	off     bool
+	rate    int64 // bytes per second, 0 = no limit
+	bytes   [aheadKinds]atomic.Uint64
+
+	mu  sync.Mutex
+	due time.Time // when the cap allows the next byte
+}
+
+// fetch brings pieces into the cache, as background work. It waits for the cap,
+// and completion also until readers are quiet. each may be nil.
+func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints p2p.Hints, each func(piece, []byte) error) error {
+	if p.off || len(pieces) == 0 {
+		return nil
+	}
+	if why == aheadComplete {
+		if err := p.quiet(ctx); err != nil {
+			return err
+		}
+	}
+	if err := p.capped(ctx, sizeOf(pieces)); err != nil {
+		return err
+	}
+	hints.Background = true
+	return p.fetcher.fetch(ctx, pieces, hints, nil, func(one piece, data []byte) error {
+		p.bytes[why].Add(uint64(len(data)))
+		if each == nil {
+			return nil
+		}
+		return each(one, data)
+	})
+}
+
+// quiet waits until no reader waited for a moment.
+func (p *prefetcher) quiet(ctx context.Context) error {
+	since := time.Now()
+	for {
+		if p.waits.count() > 0 {
+			since = time.Now()
+		}
+		if time.Since(since) >= quietFor {
+			return nil
+		}
+		select {
+		case <-time.After(quietPoll):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// capped waits until n more bytes are within the rate.
+func (p *prefetcher) capped(ctx context.Context, n uint64) error {
+	if p.rate <= 0 {
+		return nil
+	}
+	p.mu.Lock()
+	now := time.Now()
+	// What was not used for a while may be used at once, up to a burst.
+	if earliest := now.Add(-p.takes(aheadBurst)); p.due.Before(earliest) {
+		p.due = earliest
+	}
+	p.due = p.due.Add(p.takes(n))
+	wait := p.due.Sub(now)
+	p.mu.Unlock()
+	if wait <= 0 {
+		return nil
+	}
+	select {
+	case <-time.After(wait):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// takes is how long n bytes take at the cap.
+func (p *prefetcher) takes(n uint64) time.Duration {
+	return time.Duration(float64(n) / float64(p.rate) * float64(time.Second))
+}
+
+// message gives the counters.
+func (p *prefetcher) message() *floxv1.Prefetch {
+	return &floxv1.Prefetch{
+		On: !p.off, RateBytes: uint64(max(p.rate, 0)),
+		SequentialBytes: p.bytes[aheadSequential].Load(), DirectoryBytes: p.bytes[aheadDirectory].Load(),
+		TraceBytes: p.bytes[aheadTrace].Load(), CompleteBytes: p.bytes[aheadComplete].Load(),
+	}
+}
