@@ -33,7 +33,7 @@ type Params struct {
 }
 
 // DefaultParams are the only parameters this version writes.
-var DefaultParams = Params{MinChunk: 16 << 10, AvgChunk: 64 << 10, MaxChunk: 256 << 10, InlineLimit: 256}
+var DefaultParams = Params{MinChunk: 8 << 10, AvgChunk: 32 << 10, MaxChunk: 128 << 10, InlineLimit: 256}
 
 // Bounds of parameters a manifest may name.
 const (

@@ -220,9 +220,9 @@ func TestPageRules(t *testing.T) {
 		"span wraps around":   {build("x", step{file("a"), 0}, step{dir("b", 1<<32-2, 0), 0}), false},
 		"not inline":          {build("x", step{&rec{name: "a", kind: flox.Regular, size: 257, data: string(make([]byte, 257))}, 0}), false},
 		"chunk not inline":    {build("x", step{&rec{name: "a", kind: flox.Regular, size: 256, file: &fileRec{}}, 0}), false},
-		"chunk too big":       {build("x", step{&rec{name: "a", kind: flox.Regular, size: 256<<10 + 1, file: &fileRec{}}, 0}), false},
-		"chunk too small": {build("x", step{&rec{name: "a", kind: flox.Regular, size: 30_000, file: &fileRec{
-			chunks: []flox.Chunk{{Size: 10_000}, {Size: 20_000}},
+		"chunk too big":       {build("x", step{&rec{name: "a", kind: flox.Regular, size: 128<<10 + 1, file: &fileRec{}}, 0}), false},
+		"chunk too small": {build("x", step{&rec{name: "a", kind: flox.Regular, size: 27_000, file: &fileRec{
+			chunks: []flox.Chunk{{Size: 7_000}, {Size: 20_000}},
 		}}, 0}), false},
 		"chunks not the size": {build("x", step{&rec{name: "a", kind: flox.Regular, size: 40_001, file: &fileRec{
 			chunks: []flox.Chunk{{Size: 20_000}, {Size: 20_000}},

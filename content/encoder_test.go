@@ -24,8 +24,8 @@ import (
 
 // cutLength is DESIGN.md's "Chunks".
 func cutLength(b []byte) int {
-	const low, normal, high = 16384, 65536, 262144
-	const strict, loose = 0x9249249249249000, 0x8888888888888800
+	const low, normal, high = 8192, 32768, 131072
+	const strict, loose = 0x9249249249248000, 0x8888888888888000
 	if len(b) <= low {
 		return len(b)
 	}
@@ -169,7 +169,7 @@ func naive(nodes []node, narSize int) (root flox.CID, blocks map[flox.CID][]byte
 	if nodes[0].Executable {
 		flags |= 4
 	}
-	for _, v := range []int{16384, 65536, 262144, 256, len(nodes), narSize} {
+	for _, v := range []int{8192, 32768, 131072, 256, len(nodes), narSize} {
 		b = uv(b, v)
 	}
 	b = uv(uv(append(b, flags), dirs), len(pages))

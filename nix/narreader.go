@@ -360,7 +360,7 @@ func (n *NarReader) readDirect(p []byte) (int, error) {
 	case got > 0 || err == nil:
 		// An error that lasts comes again with the next read.
 		return got, nil
-	case errors.Is(err, io.EOF):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF): // the latter of a compressed one
 		n.err = n.truncated()
 	default:
 		n.err = fmt.Errorf("read NAR at byte %d: %w", n.off, err)
