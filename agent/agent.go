@@ -92,6 +92,7 @@ type Agent struct {
 	resolver  *resolver
 	fetcher   *fetcher
 	ahead     *prefetcher
+	readers   *readAhead
 	follower  *follower
 	executed  *executed
 	known     *knownPeers
@@ -231,6 +232,7 @@ func (a *Agent) openNetwork() error {
 	}
 	a.fetcher = newFetcher(life, a.host, a.cache, a.traffic, a.log)
 	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate}
+	a.readers = newReadAhead(life, a.ahead)
 	return nil
 }
 
@@ -288,6 +290,7 @@ func (a *Agent) Close() error {
 	if a.end != nil { // what they write to is closed next
 		a.end()
 		a.resolver.work.Wait()
+		a.readers.work.Wait()
 		a.fetcher.work.Wait()
 	}
 	if a.calls != nil {

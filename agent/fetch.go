@@ -72,6 +72,7 @@ func newFetcher(life context.Context, host swarm, c *cache.Cache, t *traffic, lo
 type flight struct {
 	piece piece // of who started it; others may want the same block elsewhere
 	batch *batch
+	slow  bool // nobody waits for it yet; guarded by fetcher.mu
 	done  chan struct{}
 	data  []byte
 	from  p2p.Source
@@ -222,6 +223,7 @@ func (f *fetcher) consume(ctx context.Context, p piece, fl *flight, each func(pi
 // that are not under way.
 func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([]*flight, error) {
 	if flights := f.joinAll(pieces); flights != nil {
+		f.hurry(flights, hints)
 		return flights, nil
 	}
 	select {
@@ -240,7 +242,7 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 	for i, p := range pieces {
 		fl, ok := f.flights[p.chunk.ID]
 		if !ok || !fl.batch.join() {
-			fl = &flight{piece: p, batch: mine, done: make(chan struct{})}
+			fl = &flight{piece: p, batch: mine, slow: hints.Background, done: make(chan struct{})}
 			mine.waiters++
 			f.flights[p.chunk.ID] = fl
 			fresh = append(fresh, fl)
@@ -248,6 +250,7 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 		flights[i] = fl
 	}
 	f.mu.Unlock()
+	f.hurry(flights, hints)
 	if len(fresh) == 0 {
 		cancel()
 		<-f.places
@@ -258,6 +261,65 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 		f.run(life, fresh, hints)
 	})
 	return flights, nil
+}
+
+// hurry makes background fetches that somebody waits for now overtake the
+// others: the swarm joins whoever asks for a block that is under way, or not yet
+// begun, and asks for it first.
+func (f *fetcher) hurry(flights []*flight, hints p2p.Hints) {
+	if hints.Background {
+		return
+	}
+	var late []*flight
+	f.mu.Lock()
+	for _, fl := range flights {
+		if fl.slow {
+			fl.slow = false
+			late = append(late, fl)
+		}
+	}
+	f.mu.Unlock()
+	if len(late) == 0 {
+		return
+	}
+	select {
+	case f.places <- struct{}{}:
+	default:
+		return // so many wait that none can be first
+	}
+	f.work.Go(func() { // bounded by f.places
+		defer func() { <-f.places }()
+		f.push(late, hints)
+	})
+}
+
+// push fetches what flights bring as somebody who waits, until they are through.
+// What arrives is theirs, and so is what goes wrong.
+func (f *fetcher) push(flights []*flight, hints p2p.Hints) {
+	ctx, cancel := context.WithTimeout(f.life, fetchLife)
+	through := make(chan struct{})
+	go func() { // ends with the flights or ctx; waited for below
+		defer close(through)
+		defer cancel() // a block that came needs no second fetch
+		for _, fl := range flights {
+			select {
+			case <-fl.done:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	wants := make([]p2p.Want, 0, len(flights))
+	for _, fl := range flights {
+		select {
+		case <-fl.done:
+		default:
+			wants = append(wants, p2p.Want{ID: fl.piece.chunk.ID, Size: fl.piece.chunk.Size})
+		}
+	}
+	_ = f.host.Fetch(ctx, wants, hints, func(int, []byte, p2p.Source) {})
+	cancel()
+	<-through
 }
 
 // joinAll joins the flights of pieces if all of them are under way, else none.

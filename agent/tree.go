@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -53,9 +52,10 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 		return 0, nil
 	}
 	p = p[:min(int64(len(p)), int64(e.Size)-off)]
-	if off == 0 && (e.Executable || strings.Contains(e.Name, ".so")) {
+	if off == 0 && isCode(&e) {
 		t.a.executed.touch(t.path)
 	}
+	t.a.readers.read(t, index, &e, off, int64(len(p)))
 	if e.Size <= uint64(t.Params().InlineLimit) {
 		if data, ok, err := t.Inline(ctx, index); err != nil || ok {
 			if err != nil {
@@ -69,7 +69,7 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 		t.use(ctx)
 		return n, nil
 	}
-	return t.fill(ctx, index, file, p, off, who)
+	return t.fill(ctx, index, e, p, off, who)
 }
 
 // use tells the cache that the manifest is in use, now and then: this process has
@@ -88,34 +88,19 @@ func (t *tree) use(ctx context.Context) {
 }
 
 // fill reads p from chunks that are verified or fetched first.
-func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte, off int64, who flox.Reader) (int, error) {
-	end := off + int64(len(p))
+func (t *tree) fill(ctx context.Context, index uint32, e flox.Entry, p []byte, off int64, who flox.Reader) (int, error) {
+	file, end := cache.File{ID: e.File, Size: int64(e.Size)}, off+int64(len(p))
 	watch := t.a.waits.begin(who.PID, opRead, t.name(ctx, index), uint64(len(p)))
 	defer watch.end()
-	var missing []piece
-	var verify []piece
-	err := t.Chunks(ctx, index, off, int64(len(p)), func(at int64, c flox.Chunk) bool {
-		one := piece{file: file, off: at, chunk: c}
-		switch t.a.cache.State(file, at, int64(c.Size)) {
-		case cache.Miss:
-			missing = append(missing, one)
-		case cache.Unverified:
-			verify = append(verify, one)
-		case cache.Hit:
-		}
-		return true
-	})
+	missing, err := t.missing(ctx, index, &e, off, int64(len(p)), nil)
 	if err != nil {
 		return 0, err
 	}
-	for _, one := range verify {
-		ok, err := t.a.cache.Verify(ctx, file, one.off, one.chunk)
-		if err != nil || !ok {
-			missing = append(missing, one)
-		}
-	}
 	if len(missing) > 0 {
 		watch.expect(sizeOf(missing))
+		last := missing[len(missing)-1]
+		t.a.readers.behind(t, index, &e, last.off+int64(last.chunk.Size))
+		began := time.Now()
 		err = t.a.fetcher.fetch(ctx, missing, t.a.hints(t.path), watch, func(one piece, data []byte) error {
 			overlay(p, off, data, one.off)
 			return nil
@@ -123,6 +108,7 @@ func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte
 		if err != nil {
 			return 0, fmt.Errorf("%s: %w", t.path, err)
 		}
+		t.a.readers.waited(time.Since(began))
 		t.a.cache.Used(file, off, int64(len(p)), who.Node)
 	}
 	// What was not fetched just now lies in the cache; it may have been evicted in
@@ -141,6 +127,34 @@ func (t *tree) fill(ctx context.Context, index uint32, file cache.File, p []byte
 		return t.direct(ctx, index, file, p, off, who, watch)
 	}
 	return len(p), nil
+}
+
+// missing adds the chunks of [off, off+n) of a file that are not in the cache to
+// pieces. What is there and in doubt is verified first.
+func (t *tree) missing(ctx context.Context, index uint32, e *flox.Entry, off, n int64, pieces []piece) ([]piece, error) {
+	file := cache.File{ID: e.File, Size: int64(e.Size)}
+	var verify []piece
+	err := t.Chunks(ctx, index, off, n, func(at int64, c flox.Chunk) bool {
+		one := piece{file: file, off: at, chunk: c}
+		switch t.a.cache.State(file, at, int64(c.Size)) {
+		case cache.Miss:
+			pieces = append(pieces, one)
+		case cache.Unverified:
+			verify = append(verify, one)
+		case cache.Hit:
+		}
+		return true
+	})
+	if err != nil {
+		return pieces, err
+	}
+	for _, one := range verify {
+		ok, err := t.a.cache.Verify(ctx, file, one.off, one.chunk)
+		if err != nil || !ok {
+			pieces = append(pieces, one)
+		}
+	}
+	return pieces, nil
 }
 
 // sizeOf is how many bytes pieces have.

@@ -51,7 +51,7 @@ type Config struct {
 	// UID and GID are who the child runs as; 0 = the user floxd, or 65534 if
 	// there is none.
 	UID, GID uint32
-	// ReadAheadKiB is the kernel's read-ahead on the mount, 0 = 64. Programs are
+	// ReadAheadKiB is the kernel's read-ahead on the mount, 0 = 16. Programs are
 	// read in few places, and each costs that much from the network.
 	ReadAheadKiB int
 	// StopTimeout is how long the child may take to end; 0 = 5 s.
@@ -90,7 +90,7 @@ func (c *Config) setDefaults() error {
 		}
 	}
 	if c.ReadAheadKiB == 0 {
-		c.ReadAheadKiB = 64
+		c.ReadAheadKiB = 16
 	}
 	if c.StopTimeout == 0 {
 		c.StopTimeout = 5 * time.Second

@@ -48,7 +48,7 @@ type AgentConfig struct {
 	StartTraces   bool     `toml:"start-traces" help:"tell the storehouse what programs read when they start (no user, host, argument or time), and use what others told"`
 	Offline       string   `toml:"offline" help:"what is completed in the background of what ran here: closure, used (what it ran and mapped) or none"`
 	List          string   `toml:"list" help:"what ls of the store directory shows: here, or valid (everything the storehouse has)"`
-	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; more reads faster and fetches more than is needed"`
+	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; what is read in order is fetched ahead in any case"`
 }
 
 // StorehouseConfig is the [storehouse] part.
@@ -71,7 +71,7 @@ func DefaultConfig() *Config {
 		StoreDir: string(flox.DefaultStoreDir), StateDir: cli.DefaultStateDir, RunDir: cli.DefaultRunDir, LogFormat: "text",
 		Agent: AgentConfig{
 			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultAgentPort)}, MDNS: true, DHTServer: true,
-			LookupTimeout: Duration(5 * time.Second), ReadTimeout: Duration(30 * time.Second), ReadAhead: 64 << 10,
+			LookupTimeout: Duration(5 * time.Second), ReadTimeout: Duration(30 * time.Second), ReadAhead: 16 << 10,
 			Prefetch: true, StartTraces: true, Offline: "used", List: "here",
 		},
 		Storehouse: StorehouseConfig{
@@ -103,7 +103,7 @@ cache-budget   = "0"           # 0: 20GiB or 10 % of the disk, whichever is less
 cache-reserve  = "0"           # 0: 5GiB or 5 % of the disk, whichever is more
 lookup-timeout = "5s"
 read-timeout   = "30s"
-read-ahead     = "64KiB"
+read-ahead     = "16KiB"
 prefetch       = true          # fetch ahead of readers
 prefetch-rate  = "0"           # bytes per second for nobody who waits; 0: no limit
 start-traces   = true          # what programs read when they start, without saying who

@@ -1,0 +1,220 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/p2p"
+)
+
+// readIn reads [off, off+n) of a file as the kernel does, 16 KiB at a time.
+func readIn(ctx context.Context, t *testing.T, tr flox.Tree, index uint32, data []byte, off, n int) {
+	t.Helper()
+	p := make([]byte, 16<<10)
+	for end := off + n; off < end; off += len(p) {
+		got, err := tr.ReadAt(ctx, index, p, int64(off), flox.Reader{Node: 2})
+		if err != nil || !bytes.Equal(p[:got], data[off:min(off+len(p), len(data))]) {
+			t.Fatalf("16 KiB at %d: %d bytes, %v", off, got, err)
+		}
+	}
+}
+
+// TestALargeFileReadInOrderIsMetByWhatComesNext: and one read here and there is not.
+func TestALargeFileReadInOrderIsMetByWhatComesNext(t *testing.T) {
+	h := newHouse(t)
+	inOrder, jumping := randomBytes(1, 6<<20), randomBytes(2, 6<<20)
+	info := h.make(t, "large", nil, testFile{name: "in-order", data: inOrder}, testFile{name: "jumping", data: jumping})
+	h.publish(info)
+	a, _ := runAgent(t, h, nil, nil)
+	following(t, a)
+	ctx := within(t, time.Minute)
+	tr := treeOf(ctx, t, a, info.Path)
+
+	index := entryOf(ctx, t, tr, "jumping")
+	for i := range 40 {
+		readIn(ctx, t, tr, index, jumping, (i*37%40)*150_000, 16<<10)
+	}
+	a.readers.work.Wait()
+	if n := a.ahead.bytes[aheadSequential].Load(); n != 0 && time.Duration(a.readers.wait.Load()) < farWait {
+		t.Errorf("%d bytes fetched ahead of a reader who jumps about", n)
+	}
+
+	before := a.ahead.bytes[aheadSequential].Load()
+	index = entryOf(ctx, t, tr, "in-order")
+	readIn(ctx, t, tr, index, inOrder, 0, 512<<10)
+	until(t, "the bytes ahead are here", func() bool { return tr.(*tree).here(ctx, index, make([]byte, 256<<10), 512<<10) == 256<<10 })
+	// The further it reads, the more of it finds its bytes here already.
+	readIn(ctx, t, tr, index, inOrder, 512<<10, 6<<20-512<<10)
+	if n := a.ahead.bytes[aheadSequential].Load() - before; n < 4<<20 {
+		t.Errorf("%d of 6 MiB fetched ahead of a reader in order, want most", n)
+	}
+	if got := a.traffic.total(); got > 13<<20 {
+		t.Errorf("%d bytes fetched of 12 MiB: some came twice", got)
+	}
+}
+
+// smallFiles are many files of a few KiB in several directories, in the order
+// of their names.
+func smallFiles(n int) []testFile {
+	var files []testFile
+	for i := range n {
+		files = append(files, testFile{name: fmt.Sprintf("d%02d/f%03d", i/50, i), data: randomBytes(byte(i), 1000+i)})
+	}
+	return files
+}
+
+// TestFilesReadOneAfterAnotherComeInBatches: across directories, and not for a
+// reader who picks here and there.
+func TestFilesReadOneAfterAnotherComeInBatches(t *testing.T) {
+	h := newHouse(t)
+	files := smallFiles(400)
+	walked, picked := h.make(t, "walked", nil, files...), h.make(t, "picked", nil, files...)
+	h.publish(walked, picked)
+	a, _ := runAgent(t, h, nil, nil)
+	following(t, a)
+	ctx := within(t, time.Minute)
+
+	read := func(tr flox.Tree, i int) {
+		index := entryOf(ctx, t, tr, files[i].name)
+		readIn(ctx, t, tr, index, files[i].data, 0, 1)
+	}
+	tr := treeOf(ctx, t, a, picked.Path)
+	for i := range 30 {
+		read(tr, i*113%400)
+	}
+	a.readers.work.Wait()
+	if n := a.ahead.bytes[aheadDirectory].Load(); n != 0 {
+		t.Errorf("%d bytes fetched beside what was picked", n)
+	}
+	tr = treeOf(ctx, t, a, walked.Path)
+	for i := range 4 {
+		read(tr, i)
+	}
+	until(t, "files of the next directory are here", func() bool {
+		return tr.(*tree).here(ctx, entryOf(ctx, t, tr, "d01/f060"), make([]byte, 10_000), 0) > 0
+	})
+	for i := 4; i < 400; i++ {
+		read(tr, i)
+	}
+	if n := a.ahead.bytes[aheadDirectory].Load(); n < 200_000 {
+		t.Errorf("%d bytes came in batches, want a good part of about 480,000", n)
+	}
+}
+
+// TestNothingIsFetchedAheadWhenThatIsSwitchedOff is the control of both above.
+func TestNothingIsFetchedAheadWhenThatIsSwitchedOff(t *testing.T) {
+	h := newHouse(t)
+	data := randomBytes(1, 3<<20)
+	files := smallFiles(60)
+	info := h.make(t, "off", nil, append(files, testFile{name: "z-large", data: data})...)
+	h.publish(info)
+	a, _ := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil)
+	following(t, a)
+	ctx := within(t, time.Minute)
+	tr := treeOf(ctx, t, a, info.Path)
+	readIn(ctx, t, tr, entryOf(ctx, t, tr, "z-large"), data, 0, 1<<20)
+	for i := range 20 {
+		readIn(ctx, t, tr, entryOf(ctx, t, tr, files[i].name), files[i].data, 0, 1)
+	}
+	a.readers.work.Wait()
+	if got := a.traffic.total(); got > 1<<20+400_000 {
+		t.Errorf("%d bytes fetched, 1 MiB and 20 small files were read", got)
+	}
+	for why := range a.ahead.bytes {
+		if n := a.ahead.bytes[why].Load(); n > 0 {
+			t.Errorf("%d bytes fetched ahead (%d)", n, why)
+		}
+	}
+}
+
+// TestReadersRememberedAreBounded: each file and tree ever read would be too many.
+func TestReadersRememberedAreBounded(t *testing.T) {
+	m := make(map[int]uint64)
+	for i := range 3 * maxReaders {
+		if len(m) >= maxReaders {
+			dropSilent(m, func(used uint64) uint64 { return used })
+		}
+		m[i] = uint64(i)
+	}
+	if _, old := m[maxReaders]; len(m) != maxReaders || old {
+		t.Errorf("%d remembered, the oldest among them: %v", len(m), old)
+	}
+}
+
+// TestSomebodyWhoWaitsOvertakesTheBackground: a block under way for nobody is
+// asked for again as one that is waited for.
+func TestSomebodyWhoWaitsOvertakesTheBackground(t *testing.T) {
+	r := newRig(t, 1<<20, 3)
+	gate := make(chan struct{})
+	r.swarm.set(func() { r.swarm.gate = gate })
+	ctx := within(t, time.Minute)
+	background := make(chan error, 1)
+	go func() {
+		background <- r.fetch(ctx, r.pieces, p2p.Hints{Background: true}, nil, func(piece, []byte) error { return nil })
+	}()
+	asked := func(i int) int {
+		r.swarm.mu.Lock()
+		defer r.swarm.mu.Unlock()
+		return r.swarm.asked[r.pieces[i].chunk.ID]
+	}
+	until(t, "the background fetch is under way", func() bool { return asked(1) == 1 })
+	got := make(chan []byte, 2)
+	for range 2 { // two who wait push it once
+		go func() {
+			var b []byte
+			_ = r.fetch(ctx, r.pieces[1:2], p2p.Hints{}, nil, func(_ piece, data []byte) error { b = data; return nil })
+			got <- b
+		}()
+	}
+	until(t, "it is asked for by somebody who waits", func() bool { return asked(1) == 2 })
+	close(gate)
+	for range 2 {
+		if b := <-got; !bytes.Equal(b, r.whole[20_000:40_000]) {
+			t.Errorf("got %d bytes", len(b))
+		}
+	}
+	if err := <-background; err != nil {
+		t.Error(err)
+	}
+	r.work.Wait()
+	if asked(0) != 1 || asked(1) != 2 || asked(2) != 1 {
+		t.Errorf("asked %d, %d, %d times, want 1, 2, 1", asked(0), asked(1), asked(2))
+	}
+}
+
+// TestTheCapHoldsFetchesBack: what nobody waits for keeps within its rate.
+func TestTheCapHoldsFetchesBack(t *testing.T) {
+	r := newRig(t, 8<<20, 3)
+	p := &prefetcher{fetcher: r.fetcher, waits: newWaits(), rate: 4 << 20}
+	began := time.Now()
+	var n uint64
+	for range 3 { // 3 MiB beyond the burst at 4 MiB/s
+		if err := p.capped(t.Context(), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		n += 1 << 20
+	}
+	if took := time.Since(began); took < 400*time.Millisecond {
+		t.Errorf("%d bytes after %s at 4 MiB/s with a burst of 1 MiB", n, took)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := p.capped(ctx, 1<<30); err == nil {
+		t.Error("a wait for the cap does not end with its context")
+	}
+	// Somebody waits: completion does not begin.
+	watch := p.waits.begin(1, opRead, "/x", 1)
+	ctx, cancel = context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if err := p.quiet(ctx); err == nil {
+		t.Error("completion goes on while a reader waits")
+	}
+	watch.end()
+	if err := p.quiet(within(t, 20*time.Second)); err != nil {
+		t.Error(err)
+	}
+}
