@@ -228,7 +228,7 @@ func (l *lab) nixCopy(ctx context.Context, n world.Nix, house *hosts.Storehouse,
 	n.NetNS = house.Host.NetNS()
 	args := []string{
 		"nix", "copy", "--to", house.URL() + "?compression=zstd", "--option", "netrc-file", netrc,
-		"--option", "narinfo-cache-positive-ttl", "0",
+		"--option", "narinfo-cache-positive-ttl", "0", "--option", "narinfo-cache-negative-ttl", "0",
 		"--option", "download-attempts", "1", // who is killed is not waited for
 	}
 	for _, p := range roots {

@@ -135,7 +135,7 @@ func (s *Scenario) copyWorld(ctx context.Context, report *Report) error {
 		return err
 	}
 	args := []string{
-		"nix", "copy", "--to", s.House.URL() + "?compression=zstd", "--option", "netrc-file", netrc, "--option", "narinfo-cache-positive-ttl", "0",
+		"nix", "copy", "--to", s.House.URL() + "?compression=zstd", "--option", "netrc-file", netrc, "--option", "narinfo-cache-positive-ttl", "0", "--option", "narinfo-cache-negative-ttl", "0",
 	}
 	for _, p := range s.cfg.World.Paths {
 		args = append(args, s.cfg.World.StoreDir.Join(p.Path))
