@@ -2,10 +2,12 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/p2p"
 )
@@ -44,17 +46,22 @@ type prefetcher struct {
 }
 
 // fetch brings pieces into the cache, as background work. It waits for the cap,
-// and completion also until readers are quiet. each may be nil.
+// and completion also until readers are quiet. each may be nil. ErrFull: the
+// cache has no room for them, and what cannot be kept need not come ahead.
 func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints p2p.Hints, each func(piece, []byte) error) error {
 	if p.off || len(pieces) == 0 {
 		return nil
+	}
+	size := sizeOf(pieces)
+	if u := p.fetcher.cache.Usage(); u.Bytes+int64(size) > u.Limit { //nolint:gosec // some MiB
+		return fmt.Errorf("%d bytes ahead of readers do not fit: the cache holds %d of %d bytes: %w", size, u.Bytes, u.Limit, flox.ErrFull)
 	}
 	if why == aheadComplete {
 		if err := p.quiet(ctx); err != nil {
 			return err
 		}
 	}
-	if err := p.capped(ctx, sizeOf(pieces)); err != nil {
+	if err := p.capped(ctx, size); err != nil {
 		return err
 	}
 	hints.Background = true

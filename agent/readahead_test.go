@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -200,6 +201,10 @@ func TestTheCapHoldsFetchesBack(t *testing.T) {
 	}
 	if took := time.Since(began); took < 400*time.Millisecond {
 		t.Errorf("%d bytes after %s at 4 MiB/s with a burst of 1 MiB", n, took)
+	}
+	full := &prefetcher{fetcher: newRig(t, 50_000, 3).fetcher, waits: newWaits()}
+	if err := full.fetch(t.Context(), aheadSequential, r.pieces, p2p.Hints{}, nil); !errors.Is(err, flox.ErrFull) {
+		t.Errorf("more than the cache holds is fetched ahead: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
