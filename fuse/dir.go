@@ -77,8 +77,13 @@ func (f *files) list(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bool) 
 	return fuse.OK
 }
 
-// namesPage is how many names of the store directory are asked for at once.
-const namesPage = 512
+// A name of the store directory takes at least smallestName bytes of an answer:
+// the fixed part of an entry, and what comes behind a hash part rounded up to 8.
+// So no more names are asked for than may fit, and at most namesPage at once.
+const (
+	smallestName = 24 + 40
+	namesPage    = 4096
+)
 
 // errFull ends a listing whose answer is full.
 var errFull = errors.New("the answer is full")
@@ -88,9 +93,11 @@ var errFull = errors.New("the answer is full")
 func (f *files) listRoot(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bool) fuse.Status {
 	r := f.request(&in.InHeader)
 	pos := newRootCursor(in.Offset)
+	// The names that an earlier request listed already are passed over.
+	page := min(int(in.Size)/smallestName+int(min(pos.skip, maxRank))+1, namesPage)
 	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
 		for {
-			names, err := f.s.cfg.Store.Names(ctx, pos.after, namesPage)
+			names, err := f.s.cfg.Store.Names(ctx, pos.after, page)
 			if err != nil {
 				return err
 			}
@@ -99,7 +106,7 @@ func (f *files) listRoot(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bo
 					return errFull
 				}
 			}
-			if len(names) < namesPage {
+			if len(names) < page {
 				return nil
 			}
 		}

@@ -122,7 +122,11 @@ func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Sta
 	var manifest flox.CID
 	var entry flox.Entry
 	missing, always := false, false
-	err := f.wait(r, f.s.cfg.LookupTimeout, false, func(ctx context.Context) (err error) {
+	timeout, dead := f.s.cfg.LookupTimeout, f.s.noAnswer.has(name)
+	if dead {
+		timeout = min(timeout, deadNameWait)
+	}
+	err := f.wait(r, timeout, false, func(ctx context.Context) (err error) {
 		manifest, always, err = f.s.cfg.Store.Lookup(ctx, name)
 		if err != nil {
 			missing = errors.Is(err, flox.ErrNotFound)
@@ -142,6 +146,9 @@ func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Sta
 	case missing:
 		return fuse.ENOENT
 	case err != nil:
+		if !dead && transient(err) {
+			f.s.noAnswer.note(name)
+		}
 		return f.failed(r, err)
 	}
 	node, err := f.s.nodes.give(manifest)

@@ -3,7 +3,6 @@ package fuse
 import (
 	"context"
 	"errors"
-	"sync"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -63,43 +62,4 @@ func (f *files) mayWait(r *request, err error) bool {
 	f.s.log.Warn("a mapped file cannot be read, its users wait", "node", r.node, "pid", r.pid,
 		"waited", time.Since(r.since).Round(time.Second), "error", err)
 	return transient(err) || pause(r.ctx, retryPause)
-}
-
-// deadReads remembers reads given up a moment ago. The kernel's read-ahead asks
-// first, for many pages; when that fails, the same reader asks again for one,
-// and would wait a second time.
-type deadReads struct {
-	mu   sync.Mutex
-	next int
-	ring [64]deadRead
-}
-
-type deadRead struct {
-	pid      uint32
-	node     uint64
-	from, to int64
-	at       time.Time
-}
-
-// deadReadAge is how long a reader has to come back.
-const deadReadAge = time.Second
-
-var errGaveUp = errors.New("the read-ahead of the same reader just waited in vain")
-
-func (d *deadReads) note(r *request, off int64, n int) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.ring[d.next] = deadRead{r.pid, r.node, off, off + int64(n), time.Now()}
-	d.next = (d.next + 1) % len(d.ring)
-}
-
-func (d *deadReads) check(r *request, off int64) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, e := range d.ring {
-		if e.node == r.node && e.pid == r.pid && off >= e.from && off < e.to && time.Since(e.at) < deadReadAge {
-			return errGaveUp
-		}
-	}
-	return nil
 }

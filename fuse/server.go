@@ -86,6 +86,7 @@ type Server struct {
 	nodes    *nodeTable
 	requests *requests
 	gaveUp   deadReads
+	noAnswer deadNames
 	warned   seldom
 	drops    chan drop
 	counts   counts
