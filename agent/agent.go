@@ -94,6 +94,7 @@ type Agent struct {
 	ahead     *prefetcher
 	readers   *readAhead
 	follower  *follower
+	valid     *validNames
 	executed  *executed
 	known     *knownPeers
 	waits     *waits
@@ -226,6 +227,10 @@ func (a *Agent) openNetwork() error {
 	house := bootstrap[0].ID
 	a.calls = newCalls(a.host)
 	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, log: a.log}
+	a.valid = &validNames{
+		calls: a.calls, house: house, state: a.follower.state, patience: min(listPatience, a.cfg.LookupTimeout/2), log: a.log,
+		asking: make(chan struct{}, 1),
+	}
 	a.resolver = &resolver{
 		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.host, house: house, traffic: a.traffic, log: a.log,
 		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -259,6 +260,38 @@ func (f *facts) each(after string, yield func(*flox.PathInfo) bool) error {
 		}
 	}
 	return it.Close()
+}
+
+// names lists at most limit known paths whose base names sort behind after, which
+// may be any beginning of one. Their facts are not looked at any closer: a
+// listing has a million of them.
+func (f *facts) names(ctx context.Context, after string, limit int) ([]flox.Named, error) {
+	it, err := f.db.NewIterWithContext(ctx, &pebble.IterOptions{
+		LowerBound: append([]byte{prefixInfo}, after[:min(len(after), flox.HashPartLen)]...),
+		UpperBound: []byte{prefixInfo + 1},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("facts: %w", err)
+	}
+	out := make([]flox.Named, 0, limit)
+	for it.First(); it.Valid() && len(out) < limit && ctx.Err() == nil; it.Next() {
+		if name, manifest, ok := api.PeekPathInfo(it.Value()); ok && name > after {
+			out = append(out, flox.Named{Name: name, Manifest: manifest})
+		}
+	}
+	if err := it.Close(); err != nil {
+		return nil, fmt.Errorf("facts: %w", err)
+	}
+	return out, ctx.Err()
+}
+
+// has reports whether the facts of a hash part are here.
+func (f *facts) has(hashPart string) bool {
+	_, closer, err := f.db.Get(append([]byte{prefixInfo}, hashPart...))
+	if err != nil {
+		return false
+	}
+	return closer.Close() == nil
 }
 
 func (f *facts) known() uint64 {

@@ -41,6 +41,7 @@ type link struct {
 	connected bool
 	lastSeen  time.Time
 	index     uint64
+	changed   uint64 // index of the newest change of what is valid that is known
 	err       error
 	name      string
 	httpURL   string
@@ -172,6 +173,9 @@ func (f *follower) take(e *floxv1.WatchEvent, starts bool) error {
 			l.index = e.GetIndex() // it may be lower: a storehouse's log begins anew when it is restored
 		}
 		l.index = max(l.index, e.GetIndex())
+		if starts || e.GetReset_() || len(e.GetAdded())+len(e.GetRemoved()) > 0 {
+			l.changed = e.GetIndex()
+		}
 	})
 	if first {
 		f.log.Info("following the storehouse", "index", e.GetIndex())

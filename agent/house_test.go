@@ -42,13 +42,15 @@ type house struct {
 	infos   map[string]*floxv1.PathInfo
 	index   uint64
 	events  []*floxv1.WatchEvent
-	changed chan struct{} // closed and replaced with every change
-	hold    bool          // a stream's first message is sent, what follows is not
-	hangUp  chan struct{} // closed and replaced to end all streams
-	told    [][]byte      // keys of the last Announce
-	added   []string      // names of AddPath
-	asked   int           // calls of Paths
-	broken  error         // what Paths answers
+	changed chan struct{}                                                                                        // closed and replaced with every change
+	hold    bool                                                                                                 // a stream's first message is sent, what follows is not
+	hangUp  chan struct{}                                                                                        // closed and replaced to end all streams
+	told    [][]byte                                                                                             // keys of the last Announce
+	added   []string                                                                                             // names of AddPath
+	asked   int                                                                                                  // calls of Paths
+	broken  error                                                                                                // what Paths answers
+	asks    int                                                                                                  // calls of ListPaths
+	list    func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
 }
 
 // Put implements flox.BlockSink.

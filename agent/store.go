@@ -49,17 +49,22 @@ func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error)
 }
 
 // Names implements flox.Store: what is known here, which is what was used or
-// downloaded on this machine and the closures of that. The kind is given for
-// paths whose manifest was opened; to learn it of the others would take a fetch
-// for each.
+// downloaded on this machine and the closures of that; with Config.ListValid also
+// everything else that is valid in the storehouse, while that answers. The kind
+// is given for paths whose manifest was opened; to learn it of the others would
+// take a fetch for each.
 func (s *store) Names(ctx context.Context, after string, limit int) ([]flox.Named, error) {
-	out := make([]flox.Named, 0, min(limit, 1024))
-	err := s.a.facts.each(after, func(info *flox.PathInfo) bool {
-		out = append(out, flox.Named{Name: string(info.Path), Manifest: info.Manifest, Kind: s.kind(info.Manifest)})
-		return len(out) < limit && ctx.Err() == nil
-	})
+	out, err := s.a.facts.names(ctx, after, limit)
 	if err != nil {
 		return nil, err
+	}
+	if s.a.cfg.ListValid {
+		out = s.a.valid.merge(ctx, out, after, limit)
+	}
+	for i := range out {
+		if out[i].Manifest != (flox.CID{}) {
+			out[i].Kind = s.kind(out[i].Manifest)
+		}
 	}
 	return out, ctx.Err()
 }

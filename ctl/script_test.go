@@ -242,6 +242,10 @@ func (s *scripted) List(_ context.Context, r *connect.Request[floxv1.ListRequest
 	return stream[floxv1.ListRequest](s, "List", r, out)
 }
 
+func (s *scripted) Paths(_ context.Context, r *connect.Request[floxv1.ListPathsRequest], out *connect.ServerStream[floxv1.ListPathsResponse]) error {
+	return stream[floxv1.ListPathsRequest](s, "Paths", r, out)
+}
+
 func (s *scripted) Cat(_ context.Context, r *connect.Request[floxv1.CatRequest], out *connect.ServerStream[floxv1.CatResponse]) error {
 	return stream[floxv1.CatRequest](s, "Cat", r, out)
 }

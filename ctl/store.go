@@ -8,8 +8,8 @@ import (
 func newStoreCmd(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "store",
-		Short: "Look into store paths, add and verify them",
+		Short: "List store paths, look into them, add and verify them",
 	}
-	cmd.AddCommand(newStoreLsCmd(g), newStoreCatCmd(g), newStoreInfoCmd(g), newStoreAddCmd(g), newStoreVerifyCmd(g))
+	cmd.AddCommand(newStoreListCmd(g), newStoreLsCmd(g), newStoreCatCmd(g), newStoreInfoCmd(g), newStoreAddCmd(g), newStoreVerifyCmd(g))
 	return cmd
 }
