@@ -37,6 +37,34 @@ func (h *Host) portState(ctx context.Context, state string) error {
 	return err
 }
 
+// BlackHole makes a firewall swallow whatever the host is sent, and on the way
+// through the router what it sends: nothing is ever refused, and the link, its
+// addresses and its neighbours look well, which they do not for long with Mute.
+func (h *Host) BlackHole(ctx context.Context) error {
+	h.network.log.Info("host in a black hole", "host", h.Name)
+	return h.swallow(ctx, "-I")
+}
+
+// Restore ends one BlackHole.
+func (h *Host) Restore(ctx context.Context) error {
+	h.network.log.Info("host out of the black hole", "host", h.Name)
+	return h.swallow(ctx, "-D")
+}
+
+func (h *Host) swallow(ctx context.Context, action string) error {
+	if _, err := h.iptables(ctx, action, "INPUT", "-i", device, "-j", "DROP"); err != nil {
+		return err
+	}
+	for _, chain := range []string{"INPUT", "FORWARD"} {
+		_, err := h.network.run(ctx, "ip", "netns", "exec", h.network.router,
+			"iptables", "-w", action, chain, "-s", h.addr.String(), "-j", "DROP")
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Partition makes two hosts drop each other's packets on arrival (iptables
 // DROP), while both still reach everybody else.
 func (n *Network) Partition(ctx context.Context, a, b *Host) error {
