@@ -175,6 +175,7 @@ type reply struct {
 	Waiting []Wait
 	Nodes   []uint64
 	Heap    int // KiB the heap ever had
+	Live    int // bytes of the heap in use, after a collection
 }
 
 func (m *mount) ask(t testing.TB, c command) reply {
@@ -287,6 +288,8 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 		store.mu.Lock()
 		store.many = c.N
 		store.mu.Unlock()
+	case "wide": // add a store path of N files
+		store.addWide(c.Arg, c.N)
 	case "nodes", "drop":
 		for _, p := range c.Paths {
 			id, index, _ := store.place(p)
@@ -307,6 +310,9 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 		var ms runtime.MemStats
 		runtime.ReadMemStats(&ms)
 		r.Heap = int(ms.HeapSys >> 10)
+		runtime.GC()
+		runtime.ReadMemStats(&ms)
+		r.Live = int(ms.HeapAlloc)
 	default:
 		r.Err = "what?"
 	}
@@ -446,6 +452,8 @@ func (o *op) run(path string) error {
 		return err
 	case "readdir":
 		return o.readdir(path)
+	case "walk":
+		return o.walk(path)
 	case "read":
 		return o.read(path)
 	case "mmap":

@@ -25,12 +25,13 @@ type memStore struct {
 	gates map[string]chan struct{}
 	fails map[string]error
 	many  int // how many made-up names a listing has beside names
+	wide  map[flox.CID]wideTree
 }
 
 func newMemStore() *memStore {
 	return &memStore{
 		names: map[string]flox.CID{}, trees: map[flox.CID]*memTree{},
-		gates: map[string]chan struct{}{}, fails: map[string]error{},
+		gates: map[string]chan struct{}{}, fails: map[string]error{}, wide: map[flox.CID]wideTree{},
 	}
 }
 
@@ -171,7 +172,7 @@ func (m *memStore) Names(ctx context.Context, after string, limit int) ([]flox.N
 	defer m.mu.Unlock()
 	var list []flox.Named
 	for name, id := range m.names {
-		if name > after {
+		if m.trees[id] != nil && name > after {
 			list = append(list, flox.Named{Name: name, Manifest: id, Kind: m.trees[id].entries[0].Kind})
 		}
 	}
@@ -213,6 +214,9 @@ func firstBehind(n int, after string) int {
 func (m *memStore) Tree(_ context.Context, manifest flox.CID, _ flox.Reader) (flox.Tree, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if w, ok := m.wide[manifest]; ok {
+		return w, nil
+	}
 	t, ok := m.trees[manifest]
 	if !ok {
 		return nil, flox.ErrNotFound
