@@ -206,6 +206,12 @@ func (h *house) make(t *testing.T, name string, refs []flox.StorePath, files ...
 	if err != nil {
 		t.Fatal(err)
 	}
+	return h.info(t, name, refs, got)
+}
+
+// info signs the facts of a path whose content was put into h.
+func (h *house) info(t *testing.T, name string, refs []flox.StorePath, got *content.Ingested) *flox.PathInfo {
+	t.Helper()
 	hash := content.Hash([]byte(name))
 	const letters = "0123456789abcdfghijklmnpqrsvwxyz"
 	text := make([]byte, flox.HashPartLen)

@@ -289,7 +289,9 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 		store.many = c.N
 		store.mu.Unlock()
 	case "wide": // add a store path of N files
-		store.addWide(c.Arg, c.N)
+		store.addMade(c.Arg, wideTree(c.N))
+	case "huge": // add a store path that is a file of N bytes
+		store.addMade(c.Arg, hugeFile(c.N))
 	case "nodes", "drop":
 		for _, p := range c.Paths {
 			id, index, _ := store.place(p)
@@ -454,6 +456,8 @@ func (o *op) run(path string) error {
 		return o.readdir(path)
 	case "walk":
 		return o.walk(path)
+	case "peek":
+		return o.peek(path)
 	case "read":
 		return o.read(path)
 	case "mmap":

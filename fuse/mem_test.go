@@ -24,14 +24,14 @@ type memStore struct {
 	trees map[flox.CID]*memTree
 	gates map[string]chan struct{}
 	fails map[string]error
-	many  int // how many made-up names a listing has beside names
-	wide  map[flox.CID]wideTree
+	many  int                    // how many made-up names a listing has beside names
+	made  map[flox.CID]flox.Tree // trees that are computed
 }
 
 func newMemStore() *memStore {
 	return &memStore{
 		names: map[string]flox.CID{}, trees: map[flox.CID]*memTree{},
-		gates: map[string]chan struct{}{}, fails: map[string]error{}, wide: map[flox.CID]wideTree{},
+		gates: map[string]chan struct{}{}, fails: map[string]error{}, made: map[flox.CID]flox.Tree{},
 	}
 }
 
@@ -214,7 +214,7 @@ func firstBehind(n int, after string) int {
 func (m *memStore) Tree(_ context.Context, manifest flox.CID, _ flox.Reader) (flox.Tree, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if w, ok := m.wide[manifest]; ok {
+	if w, ok := m.made[manifest]; ok {
 		return w, nil
 	}
 	t, ok := m.trees[manifest]

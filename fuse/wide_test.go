@@ -1,8 +1,10 @@
 package fuse
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"strconv"
@@ -26,11 +28,11 @@ func (w wideTree) dirs() uint32 { return (uint32(w) + wideDir - 1) / wideDir }
 // files is how many files directory d, from 0, has.
 func (w wideTree) files(d uint32) uint32 { return min(wideDir, uint32(w)-d*wideDir) }
 
-func (m *memStore) addWide(name string, n int) {
+func (m *memStore) addMade(name string, tree flox.Tree) {
 	id := flox.CID(sha256.Sum256([]byte(name)))
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.names[name], m.wide[id] = id, wideTree(n)
+	m.names[name], m.made[id] = id, tree
 }
 
 // Entry is flox.Tree: 0 the root, then each directory followed by its files.
@@ -126,7 +128,10 @@ const widePath = "6c2y7sqz9mdkmv3xhbqf1r8gwn6jipa4-wide"
 // wideFiles is how many files the tests of memory walk through: a million in
 // `make soak`.
 func wideFiles() int {
-	if os.Getenv("FLOX_SOAK") != "" {
+	switch {
+	case testing.Short():
+		return 20_000
+	case os.Getenv("FLOX_SOAK") != "":
 		return 1_000_000
 	}
 	return 100_000
@@ -199,5 +204,84 @@ func TestForgetStorms(t *testing.T) {
 	}
 	if after.Live-before.Live > 8<<20 || after.Heap-before.Heap > 64<<10 {
 		t.Errorf("the heap grew from %d to %d bytes in use, the most it had from %d to %d KiB", before.Live, after.Live, before.Heap, after.Heap)
+	}
+}
+
+// hugeFile is a store path that is one file of so many bytes: at every offset
+// that is a multiple of 8 it holds that offset.
+type hugeFile int64
+
+// Entry is flox.Tree.
+func (h hugeFile) Entry(_ context.Context, i uint32) (flox.Entry, error) {
+	if i > 0 {
+		return flox.Entry{}, flox.ErrNotFound
+	}
+	return flox.Entry{Kind: flox.Regular, Size: uint64(h)}, nil
+}
+
+// Child is flox.Tree.
+func (hugeFile) Child(context.Context, uint32, string) (uint32, flox.Entry, error) {
+	return 0, flox.Entry{}, flox.ErrNotFound
+}
+
+// Children is flox.Tree.
+func (hugeFile) Children(context.Context, uint32, uint32, func(uint32, flox.Entry) bool) error {
+	return nil
+}
+
+// ReadAt is flox.Tree.
+func (h hugeFile) ReadAt(_ context.Context, _ uint32, p []byte, off int64, _ flox.Reader) (int, error) {
+	return copy(p, h.bytes(off, len(p))), nil
+}
+
+// bytes are what the file holds in a range, as far as it goes.
+func (h hugeFile) bytes(off int64, n int) []byte {
+	if n = int(min(int64(n), int64(h)-off)); n <= 0 {
+		return nil
+	}
+	var b bytes.Buffer
+	for at := off &^ 7; at < off+int64(n); at += 8 {
+		_ = binary.Write(&b, binary.LittleEndian, at)
+	}
+	return b.Bytes()[off&7:][:n]
+}
+
+// peek maps the page at Off and reads Len bytes of it.
+func (o *op) peek(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	page := o.Off &^ 4095
+	b, err := unix.Mmap(fd, page, 8192, unix.PROT_READ, unix.MAP_PRIVATE)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(b)
+	o.Text = sum(b[o.Off-page:][:o.Len])
+	return nil
+}
+
+// A file of 20 GB has its size, and every byte at its place, through read and
+// through a mapping, on both sides of what 32 bits count and at its end.
+func TestHugeFile(t *testing.T) {
+	const path, size = "7c2y7sqz9mdkmv3xhbqf1r8gwn6jipa4-huge", hugeFile(20<<30 + 4321)
+	m := newMount(t, serveOptions{})
+	m.ask(t, command{Cmd: "huge", Arg: path, N: int(size)})
+	ops := []op{{Do: "stat", Path: path}}
+	for _, off := range []int64{0, 1<<31 - 100, 1<<32 - 100, 1<<32 + 5, 1<<32 + 1<<31 - 3, 5<<32 - 9, int64(size) - 300} {
+		ops = append(ops, op{Do: "read", Path: path, Off: off, Len: 300}, op{Do: "peek", Path: path, Off: off, Len: 300})
+	}
+	ops = append(ops, op{Do: "read", Path: path, Off: int64(size) - 10, Len: 300}, op{Do: "read", Path: path, Off: int64(size), Len: 300})
+	for i, o := range m.touch(t, ops...) {
+		switch {
+		case o.Errno != "":
+			t.Errorf("%+v", o)
+		case i == 0 && (o.Size != int64(size) || o.Blocks != (int64(size)+511)/512):
+			t.Errorf("size %d, %d blocks, want size %d", o.Size, o.Blocks, size)
+		case i > 0 && o.Text != sum(size.bytes(o.Off, o.Len)):
+			t.Errorf("%s of %d bytes at %d: wrong bytes (got %d)", o.Do, o.Len, o.Off, o.Count)
+		}
 	}
 }

@@ -51,7 +51,7 @@ type hole struct {
 func TestBlackHole(t *testing.T) {
 	l := open(t)
 	b := &hole{lab: l, t: t, host: l.host(t, "hole")}
-	b.agent = l.agent(t, b.host, "--lookup-timeout", holeLookup.String(), "--read-timeout", holeRead.String(), "--prefetch=false")
+	b.agent = l.agent(t, b.host, "--lookup-timeout", holeLookup.String(), "--read-timeout", holeRead.String(), "--prefetch=false", "--list", "valid")
 	await(t, b.agent, "follows the storehouse", connected)
 	l.runs(t, b.host)
 	l.same(t, b.host, l.files(t, l.world.Ripgrep.Path)...)

@@ -1,0 +1,191 @@
+package integration
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/integration/hosts"
+	"github.com/floxctl/flox/integration/netns"
+)
+
+// neighbours adds two hosts that share a subnet, for one test.
+func (l *lab) neighbours(t *testing.T, name string) (a, b *netns.Host) {
+	t.Helper()
+	l.hosts++
+	subnet, err := l.net.Subnet(t.Context(), fmt.Sprintf("%s-%d", name, l.hosts), netip.Prefix{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	add := func(letter string) *netns.Host {
+		h, err := l.net.Host(t.Context(), fmt.Sprintf("%s-%s-%d", name, letter, l.hosts), subnet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.found[h] = ourMounts(t, h)
+		t.Cleanup(func() {
+			if !t.Failed() {
+				l.nothingLeft(t, h)
+			}
+		})
+		return h
+	}
+	return add("a"), add("b")
+}
+
+// storeNames are the names ls shows of the store directory.
+func (l *lab) storeNames(t *testing.T, h *netns.Host) []string {
+	t.Helper()
+	r := do(t, h, "ls", "-U", string(l.world.StoreDir))
+	r.want(t, 0)
+	names := strings.Fields(r.out)
+	slices.Sort(names)
+	return names
+}
+
+func baseNames(paths ...flox.StorePath) (names []string) {
+	for _, p := range paths {
+		names = append(names, string(p))
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// TestListings: ls of the store shows what is here, or everything valid on
+// request; floxctl store list gives both; and without the storehouse what is here
+// is shown at once.
+func TestListings(t *testing.T) {
+	l := open(t)
+	lh, vh := l.neighbours(t, "list")
+	here, valid := l.agent(t, lh), l.agent(t, vh, "--list", "valid")
+	await(t, here, "follows the storehouse", connected)
+	await(t, valid, "follows the storehouse", connected)
+	used := baseNames(l.closure(l.world.Ripgrep.Path)...)
+	for _, h := range []*netns.Host{lh, vh} {
+		l.runs(t, h)
+	}
+	if got := l.storeNames(t, lh); !slices.Equal(got, used) {
+		t.Errorf("ls shows %d names, want the %d used", len(got), len(used))
+	}
+	all := baseNames(slices.Concat(l.closure(l.world.Ripgrep.Path), l.closure(l.world.Unused.Path))...)
+	if got := l.storeNames(t, vh); !contains(got, all) {
+		t.Errorf("ls shows %d names, want at least the %d valid: %v", len(got), len(all), got)
+	}
+	listed := func(a *hosts.Agent, args ...string) []string {
+		r := l.ctl(t, a, append([]string{"store", "list"}, args...)...)
+		r.want(t, 0)
+		return strings.Fields(strings.ReplaceAll(r.out, string(l.world.StoreDir)+"/", ""))
+	}
+	if got := listed(here); !slices.Equal(got, used) {
+		t.Errorf("store list: %v, want %v", got, used)
+	}
+	if got := listed(here, "--valid"); !slices.IsSorted(got) || !contains(got, all) {
+		t.Errorf("store list --valid: %v, want at least %v", got, all)
+	}
+	// Everything listed can be used: of some of it nothing was known here.
+	do(t, vh, "ls", "-R", l.world.StoreDir.Join(l.world.Unused.Path)).want(t, 0)
+
+	if err := vh.BlackHole(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p := newToucher(t, vh, false)
+	o := p.do("readdir", string(l.world.StoreDir), time.Minute)
+	if o.Errno != "" || o.Count < len(used) || o.Took > 5*time.Second {
+		t.Errorf("listing in a black hole: %q, %d names after %s", o.Errno, o.Count, o.Took)
+	}
+	await(t, valid, "the storehouse is found to be away", func(s *hosts.Status) bool { return !s.Storehouse.Connected })
+	if got := l.storeNames(t, vh); !contains(got, used) {
+		t.Errorf("without the storehouse: %v, want at least %v", got, used)
+	}
+	l.ctl(t, valid, "store", "list", "--valid").want(t, 4, "not connected", "without --valid")
+	if err := vh.Restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, valid, "follows the storehouse again", connected)
+	eventually(t, "everything valid is listed again", func() bool { return contains(l.storeNames(t, vh), all) })
+}
+
+// contains reports whether all of some are among names.
+func contains(names, some []string) bool {
+	for _, s := range some {
+		if !slices.Contains(names, s) {
+			return false
+		}
+	}
+	return true
+}
+
+// TestHungLookup: one name nobody can answer holds up neither other names that
+// were never looked up here, nor a listing, nor what is cached.
+func TestHungLookup(t *testing.T) {
+	const timeout = 12 * time.Second
+	l := open(t)
+	ha, hb := l.neighbours(t, "hung")
+	a, b := l.agent(t, ha, "--lookup-timeout", timeout.String()), l.agent(t, hb)
+	await(t, a, "follows the storehouse", connected)
+	await(t, b, "follows the storehouse", connected)
+	l.runs(t, ha)
+	l.same(t, ha, l.world.Ripgrep.Exe)
+	known := l.closure(l.world.Ripgrep.Path)
+	var fresh []flox.StorePath // what only the neighbour knows
+	for _, p := range l.closure(l.world.Unused.Path) {
+		if !slices.Contains(known, p) {
+			fresh = append(fresh, p)
+			do(t, hb, "ls", "-R", l.world.StoreDir.Join(p)).want(t, 0)
+		}
+	}
+	if len(fresh) < 2 {
+		t.Fatalf("only %d paths to look up", len(fresh))
+	}
+	await(t, a, "the neighbours know each other", func(s *hosts.Status) bool { return s.Peers >= 2 })
+	// The storehouse is away for this host, without anything being refused.
+	if err := l.net.Partition(t.Context(), ha, l.house.Host); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.net.Heal(context.WithoutCancel(t.Context()), ha, l.house.Host); err != nil {
+			t.Error(err)
+		}
+	})
+	store := string(l.world.StoreDir)
+	stuck := []*toucher{newToucher(t, ha, true), newToucher(t, ha, false)}
+	for i, p := range stuck {
+		p.begin("stat", fmt.Sprintf("%s/%032d-nobody", store, 900+i))
+	}
+	time.Sleep(200 * time.Millisecond)
+	p := newToucher(t, ha, true)
+	began := time.Now()
+	for i, path := range fresh {
+		if o := p.do("stat", store+"/"+string(path), timeout); o.Errno != "" {
+			t.Errorf("look-up %d of %s: %s after %s", i, path, o.Errno, o.Took)
+		}
+		if o := p.do("readdir", store+"/"+string(path), timeout); o.Errno != "" && o.Errno != "ENOTDIR" {
+			t.Errorf("listing of %s: %s after %s", path, o.Errno, o.Took)
+		}
+	}
+	took := time.Since(began)
+	if o := p.do("readdir", store, timeout); o.Errno != "" || o.Count < len(known)+len(fresh) {
+		t.Errorf("listing of the store: %q, %d names", o.Errno, o.Count)
+	}
+	if o := p.do("read", l.world.Ripgrep.Exe, timeout); o.Errno != "" {
+		t.Errorf("a cached file: %s", o.Errno)
+	}
+	for _, s := range stuck {
+		select {
+		case o := <-s.out:
+			t.Errorf("the look-up nobody can answer did not hang meanwhile: %+v", o)
+		default:
+		}
+	}
+	t.Logf("%d paths looked up in %s beside %d look-ups that hang", len(fresh), took, len(stuck))
+	for _, s := range stuck {
+		if o := s.wait(2 * timeout); o.Errno != "EIO" || o.Took < timeout {
+			t.Errorf("the look-up nobody can answer: %q after %s", o.Errno, o.Took)
+		}
+	}
+}
