@@ -182,7 +182,7 @@ func (h *Host) startLibp2p(key crypto.PrivKey, announce []multiaddr.Multiaddr) e
 		libp2p.Identity(key),
 		libp2p.NoListenAddrs,
 		// Without port reuse: it would let a second program share our port unnoticed.
-		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport()),
+		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer)),
 		libp2p.Security(string(securityID), newProof(h.cfg.Secret)),
 		libp2p.Muxer(yamux.ID, muxer()),
 		libp2p.ConnectionGater(gater{h.cfg.Allowed}),

@@ -3,6 +3,8 @@ package p2p
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
@@ -79,6 +81,72 @@ func TestUnpluggedStorehouse(t *testing.T) {
 	eventually(t, "the storehouse is back", func() bool {
 		return b.Fetch(within(t, 5*time.Second), wantsOf(blocks[90:91]), hints, func(int, []byte, Source) {}) == nil
 	})
+}
+
+// A call on a connection that nothing comes through any more ends soon, although
+// no block is due on it that would be asked after, and the next one finds the
+// way as soon as there is one again.
+func TestACallNoticesASilentDeath(t *testing.T) {
+	if os.Getenv("FLOXD_TEST_NETNS") == "" {
+		inNamespace(t)
+		return
+	}
+	command(t, "ip link set lo up")
+	store := start(t, 710, func(c *Config) { c.Role = Storehouse; c.Listen = []string{"127.0.0.1:7710"} })
+	b := start(t, 711, func(c *Config) {
+		c.Bootstrap = []PeerAddr{addrOf(store)}
+		c.pongWait = 10 * time.Minute // a ping is not what tells
+		c.Limits.DialTimeout = 0
+	})
+	const echo = "/flox/echo/1"
+	l, err := store.Listen(echo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { // ends with the listener, which ends with the host
+		for conn, err := l.Accept(); err == nil; conn, err = l.Accept() {
+			go func() { _, _ = io.Copy(conn, conn); _ = conn.Close() }()
+		}
+	}()
+	call := func(conn net.Conn) error {
+		if _, err := conn.Write([]byte("x")); err != nil {
+			return err
+		}
+		_, err := conn.Read(make([]byte, 1))
+		return err
+	}
+	conn, err := b.Dial(within(t, 20*time.Second), store.ID(), echo)
+	if err == nil {
+		err = call(conn)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	command(t, "iptables -A INPUT -p tcp --dport 7710 -j DROP", "iptables -A INPUT -p tcp --sport 7710 -j DROP")
+	began, ended := time.Now(), make(chan error, 1)
+	go func() { ended <- call(conn) }()
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Fatal("answered through a wall")
+		}
+		t.Logf("the call ended after %s: %v", time.Since(began), err)
+	case <-time.After(30 * time.Second):
+		t.Fatal("the call still waits after 30 s")
+	}
+	_ = conn.Close()
+	time.Sleep(5 * time.Second)
+	command(t, "iptables -F INPUT")
+	began = time.Now()
+	eventually(t, "the next call is answered", func() bool {
+		conn, err := b.Dial(within(t, 10*time.Second), store.ID(), echo)
+		if err != nil {
+			return false
+		}
+		defer func() { _ = conn.Close() }()
+		return call(conn) == nil
+	})
+	t.Logf("a call is answered %s after the return", time.Since(began))
 }
 
 func command(t *testing.T, lines ...string) {
