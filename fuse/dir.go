@@ -58,7 +58,7 @@ func (f *files) list(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bool) 
 	from := uint32(max(in.Offset, firstChild) - firstChild)
 	base := in.NodeId &^ math.MaxUint32
 	r := f.request(&in.InHeader)
-	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
+	err := f.wait(r.ctx, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
 		tree, err := f.s.cfg.Store.Tree(ctx, manifest, r.reader())
 		if err != nil {
 			return err
@@ -95,7 +95,7 @@ func (f *files) listRoot(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bo
 	pos := newRootCursor(in.Offset)
 	// The names that an earlier request listed already are passed over.
 	page := min(int(in.Size)/smallestName+int(min(pos.skip, maxRank))+1, namesPage)
-	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
+	err := f.wait(r.ctx, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
 		for {
 			names, err := f.s.cfg.Store.Names(ctx, pos.after, page)
 			if err != nil {

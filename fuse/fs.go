@@ -45,24 +45,25 @@ func (f *files) request(h *fuse.InHeader) *request {
 }
 
 // wait calls do with a context that ends after timeout and, if retry, calls it
-// again while time is left and it reached nobody.
-func (f *files) wait(r *request, timeout time.Duration, retry bool, do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(r.ctx, timeout)
+// again while time is left and it reached nobody. When parent ends, its cause
+// is the error.
+func (f *files) wait(parent context.Context, timeout time.Duration, retry bool, do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(parent, timeout)
 	defer cancel()
 	for {
 		err := do(ctx)
 		if err == nil {
 			return nil
 		}
-		if r.ctx.Err() != nil {
-			return context.Cause(r.ctx)
+		if parent.Err() != nil {
+			return context.Cause(parent)
 		}
 		if !retry || !transient(err) {
 			return err
 		}
 		if !pause(ctx, retryPause) {
-			if r.ctx.Err() != nil {
-				return context.Cause(r.ctx)
+			if parent.Err() != nil {
+				return context.Cause(parent)
 			}
 			return err
 		}
@@ -94,7 +95,7 @@ func (f *files) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *f
 	var index uint32
 	var entry flox.Entry
 	missing := false
-	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
+	err := f.wait(r.ctx, f.s.cfg.ReadTimeout, true, func(ctx context.Context) error {
 		tree, err := f.s.cfg.Store.Tree(ctx, manifest, r.reader())
 		if err != nil {
 			return err
@@ -126,7 +127,7 @@ func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Sta
 	if dead {
 		timeout = min(timeout, deadNameWait)
 	}
-	err := f.wait(r, timeout, false, func(ctx context.Context) (err error) {
+	err := f.wait(r.ctx, timeout, false, func(ctx context.Context) (err error) {
 		manifest, always, err = f.s.cfg.Store.Lookup(ctx, name)
 		if err != nil {
 			missing = errors.Is(err, flox.ErrNotFound)
@@ -195,7 +196,7 @@ func (f *files) entry(in *fuse.InHeader) (entry flox.Entry, tree flox.Tree, stat
 		return entry, nil, stale
 	}
 	r := f.request(in)
-	err := f.wait(r, f.s.cfg.ReadTimeout, true, func(ctx context.Context) (err error) {
+	err := f.wait(r.ctx, f.s.cfg.ReadTimeout, true, func(ctx context.Context) (err error) {
 		if tree, err = f.s.cfg.Store.Tree(ctx, manifest, r.reader()); err != nil {
 			return err
 		}

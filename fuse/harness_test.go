@@ -212,7 +212,7 @@ func serveMain() error {
 	}
 	store := newMemStore()
 	world(store)
-	var mapped atomic.Bool
+	var mapped atomic.Int32 // 0 no, 1 yes, 2 nobody can say
 	level := slog.LevelError
 	if os.Getenv("FLOX_FUSE_LOG") != "" {
 		level = slog.LevelDebug
@@ -220,8 +220,13 @@ func serveMain() error {
 	s, err := NewServer(ServerConfig{
 		Device: os.NewFile(3, "fuse"), Init: o.Init, Store: store, NodeTable: o.Table,
 		LookupTimeout: o.LookupTimeout, ReadTimeout: o.ReadTimeout, MaxInFlight: o.MaxInFlight,
-		Mapped: func(context.Context, uint64) bool { return mapped.Load() },
-		Log:    slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
+		Mapped: func(ctx context.Context, _ uint64) bool {
+			if mapped.Load() == 2 {
+				<-ctx.Done()
+			}
+			return mapped.Load() == 1
+		},
+		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
 	})
 	if err != nil {
 		return err
@@ -244,7 +249,7 @@ func serveMain() error {
 		case "ended": // by itself
 			r.Err = fmt.Sprint(<-ended)
 		case "mapped":
-			mapped.Store(c.N != 0)
+			mapped.Store(int32(c.N))
 		default:
 			r = obey(s, store, c)
 		}

@@ -274,6 +274,23 @@ func TestMappedFilesWaitWithoutDeadline(t *testing.T) {
 	}
 }
 
+// To find out whether a file is mapped may take long on a busy machine: what
+// comes meanwhile is used, and the killed still die.
+func TestAReadGoesOnWhileItsMappingsAreLookedFor(t *testing.T) {
+	m := newMount(t, serveOptions{ReadTimeout: 100 * time.Millisecond})
+	hung := toolsPath + "/share/hung"
+	m.ask(t, command{Cmd: "mapped", N: 2})
+	m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
+	c, killed := m.begin(t, op{Do: "mmap", Path: hung}), m.begin(t, op{Do: "mmap", Path: hung, Len: 1})
+	m.awaitWait(t, "READ")
+	time.Sleep(500 * time.Millisecond)
+	killed.dies(t, 10*time.Second)
+	m.ask(t, command{Cmd: "release", Arg: "read " + hung})
+	if got := c.wait(t, 10*time.Second)[0]; got.Text != hungSum || got.Took < 500*time.Millisecond {
+		t.Errorf("%+v", got)
+	}
+}
+
 // awaitWait waits until somebody waits for op, and gives it.
 func (m *mount) awaitWait(t *testing.T, op string) Wait {
 	t.Helper()

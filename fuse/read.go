@@ -34,11 +34,15 @@ func (f *files) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 		return checkShort(ctx, tree, index, off, n, len(buf))
 	}
 	err := f.s.gaveUp.check(r, off)
-	for err == nil || f.mayWait(r, err) {
-		if err = f.wait(r, f.s.cfg.ReadTimeout, true, read); err == nil {
-			f.s.counts.readBytes.Add(uint64(n))
-			return inPlace(n), fuse.OK
-		}
+	if err == nil {
+		err = f.wait(r.ctx, f.s.cfg.ReadTimeout, true, read)
+	}
+	for again := true; err != nil && again; {
+		err, again = f.whileMapped(r, err, read)
+	}
+	if err == nil {
+		f.s.counts.readBytes.Add(uint64(n))
+		return inPlace(n), fuse.OK
 	}
 	if transient(err) {
 		f.s.gaveUp.note(r, off, len(buf))
@@ -50,16 +54,44 @@ func (f *files) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadR
 	return nil, status
 }
 
-// mayWait reports whether a read that failed should go on waiting because an
-// error would be a SIGBUS in a running program.
-func (f *files) mayWait(r *request, err error) bool {
+// whileMapped goes on with a read that failed because of err, if an error would
+// be a SIGBUS in a running program. Whether it would be takes a while to find out
+// on a busy machine, and what is read for may come meanwhile: so the read goes
+// on until it is known that nobody has the file mapped. It gives how the read
+// went, or err, and whether to call it again.
+func (f *files) whileMapped(r *request, err error, read func(context.Context) error) (error, bool) {
 	if r.ctx.Err() != nil || errors.Is(err, flox.ErrBadInput) || f.s.cfg.Mapped == nil {
-		return false
+		return err, false
 	}
-	if !f.s.cfg.Mapped(r.ctx, r.node) {
-		return false
+	ctx, cancel := context.WithCancel(r.ctx)
+	defer cancel()
+	answer := make(chan bool, 1)
+	go func() { // waited for below
+		mapped := f.s.cfg.Mapped(ctx, r.node)
+		if !mapped {
+			cancel()
+		}
+		answer <- mapped
+	}()
+	for {
+		retried := f.wait(ctx, f.s.cfg.ReadTimeout, true, read)
+		if retried == nil {
+			cancel()
+			<-answer
+			return nil, false
+		}
+		if again := transient(retried) || pause(ctx, retryPause); again && len(answer) == 0 {
+			continue
+		}
+		mapped := <-answer
+		if r.ctx.Err() != nil {
+			return context.Cause(r.ctx), false
+		}
+		if mapped {
+			f.s.log.Warn("a mapped file cannot be read, its users wait", "node", r.node, "pid", r.pid,
+				"waited", time.Since(r.since).Round(time.Second), "error", retried)
+			return retried, true
+		}
+		return err, false
 	}
-	f.s.log.Warn("a mapped file cannot be read, its users wait", "node", r.node, "pid", r.pid,
-		"waited", time.Since(r.since).Round(time.Second), "error", err)
-	return transient(err) || pause(r.ctx, retryPause)
 }

@@ -37,7 +37,8 @@ type ServerConfig struct {
 	ReadTimeout time.Duration
 	// Mapped reports whether a running process has the inode mapped or executes
 	// it. A READ of such an inode is never given up, because an error would kill
-	// the process (SIGBUS); Mapped is asked again after each ReadTimeout. nil = never.
+	// the process (SIGBUS); Mapped is asked again after each ReadTimeout, and must
+	// return soon after its context is done. nil = never.
 	Mapped func(ctx context.Context, node uint64) bool
 
 	// MaxInFlight is how many requests may be worked on at once; 0 = 1024. At

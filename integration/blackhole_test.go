@@ -230,10 +230,12 @@ func (b *hole) unaffected() {
 	}
 	select {
 	case o := <-stuck.out:
-		b.t.Errorf("the look-up did not hang meanwhile: %+v", o)
+		if o.Errno != "EIO" || o.Took < holeLookup { // the machine is slow, or the look-up did not hang
+			b.t.Errorf("the look-up did not hang meanwhile: %+v", o)
+		}
 	default:
+		stuck.kill(holeKill)
 	}
-	stuck.kill(holeKill)
 }
 
 // back: when packets come through again, everything goes on by itself.
