@@ -437,6 +437,48 @@ func TestHungLookupBlocksNobodyElse(t *testing.T) {
 	}
 }
 
+// While nobody serves, as between two processes of an agent, what the kernel
+// knows is answered as ever; what must be asked waits, df too, and whoever waits
+// can be killed.
+func TestWhileNobodyServes(t *testing.T) {
+	m := newMount(t, serveOptions{})
+	known := []op{
+		{Do: "stat", Path: toolsPath + "/etc/conf"},
+		{Do: "readdir", Path: toolsPath + "/share/crowd"},
+		{Do: "read", Path: toolsPath + "/share/big"},
+		{Do: "exec", Path: toolsPath + "/bin/prog"},
+		{Do: "readlink", Path: toolsPath + "/bin/link"},
+		{Do: "stat", Path: toolsPath + "/missing"},
+	}
+	want := []string{"", "", "", "", "", "ENOENT"}
+	m.touch(t, append(known, op{Do: "stat", Path: toolsPath + "/share/hung"})...)
+	m.srv.kill()
+	got := m.touch(t, known...)
+	if diff := cmp.Diff(want, errnos(got)); diff != "" || got[2].Text != bigSum {
+		t.Errorf("with nobody serving, what the kernel has (-want +got):\n%s", diff)
+	}
+	df, look := m.begin(t, op{Do: "statfs"}), m.begin(t, op{Do: "stat", Path: filePath})
+	killed := []*toucher{
+		m.begin(t, op{Do: "statfs"}), m.begin(t, op{Do: "stat", Path: linkPath}), m.begin(t, op{Do: "readdir"}),
+		m.begin(t, op{Do: "read", Path: toolsPath + "/share/hung"}), m.begin(t, op{Do: "mmap", Path: toolsPath + "/share/hung", Len: 1}),
+	}
+	time.Sleep(300 * time.Millisecond)
+	for _, p := range killed {
+		p.dies(t, 10*time.Second)
+	}
+	m.start(t)
+	for _, p := range []*toucher{df, look} {
+		if o := p.wait(t, 10*time.Second)[0]; o.Errno != "" {
+			t.Errorf("%s begun while nobody served: %s", o.Do, o.Errno)
+		}
+	}
+	before := m.total(t)
+	m.touch(t, known...)
+	if n := m.total(t) - before; n != 0 {
+		t.Errorf("%d requests to the next server for what the kernel has", n)
+	}
+}
+
 func TestServerIsReplacedWithoutErrors(t *testing.T) {
 	for _, how := range []string{"kill -9", "stop"} {
 		t.Run(how, func(t *testing.T) {
