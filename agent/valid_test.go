@@ -4,20 +4,26 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
-	"runtime"
+	"os/exec"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/fuse"
 )
 
 // ListPaths implements floxv1connect.StorehouseHandler.
@@ -232,8 +238,9 @@ func deadInvite(h *house) *api.Invite {
 	return &invite
 }
 
-// Very many known paths are listed in time and memory that do not grow with the
-// square of them: each page costs what is in it.
+// Very many known paths are listed, by a reader of the mounted directory too, in
+// time and memory that do not grow with the square of them: each page costs what
+// is in it.
 func TestVeryManyKnownPathsAreListed(t *testing.T) {
 	n := 200_000
 	switch {
@@ -245,15 +252,11 @@ func TestVeryManyKnownPathsAreListed(t *testing.T) {
 	h := newHouse(t)
 	info := h.make(t, "one", nil, testFile{name: "f", data: []byte("x")})
 	a, _ := runAgent(t, h, nil, nil)
+	began := time.Now()
 	putMany(t, a.facts, info, n)
-	heap := func() uint64 {
-		var m runtime.MemStats
-		runtime.GC()
-		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
-	}
+	t.Logf("%d paths made known in %s", n, time.Since(began))
 	for _, size := range []int{65, 513} { // a READDIR of 4 KiB, of 32 KiB
-		before, began, count, most, last := heap(), time.Now(), 0, uint64(0), ""
+		before, began, count, most, last := heapNow(), time.Now(), 0, int64(0), ""
 		for {
 			page, err := a.store.Names(t.Context(), last, size)
 			if err != nil {
@@ -269,37 +272,106 @@ func TestVeryManyKnownPathsAreListed(t *testing.T) {
 				break
 			}
 			if count%(size*500) == 0 {
-				most = max(most, heap())
+				most = max(most, heapNow())
 			}
 		}
-		if count != n {
-			t.Errorf("%d names, want %d", count, n)
-		}
-		grew := int64(max(most, heap())) - int64(before)
-		if grew > 32<<20 {
-			t.Errorf("the heap grew by %d KiB", grew>>10)
-		}
-		t.Logf("%d names in pages of %d: %s, heap grew by %d KiB", count, size, time.Since(began), grew>>10)
+		checkListed(t, fmt.Sprintf("in pages of %d", size), count, n, time.Since(began), max(most, heapNow())-before)
+	}
+	t.Run("through a mount", func(t *testing.T) { listMounted(t, a, n) })
+}
+
+func checkListed(t *testing.T, how string, count, n int, took time.Duration, grew int64) {
+	t.Helper()
+	t.Logf("%d names %s: %s, heap grew by %d KiB", count, how, took.Round(time.Millisecond), grew>>10)
+	if count != n {
+		t.Errorf("%d names, want %d", count, n)
+	}
+	if grew > 32<<20 {
+		t.Errorf("the heap grew by %d KiB", grew>>10)
 	}
 }
 
-// putMany makes n paths known, past all checks.
+// listMounted mounts what the agent knows and lets ls read all of it.
+func listMounted(t *testing.T, a *Agent, n int) {
+	if _, err := os.Stat("/dev/fuse"); err != nil || os.Geteuid() != 0 {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("needs root and /dev/fuse")
+		}
+		t.Skip("needs root and /dev/fuse")
+	}
+	top := t.TempDir()
+	dir := filepath.Join(top, "mnt")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	dev, err := fuse.Mount(fuse.MountConfig{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.File.Close()
+	s, err := fuse.NewServer(fuse.ServerConfig{Device: dev.File, Init: dev.Init, Store: a.store, NodeTable: filepath.Join(top, "nodes")})
+	if err != nil {
+		t.Fatal(errors.Join(err, fuse.Unmount(dir)))
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(context.Background()) }()
+	defer func() {
+		if err := errors.Join(fuse.Unmount(dir), <-ended); err != nil {
+			t.Error(err)
+		}
+	}()
+	before, began, most := heapNow(), time.Now(), int64(0)
+	// Another process reads: this one serves.
+	cmd := exec.CommandContext(within(t, 10*time.Minute), "sh", "-c", `ls -U "$1" | sort -u | wc -l`, "ls", dir)
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	printed := make(chan []byte, 1)
+	go func() { b, _ := io.ReadAll(out); printed <- b }()
+	for {
+		select {
+		case b := <-printed:
+			count, _ := strconv.Atoi(strings.TrimSpace(string(b)))
+			if err := cmd.Wait(); err != nil {
+				t.Error(err)
+			}
+			checkListed(t, "by ls", count, n, time.Since(began), max(most, heapNow())-before)
+			requests := s.Stats().Requests
+			t.Logf("%d READDIRs and %d READDIRPLUSes", requests["READDIR"], requests["READDIRPLUS"])
+			return
+		case <-time.After(100 * time.Millisecond):
+			most = max(most, heapNow())
+		}
+	}
+}
+
+// putMany makes n paths known, past all checks and without waiting for the disk.
 func putMany(t *testing.T, f *facts, like *flox.PathInfo, n int) {
 	t.Helper()
 	const letters = "0123456789abcdfghijklmnpqrsvwxyz"
-	batch := make([]*flox.PathInfo, 0, 5000)
+	batch := f.db.NewBatch()
 	for i := range n {
-		one, hash := *like, content.Hash(fmt.Appendf(nil, "path %d", i))
+		one, hash := api.FromPathInfo(like), content.Hash(fmt.Appendf(nil, "path %d", i))
 		text := make([]byte, flox.HashPartLen)
 		for k := range text {
 			text[k] = letters[hash[k]&31]
 		}
-		one.Path, one.Manifest = flox.StorePath(fmt.Sprintf("%s-package-%d", text, i)), hash
-		if batch = append(batch, &one); len(batch) == cap(batch) || i == n-1 {
-			if err := f.put(batch...); err != nil {
-				t.Fatal(err)
-			}
-			batch = batch[:0]
+		one.Path, one.Manifest = fmt.Sprintf("%s-package-%d", text, i), hash[:]
+		b, err := proto.Marshal(one)
+		if err == nil {
+			err = batch.Set(append([]byte{prefixInfo}, text...), b, nil)
+		}
+		if err == nil && (batch.Len() > 4<<20 || i == n-1) {
+			err = batch.Commit(pebble.NoSync)
+			batch = f.db.NewBatch()
+		}
+		if err != nil {
+			t.Fatal(err)
 		}
 	}
+	_ = batch.Close()
 }
