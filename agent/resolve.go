@@ -76,6 +76,11 @@ type lookupFlight struct {
 // lookup finds the info of p. ErrNotFound: the storehouse says it is not valid.
 // ErrUnreachable: nobody who knows could be asked before ctx ended.
 func (r *resolver) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
+	return r.lookupFor(ctx, p, nil)
+}
+
+// lookupFor is lookup for somebody people can see waiting.
+func (r *resolver) lookupFor(ctx context.Context, p flox.StorePath, watch *wait) (*flox.PathInfo, error) {
 	hash := p.HashPart()
 	if info, ok := r.facts.get(hash); ok {
 		return matchName(info, p)
@@ -87,6 +92,7 @@ func (r *resolver) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo
 	if err != nil {
 		return nil, err
 	}
+	watch.explained(f.newest)
 	select {
 	case <-f.done:
 		if f.err != nil {

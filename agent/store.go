@@ -40,9 +40,8 @@ func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error)
 	}
 	watch := s.a.waits.begin(0, opLookup, s.a.cfg.StoreDir.Join(p), 0)
 	defer watch.end()
-	info, err := s.a.resolver.lookup(ctx, p)
+	info, err := s.a.resolver.lookupFor(ctx, p, watch)
 	if err != nil {
-		watch.reason(err)
 		return flox.CID{}, false, err
 	}
 	return info.Manifest, false, nil

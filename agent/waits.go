@@ -33,6 +33,7 @@ type wait struct {
 	done   uint64
 	source string
 	why    string
+	ask    func() error // tells why nothing came so far; nil = why does
 }
 
 func newWaits() *waits { return &waits{all: make(map[*wait]struct{})} }
@@ -90,6 +91,28 @@ func (e *wait) reason(err error) {
 	e.why = err.Error()
 }
 
+// explained makes newest tell why nothing came so far, for as long as e waits. A
+// nil wait wants no explanation.
+func (e *wait) explained(newest func() error) {
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ask = newest
+}
+
+// reasons are why nothing came so far; e.mu is held.
+func (e *wait) reasons() string {
+	if e.ask == nil || e.why != "" {
+		return e.why
+	}
+	if err := e.ask(); err != nil {
+		return oneLine(err)
+	}
+	return "nobody answered yet"
+}
+
 // snapshot copies the waits that began before cutoff.
 func (w *waits) snapshot(cutoff time.Time) []waitView {
 	w.mu.Lock()
@@ -100,7 +123,7 @@ func (w *waits) snapshot(cutoff time.Time) []waitView {
 			continue
 		}
 		e.mu.Lock()
-		out = append(out, waitView{e.pid, e.op, e.path, e.since, e.total, e.done, e.source, e.why})
+		out = append(out, waitView{e.pid, e.op, e.path, e.since, e.total, e.done, e.source, e.reasons()})
 		e.mu.Unlock()
 	}
 	return out

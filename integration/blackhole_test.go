@@ -67,7 +67,11 @@ func TestBlackHole(t *testing.T) {
 	began := time.Now()
 	program.begin("fault", "")
 	b.deadlines(plain, ticking)
-	b.said(program)
+	b.said(program.cmd.Process.Pid, "READ", b.cold[0])
+	name := b.unknown()
+	plain.begin("stat", name)
+	b.said(plain.cmd.Process.Pid, "LOOKUP", name)
+	plain.wait(time.Minute)
 	b.killed()
 	for first := true; first || time.Since(began) < holeFor(); first = false {
 		b.unaffected()
@@ -167,14 +171,14 @@ func (b *hole) deadlines(plain, ticking *toucher) {
 }
 
 // said: floxctl watch says who waits for what, how long, and why.
-func (b *hole) said(program *toucher) {
+func (b *hole) said(pid int, operation, path string) {
 	b.t.Helper()
 	type state struct {
 		Reads []struct {
-			PID             int
-			Command, Path   string
-			Operation, From string
-			Reason          string
+			PID           int
+			Command, Path string
+			Operation     string
+			Reason        string
 		}
 		Storehouse struct {
 			Connected bool
@@ -189,8 +193,8 @@ func (b *hole) said(program *toucher) {
 			b.t.Fatalf("%v in %s", err, out)
 		}
 		for _, r := range s.Reads {
-			if r.Path == b.cold[0] && r.PID == program.cmd.Process.Pid && r.Operation == "READ" && r.Reason != "" && r.Command != "" {
-				b.t.Logf("watch says: %s[%d] waits for %s: %s", r.Command, r.PID, filepath.Base(r.Path), r.Reason)
+			if r.Path == path && r.PID == pid && r.Operation == operation && r.Reason != "" && r.Command != "" {
+				b.t.Logf("watch says: %s[%d] waits for %s (%s): %s", r.Command, r.PID, filepath.Base(r.Path), r.Operation, r.Reason)
 				return !s.Storehouse.Connected && s.Storehouse.Error != ""
 			}
 		}
