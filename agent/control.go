@@ -248,7 +248,7 @@ const shownAfter = 20 * time.Millisecond
 
 // waiting lists who waits for what: reads with their progress, and names looked up.
 func (c *control) waiting(now time.Time) []*floxv1.WaitingRead {
-	pids := c.a.waitingPIDs()
+	pids, link := c.a.waitingPIDs(), c.a.follower.state()
 	var out []*floxv1.WaitingRead
 	for _, w := range c.a.waits.snapshot(now.Add(-shownAfter)) {
 		r := &floxv1.WaitingRead{
@@ -261,6 +261,9 @@ func (c *control) waiting(now time.Time) []*floxv1.WaitingRead {
 		r.Command = command(r.Pid)
 		if r.Source == "" {
 			r.Source = "nobody yet"
+		}
+		if r.Reason == "" && w.done == 0 && !link.connected { // nothing failed yet, and this is why it may
+			r.Reason = "the storehouse is not connected: " + oneLine(link.err)
 		}
 		if elapsed := now.Sub(w.since).Seconds(); w.done > 0 && elapsed > 0 {
 			r.BytesPerSecond = uint64(float64(w.done) / elapsed)

@@ -110,7 +110,7 @@ func (e *wait) reasons() string {
 	if err := e.ask(); err != nil {
 		return oneLine(err)
 	}
-	return "nobody answered yet"
+	return ""
 }
 
 // snapshot copies the waits that began before cutoff.

@@ -37,3 +37,22 @@ func TestALookupThatWaitsSaysWhy(t *testing.T) {
 		t.Errorf("%d still wait in process %d", n, os.Getpid())
 	}
 }
+
+// While the storehouse is away that is the reason, from the beginning.
+func TestAWaitWithoutAStorehouseSaysSo(t *testing.T) {
+	h := newHouse(t)
+	a, _ := runAgent(t, h, func(cfg *Config) { cfg.Invite = deadInvite(h) }, nil)
+	w := a.waits.begin(1, opRead, "/nix/store/x", 10)
+	defer w.end()
+	var reason string
+	until(t, "the wait is shown", func() bool {
+		shown := (&control{a: a}).waiting(time.Now())
+		if len(shown) == 1 {
+			reason = shown[0].GetReason()
+		}
+		return reason != ""
+	})
+	if !strings.Contains(reason, "the storehouse is not connected") {
+		t.Errorf("the reason is %q", reason)
+	}
+}
