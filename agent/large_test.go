@@ -62,7 +62,7 @@ func heapNow() int64 {
 // manySmall is how many files the large store path has, in directories of manyInDir.
 const manySmall, manyInDir = 100_000, 500
 
-func smallFile(i int) []byte {
+func manyFileSize(i int) []byte {
 	return fmt.Appendf(nil, "file %d\n%s", i, bytes.Repeat([]byte{byte(i)}, i%400))
 }
 
@@ -77,7 +77,7 @@ func TestAStorePathOfVeryManyFiles(t *testing.T) {
 			if i%manyInDir == 0 {
 				err = w.Entry(nix.NarEntry{Path: dir, Kind: flox.Directory})
 			}
-			data := smallFile(i)
+			data := manyFileSize(i)
 			if err == nil {
 				err = w.Entry(nix.NarEntry{Path: fmt.Sprintf("%s/f%03d", dir, i%manyInDir), Kind: flox.Regular, Size: uint64(len(data))})
 			}
@@ -137,7 +137,7 @@ func TestAStorePathOfVeryManyFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 		p := make([]byte, 1000)
-		if n, err := tr.ReadAt(ctx, f, p, 0, flox.Reader{}); err != nil || !bytes.Equal(p[:n], smallFile(i)) {
+		if n, err := tr.ReadAt(ctx, f, p, 0, flox.Reader{}); err != nil || !bytes.Equal(p[:n], manyFileSize(i)) {
 			t.Fatalf("file %d: %d bytes, %v", i, n, err)
 		}
 	}

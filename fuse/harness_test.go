@@ -91,6 +91,7 @@ type serveOptions struct {
 	Table                      string
 	LookupTimeout, ReadTimeout time.Duration
 	MaxInFlight                int
+	WithoutResend              bool
 }
 
 func newMount(t testing.TB, opts serveOptions) *mount {
@@ -101,7 +102,7 @@ func newMount(t testing.TB, opts serveOptions) *mount {
 	if err := os.Mkdir(at, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	dev, err := Mount(MountConfig{Dir: at, Source: "floxd-test"})
+	dev, err := Mount(MountConfig{Dir: at, Source: "floxd-test", WithoutResend: opts.WithoutResend})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,6 +173,7 @@ type command struct {
 type reply struct {
 	Err     string
 	Stats   Stats
+	Took    Takeover
 	Waiting []Wait
 	Nodes   []uint64
 	Heap    int // KiB the heap ever had
@@ -218,7 +220,7 @@ func serveMain() error {
 		level = slog.LevelDebug
 	}
 	s, err := NewServer(ServerConfig{
-		Device: os.NewFile(3, "fuse"), Init: o.Init, Store: store, NodeTable: o.Table,
+		Device: os.NewFile(3, "fuse"), Init: o.Init, Store: store, NodeTable: o.Table, Journal: o.Table + ".journal",
 		LookupTimeout: o.LookupTimeout, ReadTimeout: o.ReadTimeout, MaxInFlight: o.MaxInFlight,
 		Mapped: func(ctx context.Context, _ uint64) bool {
 			if mapped.Load() == 2 {
@@ -279,6 +281,8 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 	case "ping":
 	case "stats":
 		r.Stats = s.Stats()
+	case "takeover":
+		r.Took = s.Takeover()
 	case "waiting":
 		r.Waiting = s.Waiting()
 	case "hold":

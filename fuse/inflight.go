@@ -54,9 +54,10 @@ func newRequests() *requests {
 	return &requests{kick: make(chan struct{}, 1), byID: make(map[uint64]*request)}
 }
 
-// add begins a request; the caller must call done.
-func (t *requests) add(ctx context.Context, h header, name string) *request {
-	r := &request{header: h, name: name, since: time.Now()}
+// add begins a request; the caller must call done. One that an earlier server
+// was sent may have been interrupted there.
+func (t *requests) add(ctx context.Context, h header, name string, again bool) *request {
+	r := &request{header: h, name: name, since: time.Now(), interrupted: again}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -64,6 +65,8 @@ func (t *requests) add(ctx context.Context, h header, name string) *request {
 	if i := slices.Index(t.early, h.unique); i >= 0 {
 		t.early = slices.Delete(t.early, i, i+1)
 		r.interrupted = true
+	}
+	if r.interrupted {
 		t.wake()
 	}
 	return r

@@ -35,6 +35,9 @@ func (p *pool) start() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.startLocked()
+	if p.idle == 0 {
+		p.s.requests.setFull(true)
+	}
 }
 
 func (p *pool) startLocked() {
@@ -86,12 +89,21 @@ func (p *pool) stop(err error) {
 	}
 }
 
+// leave ends a goroutine whose request is left to the next server.
+func (p *pool) leave() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.total--
+}
+
 // work reads and serves requests until there are none.
-func (p *pool) work() {
-	buf := make([]byte, requestSize)
+func (p *pool) work() { p.workAt(p.s.journal.take()) }
+
+func (p *pool) workAt(at place) {
 	for {
-		n, err := p.dev.read(buf)
+		n, err := p.dev.read(at.b)
 		if err != nil {
+			at.give()
 			p.stop(err)
 			if errors.Is(err, syscall.ENODEV) {
 				p.s.unmounted()
@@ -99,31 +111,60 @@ func (p *pool) work() {
 			return
 		}
 		p.took()
-		p.s.serve(p.ctx, p.dev, buf[:n])
-		if !p.back() {
+		if !p.finish(at, at.b[:n], false) {
 			return
 		}
 	}
 }
 
-// serve works on one request and answers it.
-func (s *Server) serve(ctx context.Context, dev *device, in []byte) {
+// finish serves a request and reports whether to read another one.
+func (p *pool) finish(at place, in []byte, again bool) bool {
+	if !p.s.serve(p.ctx, p.dev, in, again) {
+		p.leave() // and nobody else gets its place
+		return false
+	}
+	at.clear()
+	if !p.back() {
+		at.give()
+		return false
+	}
+	return true
+}
+
+// resume serves what the journal has of the last server. It is called before
+// start, and does not wait.
+func (p *pool) resume(left []place) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, at := range left {
+		p.total++
+		p.wg.Go(func() {
+			if p.finish(at, at.request(), true) {
+				p.workAt(at)
+			}
+		})
+	}
+}
+
+// serve works on one request and answers it. false: it is left, unanswered, to
+// the next server of the mount. again says that an earlier one was sent it.
+func (s *Server) serve(ctx context.Context, dev *device, in []byte, again bool) bool {
 	h, err := parseHeader(in)
 	if err != nil {
 		s.log.Error("request from the kernel", "error", err)
-		return
+		return true
 	}
 	s.counts.requests[slot(h.op)].Add(1)
 	switch h.op {
 	case opForget, opBatchForget:
-		return // nothing is kept per inode
+		return true // nothing is kept per inode
 	case opInterrupt:
 		s.requests.interrupt(interrupted(in)) // wants no answer
-		return
+		return true
 	case opIoctl:
 		// There are none. The kernel asks for each, so do not wait behind anything.
 		s.answer(dev, headerOnly(-int32(unix.ENOTTY), h.unique))
-		return
+		return true
 	}
 	name := ""
 	if h.op == opLookup {
@@ -132,13 +173,13 @@ func (s *Server) serve(ctx context.Context, dev *device, in []byte) {
 			in[inHeaderSize] = '_' // as impossible a name, but one go-fuse leaves to us
 		}
 	}
-	r := s.requests.add(ctx, h, name)
+	r := s.requests.add(ctx, h, name, again)
 	defer s.requests.done(r)
 	out := takeBuffer(answerSize + payloadSize(h.op, in))
 	defer out.free()
 	n, status := s.proto.HandleRequest([][]byte{in}, [][]byte{out.b})
 	if errors.Is(context.Cause(ctx), errStopping) && r.ctx.Err() != nil && answerFailed(out.b[:n]) {
-		return // the next server of the mount gets it again
+		return false // the next server of the mount gets it again
 	}
 	switch {
 	case status != fuse.OK:
@@ -149,6 +190,7 @@ func (s *Server) serve(ctx context.Context, dev *device, in []byte) {
 	default:
 		s.answer(dev, out.b[:n])
 	}
+	return true
 }
 
 // pollProbe is a name go-fuse finds by itself in the root of every mount.

@@ -30,6 +30,9 @@ type MountConfig struct {
 	// MaxBackground is how many readahead requests the kernel may have open at
 	// once; 0 = 1024. It is large because each may wait for the network.
 	MaxBackground uint16
+	// WithoutResend treats the kernel as one that cannot send requests again to
+	// the next server (before Linux 6.9). It is for tests.
+	WithoutResend bool
 	// Log takes what go-fuse has to say; nil discards.
 	Log *slog.Logger
 }
@@ -171,6 +174,9 @@ func initialise(fd int, cfg MountConfig) ([]byte, error) {
 	}
 	if h.op != opInit {
 		return nil, fmt.Errorf("the kernel's first request is %s instead of INIT: %w", opNames[slot(h.op)], flox.ErrBadInput)
+	}
+	if cfg.WithoutResend {
+		maskResend(request)
 	}
 	opts := options(cfg.Log)
 	opts.MaxBackground = int(cfg.MaxBackground)

@@ -479,51 +479,66 @@ func TestWhileNobodyServes(t *testing.T) {
 	}
 }
 
+// A server that ends, in either way, takes nobody with it, whether the kernel
+// sends its requests again or the journal has them.
 func TestServerIsReplacedWithoutErrors(t *testing.T) {
 	for _, how := range []string{"kill -9", "stop"} {
-		t.Run(how, func(t *testing.T) {
-			m := newMount(t, serveOptions{})
-			hung := toolsPath + "/share/hung"
-			m.touch(t, op{Do: "read", Path: toolsPath + "/etc/conf"})
-			nodes := m.ask(t, command{Cmd: "nodes", Paths: []string{hung}}).Nodes
-			m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
-			m.ask(t, command{Cmd: "hold", Arg: "lookup " + hungPath})
-			// A running program mapped from the mount, and readers of all kinds.
-			running := m.runProg(t)
-			waiters := []*toucher{
-				m.begin(t, op{Do: "read", Path: hung}), m.begin(t, op{Do: "mmap", Path: hung}),
-				m.begin(t, op{Do: "stat", Path: hungPath}),
+		for _, without := range []bool{false, true} {
+			name := how
+			if without {
+				name += " without resend"
 			}
-			m.awaitWait(t, "READ")
-			m.awaitWait(t, "LOOKUP")
-			if how == "stop" {
-				b := fmt.Sprintf("{%q:%q}\n", "Cmd", "stop")
-				fmt.Fprint(m.srv.in, b)
-				var r reply
-				if err := m.srv.out.Decode(&r); err != nil || r.Err != "context canceled" {
-					t.Errorf("Run ended with %q, %v", r.Err, err)
-				}
+			t.Run(name, func(t *testing.T) { replaceServer(t, how, without) })
+		}
+	}
+}
+
+func replaceServer(t *testing.T, how string, without bool) {
+	m := newMount(t, serveOptions{WithoutResend: without})
+	hung := toolsPath + "/share/hung"
+	m.touch(t, op{Do: "read", Path: toolsPath + "/etc/conf"})
+	nodes := m.ask(t, command{Cmd: "nodes", Paths: []string{hung}}).Nodes
+	m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
+	m.ask(t, command{Cmd: "hold", Arg: "lookup " + hungPath})
+	// A running program mapped from the mount, and readers of all kinds.
+	running := m.runProg(t)
+	waiters := []*toucher{
+		m.begin(t, op{Do: "read", Path: hung}), m.begin(t, op{Do: "mmap", Path: hung}),
+		m.begin(t, op{Do: "stat", Path: hungPath}),
+	}
+	m.awaitWait(t, "READ")
+	m.awaitWait(t, "LOOKUP")
+	if how == "stop" {
+		b := fmt.Sprintf("{%q:%q}\n", "Cmd", "stop")
+		fmt.Fprint(m.srv.in, b)
+		var r reply
+		if err := m.srv.out.Decode(&r); err != nil || r.Err != "context canceled" {
+			t.Errorf("Run ended with %q, %v", r.Err, err)
+		}
+	}
+	m.srv.kill()
+	late := m.begin(t, op{Do: "read", Path: toolsPath + "/share/big"})
+	m.start(t) // whose store holds nothing up, and has no hungPath
+	for _, p := range []*toucher{waiters[0], waiters[1], running} {
+		for _, o := range p.wait(t, 10*time.Second) {
+			if o.Errno != "" || (o.Path == hung && o.Text != hungSum) {
+				t.Errorf("%+v", o)
 			}
-			m.srv.kill()
-			late := m.begin(t, op{Do: "read", Path: toolsPath + "/share/big"})
-			m.start(t) // whose store holds nothing up, and has no hungPath
-			for _, p := range []*toucher{waiters[0], waiters[1], running} {
-				for _, o := range p.wait(t, 10*time.Second) {
-					if o.Errno != "" || (o.Path == hung && o.Text != hungSum) {
-						t.Errorf("%+v", o)
-					}
-				}
-			}
-			if o := waiters[2].wait(t, 10*time.Second)[0]; o.Errno != "ENOENT" {
-				t.Errorf("look-up of a path the new server does not have: %q", o.Errno)
-			}
-			if o := late.wait(t, 10*time.Second)[0]; o.Text != bigSum {
-				t.Errorf("read begun while nobody served: %+v", o)
-			}
-			if again := m.ask(t, command{Cmd: "nodes", Paths: []string{hung}}).Nodes; !cmp.Equal(nodes, again) {
-				t.Errorf("inode numbers changed: %x to %x", nodes, again)
-			}
-		})
+		}
+	}
+	if o := waiters[2].wait(t, 10*time.Second)[0]; o.Errno != "ENOENT" {
+		t.Errorf("look-up of a path the new server does not have: %q", o.Errno)
+	}
+	if o := late.wait(t, 10*time.Second)[0]; o.Text != bigSum {
+		t.Errorf("read begun while nobody served: %+v", o)
+	}
+	if again := m.ask(t, command{Cmd: "nodes", Paths: []string{hung}}).Nodes; !cmp.Equal(nodes, again) {
+		t.Errorf("inode numbers changed: %x to %x", nodes, again)
+	}
+	// How many READs there were is the kernel's choice: the two readers may share.
+	took := m.ask(t, command{Cmd: "takeover"}).Took
+	if took.Resend == without || took.Journal != without || without && took.Resumed < 2 || !without && took.Resumed != 0 || took.Problem != "" {
+		t.Errorf("taken over by %+v", took)
 	}
 }
 
@@ -631,7 +646,13 @@ func TestUnmountOfABusyMountIsLazy(t *testing.T) {
 // Readers, look-ups, listings and starting programs go on while one server
 // after another is killed under them.
 func TestKillsUnderLoad(t *testing.T) {
-	m := newMount(t, serveOptions{})
+	for name, opts := range map[string]serveOptions{"resend": {}, "journal": {WithoutResend: true}} {
+		t.Run(name, func(t *testing.T) { killUnderLoad(t, opts) })
+	}
+}
+
+func killUnderLoad(t *testing.T, opts serveOptions) {
+	m := newMount(t, opts)
 	var ops []op
 	for i := range crowd {
 		ops = append(ops, op{Do: "read", Path: fmt.Sprintf("%s/share/crowd/f%04d", toolsPath, i)})
@@ -649,12 +670,16 @@ func TestKillsUnderLoad(t *testing.T) {
 		at := i * len(ops) / 4 // not all in step
 		readers = append(readers, m.begin(t, slices.Concat(ops[at:], ops[:at])...))
 	}
-	kills := 0
+	kills, resumed := 0, 0
 	for len(readers[0].done) == 0 && kills < 20 {
 		time.Sleep(20 * time.Millisecond)
 		m.srv.kill()
 		m.start(t)
 		kills++
+		took := m.ask(t, command{Cmd: "takeover"}).Took
+		if resumed += took.Resumed; took.Problem != "" {
+			t.Error(took.Problem)
+		}
 	}
 	for _, p := range readers {
 		for _, o := range p.wait(t, 90*time.Second) {
@@ -670,7 +695,7 @@ func TestKillsUnderLoad(t *testing.T) {
 	if kills < 5 {
 		t.Errorf("only %d kills", kills)
 	}
-	t.Logf("%d servers were killed", kills)
+	t.Logf("%d servers were killed, %d requests came from their journals", kills, resumed)
 }
 
 // BenchmarkFirstMiss is how long a program waits for the first look-up of a

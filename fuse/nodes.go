@@ -1,7 +1,6 @@
 package fuse
 
 import (
-	"bytes"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
@@ -55,6 +54,9 @@ func openNodeTable(path string) (*nodeTable, error) {
 	}
 	defer f.Close()
 	size, err := t.read(f)
+	if errors.Is(err, flox.ErrBadInput) {
+		return nil, fmt.Errorf("node table %s: %w", path, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("node table %s: %w; unmount, remove it and mount again", path, err)
 	}
@@ -88,8 +90,11 @@ func (t *nodeTable) create() error {
 // read fills t from r and returns how many bytes of it are whole records.
 func (t *nodeTable) read(r io.Reader) (int64, error) {
 	var b [tableHeader]byte
-	if _, err := io.ReadFull(r, b[:]); err != nil || !bytes.Equal(b[:len(tableMagic)], tableMagic[:]) {
+	if _, err := io.ReadFull(r, b[:]); err != nil {
 		return 0, fmt.Errorf("not a node table: %w", flox.ErrCorrupt)
+	}
+	if err := checkFormat("node table", tableMagic, b[:len(tableMagic)]); err != nil {
+		return 0, err
 	}
 	first := binary.LittleEndian.Uint64(b[len(tableMagic):])
 	if first == 0 || first > 1<<31 {

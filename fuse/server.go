@@ -31,6 +31,11 @@ type ServerConfig struct {
 	// It belongs to one mount and must live as long: on a tmpfs such as /run.
 	NodeTable string
 
+	// Journal is a file beside the node table for what the last server was asked
+	// and did not answer, where the kernel cannot send that again (before Linux
+	// 6.9); elsewhere it is not used. "" = what was in flight is lost there.
+	Journal string
+
 	// LookupTimeout is how long a look-up in the store directory may wait; 0 = 5 s.
 	LookupTimeout time.Duration
 	// ReadTimeout is how long everything else may wait; 0 = 30 s.
@@ -45,6 +50,10 @@ type ServerConfig struct {
 	// the limit nothing more is read from the kernel until one ends. A READ
 	// holds its bytes meanwhile, usually 64 KiB, at most 1 MiB.
 	MaxInFlight int
+
+	// Serving is called once, by Run, when requests are being read; nil = nobody
+	// wants to know.
+	Serving func()
 
 	// Log; nil discards.
 	Log *slog.Logger
@@ -91,6 +100,9 @@ type Server struct {
 	warned   seldom
 	drops    chan drop
 	counts   counts
+	resends  bool     // the kernel does, after a NOTIFY_RESEND
+	journal  *journal // nil when resends, and when there could be none
+	takeover Takeover
 
 	running atomic.Bool
 	stopped chan struct{} // closed when Run ends
@@ -130,7 +142,32 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if s.nodes, err = openNodeTable(cfg.NodeTable); err != nil {
 		return nil, err
 	}
+	if s.resends = resends(init); s.resends {
+		s.takeover.Resend = true
+	} else {
+		s.openJournal()
+	}
 	return s, nil
+}
+
+// openJournal opens the journal. Without one new requests are served as well.
+func (s *Server) openJournal() {
+	t := &s.takeover
+	if s.cfg.Journal == "" {
+		t.Problem = "there is no journal"
+		return
+	}
+	j, why, err := openJournal(s.cfg.Journal, s.nodes.first, s.cfg.MaxInFlight+1)
+	if why != nil {
+		s.log.Error("what the last server was asked and did not answer is lost", "error", why)
+		t.Problem = why.Error()
+	}
+	if err != nil {
+		s.log.Error("what is asked of this server will not survive it", "error", err)
+		t.Problem = err.Error()
+		return
+	}
+	s.journal, t.Journal, t.Resumed = j, true, len(j.left)
 }
 
 // Run serves until the file system is unmounted (nil) or ctx is done (its
@@ -154,17 +191,24 @@ func (s *Server) Run(ctx context.Context) error {
 		_ = dev.file.SetReadDeadline(time.Unix(1, 0)) // wakes the readers
 	})()
 
-	// What an earlier server was sent and did not answer. Old kernels cannot;
-	// there only new requests are served.
-	if err := dev.write(resend()); err != nil && !errors.Is(err, syscall.ENODEV) {
-		s.log.Warn("the kernel does not send again what the last server left", "error", err)
+	if s.resends { // what an earlier server was sent and did not answer
+		if err := dev.write(resend()); err != nil && !errors.Is(err, syscall.ENODEV) {
+			s.log.Warn("the kernel does not send again what the last server left", "error", err)
+		}
 	}
 	var helpers sync.WaitGroup
 	helpers.Go(func() { s.requests.watch(work) })
 	helpers.Go(func() { s.notify(work, dev) })
 	p := &pool{s: s, dev: dev, ctx: work}
+	if s.journal != nil {
+		p.resume(s.journal.left)
+	}
 	p.start()
+	if s.cfg.Serving != nil {
+		s.cfg.Serving()
+	}
 	p.wg.Wait()
+	s.journal.close()
 	cancel(errStopping)
 	s.finish(&helpers, dev)
 
@@ -235,6 +279,22 @@ func (s *Server) Stats() Stats {
 	}
 	return st
 }
+
+// Takeover says what becomes of requests in flight when a server dies.
+type Takeover struct {
+	// Resend: the kernel sends them again to the next one.
+	Resend bool
+	// Journal: it cannot, and the next one finds them in the journal.
+	Journal bool
+	// Resumed is how many this server found there when it began.
+	Resumed int
+	// Problem says why some of the last server's, or of this one's if Journal is
+	// false too, are lost; "" = none.
+	Problem string
+}
+
+// Takeover says how this server took over, and can be taken over from.
+func (s *Server) Takeover() Takeover { return s.takeover }
 
 // Wait is a request somebody waits for.
 type Wait struct {

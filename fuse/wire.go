@@ -146,6 +146,30 @@ func headerOnly(status int32, unique uint64) []byte {
 // a server before and was not answered.
 func resend() []byte { return headerOnly(-fuse.NOTIFY_RESEND, 0) }
 
+// The kernel's flags in its INIT: where they are in the request, that there are
+// more than 32, and, among the upper ones, that it can send requests again.
+const (
+	initFlags      = inHeaderSize + 12
+	initFlags2     = initFlags + 4
+	initHasFlags2  = fuse.CAP_INIT_EXT
+	initHasResend2 = fuse.CAP_HAS_RESEND >> 32
+)
+
+// resends reports whether the kernel that sent an INIT can send requests again
+// that an earlier server did not answer.
+func resends(init []byte) bool {
+	return len(init) >= initFlags2+4 && binary.NativeEndian.Uint32(init[initFlags:])&initHasFlags2 != 0 &&
+		binary.NativeEndian.Uint32(init[initFlags2:])&initHasResend2 != 0
+}
+
+// maskResend makes an INIT look like that of a kernel that cannot.
+func maskResend(init []byte) {
+	if resends(init) {
+		flags := binary.NativeEndian.Uint32(init[initFlags2:])
+		binary.NativeEndian.PutUint32(init[initFlags2:], flags&^initHasResend2)
+	}
+}
+
 // invalInode is the notification that drops the cached pages of a whole file.
 func invalInode(node uint64) []byte {
 	b := make([]byte, outHeaderSize+24) // ino, off = 0, len = 0: to the end
