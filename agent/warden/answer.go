@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	iofs "io/fs"
 	"log/slog"
 	"maps"
@@ -16,6 +17,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
 )
@@ -35,8 +38,8 @@ type clerk struct {
 	log      *slog.Logger
 }
 
-// serve answers until the child is gone, or sends what is no question.
-func (k *clerk) serve(ctx context.Context, line *net.UnixConn) {
+// serve answers until the child is gone. What it tells of itself goes to heard.
+func (k *clerk) serve(ctx context.Context, line *net.UnixConn, heard func(question)) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var handlers sync.WaitGroup
@@ -55,6 +58,10 @@ func (k *clerk) serve(ctx context.Context, line *net.UnixConn) {
 		if err != nil {
 			k.log.Warn("refused a question", "error", err)
 			k.send(line, refusal(q.ID, err))
+			continue
+		}
+		if q.Ask == tellServing || q.Ask == tellReady {
+			heard(q)
 			continue
 		}
 		select {
@@ -91,6 +98,8 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 		a.Text, err = rootTarget(q.Link, k.mountDir)
 	case askReadAhead:
 		err = setReadAhead(k.bdi, q.KiB)
+	case askWaiting:
+		a.Count, err = waiting(k.bdi)
 	case askMapped:
 		var u usage
 		if u, err = k.scans.get(ctx); err == nil {
@@ -142,6 +151,44 @@ func rootTarget(link, mountDir string) (string, error) {
 		return "", missing
 	}
 	return target, nil
+}
+
+// waiting reads how many requests of a mount are not answered (Linux
+// Documentation/filesystems/fuse: the directory is named after the device). The
+// kernel's control file system need not be mounted anywhere for that.
+func waiting(bdi string) (int, error) {
+	_, minor, _ := strings.Cut(bdi, ":")
+	b, err := os.ReadFile(filepath.Join("/sys/fs/fuse/connections", minor, "waiting"))
+	if err != nil {
+		if b, err = readControl(minor + "/waiting"); err != nil {
+			return 0, fmt.Errorf("the kernel's list of FUSE connections: %w", err)
+		}
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
+}
+
+// readControl reads a file of a fusectl that is mounted for nobody else.
+func readControl(name string) ([]byte, error) {
+	fs, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("fsopen", err)
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return nil, os.NewSyscallError("fsconfig", err)
+	}
+	top, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("fsmount", err)
+	}
+	defer unix.Close(top)
+	fd, err := unix.Openat(top, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("open", err)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, 64))
 }
 
 // setReadAhead sets how much the kernel reads at once on a device.

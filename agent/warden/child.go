@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,7 +29,39 @@ type child struct {
 	life   *os.File
 	closed chan struct{} // its end of the life pipe is closed
 	reaped chan struct{}
-	state  string // how it ended, valid after reaped
+	state  string        // how it ended, valid after reaped
+	ready  chan struct{} // closed when it says that everything of it runs
+
+	mu      sync.Mutex
+	serving time.Time // when it said that it reads requests
+	version string    // as it says
+	isReady bool
+}
+
+// heard takes what a child says of itself.
+func (c *child) heard(q question) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.version = printable(q.Version)
+	if c.serving.IsZero() {
+		c.serving = time.Now()
+	}
+	if q.Ask == tellReady && !c.isReady {
+		c.isReady = true
+		close(c.ready)
+	}
+}
+
+func (c *child) saidVersion() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.version
+}
+
+func (c *child) servingSince() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.serving
 }
 
 // startChild starts the child with the mount's device, a line and a life pipe.
@@ -48,11 +81,23 @@ func (w *warden) startChild() (*child, error) {
 		return nil, err
 	}
 	defer lifeEnd.Close()
-	cmd := exec.Command(w.cfg.Child[0], w.cfg.Child[1:]...) //nolint:noctx // stop ends it, in an order a context does not know
+	cmd := w.program.command(w.cfg.Child[1:]...)
 	cmd.Env = append(withoutEnv(w.cfg.Env), envName+"="+string(value))
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{w.dev.File, theirs, lifeEnd} // deviceFD, lineFD, lifeFD
-	cmd.SysProcAttr = &syscall.SysProcAttr{
+	cmd.SysProcAttr = w.ordinary()
+	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{}), ready: make(chan struct{})}
+	if err := c.launch(cmd); err != nil {
+		_ = ours.Close()
+		life.Close()
+		return nil, fmt.Errorf("start %s: %w", w.program.name, err)
+	}
+	return c, nil
+}
+
+// ordinary is how an ordinary user's process is started.
+func (w *warden) ordinary() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{
 		// No groups, and no capabilities: leaving uid 0 drops them.
 		Credential: &syscall.Credential{Uid: w.cfg.UID, Gid: w.cfg.GID},
 		Pdeathsig:  syscall.SIGKILL,
@@ -61,24 +106,30 @@ func (w *warden) startChild() (*child, error) {
 		// (TIOCSTI) if it were that of its own session.
 		Setsid: true,
 	}
-	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{})}
-	if err := c.launch(cmd); err != nil {
-		_ = ours.Close()
-		life.Close()
-		return nil, fmt.Errorf("start %s: %w", w.cfg.Child[0], err)
-	}
-	return c, nil
 }
 
-// launch starts cmd on a thread of its own. PR_SET_NO_NEW_PRIVS is a thread's
-// and is inherited by what it starts; the death signal is sent when the thread
-// that started the child ends, so it must stay until the child is gone, and
-// then goes with the goroutine.
+// launch starts cmd, and knows when its end of the life pipe closes.
 func (c *child) launch(cmd *exec.Cmd) error {
+	if err := c.start(cmd); err != nil {
+		return err
+	}
+	go func() {
+		defer close(c.closed)
+		_, _ = c.life.Read(make([]byte, 1)) // nobody writes: it ends with the child
+	}()
+	return nil
+}
+
+// start starts cmd on a thread of its own, on which it can gain nothing:
+// PR_SET_NO_NEW_PRIVS and the bounding set are a thread's and are inherited by
+// what it starts. The death signal is sent when the thread that started the
+// child ends, so it must stay until the child is gone, and then goes with the
+// goroutine.
+func (c *child) start(cmd *exec.Cmd) error {
 	started := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		err := os.NewSyscallError("prctl", unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		err := gainNothing()
 		if err == nil {
 			err = cmd.Start()
 		}
@@ -94,10 +145,26 @@ func (c *child) launch(cmd *exec.Cmd) error {
 		return err
 	}
 	c.pid = cmd.Process.Pid
-	go func() {
-		defer close(c.closed)
-		_, _ = c.life.Read(make([]byte, 1)) // nobody writes: it ends with the child
-	}()
+	return nil
+}
+
+// gainNothing takes from the calling thread, and from what it starts, every way
+// to more privileges. The thread keeps what it has.
+func gainNothing() error {
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return os.NewSyscallError("prctl", err)
+	}
+	for capability := range uintptr(64) {
+		err := unix.Prctl(unix.PR_CAPBSET_DROP, capability, 0, 0, 0)
+		// EINVAL: the kernel has no more of them. EPERM: a container's root that may
+		// not; the child has none of them all the same.
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EPERM) {
+			break
+		}
+		if err != nil {
+			return os.NewSyscallError("prctl", err)
+		}
+	}
 	return nil
 }
 
@@ -142,15 +209,21 @@ func (c *child) stop(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	if c.wait(ctx) != nil {
-		c.signal(syscall.SIGKILL)
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		_ = c.wait(ctx)
+		c.kill()
 	}
 	select { // so that its state is known, which is a moment later
 	case <-c.reaped:
 	case <-time.After(time.Second):
 	}
+}
+
+// kill ends the child as it may end at any time, and waits until the next one
+// can be started.
+func (c *child) kill() {
+	c.signal(syscall.SIGKILL)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = c.wait(ctx)
 }
 
 func (c *child) signal(sig syscall.Signal) {

@@ -102,6 +102,11 @@ func (c *Conn) attach(line *os.File) error {
 // NodeTable is the path of the mount's node table (fuse.ServerConfig).
 func (c *Conn) NodeTable() string { return nodeTable(c.RunDir) }
 
+// Journal is the path of the mount's journal (fuse.ServerConfig).
+func (c *Conn) Journal() string { return journal(c.RunDir) }
+
+func journal(runDir string) string { return filepath.Join(runDir, "journal") }
+
 func nodeTable(runDir string) string { return filepath.Join(runDir, "nodes") }
 
 // Run receives answers until ctx is done (its error) or the warden is gone
@@ -217,6 +222,32 @@ func (c *Conn) Mapped(ctx context.Context, node uint64) bool {
 func (c *Conn) RootTarget(ctx context.Context, link string) (string, error) {
 	a, err := c.ask(ctx, question{Ask: askRoot, Link: link})
 	return a.Text, err
+}
+
+// Waiting is how many requests of the mount the kernel waits for, those it has
+// not sent yet included.
+func (c *Conn) Waiting(ctx context.Context) (int, error) {
+	a, err := c.ask(ctx, question{Ask: askWaiting})
+	return a.Count, err
+}
+
+// Serving tells the warden that requests are being read, Ready that everything
+// of this process runs. A child that does not come so far is, after a reload,
+// replaced by the one before.
+func (c *Conn) Serving(version string) error { return c.tell(tellServing, version) }
+
+// Ready belongs to Serving.
+func (c *Conn) Ready(version string) error { return c.tell(tellReady, version) }
+
+func (c *Conn) tell(what, version string) error {
+	b, err := json.Marshal(question{Ask: what, Version: version})
+	if err != nil {
+		return err
+	}
+	if _, err := c.line.Write(b); err != nil {
+		return fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+	}
+	return nil
 }
 
 // SetReadAhead sets the kernel's read-ahead on the mount, 0 to 4096 KiB.

@@ -30,7 +30,12 @@ const modeEnv = "FLOX_WARDEN_TEST"
 
 func TestMain(m *testing.M) {
 	switch os.Getenv(modeEnv) {
+	case "reload":
+		_, err := Reload(context.Background(), os.Getenv("FLOX_WARDEN_CONTROL"), "")
+		fmt.Println(errors.Is(err, flox.ErrDenied), err)
+		os.Exit(0)
 	case "child":
+		behave()
 		if err := childMain(); err != nil {
 			fmt.Fprintln(os.Stderr, "child:", err)
 			os.Exit(1)
@@ -184,9 +189,36 @@ func run(t *testing.T, format string, args ...any) string {
 	return string(out)
 }
 
+// behave makes a child what its program's name says, so that a test can have
+// other programs than this one.
+func behave() {
+	name := filepath.Base(os.Args[0])
+	if len(os.Args) > 1 && os.Args[1] == "version" {
+		if strings.Contains(name, "silent") {
+			fmt.Fprintln(os.Stderr, "what do you\x1b want?")
+			os.Exit(2)
+		}
+		fmt.Printf("{\"version\": %q}\n", version())
+		os.Exit(0)
+	}
+	if strings.Contains(name, "exits") {
+		os.Exit(3)
+	}
+}
+
+// version is that of a copy of this program: how many bytes were added to it.
+func version() string {
+	info, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return err.Error()
+	}
+	return fmt.Sprintf("v%d", info.Size())
+}
+
 // report is what a child says about itself when it serves.
 type report struct {
 	PID    int
+	Took   fuse.Takeover
 	Status string // of /proc/self
 	Env    []string
 }
@@ -198,6 +230,7 @@ type query struct {
 	Link string
 	KiB  int
 
+	Waiting int
 	Text    string
 	Mapped  []string // names of the entries, of those the store has
 	InUse   []string
@@ -235,7 +268,8 @@ func childMain() error {
 	store := &tinyStore{release: filepath.Join(c.RunDir, "release")}
 	s, err := fuse.NewServer(fuse.ServerConfig{
 		Device: c.Device, Init: c.Init, Store: store, NodeTable: c.NodeTable(), Mapped: c.Mapped,
-		ReadTimeout: 1500 * time.Millisecond, LookupTimeout: 10 * time.Second,
+		ReadTimeout: 1500 * time.Millisecond, LookupTimeout: 10 * time.Second, Journal: c.Journal(),
+		Serving: func() { c.Serving(version()) },
 	})
 	if err != nil {
 		return err
@@ -258,20 +292,23 @@ func childMain() error {
 			go s.Run(ctx)
 			time.Sleep(10 * time.Millisecond)
 		}
-		writeReport(c)
+		writeReport(c, s)
 		<-ctx.Done()
 		return nil
 	}
-	writeReport(c)
+	writeReport(c, s)
+	if !strings.Contains(os.Args[0], "mute") {
+		c.Ready(version())
+	}
 	if err := s.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
 	return nil
 }
 
-func writeReport(c *Conn) {
+func writeReport(c *Conn, s *fuse.Server) {
 	status, _ := os.ReadFile("/proc/self/status")
-	b, _ := json.Marshal(report{PID: os.Getpid(), Status: string(status), Env: os.Environ()})
+	b, _ := json.Marshal(report{PID: os.Getpid(), Took: s.Takeover(), Status: string(status), Env: os.Environ()})
 	for n := 1; ; n++ {
 		f, err := os.OpenFile(filepath.Join(c.RunDir, fmt.Sprintf("report-%d", n)), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 		if errors.Is(err, os.ErrExist) {
@@ -305,6 +342,8 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 		q.Text, err = c.RootTarget(ctx, q.Link)
 	case askReadAhead:
 		err = c.SetReadAhead(ctx, q.KiB)
+	case askWaiting:
+		q.Waiting, err = c.Waiting(ctx)
 	case "drop":
 		node, _ := s.Node(tinyID, 1)
 		err = s.DropPages(ctx, []uint64{node})

@@ -56,7 +56,7 @@ func line(t *testing.T, k *clerk) *Conn {
 	theirs.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	served, ended := make(chan struct{}), make(chan error, 1)
-	go func() { defer close(served); k.serve(ctx, ours) }()
+	go func() { defer close(served); k.serve(ctx, ours, func(question) {}) }()
 	go func() { ended <- c.Run(context.Background()) }()
 	t.Cleanup(func() {
 		cancel()

@@ -32,6 +32,11 @@ const (
 	askMapped    = "mapped"    // Node: whether it is mapped or executed
 	askRoot      = "root"      // Link: where it points
 	askReadAhead = "readahead" // KiB: set it
+	askWaiting   = "waiting"   // how many requests of the mount are not answered
+
+	// What a child tells of itself, with its Version. There is no answer.
+	tellServing = "serving" // requests are read
+	tellReady   = "ready"   // and everything else runs
 )
 
 // question goes from the child to the parent.
@@ -42,6 +47,8 @@ type question struct {
 	Node uint64 `json:",omitempty"`
 	Link string `json:",omitempty"`
 	KiB  int    `json:",omitempty"`
+
+	Version string `json:",omitempty"`
 }
 
 // answer goes from the parent to the child.
@@ -53,6 +60,7 @@ type answer struct {
 	Open   []uint64 `json:",omitempty"` // inodes open, or somebody's directory
 	Mapped []uint64 `json:",omitempty"` // inodes mapped or executed
 	Yes    bool     `json:",omitempty"`
+	Count  int      `json:",omitempty"`
 	More   bool     `json:",omitempty"` // another part follows
 }
 
@@ -64,6 +72,7 @@ var errorKinds = map[string]error{
 	"denied":    flox.ErrDenied,
 	"bad input": flox.ErrBadInput,
 	"busy":      flox.ErrBusy,
+	"closed":    flox.ErrClosed,
 	"failed":    errFailed,
 }
 
@@ -77,7 +86,7 @@ func parseQuestion(b []byte) (question, error) {
 		return bad(question{}, err.Error())
 	}
 	switch q.Ask {
-	case askInUse, askMapped:
+	case askInUse, askMapped, askWaiting, tellServing, tellReady:
 	case askExe:
 		if q.PID == 0 || q.PID > 1<<22 { // PID_MAX_LIMIT
 			return bad(q, fmt.Sprintf("process %d", q.PID))

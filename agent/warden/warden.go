@@ -16,6 +16,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -44,8 +45,21 @@ type Config struct {
 	// RunDir is a directory on a tmpfs for the node table and what else the
 	// child keeps there; it is made if missing and given to the child's user.
 	RunDir string
-	// Child is the command line of the child, an absolute program first.
+	// Child is the command line of the child, an absolute program first. That
+	// file is held: whatever becomes of its name, it is what is started again.
 	Child []string
+	// Program is the file that a reload puts in its place; "" = Child[0].
+	Program string
+	// VersionArgs are the arguments with which a program writes its version, as a
+	// JSON object with a "version"; nil = it is not asked before a reload.
+	VersionArgs []string
+	// Control is the socket for root's commands (Reload), in a directory only root
+	// can write to; "" = there is none.
+	Control string
+	// ReadyTimeout is how long a reloaded program may take to serve; 0 = 20 s.
+	ReadyTimeout time.Duration
+	// WithoutResend belongs to fuse.MountConfig: it is for tests.
+	WithoutResend bool
 	// Env is the child's environment beside what it needs for FromEnv; nil = os.Environ().
 	Env []string
 	// UID and GID are who the child runs as; 0 = the user floxd, or 65534 if
@@ -74,8 +88,16 @@ func (c *Config) setDefaults() error {
 		return bad("Child %q: want a command line that begins with an absolute path", c.Child)
 	case c.ReadAheadKiB < 0 || c.ReadAheadKiB > maxReadAhead:
 		return bad("ReadAheadKiB %d: want 0 to %d", c.ReadAheadKiB, maxReadAhead)
-	case c.StopTimeout < 0:
-		return bad("StopTimeout %v: want 0 or more", c.StopTimeout)
+	case c.StopTimeout < 0 || c.ReadyTimeout < 0:
+		return bad("StopTimeout %v, ReadyTimeout %v: want 0 or more", c.StopTimeout, c.ReadyTimeout)
+	case c.Program != "" && !filepath.IsAbs(c.Program):
+		return bad("Program %q: want an absolute path", c.Program)
+	}
+	if c.Program == "" {
+		c.Program = c.Child[0]
+	}
+	if c.ReadyTimeout == 0 {
+		c.ReadyTimeout = 20 * time.Second
 	}
 	if c.Env == nil {
 		c.Env = os.Environ()
@@ -122,6 +144,10 @@ type warden struct {
 	log   *slog.Logger
 	dev   *fuse.Device
 	clerk *clerk
+
+	program   *program     // what is started next; supervise's
+	changes   chan *change // reloads, to supervise
+	reloading sync.Mutex   // held by the one there may be
 }
 
 // Run mounts, supervises the child and unmounts when ctx is done (nil). The
@@ -135,13 +161,17 @@ func Run(ctx context.Context, cfg Config) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("mount %s: only root can mount; run it with sudo: %w", cfg.MountDir, flox.ErrDenied)
 	}
-	w := &warden{cfg: cfg, log: cfg.Log}
+	w := &warden{cfg: cfg, log: cfg.Log, changes: make(chan *change)}
 	lock, err := w.prepare(ctx)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	if w.dev, err = fuse.Mount(fuse.MountConfig{Dir: cfg.MountDir, Log: cfg.Log}); err != nil {
+	if w.program, err = openProgram(cfg.Child[0]); err != nil {
+		return err
+	}
+	defer func() { w.program.close() }()
+	if w.dev, err = fuse.Mount(fuse.MountConfig{Dir: cfg.MountDir, WithoutResend: cfg.WithoutResend, Log: cfg.Log}); err != nil {
 		return err
 	}
 	defer w.dev.File.Close()
@@ -154,6 +184,17 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	w.clerk = &clerk{mountDir: cfg.MountDir, bdi: w.dev.BDI, scans: scans, log: cfg.Log}
+	ctx, cancel := context.WithCancel(ctx)
+	var orders sync.WaitGroup
+	defer orders.Wait()
+	defer cancel()
+	if cfg.Control != "" {
+		if l, err := listenControl(cfg.Control); err != nil {
+			w.log.Warn("a reload will not be possible", "error", err)
+		} else {
+			orders.Go(func() { w.obey(ctx, l) })
+		}
+	}
 	return w.supervise(ctx)
 }
 
@@ -185,9 +226,11 @@ func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
 	if err := os.MkdirAll(w.cfg.MountDir, 0o755); err != nil {
 		return nil, fmt.Errorf("mount directory: %w", err)
 	}
-	// The table of another mount.
-	if err := os.Remove(nodeTable(w.cfg.RunDir)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("old node table: %w", err)
+	// Those of another mount.
+	for _, file := range []string{nodeTable(w.cfg.RunDir), journal(w.cfg.RunDir)} {
+		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("old node table or journal: %w", err)
+		}
 	}
 	return lock, nil
 }
@@ -234,67 +277,6 @@ func dead(ctx context.Context, dir string) bool {
 		return errors.Is(err, syscall.ENOTCONN) || errors.Is(err, syscall.ECONNABORTED)
 	case <-ctx.Done():
 		return false
-	}
-}
-
-// supervise keeps a child running until ctx is done.
-func (w *warden) supervise(ctx context.Context) error {
-	delay := time.Duration(0)
-	for {
-		began := time.Now()
-		err := w.runChild(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
-		if !w.connected() {
-			return fmt.Errorf("%s was unmounted by somebody else; start the agent again to mount it: %w", w.cfg.MountDir, flox.ErrClosed)
-		}
-		if time.Since(began) > settled {
-			delay = 0
-		}
-		w.log.Error("the child ended, starting it again", "after", time.Since(began).Round(time.Millisecond), "pause", delay, "error", err)
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-time.After(delay):
-		}
-		delay = min(max(2*delay, 50*time.Millisecond), maxDelay)
-	}
-}
-
-// runChild starts one child and stays with it until it is gone.
-func (w *warden) runChild(ctx context.Context) error {
-	c, err := w.startChild()
-	if err != nil {
-		return err
-	}
-	defer c.release()
-	w.log.Info("the child runs", "pid", c.pid, "uid", w.cfg.UID)
-	answering, stop := context.WithCancel(context.WithoutCancel(ctx))
-	answered := make(chan struct{})
-	go func() {
-		defer close(answered)
-		w.clerk.serve(answering, c.line)
-	}()
-	defer func() {
-		stop()
-		// Not for an answer that waits: it ends when it can.
-		select {
-		case <-answered:
-		case <-time.After(time.Second):
-		}
-	}()
-	if c.wait(ctx) != nil {
-		// While the child serves, the mount can go without anybody waiting.
-		w.unmount()
-		c.stop(w.cfg.StopTimeout)
-		return nil
-	}
-	select {
-	case <-c.reaped:
-		return errors.New(c.state)
-	case <-time.After(50 * time.Millisecond):
-		return errors.New("killed, but a thread of it is still inside the kernel")
 	}
 }
 

@@ -44,6 +44,7 @@ func TestChildIsUnprivilegedAndServes(t *testing.T) {
 	want := map[string]string{
 		"Uid": "65533\t65533\t65533\t65533", "Gid": "65532\t65532\t65532\t65532", "Groups": "", "NoNewPrivs": "1",
 		"CapEff": "0000000000000000", "CapPrm": "0000000000000000", "CapInh": "0000000000000000", "CapAmb": "0000000000000000",
+		"CapBnd": "0000000000000000",
 	}
 	for field := range want {
 		got[field] = status(r.Status, field)
@@ -72,7 +73,14 @@ func TestChildIsUnprivilegedAndServes(t *testing.T) {
 }
 
 func TestKilledChildIsReplacedUnderItsUsers(t *testing.T) {
+	for name, without := range map[string]bool{"resend": false, "journal": true} {
+		t.Run(name, func(t *testing.T) { killChildren(t, without) })
+	}
+}
+
+func killChildren(t *testing.T, withoutResend bool) {
 	h := newHost(t)
+	h.cfg.WithoutResend = withoutResend
 	h.start(t)
 	first := h.report(t, 1)
 	reader := exec.Command("cat", h.path("hung"))
@@ -91,6 +99,9 @@ func TestKilledChildIsReplacedUnderItsUsers(t *testing.T) {
 		next := h.report(t, n+1)
 		if next.PID == first.PID {
 			t.Fatal("the same child again")
+		}
+		if next.Took.Resend == withoutResend || (next.Took.Resumed > 0) != withoutResend {
+			t.Errorf("taken over by %+v", next.Took)
 		}
 		first = next
 	}
