@@ -245,7 +245,9 @@ func (a *Agent) openMount() (err error) {
 	w := a.cfg.Warden
 	a.mount, err = fuse.NewServer(fuse.ServerConfig{
 		Device: w.Device, Init: w.Init, Store: a.store, NodeTable: w.NodeTable(),
+		Journal:       w.Journal(),
 		LookupTimeout: a.cfg.LookupTimeout, ReadTimeout: a.cfg.ReadTimeout, Mapped: w.Mapped, Log: a.log,
+		Serving: func() { a.tellWarden(w.Serving) },
 	})
 	a.kernel.mount = a.mount
 	return err

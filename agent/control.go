@@ -44,6 +44,9 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	if err := os.Chmod(a.cfg.Socket, 0o666); err != nil { //nolint:gosec // the socket is for everybody
 		return errors.Join(fmt.Errorf("control socket: %w", err), listener.Close())
 	}
+	if a.mount != nil {
+		a.tellWarden(a.cfg.Warden.Ready)
+	}
 	mux := http.NewServeMux()
 	mux.Handle(floxv1connect.NewAgentHandler(&control{a: a}, connect.WithReadMaxBytes(4<<20)))
 	return serveHTTP(ctx, listener, &http.Server{

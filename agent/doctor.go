@@ -11,9 +11,12 @@ import (
 )
 
 // Doctor implements floxv1connect.AgentHandler: what only the agent can see.
-func (c *control) Doctor(context.Context, *connect.Request[floxv1.DoctorRequest]) (*connect.Response[floxv1.DoctorResponse], error) {
+func (c *control) Doctor(ctx context.Context, _ *connect.Request[floxv1.DoctorRequest]) (*connect.Response[floxv1.DoctorResponse], error) {
 	a := c.a
 	findings := []*floxv1.Finding{a.doctorStorehouse(), a.doctorTrust(), a.doctorMount(), a.doctorCache(), a.doctorPeers()}
+	if a.mount != nil {
+		findings = append(findings, a.doctorTakeover(ctx))
+	}
 	return connect.NewResponse(&floxv1.DoctorResponse{Findings: findings}), nil
 }
 

@@ -159,7 +159,7 @@ func admitted(conn net.Conn) error {
 // Reload tells the warden behind a Control socket to put another program in the
 // place of its child: the file of an absolute name, "" = the one the warden was
 // started from, as it is now. It returns when that serves, or an error when the
-// old one serves on. ErrNotFound: no warden is there. ErrBusy: another reload is
+// old one serves on. ErrUnreachable: no warden is there. ErrNotFound: no such file. ErrBusy: another reload is
 // under way. ErrDenied: not root. ErrBadInput: it is no program that can serve.
 func Reload(ctx context.Context, control, program string) (Reloaded, error) {
 	var conn net.Conn
@@ -170,7 +170,7 @@ func Reload(ctx context.Context, control, program string) (Reloaded, error) {
 	})
 	switch {
 	case errors.Is(err, iofs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return Reloaded{}, fmt.Errorf("nobody listens at %s: %w", control, flox.ErrNotFound)
+		return Reloaded{}, fmt.Errorf("nobody listens at %s: %w", control, flox.ErrUnreachable)
 	case errors.Is(err, iofs.ErrPermission):
 		return Reloaded{}, fmt.Errorf("%s is root's: %w", control, flox.ErrDenied)
 	case err != nil:

@@ -176,6 +176,18 @@ func (h *host) ask(t *testing.T, q query) query {
 	return q
 }
 
+// awaitReader waits until somebody reads the file that hangs.
+func (h *host) awaitReader(t *testing.T) {
+	t.Helper()
+	for range 1000 {
+		if h.ask(t, query{Ask: "reading"}).Waiting > 0 {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("nobody reads")
+}
+
 // run runs a shell command on the mount, in another process.
 func run(t *testing.T, format string, args ...any) string {
 	t.Helper()
@@ -342,6 +354,12 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 		q.Text, err = c.RootTarget(ctx, q.Link)
 	case askReadAhead:
 		err = c.SetReadAhead(ctx, q.KiB)
+	case "reading": // the one file whose READs take long
+		for _, r := range s.Waiting() {
+			if node, _ := s.Node(tinyID, 2); r.Op == "READ" && r.Node == node {
+				q.Waiting++
+			}
+		}
 	case askWaiting:
 		q.Waiting, err = c.Waiting(ctx)
 	case "drop":

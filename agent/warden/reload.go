@@ -75,15 +75,22 @@ func unchanged(err error) error {
 
 // begin makes a change the program that is started next. old is what runs, and
 // is ended; nil if nothing does.
-func (w *warden) begin(c *change, old *child) {
-	c.from, c.stopped = w.program, time.Now()
+func (w *warden) begin(ctx context.Context, c *change, old *child) {
+	c.from = w.program
 	w.program = c.to
-	if old != nil {
-		c.report.From = old.saidVersion()
-		w.log.Info("the child is replaced", "program", c.to.name, "version", c.report.To)
-		// As if it had died: that loses nothing, and waits for nothing.
-		old.kill()
+	if old == nil {
+		c.stopped = time.Now()
+		return
 	}
+	if c.report.From = old.saidVersion(); c.report.From == "" { // it has just begun
+		if said, err := w.version(ctx, c.from); err == nil {
+			c.report.From = said
+		}
+	}
+	w.log.Info("the child is replaced", "program", c.to.name, "version", c.report.To)
+	c.stopped = time.Now()
+	// As if it had died: that loses nothing, and waits for nothing.
+	old.kill()
 }
 
 // served ends a change whose child serves and has everything open.

@@ -43,7 +43,7 @@ func (w *warden) supervise(ctx context.Context) error {
 				return nil
 			case <-time.After(delay):
 			case c = <-w.changes:
-				w.begin(c, nil)
+				w.begin(ctx, c, nil)
 			}
 		}
 		delay = min(max(2*delay, 50*time.Millisecond), maxDelay)
@@ -124,7 +124,7 @@ func (w *warden) stay(ctx context.Context, c *child, under *change) (*change, er
 			c.kill()
 			return under, fmt.Errorf("it was not ready within %v", w.cfg.ReadyTimeout)
 		case next := <-changes:
-			w.begin(next, c)
+			w.begin(ctx, next, c)
 			return next, errReplaced
 		}
 	}

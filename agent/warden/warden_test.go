@@ -91,7 +91,7 @@ func killChildren(t *testing.T, withoutResend bool) {
 	if err := errors.Join(prog.Start(), reader.Start()); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(100 * time.Millisecond)
+	h.awaitReader(t)
 	for n := 1; n <= 3; n++ {
 		if err := syscall.Kill(first.PID, syscall.SIGKILL); err != nil {
 			t.Fatal(err)

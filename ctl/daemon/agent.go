@@ -38,6 +38,7 @@ func newAgentCmd(file *string) *cobra.Command {
 		Short: "Mount the store on this machine and keep it fed",
 		Long: `Mount the store and serve it: a small process of root mounts and watches, an
 unprivileged one does everything else. It needs the storehouse's invite once.
+After an update of floxd, floxd agent reload starts the new one under the mount.
 
 ` + cli.ExitCodes,
 		Args: cli.Args(0, 0, ""),
@@ -58,6 +59,7 @@ unprivileged one does everything else. It needs the storehouse's invite once.
 		}
 		return runAgent(cmd.Context(), cfg, log)
 	}
+	cmd.AddCommand(newReloadCmd(file))
 	return cmd
 }
 
@@ -102,9 +104,14 @@ func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) 
 	if err != nil {
 		return err
 	}
+	file, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
 	return warden.Run(ctx, warden.Config{
 		MountDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
 		Child: []string{program, "agent", "--child"}, Env: environ(cfg),
+		Program: file, VersionArgs: []string{"version", "--json"}, Control: controlSocket(cfg), WithoutResend: withoutResend(),
 		ReadAheadKiB: int(cfg.Agent.ReadAhead >> 10), Log: log,
 	})
 }
@@ -189,6 +196,8 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("floxd agent --child is started by floxd agent only: %w", err)
 	}
+	// It was started through a descriptor, whose number would be its name.
+	_ = os.WriteFile("/proc/self/comm", []byte("floxd"), 0)
 	stateDir := filepath.Join(cfg.StateDir, agentDir)
 	invite, err := api.LoadInvite(filepath.Join(stateDir, inviteName))
 	if err != nil {

@@ -5,6 +5,7 @@
 package daemon
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -85,13 +86,19 @@ func newLogger(w io.Writer, cfg *Config, fallback slog.Level) *slog.Logger {
 // newVersionCmd prints the same words as floxctl's, so that the two can be
 // compared by eye.
 func newVersionCmd() *cobra.Command {
-	return &cobra.Command{
+	asJSON := false
+	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Print which build of floxd this is",
 		Args:  cli.Args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if asJSON {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(cli.ReadVersion())
+			}
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "floxd %s\n", cli.ReadVersion())
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print it as JSON")
+	return cmd
 }
