@@ -101,12 +101,14 @@ type Agent struct {
 	traffic   *traffic
 	store     *store
 	mount     *fuse.Server // nil without a warden
+	serving   *serving     // of the mount
+	late      *lateHost    // host, for those who are there before it
 	kernel    *kernel
 	end       context.CancelFunc // ends look-ups and fetches, which outlive who asked
 }
 
-// New opens the state and binds the sockets. An Agent that is not run must be
-// closed. Errors: ErrBadInput (configuration), ErrBusy (another agent uses the
+// New opens the state, begins to serve the mount, if there is one, and binds the
+// sockets. An Agent that is not run must be closed. Errors: ErrBadInput (configuration), ErrBusy (another agent uses the
 // state directory, an address is taken), ErrCorrupt.
 func New(cfg Config) (*Agent, error) {
 	if err := cfg.fill(); err != nil {
@@ -121,14 +123,16 @@ func New(cfg Config) (*Agent, error) {
 	if err := a.openState(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
-	if err := a.openNetwork(); err != nil {
-		return nil, errors.Join(err, a.Close())
-	}
+	a.prepareNetwork()
 	a.store = &store{a: a, trees: make(map[flox.CID]*tree)}
 	if cfg.Warden != nil {
 		if err := a.openMount(); err != nil {
 			return nil, errors.Join(err, a.Close())
 		}
+		a.serveMount()
+	}
+	if err := a.openNetwork(); err != nil {
+		return nil, errors.Join(err, a.Close())
 	}
 	return a, nil
 }
@@ -205,6 +209,28 @@ func lockDir(dir string) (*os.File, error) {
 	return f, err
 }
 
+// prepareNetwork makes what needs the network, and waits for it where it is used.
+func (a *Agent) prepareNetwork() {
+	life, end := context.WithCancel(context.Background())
+	a.end = end
+	house := p2p.PeerID(a.cfg.Invite.Storehouse[0].ID)
+	a.late = newLateHost()
+	a.calls = newCalls(a.late.dial)
+	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, log: a.log}
+	a.valid = &validNames{
+		calls: a.calls, house: house, state: a.follower.state, patience: min(listPatience, a.cfg.LookupTimeout/2), log: a.log,
+		asking: make(chan struct{}, 1),
+	}
+	a.resolver = &resolver{
+		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.late, house: house, traffic: a.traffic, log: a.log,
+		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
+	}
+	a.fetcher = newFetcher(life, a.late, a.cache, a.traffic, a.log)
+	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate}
+	a.readers = newReadAhead(life, a.ahead)
+}
+
+// openNetwork takes its time: keys, certificates, sockets.
 func (a *Agent) openNetwork() error {
 	key, err := p2p.LoadOrCreateKey(filepath.Join(a.cfg.StateDir, "key"))
 	if err != nil {
@@ -222,22 +248,7 @@ func (a *Agent) openNetwork() error {
 	if err != nil {
 		return err
 	}
-	life, end := context.WithCancel(context.Background())
-	a.end = end
-	house := bootstrap[0].ID
-	a.calls = newCalls(a.host)
-	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, log: a.log}
-	a.valid = &validNames{
-		calls: a.calls, house: house, state: a.follower.state, patience: min(listPatience, a.cfg.LookupTimeout/2), log: a.log,
-		asking: make(chan struct{}, 1),
-	}
-	a.resolver = &resolver{
-		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.host, house: house, traffic: a.traffic, log: a.log,
-		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
-	}
-	a.fetcher = newFetcher(life, a.host, a.cache, a.traffic, a.log)
-	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate}
-	a.readers = newReadAhead(life, a.ahead)
+	a.late.open(a.host)
 	return nil
 }
 
@@ -254,13 +265,13 @@ func (a *Agent) openMount() (err error) {
 }
 
 // Run serves until ctx ends or the mount is gone, then closes the agent. The
-// mount is served first: what is here can be read before the network is up.
+// mount is served since New: what is here is read before the network is up.
 func (a *Agent) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, a.end)()
 	if a.mount != nil {
 		group.Go(func() error { return ended(ctx, "warden", a.cfg.Warden.Run(ctx)) })
-		group.Go(func() error { return ended(ctx, "mount", a.mount.Run(ctx)) })
+		group.Go(func() error { return ended(ctx, "mount", a.serving.run(ctx)) })
 	}
 	group.Go(func() error { return ended(ctx, "cache", a.cache.Run(ctx)) })
 	group.Go(func() error { return ended(ctx, "network", a.host.Run(ctx)) })
@@ -294,6 +305,7 @@ func ended(ctx context.Context, part string, err error) error {
 // Close frees everything of an Agent that is not running. It may be called twice.
 func (a *Agent) Close() error {
 	var errs []error
+	a.serving.close()
 	if a.end != nil { // what they write to is closed next
 		a.end()
 		a.resolver.work.Wait()

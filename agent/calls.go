@@ -31,8 +31,8 @@ type calls struct {
 	peers map[p2p.PeerID]*http.Client
 }
 
-func newCalls(host *p2p.Host) *calls {
-	return &calls{dial: host.Dial, peers: make(map[p2p.PeerID]*http.Client)}
+func newCalls(dial func(context.Context, p2p.PeerID, string) (net.Conn, error)) *calls {
+	return &calls{dial: dial, peers: make(map[p2p.PeerID]*http.Client)}
 }
 
 func (c *calls) client(peer p2p.PeerID) *http.Client {
