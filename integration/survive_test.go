@@ -122,6 +122,7 @@ func survived(t *testing.T, l *load.Load) {
 		t.Errorf("the load did too little to show anything: %+v", r.Counts)
 	}
 	added := r.Added()
+	t.Logf("calm and disturbed: %v", r.Rounds)
 	t.Logf("%d rounds, %d files of %d MiB, %d programs, %d lines, %d walks; added stall p50 %v, p99 %v, most %v", len(r.Rounds), r.Files, r.Bytes>>20,
 		r.Programs, r.Lines, r.Walks, load.Quantile(added, 0.5), load.Quantile(added, 0.99), load.Quantile(added, 1))
 }

@@ -35,7 +35,7 @@ type child struct {
 	mu      sync.Mutex
 	serving time.Time // when it said that it reads requests
 	version string    // as it says
-	isReady bool
+	readyAt time.Time // when it said that everything runs
 }
 
 // heard takes what a child says of itself.
@@ -46,10 +46,16 @@ func (c *child) heard(q question) {
 	if c.serving.IsZero() {
 		c.serving = time.Now()
 	}
-	if q.Ask == tellReady && !c.isReady {
-		c.isReady = true
+	if q.Ask == tellReady && c.readyAt.IsZero() {
+		c.readyAt = time.Now()
 		close(c.ready)
 	}
+}
+
+func (c *child) readySince() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.readyAt
 }
 
 func (c *child) saidVersion() string {

@@ -15,7 +15,7 @@ func (w *warden) supervise(ctx context.Context) error {
 	var c *change // nil: no reload is under way
 	for {
 		began := time.Now()
-		next, err := w.runChild(ctx, c)
+		ready, next, err := w.runChild(ctx, c)
 		if ctx.Err() != nil {
 			next.drop(w.program)
 			return nil
@@ -33,7 +33,7 @@ func (w *warden) supervise(ctx context.Context) error {
 				continue
 			}
 		}
-		if time.Since(began) > settled {
+		if time.Since(began) > settled || !ready.IsZero() && time.Since(ready) > useful {
 			delay = 0
 		}
 		w.log.Error("the child ended, starting it again", "after", time.Since(began).Round(time.Millisecond), "pause", delay, "error", err)
@@ -51,11 +51,12 @@ func (w *warden) supervise(ctx context.Context) error {
 }
 
 // runChild starts one child and stays with it until it is gone, or is replaced
-// (errReplaced). It gives the change that is under way then.
-func (w *warden) runChild(ctx context.Context, under *change) (*change, error) {
+// (errReplaced). It gives when the child became ready, if it did, and the change
+// that is under way then.
+func (w *warden) runChild(ctx context.Context, under *change) (ready time.Time, next *change, err error) {
 	c, err := w.startChild()
 	if err != nil {
-		return under, err
+		return ready, under, err
 	}
 	defer c.release()
 	w.log.Info("the child runs", "pid", c.pid, "uid", w.cfg.UID)
@@ -73,21 +74,22 @@ func (w *warden) runChild(ctx context.Context, under *change) (*change, error) {
 		case <-time.After(time.Second):
 		}
 	}()
-	under, err = w.stay(ctx, c, under)
+	next, err = w.stay(ctx, c, under)
+	ready = c.readySince()
 	switch {
 	case ctx.Err() != nil:
 		// While the child serves, the mount can go without anybody waiting.
 		w.unmount()
 		c.stop(w.cfg.StopTimeout)
-		return under, nil
+		return ready, next, nil
 	case err != nil:
-		return under, err
+		return ready, next, err
 	}
 	select {
 	case <-c.reaped:
-		return under, errors.New(c.state)
+		return ready, next, errors.New(c.state)
 	case <-time.After(50 * time.Millisecond):
-		return under, errors.New("killed, but a thread of it is still inside the kernel")
+		return ready, next, errors.New("killed, but a thread of it is still inside the kernel")
 	}
 }
 

@@ -33,9 +33,11 @@ const (
 	// be seen as dead: its child dies with it, but not in the same moment.
 	staleTimeout = 3 * time.Second
 	// maxDelay is the longest pause before a child that keeps dying is started
-	// again; settled is how long one must live to be started at once.
+	// again. One is started at once that lived for settled, or was ready for
+	// useful: it is of use to its readers, who wait for the next one.
 	maxDelay = 10 * time.Second
 	settled  = 10 * time.Second
+	useful   = 250 * time.Millisecond
 )
 
 // Config is what the parent needs. MountDir, RunDir and Child are required.

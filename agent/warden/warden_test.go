@@ -339,6 +339,27 @@ func TestChildThatKeepsDyingIsStartedMoreSlowly(t *testing.T) {
 	}
 }
 
+// One that served is missed at once, however often it is killed.
+func TestChildThatServedIsStartedAtOnce(t *testing.T) {
+	h := newHost(t)
+	log := &lockedBuffer{}
+	h.cfg.Log = newLog(log)
+	h.start(t)
+	const kills = 8
+	for n := 1; n <= kills; n++ {
+		r := h.report(t, n)
+		h.ask(t, query{Ask: "reading"}) // so that it has said that it is ready
+		time.Sleep(2 * useful)
+		if err := syscall.Kill(r.PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.report(t, kills+1)
+	if got := strings.Count(log.String(), "pause=0s"); got != kills {
+		t.Errorf("%d of %d were started at once:\n%s", got, kills, log.String())
+	}
+}
+
 func TestRunRefuses(t *testing.T) {
 	h := newHost(t)
 	full := filepath.Join(h.top, "full")

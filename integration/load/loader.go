@@ -52,6 +52,11 @@ func run(in io.Reader, out io.Writer) error {
 		return err
 	}
 	l.paths = slices.Sorted(maps.Keys(l.spec.Files))
+	if l.spec.Probe != "" { // from here on it waits for who serves, not for a network
+		if _, _, err := l.read(l.spec.Probe, false); err != nil {
+			return fmt.Errorf("probe: %w", err)
+		}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var work sync.WaitGroup
