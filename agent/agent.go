@@ -178,16 +178,22 @@ func (a *Agent) openState() (err error) {
 	if a.lock, err = lockDir(dir); err != nil {
 		return err
 	}
-	if a.facts, err = openFacts(filepath.Join(dir, "facts"), a.cfg.StoreDir, a.cfg.Invite.TrustList); err != nil {
-		return err
-	}
 	a.executed = loadExecuted(filepath.Join(dir, "executed.json"))
 	a.known = &knownPeers{file: filepath.Join(dir, "peers.json")}
-	a.cache, err = cache.Open(cache.Config{
-		Dir: filepath.Join(dir, "cache"), Budget: a.cfg.CacheBudget, Reserve: a.cfg.CacheReserve,
-		Kernel: a.kernel, Log: a.log,
+	// At once: who reads waits for both, and each waits for the disk.
+	var group errgroup.Group
+	group.Go(func() (err error) {
+		a.facts, err = openFacts(filepath.Join(dir, "facts"), a.cfg.StoreDir, a.cfg.Invite.TrustList)
+		return err
 	})
-	return err
+	group.Go(func() (err error) {
+		a.cache, err = cache.Open(cache.Config{
+			Dir: filepath.Join(dir, "cache"), Budget: a.cfg.CacheBudget, Reserve: a.cfg.CacheReserve,
+			Kernel: a.kernel, Log: a.log,
+		})
+		return err
+	})
+	return group.Wait()
 }
 
 // lockDir makes sure that one agent uses dir; the lock ends with the process.

@@ -62,10 +62,16 @@ func (d *decoder) rest() int { return len(d.b) - d.off }
 
 // magic expects the four bytes that begin a block.
 func (d *decoder) magic(want string) {
-	if got := d.bytes(len(want)); d.err == nil && string(got) != want {
-		d.off = 0
-		d.fail("begins with %q, want %q", got, want)
+	got := string(d.bytes(len(want)))
+	if d.err != nil || got == want {
+		return
 	}
+	d.off = 0
+	if last := len(want) - 1; got[:last] == want[:last] && got[last] > want[last] && got[last] <= '9' {
+		d.fail("format version %c, this program knows up to version %c: a newer floxd made it, update this one", got[last], want[last])
+		return
+	}
+	d.fail("begins with %q, want %q", got, want)
 }
 
 // bytes gives the next n bytes, aliasing the block.

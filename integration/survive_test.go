@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,7 +23,7 @@ import (
 
 const (
 	// killRounds is how often the child is killed in a test, soakRounds in one
-	// with FLOX_SOAK.
+	// with FLOX_SOAK=1; any other number there is taken as it is.
 	killRounds, soakRounds = 20, 1000
 	// calm is how long a round leaves the child alone first.
 	calm = 300 * time.Millisecond
@@ -31,10 +32,15 @@ const (
 )
 
 func rounds() int {
-	if os.Getenv("FLOX_SOAK") != "" {
+	switch soak := os.Getenv("FLOX_SOAK"); {
+	case soak == "":
+		return killRounds
+	default:
+		if n, err := strconv.Atoi(soak); err == nil && n > 1 {
+			return n
+		}
 		return soakRounds
 	}
-	return killRounds
 }
 
 // newer builds a floxd of another version, which obeys FLOXD_TEST_WITHOUT_RESEND.
@@ -122,7 +128,11 @@ func survived(t *testing.T, l *load.Load) {
 		t.Errorf("the load did too little to show anything: %+v", r.Counts)
 	}
 	added := r.Added()
-	t.Logf("calm and disturbed: %v", r.Rounds)
+	var usual []time.Duration
+	for _, round := range r.Rounds {
+		usual = append(usual, round.Calm)
+	}
+	t.Logf("the longest wait of a round before anything was done: p50 %v, p99 %v", load.Quantile(usual, 0.5), load.Quantile(usual, 0.99))
 	t.Logf("%d rounds, %d files of %d MiB, %d programs, %d lines, %d walks; added stall p50 %v, p99 %v, most %v", len(r.Rounds), r.Files, r.Bytes>>20,
 		r.Programs, r.Lines, r.Walks, load.Quantile(added, 0.5), load.Quantile(added, 0.99), load.Quantile(added, 1))
 }

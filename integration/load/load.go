@@ -171,20 +171,36 @@ func (l *Load) Round(ctx context.Context, calm time.Duration, do func(context.Co
 		{func(ctx context.Context) error { return sleep(ctx, calm) }, &round.Calm},
 		{do, &round.Disturbed},
 	} {
-		if _, err := l.Counts(); err != nil { // a new count begins
+		begun, err := l.Counts() // a new count begins
+		if err != nil {
 			return err
 		}
 		if err := part.do(ctx); err != nil {
 			return err
 		}
-		c, err := l.Counts()
-		if err != nil {
+		if *part.longest, err = l.longest(ctx, begun.Probes+2); err != nil {
 			return err
 		}
-		*part.longest = c.Longest
 	}
 	l.rounds = append(l.rounds, round)
 	return nil
+}
+
+// longest gives the longest wait until the probe has been through so often: who
+// waits still would not be counted otherwise.
+func (l *Load) longest(ctx context.Context, probes uint64) (longest time.Duration, err error) {
+	for {
+		c, err := l.Counts()
+		if err != nil {
+			return 0, err
+		}
+		if longest = max(longest, c.Longest); c.Probes >= probes {
+			return longest, nil
+		}
+		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+			return 0, err
+		}
+	}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
