@@ -96,6 +96,9 @@ type Agent struct {
 	follower  *follower
 	valid     *validNames
 	executed  *executed
+	ran       *ran
+	policies  *policies
+	complete  *completer
 	known     *knownPeers
 	waits     *waits
 	traffic   *traffic
@@ -153,7 +156,10 @@ func (c *Config) fill() error {
 		c.Listen = []string{"0.0.0.0:7782"}
 	}
 	if c.Offline == "" {
-		c.Offline = "used"
+		c.Offline = policyUsed
+	}
+	if err := checkPolicy(c.Offline); err != nil {
+		return fmt.Errorf("agent: %w", err)
 	}
 	if c.Site == "" {
 		c.Site = "default"
@@ -179,6 +185,10 @@ func (a *Agent) openState() (err error) {
 		return err
 	}
 	a.executed = loadExecuted(filepath.Join(dir, "executed.json"))
+	a.ran = loadRan(filepath.Join(dir, "ran.json"))
+	if a.policies, err = loadPolicies(filepath.Join(dir, "offline.json")); err != nil {
+		return err
+	}
 	a.known = &knownPeers{file: filepath.Join(dir, "peers.json")}
 	// At once: who reads waits for both, and each waits for the disk.
 	var group errgroup.Group
@@ -232,7 +242,8 @@ func (a *Agent) prepareNetwork() {
 		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
 	}
 	a.fetcher = newFetcher(life, a.late, a.cache, a.traffic, a.log)
-	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate}
+	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate, life: completeLife}
+	a.complete = newCompleter(a, a.ran, a.policies)
 	a.readers = newReadAhead(life, a.ahead)
 }
 
@@ -284,6 +295,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.follower.run(ctx) })
 	group.Go(func() error { return a.announce(ctx) })
 	group.Go(func() error { return a.rememberPeers(ctx) })
+	group.Go(func() error { return a.complete.run(ctx) })
 	group.Go(func() error { return a.serveFacts(ctx) })
 	group.Go(func() error { return a.serveControl(ctx) })
 	err := group.Wait()

@@ -116,7 +116,7 @@ func mayTake(ctx context.Context) error {
 }
 
 // Status implements floxv1connect.AgentHandler.
-func (c *control) Status(_ context.Context, _ *connect.Request[floxv1.StatusRequest]) (*connect.Response[floxv1.StatusResponse], error) {
+func (c *control) Status(ctx context.Context, _ *connect.Request[floxv1.StatusRequest]) (*connect.Response[floxv1.StatusResponse], error) {
 	a := c.a
 	peers := a.host.Peers()
 	s := &floxv1.StatusResponse{
@@ -124,7 +124,7 @@ func (c *control) Status(_ context.Context, _ *connect.Request[floxv1.StatusRequ
 		Pid: uint32(os.Getpid()), PeerId: string(a.host.ID()), Site: a.cfg.Site, //nolint:gosec // a pid is positive
 		Storehouse: a.linkMessage(), Peers: uint32(len(peers)), Cache: a.cacheMessage(), //nolint:gosec // a few thousand
 		Traffic: a.trafficMessage(), Waiting: uint32(a.waits.count()), PathsKnown: a.facts.known(), //nolint:gosec // bounded by the mount
-		Problems: a.problems(), Prefetch: a.ahead.message(),
+		Problems: a.problems(), Prefetch: a.ahead.message(), Offline: a.complete.state(ctx),
 	}
 	if a.mount != nil {
 		s.Mounted, s.MountDir = true, a.cfg.Warden.MountDir

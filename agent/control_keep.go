@@ -17,33 +17,55 @@ import (
 
 // keptOwners is the set of store paths that are kept.
 func (a *Agent) keptOwners(ctx context.Context) (map[string]bool, error) {
-	keeps, err := a.cache.Keeps(ctx)
+	owners, err := a.cache.Owners(ctx)
 	if err != nil {
 		return nil, err
 	}
-	out := make(map[string]bool, len(keeps))
-	for _, k := range keeps {
-		out[k.Owner] = true
+	out := make(map[string]bool, len(owners))
+	for _, o := range owners {
+		out[o] = true
 	}
 	return out, nil
 }
 
 // Keep implements floxv1connect.AgentHandler.
 func (c *control) Keep(ctx context.Context, req *connect.Request[floxv1.KeepRequest]) (*connect.Response[floxv1.KeepResponse], error) {
-	infos, err := c.a.wanted(ctx, req.Msg.GetPaths(), req.Msg.GetClosure())
-	response := &floxv1.KeepResponse{}
-	for _, info := range infos {
-		if err != nil {
-			break
-		}
-		err = c.a.keep(ctx, info)
-		response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(info.Path))
-	}
-	c.a.executed.again()
+	response, err := c.keep(ctx, req.Msg)
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
 	return connect.NewResponse(response), nil
+}
+
+func (c *control) keep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.KeepResponse, error) {
+	policy := req.GetOffline()
+	if policy != "" {
+		if err := checkPolicy(policy); err != nil {
+			return nil, err
+		}
+	}
+	infos, err := c.a.wanted(ctx, req.GetPaths(), req.GetClosure())
+	if err != nil {
+		return nil, err
+	}
+	defer c.a.executed.again()
+	response := &floxv1.KeepResponse{}
+	owned := make(map[string]ownedPolicy, len(infos))
+	for _, info := range infos {
+		if err := c.a.keep(ctx, info); err != nil {
+			return nil, err
+		}
+		owned[string(info.Path)] = ownedPolicy{Policy: policy, Paths: []flox.StorePath{info.Path}}
+		response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(info.Path))
+	}
+	if policy == "" {
+		return response, nil
+	}
+	if err := c.a.policies.set(owned); err != nil {
+		return nil, err
+	}
+	c.a.complete.poke()
+	return response, nil
 }
 
 // Unkeep implements floxv1connect.AgentHandler.
@@ -76,11 +98,13 @@ func (c *control) unkeep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.
 	}
 	response := &floxv1.KeepResponse{}
 	var missing error
+	var gone []string
 	for _, p := range paths {
 		err := c.a.cache.Unkeep(ctx, string(p))
 		switch {
 		case err == nil:
 			response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(p))
+			gone = append(gone, string(p))
 		case errors.Is(err, flox.ErrNotFound):
 			missing = fmt.Errorf("%s is not kept: %w", c.a.cfg.StoreDir.Join(p), flox.ErrNotFound)
 		default:
@@ -88,6 +112,9 @@ func (c *control) unkeep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.
 		}
 	}
 	c.a.executed.again()
+	if err := c.a.policies.drop(gone...); err != nil {
+		return nil, err
+	}
 	if len(response.Kept) == 0 || !req.GetClosure() && missing != nil {
 		return nil, missing
 	}

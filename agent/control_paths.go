@@ -78,6 +78,9 @@ func (a *Agent) openAll(ctx context.Context, infos []*flox.PathInfo) ([]*tree, e
 // details says how much of a path is here.
 func (a *Agent) details(ctx context.Context, info *flox.PathInfo, kept bool) (*floxv1.PathDetails, error) {
 	d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: kept}
+	if kept {
+		d.Offline = a.policies.of(string(info.Path)).Policy
+	}
 	t, err := a.open(ctx, info)
 	if err != nil {
 		return nil, err

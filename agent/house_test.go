@@ -51,6 +51,7 @@ type house struct {
 	broken  error                                                                                                // what Paths answers
 	asks    int                                                                                                  // calls of ListPaths
 	list    func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
+	served  func(flox.CID)                                                                                       // told of every block that is served; nil = nobody
 }
 
 // Put implements flox.BlockSink.
@@ -69,6 +70,9 @@ func (h *house) Get(_ context.Context, id flox.CID) ([]byte, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if b, ok := h.blocks[id]; ok {
+		if h.served != nil {
+			h.served(id)
+		}
 		return b, nil
 	}
 	return nil, fmt.Errorf("block %s: %w", id, flox.ErrNotFound)

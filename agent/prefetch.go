@@ -28,6 +28,11 @@ const (
 	quietFor = 200 * time.Millisecond
 	// quietPoll is how often that is looked at.
 	quietPoll = 50 * time.Millisecond
+	// quietMost is how long completion yields to readers who never stop: then it
+	// takes one step all the same, so that it gets somewhere over a slow line.
+	quietMost = 20 * time.Second
+	// completeLife bounds one step of completion; it begins when it may.
+	completeLife = 20 * time.Second
 	// aheadBurst is how much a capped prefetch may take at once.
 	aheadBurst = 1 << 20
 )
@@ -38,7 +43,8 @@ type prefetcher struct {
 	fetcher *fetcher
 	waits   *waits
 	off     bool
-	rate    int64 // bytes per second, 0 = no limit
+	rate    int64         // bytes per second, 0 = no limit
+	life    time.Duration // of one step of completion
 	bytes   [aheadKinds]atomic.Uint64
 
 	mu  sync.Mutex
@@ -46,8 +52,9 @@ type prefetcher struct {
 }
 
 // fetch brings pieces into the cache, as background work. It waits for the cap,
-// and completion also until readers are quiet. each may be nil. ErrFull: the
-// cache has no room for them, and what cannot be kept need not come ahead.
+// and completion also until readers are quiet; what then does not come within
+// completeLife is ErrUnreachable. each may be nil. ErrFull: the cache has no room
+// for them, and what cannot be kept need not come ahead.
 func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints p2p.Hints, each func(piece, []byte) error) error {
 	if p.off || len(pieces) == 0 {
 		return nil
@@ -64,6 +71,11 @@ func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints
 	if err := p.capped(ctx, size); err != nil {
 		return err
 	}
+	if why == aheadComplete {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, p.life)
+		defer cancel()
+	}
 	hints.Background = true
 	return p.fetcher.fetch(ctx, pieces, hints, nil, func(one piece, data []byte) error {
 		p.bytes[why].Add(uint64(len(data)))
@@ -74,22 +86,16 @@ func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints
 	})
 }
 
-// quiet waits until no reader waited for a moment.
+// quiet waits until no reader waited for a moment, but not for ever.
 func (p *prefetcher) quiet(ctx context.Context) error {
-	since := time.Now()
-	for {
-		if p.waits.count() > 0 {
-			since = time.Now()
-		}
-		if time.Since(since) >= quietFor {
-			return nil
-		}
+	for since := time.Now(); p.waits.quiet() < quietFor && time.Since(since) < quietMost; {
 		select {
 		case <-time.After(quietPoll):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	}
+	return nil
 }
 
 // capped waits until n more bytes are within the rate.

@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"errors"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -145,7 +144,7 @@ func (r *readAhead) stream(t *tree, index uint32, e *flox.Entry, off, n int64) (
 		s.next = end
 	}
 	least := int64(orderAfter)
-	if isCode(e) {
+	if isCode(*e) {
 		least = codeAfter
 	}
 	if s.run < least {
@@ -160,9 +159,6 @@ func (r *readAhead) stream(t *tree, index uint32, e *flox.Entry, off, n int64) (
 	s.ahead = to
 	return from, to
 }
-
-// isCode reports whether a file is a program or a library by its looks.
-func isCode(e *flox.Entry) bool { return e.Executable || strings.Contains(e.Name, ".so") }
 
 // walk says from which entry on to fetch how many bytes of files, ahead of a
 // reader of one file after another; 0 bytes: nothing.

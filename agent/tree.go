@@ -52,8 +52,9 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 		return 0, nil
 	}
 	p = p[:min(int64(len(p)), int64(e.Size)-off)]
-	if off == 0 && isCode(&e) {
+	if off == 0 && isCode(e) {
 		t.a.executed.touch(t.path)
+		t.a.ran.saw(t.path, index, isProgram(e))
 	}
 	t.a.readers.read(t, index, &e, off, int64(len(p)))
 	if e.Size <= uint64(t.Params().InlineLimit) {
@@ -68,6 +69,9 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 	if n, st := t.a.cache.ReadAt(file, p, off, who.Node); st == cache.Hit {
 		t.use(ctx)
 		return n, nil
+	}
+	if isCode(e) {
+		t.a.ran.saw(t.path, index, isProgram(e))
 	}
 	return t.fill(ctx, index, e, p, off, who)
 }

@@ -16,8 +16,9 @@ const (
 
 // waits lists who waits for what right now, for people to see.
 type waits struct {
-	mu  sync.Mutex
-	all map[*wait]struct{}
+	mu   sync.Mutex
+	all  map[*wait]struct{}
+	idle time.Time // when the last of them ended
 }
 
 // wait is one request that could not be answered from what is here.
@@ -52,6 +53,7 @@ func (w *waits) begin(pid uint32, op, path string, total uint64) *wait {
 func (e *wait) end() {
 	e.list.mu.Lock()
 	delete(e.list.all, e)
+	e.list.idle = time.Now()
 	e.list.mu.Unlock()
 }
 
@@ -133,6 +135,16 @@ func (w *waits) count() int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return len(w.all)
+}
+
+// quiet is for how long nobody has waited.
+func (w *waits) quiet() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.all) > 0 {
+		return 0
+	}
+	return time.Since(w.idle)
 }
 
 // waitView is a copy of a wait.

@@ -19,7 +19,7 @@ func newStatusCmd(g *globals) *cobra.Command {
 		Use:   "status",
 		Short: "Show whether the store is mounted, who feeds it, and what is wrong",
 		Long: `Show where the store is mounted, whether the storehouse answers, how full the
-cache is, where data came from, and every problem with what to do about it.
+cache is, where data came from, what is ready to go offline, and every problem with what to do about it.
 
 It exits 0 whenever the agent answers; for a check that fails, see: floxctl doctor.
 
@@ -46,6 +46,8 @@ type statusFacts struct {
 	FuseRequests map[string]uint64 `json:"fuseRequests"`
 	Waiting      uint32            `json:"waiting"`
 	PathsKnown   uint64            `json:"pathsKnown"`
+	Offline      offlineFacts      `json:"offline"`
+	Prefetch     prefetchFacts     `json:"prefetch"`
 	Problems     []string          `json:"problems"`
 }
 
@@ -61,7 +63,8 @@ func runStatus(ctx context.Context, g *globals, out *output) error {
 		StoreDir: m.GetStoreDir(), MountDir: m.GetMountDir(), Mounted: m.GetMounted(),
 		PeerID: m.GetPeerId(), Site: m.GetSite(), Storehouse: storehouseOf(m.GetStorehouse()), Peers: m.GetPeers(),
 		Cache: cacheOf(m.GetCache()), Traffic: trafficOf(m.GetTraffic()), FuseRequests: m.GetFuseRequests(),
-		Waiting: m.GetWaiting(), PathsKnown: m.GetPathsKnown(), Problems: some(m.GetProblems()),
+		Waiting: m.GetWaiting(), PathsKnown: m.GetPathsKnown(),
+		Offline: offlineOf(m.GetOffline()), Prefetch: prefetchOf(m.GetPrefetch()), Problems: some(m.GetProblems()),
 	}
 	if s.FuseRequests == nil {
 		s.FuseRequests = map[string]uint64{}
@@ -90,6 +93,8 @@ func printStatus(out *output, s statusFacts, m *floxv1.StatusResponse, now time.
 	line("storehouse", "%s", storehouseLine(out, m.GetStorehouse(), now))
 	line("cache", "%s", cacheLine(s.Cache))
 	line("fetched", "%s", fetchedLine(s.Traffic))
+	line("ahead", "%s", aheadLine(s.Prefetch))
+	printOffline(out, s.Offline)
 	line("served", "%s to other machines", cli.FormatBytes(s.Traffic.ServedBytes))
 	line("peers", "%s connected%s", plural(uint64(s.Peers), "machine", "machines"), siteSuffix(s.Site))
 	line("requests", "%s", requestsLine(s.FuseRequests))

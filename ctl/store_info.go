@@ -28,7 +28,8 @@ func newStoreInfoCmd(g *globals) *cobra.Command {
 		Use:   "info PATH... [--closure]",
 		Short: "Show what is known of store paths, and how much of them is here",
 		Long: `Show hash, size, references, signatures and manifest of store paths, and how much
-of their content is on this machine.
+of their content is on this machine; of kept paths also what is completed in the
+background (floxctl keep --offline).
 
 ` + cli.ExitCodes,
 		Args: cli.Args(1, -1, "PATH"),
@@ -57,6 +58,7 @@ type infoFacts struct {
 	ContentBytes       uint64   `json:"contentBytes"`
 	Files              uint64   `json:"files"`
 	Kept               bool     `json:"kept"`
+	Offline            string   `json:"offline,omitempty"`
 }
 
 // runStoreInfo prints each path once, also where closures overlap.
@@ -109,7 +111,7 @@ func infoOf(dir flox.StoreDir, info *flox.PathInfo, d *floxv1.PathDetails) infoF
 		Path: dir.Join(info.Path), NarHash: "sha256-" + base64.StdEncoding.EncodeToString(info.NarHash[:]), NarSize: info.NarSize,
 		References: []string{}, CA: info.CA, Signatures: some(info.Signatures), Manifest: info.Manifest.String(),
 		ManifestSignatures: some(info.ManifestSignatures), LocalBytes: d.GetLocalBytes(), ContentBytes: d.GetContentBytes(),
-		Files: d.GetFiles(), Kept: d.GetKept(),
+		Files: d.GetFiles(), Kept: d.GetKept(), Offline: clean(d.GetOffline()),
 	}
 	for _, r := range info.References {
 		f.References = append(f.References, dir.Join(r))
@@ -136,6 +138,9 @@ func printInfo(out *output, f infoFacts) {
 	}
 	if f.Kept {
 		here += ", kept"
+		if f.Offline != "" {
+			here += " (offline: " + f.Offline + ")"
+		}
 	}
 	line("here", "%s", here)
 	line("content", "%s in %s", cli.FormatBytes(f.ContentBytes), plural(f.Files, "file", "files"))

@@ -205,6 +205,13 @@ func (c *Conn) InUse(ctx context.Context) (map[uint64]struct{}, error) {
 	return used, nil
 }
 
+// MappedNodes lists the inodes of the mount that any process has mapped or runs,
+// from the same scan as InUse.
+func (c *Conn) MappedNodes(ctx context.Context) ([]uint64, error) {
+	a, err := c.ask(ctx, question{Ask: askInUse})
+	return a.Mapped, err
+}
+
 // Mapped reports whether any process has the inode mapped or executes it, or
 // did at most a second ago; so fuse.ServerConfig.ReadTimeout must be more than
 // that. When it cannot be found out it says true, unless nobody is left to ask:

@@ -92,6 +92,15 @@ func TestLongAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	mapped, err := c.MappedNodes(context.Background())
+	if err != nil || len(mapped) != len(want.mapped) {
+		t.Errorf("%d inodes mapped, want %d: %v", len(mapped), len(want.mapped), err)
+	}
+	for _, node := range mapped {
+		if _, ok := want.mapped[node]; !ok {
+			t.Fatalf("inode %d is not mapped", node)
+		}
+	}
 	maps.Copy(want.open, want.mapped)
 	if !maps.Equal(got, want.open) {
 		t.Errorf("%d inodes, want %d", len(got), len(want.open))

@@ -215,6 +215,14 @@ func TestKeep(t *testing.T) {
 		if d := cmp.Diff(want, got); err != nil || d != "" {
 			t.Errorf("%s: %v %s", what, err, d)
 		}
+		var names []string
+		for _, k := range want {
+			names = append(names, k.Owner)
+		}
+		owners, err := c.Owners(ctx)
+		if d := cmp.Diff(names, owners); err != nil || d != "" {
+			t.Errorf("%s: %v %s", what, err, d)
+		}
 		for _, s := range kept {
 			if st := s.readAll(t, c, 0); st != Hit {
 				t.Errorf("%s: kept file of %d bytes: state %d, want hit", what, s.Size, st)

@@ -140,6 +140,25 @@ func (c *Cache) unkeep(owner string, list []entry) error {
 	return nil
 }
 
+// Owners lists the names of the owners in order. Unlike Keeps it does not look
+// at what they keep.
+func (c *Cache) Owners(ctx context.Context) (out []string, err error) {
+	for from := []byte{'g'}; ; {
+		list, err := c.index.page(ctx, []byte{'g'}, from, 1)
+		if err != nil {
+			return nil, fmt.Errorf("list owners: %w", err)
+		}
+		if len(list) == 0 {
+			return out, nil
+		}
+		owner, _, ok := bytes.Cut(list[0].key[1:], []byte{0})
+		if ok {
+			out = append(out, string(owner))
+		}
+		from = append(append([]byte{'g'}, owner...), 1) // behind all that it keeps
+	}
+}
+
 // Keeps lists the owners in order.
 func (c *Cache) Keeps(ctx context.Context) (out []Kept, err error) {
 	err = c.index.pages(ctx, []byte{'g'}, func(list []entry) error {
