@@ -314,6 +314,20 @@ type Status struct {
 		Evicted   uint64 `json:"evictedBytes"`
 		Streaming bool   `json:"streaming"` // nothing more can be kept
 	} `json:"cache"`
+	Offline struct {
+		Used         int    `json:"used"`
+		UsedComplete int    `json:"usedComplete"`
+		Kept         int    `json:"kept"`
+		KeptComplete int    `json:"keptComplete"`
+		MissingBytes uint64 `json:"missingBytes"`
+		Missing      []struct {
+			Path   string `json:"path"`
+			Reason string `json:"reason"`
+		} `json:"missing"`
+	} `json:"offline"`
+	Prefetch struct {
+		CompleteBytes uint64 `json:"completeBytes"`
+	} `json:"prefetch"`
 	Problems []string `json:"problems"`
 }
 

@@ -97,10 +97,12 @@ func (s *Scenario) start(ctx context.Context, report *Report) error {
 		return err
 	}
 	s.say("nix copy brought %d store paths, %s, in %.1f s", report.Paths, size(report.WorldBytes), report.CopySeconds)
-	if s.A, err = hosts.StartAgent(ctx, s.cfg.Programs, machines[1], s.cfg.Dir, s.House.Invite()); err != nil {
+	// What a program fetches is counted: what is completed after it ran is not its.
+	lazy := []string{"--offline", "none"}
+	if s.A, err = hosts.StartAgent(ctx, s.cfg.Programs, machines[1], s.cfg.Dir, s.House.Invite(), lazy...); err != nil {
 		return err
 	}
-	s.B, err = hosts.StartAgent(ctx, s.cfg.Programs, machines[2], s.cfg.Dir, s.House.Invite())
+	s.B, err = hosts.StartAgent(ctx, s.cfg.Programs, machines[2], s.cfg.Dir, s.House.Invite(), lazy...)
 	return err
 }
 
