@@ -135,6 +135,7 @@ func TestBadPolicies(t *testing.T) {
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	a, _ := runAgent(t, h, nil, nil)
+	following(t, a)
 	ctx := within(t, 20*time.Second)
 	_, err := (&control{a: a}).Keep(ctx, connect.NewRequest(&floxv1.KeepRequest{Paths: []string{string(prog.Path)}, Offline: "some"}))
 	if !errors.Is(api.FromConnect(err), flox.ErrBadInput) {
