@@ -249,8 +249,7 @@ func (r *round) goal(ctx context.Context, g goal) (reached bool, err error) {
 
 // room fails with errNoRoom when the next bytes would make the cache evict others.
 func (c *completer) room() error {
-	const percent = 94 // eviction begins at 95 (content/cache)
-	if u := c.a.cache.Usage(); u.Limit <= 0 || u.Bytes >= u.Limit/100*percent {
+	if u := c.a.cache.Usage(); u.Limit <= 0 || u.Bytes >= u.Limit/100*roomPercent {
 		return errNoRoom
 	}
 	return nil

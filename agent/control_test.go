@@ -262,7 +262,7 @@ func TestWatchShowsWhoWaitsForWhatAndWhy(t *testing.T) {
 func TestTheAgentEndsWhateverIsUnderWay(t *testing.T) {
 	h := newHouse(t)
 	tool, _ := world(t, h)
-	a, stop := runAgent(t, h, nil, nil)
+	a, stop := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil) // what is not here must stay so
 	c, ctx := client(t, a), within(t, 40*time.Second)
 	tr := treeOf(ctx, t, a, tool.Path)
 	big := entryOf(ctx, t, tr, "share/big")

@@ -33,6 +33,9 @@ const (
 	quietMost = 20 * time.Second
 	// completeLife bounds one step of completion; it begins when it may.
 	completeLife = 20 * time.Second
+	// roomPercent of its limit is how full the cache may get by what nobody waits
+	// for; it begins to evict at 95.
+	roomPercent = 94
 	// aheadBurst is how much a capped prefetch may take at once.
 	aheadBurst = 1 << 20
 )
@@ -60,8 +63,8 @@ func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints
 		return nil
 	}
 	size := sizeOf(pieces)
-	if u := p.fetcher.cache.Usage(); u.Bytes+int64(size) > u.Limit { //nolint:gosec // some MiB
-		return fmt.Errorf("%d bytes ahead of readers do not fit: the cache holds %d of %d bytes: %w", size, u.Bytes, u.Limit, flox.ErrFull)
+	if u := p.fetcher.cache.Usage(); u.Bytes+int64(size) > u.Limit/100*roomPercent { //nolint:gosec // some MiB
+		return fmt.Errorf("%d bytes ahead of readers would push out others: the cache holds %d of %d bytes: %w", size, u.Bytes, u.Limit, flox.ErrFull)
 	}
 	if why == aheadComplete {
 		if err := p.quiet(ctx); err != nil {
