@@ -517,8 +517,13 @@ func replaceServer(t *testing.T, how string, without bool) {
 		m.begin(t, op{Do: "read", Path: hung}), m.begin(t, op{Do: "mmap", Path: hung}),
 		m.begin(t, op{Do: "stat", Path: hungPath}),
 	}
-	m.awaitWait(t, "READ")
 	m.awaitWait(t, "LOOKUP")
+	for begun := time.Now(); !slices.ContainsFunc(m.ask(t, command{Cmd: "waiting"}).Waiting, func(w Wait) bool { return w.Op == "READ" && w.Node == nodes[0] }); {
+		if time.Since(begun) > 20*time.Second {
+			t.Fatal("nobody reads the file that hangs")
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 	if how == "stop" {
 		b := fmt.Sprintf("{%q:%q}\n", "Cmd", "stop")
 		fmt.Fprint(m.srv.in, b)

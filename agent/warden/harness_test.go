@@ -437,9 +437,11 @@ func (s *tinyStore) Lookup(ctx context.Context, name string) (flox.CID, bool, er
 	return flox.CID{}, false, flox.ErrNotFound
 }
 
-func (s *tinyStore) Names(context.Context, string, int) ([]flox.Named, error)       { return nil, nil }
+func (s *tinyStore) Names(context.Context, string, int) ([]flox.Named, error) { return nil, nil }
+
 func (s *tinyStore) Tree(context.Context, flox.CID, flox.Reader) (flox.Tree, error) { return s, nil }
-func (s *tinyStore) Usage() flox.Usage                                              { return flox.Usage{} }
+
+func (s *tinyStore) Usage() flox.Usage { return flox.Usage{} }
 
 func (s *tinyStore) Entry(_ context.Context, i uint32) (flox.Entry, error) { return tiny[i], nil }
 
