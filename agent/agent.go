@@ -296,7 +296,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.announce(ctx) })
 	group.Go(func() error { return a.rememberPeers(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
-	group.Go(func() error { return a.serveFacts(ctx) })
+	group.Go(func() error { return ended(ctx, "calls", a.serveFacts(ctx)) })
 	group.Go(func() error { return a.serveControl(ctx) })
 	err := group.Wait()
 	if errors.Is(err, errEnded) && ctx.Err() != nil {

@@ -49,6 +49,7 @@ type prefetcher struct {
 	rate    int64         // bytes per second, 0 = no limit
 	life    time.Duration // of one step of completion
 	bytes   [aheadKinds]atomic.Uint64
+	asked   atomic.Int64 // bytes of fetches under way
 
 	mu  sync.Mutex
 	due time.Time // when the cap allows the next byte
@@ -63,7 +64,9 @@ func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints
 		return nil
 	}
 	size := sizeOf(pieces)
-	if u := p.fetcher.cache.Usage(); u.Bytes+int64(size) > u.Limit/100*roomPercent { //nolint:gosec // some MiB
+	asked := p.asked.Add(int64(size)) //nolint:gosec // some MiB
+	defer p.asked.Add(-int64(size))   //nolint:gosec // some MiB
+	if u := p.fetcher.cache.Usage(); u.Bytes+asked > u.Limit/100*roomPercent {
 		return fmt.Errorf("%d bytes ahead of readers would push out others: the cache holds %d of %d bytes: %w", size, u.Bytes, u.Limit, flox.ErrFull)
 	}
 	if why == aheadComplete {
