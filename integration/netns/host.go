@@ -33,6 +33,8 @@ type Host struct {
 	namespace string
 	network   *Network
 	port      string // the router's end of the cable
+	uplink    string // the bridge's port: the same, or the relay's with a Delay
+	relay     *relay // of Delay; nil = none
 	pid       int    // of the process that keeps the mount namespace
 }
 
@@ -78,6 +80,7 @@ func (n *Network) Host(ctx context.Context, name string, s *Subnet) (*Host, erro
 		Name: name, Subnet: s, addr: s.next, namespace: namespace, Dir: filepath.Join(n.dir, name),
 		network: n, port: "p" + strconv.Itoa(len(n.hosts)),
 	}
+	h.uplink = h.port
 	if !s.Prefix.Contains(h.addr.Next()) {
 		return nil, fmt.Errorf("host %s: subnet %s has no address left: %w", name, s.Prefix, flox.ErrFull)
 	}

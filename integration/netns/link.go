@@ -33,7 +33,7 @@ func (h *Host) Unmute(ctx context.Context) error { return h.portState(ctx, "3") 
 // (linux/if_bridge.h).
 func (h *Host) portState(ctx context.Context, state string) error {
 	h.network.log.Info("bridge port state set", "host", h.Name, "state", state)
-	_, err := h.network.run(ctx, "bridge", "-n", h.network.router, "link", "set", "dev", h.port, "state", state)
+	_, err := h.network.run(ctx, "bridge", "-n", h.network.router, "link", "set", "dev", h.uplink, "state", state)
 	return err
 }
 

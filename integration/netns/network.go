@@ -140,6 +140,12 @@ func (n *Network) Close() error {
 		_ = holder.Wait() // its stdin is at its end, or it was killed
 	}
 	n.holders = nil
+	for _, h := range n.hosts {
+		if h.relay != nil {
+			h.relay.close()
+			h.relay = nil
+		}
+	}
 	return err
 }
 
