@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/metrics"
 	"time"
 
 	"connectrpc.com/connect"
@@ -124,13 +125,24 @@ func (c *control) Status(ctx context.Context, _ *connect.Request[floxv1.StatusRe
 		Pid: uint32(os.Getpid()), PeerId: string(a.host.ID()), Site: a.cfg.Site, //nolint:gosec // a pid is positive
 		Storehouse: a.linkMessage(), Peers: uint32(len(peers)), Cache: a.cacheMessage(), //nolint:gosec // a few thousand
 		Traffic: a.trafficMessage(), Waiting: uint32(a.waits.count()), PathsKnown: a.facts.known(), //nolint:gosec // bounded by the mount
-		Problems: a.problems(), Prefetch: a.ahead.message(), Offline: a.complete.state(ctx),
+		Problems: a.problems(), Prefetch: a.ahead.message(), Offline: a.complete.state(ctx), HeapBytes: liveHeap(),
 	}
 	if a.mount != nil {
 		s.Mounted, s.MountDir = true, a.cfg.Warden.MountDir
-		s.FuseRequests = a.mount.Stats().Requests
+		stats := a.mount.Stats()
+		s.FuseRequests, s.FuseReadBytes = stats.Requests, stats.ReadBytes
 	}
 	return connect.NewResponse(s), nil
+}
+
+// liveHeap is how many bytes were in use after the last garbage collection.
+func liveHeap() uint64 {
+	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	metrics.Read(live)
+	if live[0].Value.Kind() != metrics.KindUint64 {
+		return 0
+	}
+	return live[0].Value.Uint64()
 }
 
 // problems says what a user should know about, each with what to do.

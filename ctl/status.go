@@ -44,6 +44,8 @@ type statusFacts struct {
 	Cache        cacheFacts        `json:"cache"`
 	Traffic      trafficFacts      `json:"traffic"`
 	FuseRequests map[string]uint64 `json:"fuseRequests"`
+	FuseRead     uint64            `json:"fuseReadBytes"`
+	Heap         uint64            `json:"heapBytes"`
 	Waiting      uint32            `json:"waiting"`
 	PathsKnown   uint64            `json:"pathsKnown"`
 	Offline      offlineFacts      `json:"offline"`
@@ -63,7 +65,7 @@ func runStatus(ctx context.Context, g *globals, out *output) error {
 		StoreDir: m.GetStoreDir(), MountDir: m.GetMountDir(), Mounted: m.GetMounted(),
 		PeerID: m.GetPeerId(), Site: m.GetSite(), Storehouse: storehouseOf(m.GetStorehouse()), Peers: m.GetPeers(),
 		Cache: cacheOf(m.GetCache()), Traffic: trafficOf(m.GetTraffic()), FuseRequests: m.GetFuseRequests(),
-		Waiting: m.GetWaiting(), PathsKnown: m.GetPathsKnown(),
+		FuseRead: m.GetFuseReadBytes(), Heap: m.GetHeapBytes(), Waiting: m.GetWaiting(), PathsKnown: m.GetPathsKnown(),
 		Offline: offlineOf(m.GetOffline()), Prefetch: prefetchOf(m.GetPrefetch()), Problems: some(m.GetProblems()),
 	}
 	if s.FuseRequests == nil {

@@ -305,6 +305,8 @@ type Status struct {
 	} `json:"storehouse"`
 	Peers        int               `json:"peers"`
 	FuseRequests map[string]uint64 `json:"fuseRequests"`
+	FuseRead     uint64            `json:"fuseReadBytes"` // what READs were answered with
+	Heap         uint64            `json:"heapBytes"`     // after the last garbage collection
 	Traffic      Traffic           `json:"traffic"`
 	Waiting      int               `json:"waiting"`
 	Cache        struct {

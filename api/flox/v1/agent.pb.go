@@ -79,6 +79,8 @@ type StatusResponse struct {
 	Problems      []string               `protobuf:"bytes,16,rep,name=problems,proto3" json:"problems,omitempty"`                        // in words, each with what to do
 	Offline       *OfflineState          `protobuf:"bytes,17,opt,name=offline,proto3" json:"offline,omitempty"`                          // what works with the network cut
 	Prefetch      *Prefetch              `protobuf:"bytes,18,opt,name=prefetch,proto3" json:"prefetch,omitempty"`
+	FuseReadBytes uint64                 `protobuf:"varint,30,opt,name=fuse_read_bytes,json=fuseReadBytes,proto3" json:"fuse_read_bytes,omitempty"` // what READs were answered with, since the mount was made by this process
+	HeapBytes     uint64                 `protobuf:"varint,31,opt,name=heap_bytes,json=heapBytes,proto3" json:"heap_bytes,omitempty"`               // live Go heap after the last collection
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,6 +239,20 @@ func (x *StatusResponse) GetPrefetch() *Prefetch {
 		return x.Prefetch
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetFuseReadBytes() uint64 {
+	if x != nil {
+		return x.FuseReadBytes
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetHeapBytes() uint64 {
+	if x != nil {
+		return x.HeapBytes
+	}
+	return 0
 }
 
 // OfflineState says what is ready to go offline.
@@ -2583,7 +2599,7 @@ var File_flox_v1_agent_proto protoreflect.FileDescriptor
 const file_flox_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x13flox/v1/agent.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"\x0f\n" +
-	"\rStatusRequest\"\xd6\x05\n" +
+	"\rStatusRequest\"\x9d\x06\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tstore_dir\x18\x02 \x01(\tR\bstoreDir\x12\x1b\n" +
@@ -2606,7 +2622,10 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"pathsKnown\x12\x1a\n" +
 	"\bproblems\x18\x10 \x03(\tR\bproblems\x12/\n" +
 	"\aoffline\x18\x11 \x01(\v2\x15.flox.v1.OfflineStateR\aoffline\x12-\n" +
-	"\bprefetch\x18\x12 \x01(\v2\x11.flox.v1.PrefetchR\bprefetch\x1a?\n" +
+	"\bprefetch\x18\x12 \x01(\v2\x11.flox.v1.PrefetchR\bprefetch\x12&\n" +
+	"\x0ffuse_read_bytes\x18\x1e \x01(\x04R\rfuseReadBytes\x12\x1d\n" +
+	"\n" +
+	"heap_bytes\x18\x1f \x01(\x04R\theapBytes\x1a?\n" +
 	"\x11FuseRequestsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xed\x01\n" +
