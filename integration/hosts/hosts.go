@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -244,6 +245,7 @@ type Agent struct {
 	*Daemon
 	Host     *netns.Host
 	programs Programs
+	base     []string // argv without the flags of one start
 	argv     []string
 	logs     string
 }
@@ -251,13 +253,15 @@ type Agent struct {
 // StartAgent starts one, joined by an invite; its log goes to logs/HOST.log.
 func StartAgent(ctx context.Context, p Programs, host *netns.Host, logs, invite string, flags ...string) (*Agent, error) {
 	a := &Agent{Host: host, programs: p, logs: logs}
-	a.argv = append([]string{p.Floxd, "agent", "--invite", invite, "--advertise", fmt.Sprintf("%s:%d", host.Addr(), AgentPort)}, flags...)
+	a.base = []string{p.Floxd, "agent", "--invite", invite, "--advertise", fmt.Sprintf("%s:%d", host.Addr(), AgentPort)}
+	a.argv = append(slices.Clone(a.base), flags...)
 	return a, a.Start(ctx)
 }
 
 // StartUp starts `floxd up`, which is an agent with a storehouse of its own.
 func StartUp(ctx context.Context, p Programs, host *netns.Host, logs string, flags ...string) (*Agent, error) {
-	a := &Agent{Host: host, programs: p, logs: logs, argv: append([]string{p.Floxd, "up"}, flags...)}
+	a := &Agent{Host: host, programs: p, logs: logs, base: []string{p.Floxd, "up"}}
+	a.argv = append(slices.Clone(a.base), flags...)
 	return a, a.Start(ctx)
 }
 
@@ -308,8 +312,15 @@ type Status struct {
 	FuseRead     uint64            `json:"fuseReadBytes"` // what READs were answered with
 	Heap         uint64            `json:"heapBytes"`     // after the last garbage collection
 	Traffic      Traffic           `json:"traffic"`
-	Waiting      int               `json:"waiting"`
-	Cache        struct {
+	// NetworkWaits counts waits for the network that followed one another; nil
+	// where the agent does not count them.
+	NetworkWaits *uint64 `json:"networkWaits"`
+	Prefetch     struct {
+		Recorded uint64 `json:"startsRecorded"`
+		Replayed uint64 `json:"startsReplayed"`
+	} `json:"prefetch"`
+	Waiting int `json:"waiting"`
+	Cache   struct {
 		Dir       string `json:"dir"`
 		Bytes     uint64 `json:"bytes"`
 		Kept      uint64 `json:"keptBytes"`

@@ -76,9 +76,13 @@ type Row struct {
 	Ours     float64 `json:"ours"`
 	Peer     float64 `json:"peer"` // 0 = nothing to compare with
 	PeerName string  `json:"peer_name"`
-	Ratio    float64 `json:"ratio"`  // ours / peer
-	Target   string  `json:"target"` // in words; "publish" = no target
-	Met      bool    `json:"met"`
+	Ratio    float64 `json:"ratio"` // ours / peer
+	// Low and High are the 95 % interval of Ratio, where one was worked out.
+	Low    float64 `json:"ratio_low,omitempty"`
+	High   float64 `json:"ratio_high,omitempty"`
+	Rounds int     `json:"rounds,omitempty"` // pairs or samples behind the medians
+	Target string  `json:"target"`           // in words; "publish" = no target
+	Met    bool    `json:"met"`
 }
 
 // Rows gives the report's figures.
