@@ -164,8 +164,9 @@ func (h *Host) Run(ctx context.Context, name string, args ...string) (string, er
 func (h *Host) Shell() string { return strings.Join(h.enter(), " ") + " bash" }
 
 func (h *Host) enter() []string {
+	// Not NetNS: who is in another host's mounts (DoMounted) has another /run.
 	ns := "/proc/" + strconv.Itoa(h.pid) + "/ns/"
-	return []string{"nsenter", "--net=" + h.NetNS(), "--mount=" + ns + "mnt", "--uts=" + ns + "uts", "--wd=/", "--"}
+	return []string{"nsenter", "--net=" + ns + "net", "--mount=" + ns + "mnt", "--uts=" + ns + "uts", "--wd=/", "--"}
 }
 
 // Do runs fn in this process, in the host's network namespace: sockets that

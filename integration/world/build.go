@@ -16,10 +16,10 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// build makes the world in dir. Packages are kept in base for the next one.
+// build makes the world of a set in dir. Packages are kept in base for the next one.
 // Every command inherits held, the lock: should this process be killed, the
 // next builder still waits for the commands it left behind.
-func build(ctx context.Context, base, dir string, held *os.File) error {
+func (s *set) build(ctx context.Context, base, dir string, held *os.File) error {
 	start := time.Now()
 	// What an interrupted build left. Nothing is mounted there: the mounts of a
 	// build end with its processes.
@@ -27,32 +27,35 @@ func build(ctx context.Context, base, dir string, held *os.File) error {
 		return err
 	}
 	debs := filepath.Join(base, "debs")
-	packages, err := debian(ctx, debs)
+	packages, err := s.debian(ctx, debs)
 	if err != nil {
 		return err
 	}
 	w := &World{Dir: dir, held: held}
 	expression := filepath.Join(w.Nix().Dir, "build")
-	if err := lay(expression, debs, packages); err != nil {
+	if err := s.lay(expression, debs, packages); err != nil {
 		return err
 	}
-	built, err := w.realise(ctx)
+	built, err := w.realise(ctx, s.expression)
 	if err != nil {
 		return err
 	}
 	if err := os.RemoveAll(expression); err != nil {
 		return err
 	}
-	if err := w.describe(ctx, built); err != nil {
+	if err := w.describe(ctx); err != nil {
+		return err
+	}
+	if err := s.finish(ctx, w, built); err != nil {
 		return err
 	}
 	w.BuildSeconds = time.Since(start).Round(time.Second / 10).Seconds()
 	return w.save()
 }
 
-// lay puts the expression, its builders, packages.json and the packages where
-// the build sees them, at /nix/build.
-func lay(dir, debs string, packages map[string]*pkg) error {
+// lay puts the expressions, their builders, packages.json, tops.json and the
+// packages where the build sees them, at /nix/build.
+func (s *set) lay(dir, debs string, packages map[string]*pkg) error {
 	nix, err := iofs.Sub(sources, "nix")
 	if err != nil {
 		return err
@@ -60,12 +63,14 @@ func lay(dir, debs string, packages map[string]*pkg) error {
 	if err := os.CopyFS(dir, nix); err != nil {
 		return err
 	}
-	list, err := json.MarshalIndent(packages, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(dir, "packages.json"), list, 0o644); err != nil {
-		return err
+	for name, content := range map[string]any{"packages.json": packages, "tops.json": s.tops} {
+		list, err := json.MarshalIndent(content, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), list, 0o644); err != nil {
+			return err
+		}
 	}
 	if err := os.Mkdir(filepath.Join(dir, "debs"), 0o755); err != nil {
 		return err
@@ -78,15 +83,15 @@ func lay(dir, debs string, packages map[string]*pkg) error {
 	return nil
 }
 
-// realise builds every attribute of the expression and then drops what only
+// realise builds every attribute of an expression and then drops what only
 // the build needed. It gives each attribute's store path.
-func (w *World) realise(ctx context.Context) (map[string]flox.StorePath, error) {
+func (w *World) realise(ctx context.Context, expression string) (map[string]flox.StorePath, error) {
 	const roots = "/nix/var/nix/gcroots/world"
 	if err := os.MkdirAll(filepath.Join(w.Dir, roots), 0o755); err != nil {
 		return nil, err
 	}
 	instantiated, err := w.query(ctx, "nix-instantiate", "--eval", "--strict", "--json", "-E",
-		"builtins.mapAttrs (n: d: d.outPath) (import /nix/build/world.nix)")
+		"builtins.mapAttrs (n: d: d.outPath) (import /nix/build/"+expression+")")
 	if err != nil {
 		return nil, err
 	}
@@ -94,7 +99,7 @@ func (w *World) realise(ctx context.Context) (map[string]flox.StorePath, error) 
 	if err := json.Unmarshal(instantiated, &outputs); err != nil {
 		return nil, fmt.Errorf("nix-instantiate printed %.200q: %w", instantiated, err)
 	}
-	if _, err := w.query(ctx, "nix-build", "/nix/build/world.nix", "-o", roots+"/result"); err != nil {
+	if _, err := w.query(ctx, "nix-build", "/nix/build/"+expression, "-o", roots+"/result"); err != nil {
 		return nil, err
 	}
 	built := map[string]flox.StorePath{}
@@ -123,9 +128,8 @@ type pathInfo struct {
 	References []string `json:"references"`
 }
 
-// describe fills in w from the store and the store paths of the expression's
-// attributes.
-func (w *World) describe(ctx context.Context, built map[string]flox.StorePath) error {
+// describe fills in w from the store.
+func (w *World) describe(ctx context.Context) error {
 	w.StoreDir = flox.DefaultStoreDir
 	system, err := w.query(ctx, "nix-instantiate", "--eval", "-E", "builtins.currentSystem")
 	if err != nil {
@@ -155,15 +159,6 @@ func (w *World) describe(ctx context.Context, built map[string]flox.StorePath) e
 		w.Paths = append(w.Paths, p)
 	}
 	slices.SortFunc(w.Paths, func(a, b Path) int { return strings.Compare(string(a.Path), string(b.Path)) })
-
-	w.Git = w.program(built["git"], "git")
-	w.Ripgrep = w.program(built["ripgrep"], "rg")
-	w.Python = w.program(built["python"], "python3")
-	w.Unused = w.program(built["file"], "file")
-	w.Versions = []Version{{Name: "python3-numpy", Old: built["numpy"], New: built["numpy-rebuilt"], Kind: "rebuild"}}
-	if old := built["git-previous"]; old != "" {
-		w.Versions = append(w.Versions, Version{Name: "git", Old: old, New: built["git"], Kind: "release"})
-	}
 	return nil
 }
 

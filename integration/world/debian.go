@@ -13,24 +13,11 @@ import (
 	"strings"
 )
 
-// tops are the Debian packages the world is made for.
-var tops = []string{"git", "ripgrep", "python3", "python3-numpy", "file", "dash"}
-
-// added are dependencies that Debian only recommends: git's pager and its way
-// to other machines.
-var added = map[string][]string{"git": {"less", "openssh-client"}}
-
-// excluded are packages that only a Debian system being installed needs.
-var excluded = []string{
-	"adduser", "debconf", "debconf-2.0", "debianutils", "dpkg", "install-info", "mailcap", "mime-support", "passwd", "tar",
-}
-
-// severed are dependencies that would make a cycle: the C library comes first.
-var severed = map[string][]string{"libc6": nil, "libgcc-s1": {"libc6"}}
-
 // control is what the world needs of a Debian package's control data.
 type control struct {
 	Name, Version string
+	// File is where the archive has it, "" if it was installed from elsewhere.
+	File string
 	// Depends are alternatives of package names, versions left out.
 	Depends  [][]string
 	Provides []string
@@ -71,6 +58,8 @@ func parseControl(text []byte) ([]control, error) {
 			c.Name = value
 		case "Version":
 			c.Version = value
+		case "Filename":
+			c.File = value
 		case "Depends", "Pre-Depends":
 			c.Depends = append(c.Depends, parseRelations(value)...)
 		case "Provides":
@@ -103,11 +92,11 @@ func parseRelations(value string) [][]string {
 	return all
 }
 
-// resolve gives the packages that tops need, with their dependencies: of
+// resolve gives the packages that the set needs, with their dependencies: of
 // alternatives the first that exists, nothing excluded, no cycle.
-func resolve(known []control) (map[string]*pkg, error) {
+func (s *set) resolve(known []control) (map[string]*pkg, error) {
 	r := resolver{
-		byName: map[string]control{}, provider: map[string]string{},
+		set: s, byName: map[string]control{}, provider: map[string]string{},
 		packages: map[string]*pkg{}, onStack: map[string]bool{},
 	}
 	for _, c := range known {
@@ -120,7 +109,7 @@ func resolve(known []control) (map[string]*pkg, error) {
 			}
 		}
 	}
-	for _, name := range tops {
+	for _, name := range s.tops {
 		if err := r.visit(name); err != nil {
 			return nil, err
 		}
@@ -129,6 +118,7 @@ func resolve(known []control) (map[string]*pkg, error) {
 }
 
 type resolver struct {
+	set      *set
 	byName   map[string]control
 	provider map[string]string // of a virtual package
 	packages map[string]*pkg
@@ -149,14 +139,14 @@ func (r *resolver) visit(name string) error {
 	r.onStack[name] = true
 	defer delete(r.onStack, name)
 	for _, alternatives := range r.relations(c) {
-		if slices.ContainsFunc(alternatives, isExcluded) {
+		if slices.ContainsFunc(alternatives, r.excluded) {
 			continue
 		}
 		dep := r.choose(alternatives)
 		if dep == "" {
 			return fmt.Errorf("package %s: apt knows none of %s", name, strings.Join(alternatives, ", "))
 		}
-		if isExcluded(dep) || r.onStack[dep] || slices.Contains(p.Deps, dep) {
+		if r.excluded(dep) || r.onStack[dep] || slices.Contains(p.Deps, dep) {
 			continue
 		}
 		if err := r.visit(dep); err != nil {
@@ -173,7 +163,7 @@ func (r *resolver) relations(c control) [][]string {
 	if only, ok := severed[c.Name]; ok {
 		return single(only)
 	}
-	relations := slices.Concat(c.Depends, single(added[c.Name]))
+	relations := slices.Concat(c.Depends, single(r.set.added[c.Name]))
 	// Scripts of any package may want a shell, which Debian takes for granted.
 	if c.Name != "dash" && len(relations) > 0 {
 		relations = append(relations, []string{"dash"})
@@ -196,7 +186,7 @@ func (r *resolver) choose(alternatives []string) string {
 	return ""
 }
 
-func isExcluded(name string) bool { return slices.Contains(excluded, name) }
+func (r *resolver) excluded(name string) bool { return slices.Contains(r.set.excluded, name) }
 
 func single(names []string) [][]string {
 	var groups [][]string
@@ -208,24 +198,26 @@ func single(names []string) [][]string {
 
 // debian finds out with apt what to unpack and downloads it into dir. The
 // result is named by packages; git-previous is another version of git, where
-// the archive has one.
-func debian(ctx context.Context, dir string) (map[string]*pkg, error) {
-	known, err := aptShow(ctx)
+// the archive has one and the set wants it.
+func (s *set) debian(ctx context.Context, dir string) (map[string]*pkg, error) {
+	known, err := s.aptShow(ctx)
 	if err != nil {
 		// A fresh machine may have no package lists yet.
 		if _, updateErr := run(ctx, dir, "apt-get", "update"); updateErr != nil {
 			return nil, errors.Join(err, updateErr)
 		}
-		if known, err = aptShow(ctx); err != nil {
+		if known, err = s.aptShow(ctx); err != nil {
 			return nil, err
 		}
 	}
-	packages, err := resolve(known)
+	packages, err := s.resolve(known)
 	if err != nil {
 		return nil, err
 	}
-	if old := otherVersion(ctx, "git", packages["git"].Version); old != "" {
-		packages["git-previous"] = &pkg{Version: old, Deps: packages["git"].Deps}
+	if s.previous != "" {
+		if old := otherVersion(ctx, s.previous, packages[s.previous].Version); old != "" {
+			packages[s.previous+"-previous"] = &pkg{Version: old, Deps: packages[s.previous].Deps}
+		}
 	}
 	if err := download(ctx, dir, packages); err != nil {
 		return nil, err
@@ -233,17 +225,39 @@ func debian(ctx context.Context, dir string) (map[string]*pkg, error) {
 	return packages, nil
 }
 
-// aptShow reads the control data of everything tops may need.
-func aptShow(ctx context.Context) ([]control, error) {
+// aptRounds bounds how often aptShow asks again.
+const aptRounds = 4
+
+// aptShow reads the control data of everything the set may need. Where this
+// machine has a package from elsewhere, apt follows that one's dependencies: what
+// the archive's needs besides is asked for again.
+func (s *set) aptShow(ctx context.Context) ([]control, error) {
+	roots := slices.Clone(s.tops)
+	for _, more := range s.added {
+		roots = append(roots, more...)
+	}
+	var known []control
+	for range aptRounds {
+		more, err := aptClosure(ctx, roots)
+		if err != nil {
+			return nil, err
+		}
+		known = append(known, more...)
+		if roots = missing(known); len(roots) == 0 {
+			break
+		}
+	}
+	return known, nil
+}
+
+// aptClosure reads the control data of packages and of all they may need, as the
+// archive has them.
+func aptClosure(ctx context.Context, roots []string) ([]control, error) {
 	args := []string{
 		"depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts",
 		"--no-breaks", "--no-replaces", "--no-enhances",
 	}
-	args = append(args, tops...)
-	for _, more := range added {
-		args = append(args, more...)
-	}
-	out, err := run(ctx, "", "apt-cache", args...)
+	out, err := run(ctx, "", "apt-cache", append(args, roots...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -254,11 +268,34 @@ func aptShow(ctx context.Context) ([]control, error) {
 			names = append(names, name)
 		}
 	}
-	out, err = run(ctx, "", "apt-cache", append([]string{"show", "--no-all-versions"}, names...)...)
+	// All versions: the newest may be one that only this machine has.
+	out, err = run(ctx, "", "apt-cache", append([]string{"show"}, names...)...)
 	if err != nil {
 		return nil, err
 	}
-	return parseControl(out)
+	known, err := parseControl(out)
+	return slices.DeleteFunc(known, func(c control) bool { return c.File == "" }), err
+}
+
+// missing are the dependencies of which no alternative is known.
+func missing(known []control) []string {
+	have := map[string]bool{}
+	for _, c := range known {
+		have[c.Name] = true
+		for _, p := range c.Provides {
+			have[p] = true
+		}
+	}
+	var names []string
+	for _, c := range known {
+		for _, alternatives := range c.Depends {
+			if !slices.ContainsFunc(alternatives, func(name string) bool { return have[name] }) {
+				names = append(names, alternatives[0])
+			}
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 // otherVersion gives a version of a package besides the given one, or "".

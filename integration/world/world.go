@@ -9,22 +9,17 @@ package world
 
 import (
 	"context"
-	"crypto/sha256"
 	"embed"
-	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
-	iofs "io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 
 	"github.com/floxctl/flox"
 )
 
-// sources are the Nix expression and its builders. Together with what the Go
+// sources are the Nix expressions and their builders. Together with what the Go
 // code of this package asks for they decide which world a directory holds.
 //
 //go:embed nix
@@ -54,6 +49,8 @@ type World struct {
 	// Unused is a program of some megabytes that nothing else refers to: for a
 	// path that one machine holds and never ran.
 	Unused Program `json:"unused"`
+	// Tools are the programs of Tools, sorted by name; no other world has them.
+	Tools []Tool `json:"tools,omitempty"`
 	// Versions are pairs of paths that differ little, to measure deduplication.
 	Versions []Version `json:"versions"`
 	// BuildSeconds is how long building took, downloads included.
@@ -105,38 +102,11 @@ func DefaultDir() (string, error) {
 	return filepath.Join(cache, "flox", "world"), nil
 }
 
-// Ensure gives the world of this version of the package, building it if nobody
-// has yet: about a minute and 600 MB of disk, as root, with the network for
-// Debian packages. It waits for another process that is building the same one.
-// An interrupted build is started over by the next call.
-func Ensure(ctx context.Context) (*World, error) {
-	base, err := DefaultDir()
-	if err != nil {
-		return nil, err
-	}
-	dir := filepath.Join(base, key())
-	if w, err := load(dir); err == nil || !errors.Is(err, iofs.ErrNotExist) {
-		return w, err
-	}
-	if os.Geteuid() != 0 {
-		return nil, fmt.Errorf("no demo world in %s, and building it needs root: run `make world`: %w", dir, flox.ErrDenied)
-	}
-	if err := os.MkdirAll(base, 0o755); err != nil {
-		return nil, fmt.Errorf("directory for the demo world: %w", err)
-	}
-	held, err := lock(ctx, filepath.Join(base, key()+".lock"))
-	if err != nil {
-		return nil, fmt.Errorf("wait for whoever builds the demo world in %s: %w", dir, err)
-	}
-	defer held.Close()
-	if w, err := load(dir); err == nil || !errors.Is(err, iofs.ErrNotExist) {
-		return w, err
-	}
-	if err := build(ctx, base, dir, held); err != nil {
-		return nil, fmt.Errorf("build the demo world in %s: %w", dir, err)
-	}
-	return load(dir)
-}
+// Ensure gives the demo world of this version of the package, building it if
+// nobody has yet: about a minute and 600 MB of disk, as root, with the network
+// for Debian packages. It waits for another process that is building the same
+// one. An interrupted build is started over by the next call.
+func Ensure(ctx context.Context) (*World, error) { return demo.ensure(ctx) }
 
 // Closure gives root and all it refers to, at any distance, sorted.
 func (w *World) Closure(root flox.StorePath) []Path {
@@ -182,24 +152,6 @@ func (w *World) Layered(dir string) Nix { return Nix{Dir: dir, Lower: w.Nix().Di
 // Command is Nix().Command: a stock Nix command that sees the world at /nix.
 func (w *World) Command(ctx context.Context, args ...string) *exec.Cmd {
 	return w.Nix().Command(ctx, args...)
-}
-
-// key names the world that this package builds.
-func key() string {
-	h := sha256.New()
-	fmt.Fprintln(h, format, runtime.GOARCH, tops, added, excluded, severed)
-	err := iofs.WalkDir(sources, ".", func(path string, d iofs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		content, err := sources.ReadFile(path)
-		fmt.Fprintf(h, "%s %d\n%s", path, len(content), content)
-		return err
-	})
-	if err != nil {
-		panic("world: embedded files cannot be read: " + err.Error())
-	}
-	return hex.EncodeToString(h.Sum(nil)[:8])
 }
 
 func load(dir string) (*World, error) {

@@ -19,18 +19,6 @@ import (
 	"github.com/floxctl/flox/integration/netns"
 )
 
-// alone runs a program where there is nothing but the world's /nix, /proc,
-// /dev and an empty /tmp: what is not in the store does not exist.
-const alone = `set -e
-top=$1 root=$2
-shift 2
-mount -t tmpfs tmpfs "$root"
-mkdir "$root/nix" "$root/proc" "$root/dev" "$root/tmp"
-mount --bind "$top" "$root/nix"
-mount --rbind /proc "$root/proc"
-mount --rbind /dev "$root/dev"
-exec env -i HOME=/tmp "$(command -v chroot)" "$root" "$@"`
-
 func built(t *testing.T) *World {
 	need.Nix(t)
 	need.Root(t)
@@ -67,7 +55,7 @@ print("outside:", sorted(f for f in files if "/nix/store/" not in f))`
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			args := append([]string{"--mount", "--propagation", "private", "--", "sh", "-c", alone, "alone", w.Nix().Dir, t.TempDir()}, tt.args...)
+			args := append([]string{"--mount", "--propagation", "private", "--", "sh", "-c", alone, "alone", w.Nix().Dir, t.TempDir(), ""}, tt.args...)
 			out, err := exec.CommandContext(t.Context(), "unshare", args...).CombinedOutput()
 			if !strings.Contains(string(out), tt.want) {
 				t.Errorf("%v, printed %q, want %q in it", err, out, tt.want)
@@ -247,7 +235,7 @@ Provides: virtual (= 1)
 	for _, name := range []string{"ripgrep", "python3", "python3-numpy", "file", "dash", "less", "openssh-client"} {
 		known = append(known, control{Name: name, Version: "1"})
 	}
-	got, err := resolve(known)
+	got, err := demo.resolve(known)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +254,7 @@ Provides: virtual (= 1)
 	if d := cmp.Diff(want, deps); d != "" {
 		t.Errorf("dependencies (-want +got):\n%s", d)
 	}
-	if _, err := resolve(known[1:]); err == nil {
+	if _, err := demo.resolve(known[1:]); err == nil {
 		t.Error("a missing package was not noticed")
 	}
 }
@@ -287,4 +275,56 @@ func FuzzParseControl(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestMissingDependenciesAreAskedForAgain: apt follows the dependencies of what
+// this machine has, which may be others than those of the archive's package.
+func TestMissingDependenciesAreAskedForAgain(t *testing.T) {
+	known, err := parseControl([]byte(`Package: node
+Version: 20-elsewhere
+Depends: python3
+
+Package: node
+Version: 18
+Filename: pool/node.deb
+Depends: libnode | libnode-legacy, virtual, libother
+
+Package: real
+Version: 1
+Filename: pool/real.deb
+Provides: virtual
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := []string{known[0].File, known[1].File}; got[0] != "" || got[1] != "pool/node.deb" {
+		t.Errorf("files in the archive: %q", got)
+	}
+	if d := cmp.Diff([]string{"libnode", "libother"}, missing(known[1:])); d != "" {
+		t.Errorf("missing (-want +got):\n%s", d)
+	}
+}
+
+func TestToolsAreBuiltAndChecked(t *testing.T) {
+	wanted := map[string]bool{"python": true, "compiler": true}
+	for _, name := range tools.tops {
+		wanted[name] = true
+	}
+	for _, spec := range toolSpecs {
+		if !wanted[spec.attr] || spec.want == "" {
+			t.Errorf("%+v: its package is not asked for, or nothing is looked for in its output", spec)
+		}
+	}
+	if len(toolSpecs) < 20 || tools.key() == demo.key() {
+		t.Errorf("%d tools, key %s", len(toolSpecs), tools.key())
+	}
+	w := built(t)
+	tool := Tool{Name: "git", Program: w.Git, Args: []string{"hash-object", "input.txt"}, Want: "no hash"}
+	if err := w.tryTool(t.Context(), tool); err == nil {
+		t.Error("a tool that prints something else was accepted")
+	}
+	tool.Want = "\n"
+	if err := w.tryTool(t.Context(), tool); err != nil {
+		t.Error(err)
+	}
 }

@@ -56,6 +56,12 @@ done < <(find "$out" -type l -print0)
 
 # soname -> directory, of everything that may be linked against.
 declare -A provider
+# First those that a package keeps to itself, or to its family.
+for dir in $search "$out"; do
+	for lib in "$dir/lib/$triplet"/*/*.so*; do
+		provider[${lib##*/}]=${lib%/*}
+	done
+done
 for dir in $search "$out"; do
 	for lib in "$dir/lib/$triplet"/*.so* "$dir/lib"/*.so*; do
 		provider[${lib##*/}]=${lib%/*}
@@ -74,6 +80,8 @@ patch_elf() {
 		[[ $soname == ld-linux* ]] && continue
 		dir=${provider[$soname]:-}
 		if [ -z "$dir" ]; then
+			# A plugin of a program that Debian lets you do without.
+			[[ $file != "$out/lib/$triplet"/*/* || -e ${file%/*}/$soname ]] || return 0
 			[ -e "${file%/*}/$soname" ] || { echo "$package: $file needs $soname, which no dependency has" >&2; exit 1; }
 			dir=${file%/*}
 		fi
@@ -139,18 +147,6 @@ perl_path() {
 	echo "$path"
 }
 
-case $package in
-git)
-	mv "$out/bin/git" "$out/lib/git-core/git"
-	wrap "$out/bin/git" "$out/lib/git-core/git" \
-		"GIT_EXEC_PATH=$out/lib/git-core" "GIT_TEMPLATE_DIR=$out/share/git-core/templates" "PERL5LIB=$(perl_path)" \
-		"PATH=\${PATH:+\$PATH:}$(dirname "$(find_in bin/less)"):$(dirname "$(find_in bin/ssh)")"
-	;;
-perl)
-	wrap "$out/bin/perl" "$(find_in bin/perl)" "PERL5LIB=\${PERL5LIB:+\$PERL5LIB:}$(perl_path)"
-	;;
-file)
-	mv "$out/bin/file" "$out/bin/.file"
-	wrap "$out/bin/file" "$out/bin/.file" "MAGIC=$(find_in lib/file/magic.mgc)"
-	;;
-esac
+# Programs that must be told where their files are, and alternatives that
+# Debian's maintainer scripts would have linked.
+[ -z "$fix" ] || source "$fix"

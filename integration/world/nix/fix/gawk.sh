@@ -1,0 +1,1 @@
+ln -sfn gawk "$out/bin/awk"
