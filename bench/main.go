@@ -24,6 +24,7 @@ type Row = scenario.Row
 var benchmarks = map[string]func(context.Context) ([]Row, error){
 	"content": contentBench,
 	"demo":    demoBench,
+	"fuse":    fuseBench,
 }
 
 func main() {
@@ -79,6 +80,9 @@ func show(rows []Row) {
 		peer, ratio := "-", "-"
 		if r.Peer != 0 {
 			peer, ratio = fmt.Sprintf("%.1f", r.Peer), fmt.Sprintf("%.2f", r.Ratio)
+		}
+		if r.High != 0 {
+			ratio += fmt.Sprintf(" [%.2f, %.2f]", r.Low, r.High)
 		}
 		fmt.Printf("%-52s %12.1f %12s %7s  %-34s %s\n", r.Name+" ("+r.Unit+")", r.Ours, peer, ratio, r.Target, met)
 	}

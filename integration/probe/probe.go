@@ -26,7 +26,7 @@ type Tree struct {
 	Large [][]byte // the others
 	Links [][]byte
 	Dirs  [][]byte
-	// Missing are names that are not there, one beside each of All.
+	// Missing are names below the paths that are not there.
 	Missing [][]byte
 	Bytes   int64 // of the files
 
@@ -43,10 +43,10 @@ func Walk(top string, paths ...string) (*Tree, error) {
 			}
 			name := append([]byte(path), 0)
 			t.All = append(t.All, name)
-			t.Missing = append(t.Missing, append([]byte(path+".not-here"), 0))
 			switch {
 			case d.IsDir():
 				t.Dirs = append(t.Dirs, name)
+				t.Missing = append(t.Missing, append([]byte(path+"/not-here"), 0))
 			case d.Type() == iofs.ModeSymlink:
 				t.Links = append(t.Links, name)
 			case d.Type().IsRegular():
@@ -61,6 +61,9 @@ func Walk(top string, paths ...string) (*Tree, error) {
 				} else {
 					t.Large = append(t.Large, name)
 				}
+			}
+			if path != filepath.Join(top, p) {
+				t.Missing = append(t.Missing, append([]byte(path+".not-here"), 0))
 			}
 			return nil
 		})

@@ -1,0 +1,158 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/floxctl/flox/integration/hosts"
+	"github.com/floxctl/flox/integration/probe"
+	"github.com/floxctl/flox/integration/world"
+)
+
+const (
+	// farAway is the round trip of the host that starts something cold.
+	farAway = 50 * time.Millisecond
+	// traceRounds is how often each tool of traced is started, with traces and without.
+	traceRounds = 4
+	// traceWait bounds the wait for a trace to be accepted.
+	traceWait = time.Minute
+)
+
+// traced are the tools that are started far away.
+var traced = []string{"python3", "git", "gcc", "vim", "perl", "dot", "ffmpeg", "ruby3.1"}
+
+// tracing are the flags of agents that record and replay starts.
+var tracing = []string{"--start-traces=true", "--offline", "none"}
+
+// traceRows: cold starts far away from the storehouse, with traces that two warm
+// machines recorded and without. Rows that this version of the agent cannot be
+// measured for are left out.
+func (l *fuseLab) traceRows(ctx context.Context) (rows []Row, err error) {
+	tools, err := l.record(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.cold.Host.Delay(ctx, farAway); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, l.cold.Host.Delay(ctx, 0)) }()
+	if ok, err := l.replays(ctx, tools[0]); err != nil || !ok {
+		fmt.Println("   traces: no start was replayed: left out")
+		return nil, err
+	}
+	var times pairs
+	var waits []float64
+	for range traceRounds {
+		for _, t := range tools {
+			without, _, err := l.lazily(ctx, t, quiet...)
+			if err != nil {
+				return nil, err
+			}
+			before, err := l.freshStatus(ctx)
+			if err != nil {
+				return nil, err
+			}
+			with, err := l.run(ctx, l.cold.Host, t)
+			if err != nil {
+				return nil, err
+			}
+			after, err := l.cold.Status(ctx)
+			if err != nil {
+				return nil, err
+			}
+			times.add(without.first.Seconds()*1e3, with.first.Seconds()*1e3)
+			if before.NetworkWaits != nil && after.NetworkWaits != nil {
+				waits = append(waits, float64(*after.NetworkWaits-*before.NetworkWaits))
+			}
+		}
+	}
+	row := times.row("cold start at 50 ms RTT without / with a trace recorded on warm machines", "ms", "with a trace")
+	row.Target, row.Met = ">= 4x", row.Ratio >= 4
+	if len(waits) > 0 {
+		rows = append(rows, Row{
+			Name: "network round trips of a cold start with a trace: median", Unit: "round trips", Ours: median(waits), Rounds: len(waits),
+			Target: "<= 4", Met: median(waits) <= 4,
+		})
+	}
+	return append(rows, row), nil
+}
+
+// freshStatus restarts the cold agent with traces on and nothing cached.
+func (l *fuseLab) freshStatus(ctx context.Context) (*hosts.Status, error) {
+	if err := l.cold.RestartCold(ctx, tracing...); err != nil {
+		return nil, err
+	}
+	if err := connected(ctx, l.cold); err != nil {
+		return nil, err
+	}
+	return l.cold.Status(ctx)
+}
+
+// record starts the traced tools on two machines where the kernel has every page
+// of them already, so that nothing of the start is seen as a READ.
+func (l *fuseLab) record(ctx context.Context) (tools []world.Tool, err error) {
+	for _, name := range traced {
+		t, err := l.world.Tool(name)
+		if err != nil {
+			return nil, err
+		}
+		tools = append(tools, t)
+	}
+	if l.second == nil {
+		if l.second, err = l.agent(ctx, "second", tracing...); err != nil {
+			return nil, err
+		}
+	}
+	if err := l.warm.Restart(ctx, tracing...); err != nil {
+		return nil, err
+	}
+	for _, a := range []*hosts.Agent{l.warm, l.second} {
+		if err := connected(ctx, a); err != nil {
+			return nil, err
+		}
+		for _, t := range tools {
+			if err := l.startWarm(ctx, a, t); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return tools, nil
+}
+
+// startWarm reads all of a tool's closure and starts it right after that.
+func (l *fuseLab) startWarm(ctx context.Context, a *hosts.Agent, t world.Tool) error {
+	plain, err := probe.Walk(l.plainStore(), l.closure(t)...)
+	if err != nil {
+		return err
+	}
+	ours := plain.At(l.plainStore(), string(l.world.StoreDir))
+	return a.Host.DoMounted(func() error {
+		for range 2 { // the second time from the cache, at once
+			if err := ours.Read(ours.Files); err != nil {
+				return err
+			}
+		}
+		_, err := l.exec(ctx, t)
+		return err
+	})
+}
+
+// replays says whether a cold start replays a trace; it takes a while until what
+// two machines recorded is accepted.
+func (l *fuseLab) replays(ctx context.Context, t world.Tool) (bool, error) {
+	for until := time.Now().Add(traceWait); time.Now().Before(until); {
+		if _, err := l.freshStatus(ctx); err != nil {
+			return false, err
+		}
+		if _, err := l.run(ctx, l.cold.Host, t); err != nil {
+			return false, err
+		}
+		s, err := l.cold.Status(ctx)
+		if err != nil || s.Prefetch.Replayed > 0 {
+			return err == nil, err
+		}
+	}
+	return false, nil
+}
