@@ -33,6 +33,9 @@ type MountConfig struct {
 	// WithoutResend treats the kernel as one that cannot send requests again to
 	// the next server (before Linux 6.9). It is for tests.
 	WithoutResend bool
+	// MaxReadAheadKiB is the most the kernel may read ahead; 0 = what it offers.
+	// Whoever may set the read-ahead of devices can raise it later.
+	MaxReadAheadKiB int
 	// Log takes what go-fuse has to say; nil discards.
 	Log *slog.Logger
 }
@@ -185,6 +188,7 @@ func initialise(fd int, cfg MountConfig) ([]byte, error) {
 		return nil, err
 	}
 	tunedInit(answer)
+	limitReadAhead(answer, cfg.MaxReadAheadKiB)
 	if _, err := unix.Write(fd, answer); err != nil {
 		return nil, os.NewSyscallError("answer INIT", err)
 	}

@@ -188,6 +188,16 @@ func tunedInit(answer []byte) {
 	}
 }
 
+// limitReadAhead makes an answer to INIT allow no more read-ahead than kib; 0
+// leaves what was offered. go-fuse has no number for it.
+func limitReadAhead(answer []byte, kib int) {
+	const at = outHeaderSize + 8
+	if kib > 0 && len(answer) >= at+4 {
+		offered := binary.NativeEndian.Uint32(answer[at:])
+		binary.NativeEndian.PutUint32(answer[at:], min(offered, uint32(kib)<<10)) //nolint:gosec // checked by the caller
+	}
+}
+
 // splitInit takes Device.Init apart into the request and the answer.
 func splitInit(b []byte) (request, answer []byte, err error) {
 	bad := func(why string) ([]byte, []byte, error) {

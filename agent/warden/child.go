@@ -90,6 +90,9 @@ func (w *warden) startChild() (*child, error) {
 	cmd := w.program.command(w.cfg.Child[1:]...)
 	cmd.Env = append(withoutEnv(w.cfg.Env), envName+"="+string(value))
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if w.cfg.Output != nil {
+		cmd.Stdout, cmd.Stderr = w.cfg.Output, w.cfg.Output
+	}
 	cmd.ExtraFiles = []*os.File{w.dev.File, theirs, lifeEnd} // deviceFD, lineFD, lifeFD
 	cmd.SysProcAttr = w.ordinary()
 	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{}), ready: make(chan struct{})}
@@ -103,7 +106,7 @@ func (w *warden) startChild() (*child, error) {
 
 // ordinary is how an ordinary user's process is started.
 func (w *warden) ordinary() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{
+	attr := &syscall.SysProcAttr{
 		// No groups, and no capabilities: leaving uid 0 drops them.
 		Credential: &syscall.Credential{Uid: w.cfg.UID, Gid: w.cfg.GID},
 		Pdeathsig:  syscall.SIGKILL,
@@ -112,6 +115,20 @@ func (w *warden) ordinary() *syscall.SysProcAttr {
 		// (TIOCSTI) if it were that of its own session.
 		Setsid: true,
 	}
+	if w.cfg.Unprivileged {
+		below(attr, w.cfg.UID, w.cfg.GID)
+	}
+	return attr
+}
+
+// below makes a process one of a user namespace below this one: executing a
+// program there as uid takes its capabilities away, those over this one, which
+// has the mount, it never had. Nobody's ids change, only how they are called.
+func below(attr *syscall.SysProcAttr, uid, gid uint32) {
+	attr.Credential = nil
+	attr.Cloneflags |= syscall.CLONE_NEWUSER
+	attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: int(uid), HostID: 0, Size: 1}}
+	attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: int(gid), HostID: 0, Size: 1}}
 }
 
 // launch starts cmd, and knows when its end of the life pipe closes.

@@ -67,11 +67,18 @@ type Config struct {
 	// UID and GID are who the child runs as; 0 = the user floxd, or 65534 if
 	// there is none.
 	UID, GID uint32
+	// Unprivileged says that this process is root of a user namespace of its own
+	// only, as one user of the machine. Nothing is then given to anybody, and the
+	// child runs in a namespace below, where it has no capabilities and UID and
+	// GID, as they are, are that same user's.
+	Unprivileged bool
 	// ReadAheadKiB is the kernel's read-ahead on the mount, 0 = 16. Programs are
 	// read in few places, and each costs that much from the network.
 	ReadAheadKiB int
 	// StopTimeout is how long the child may take to end; 0 = 5 s.
 	StopTimeout time.Duration
+	// Output is where the child's standard output and error go; nil = this process's.
+	Output *os.File
 	// Log; nil discards.
 	Log *slog.Logger
 }
@@ -104,7 +111,7 @@ func (c *Config) setDefaults() error {
 	if c.Env == nil {
 		c.Env = os.Environ()
 	}
-	if c.UID == 0 || c.GID == 0 {
+	if !c.Unprivileged && (c.UID == 0 || c.GID == 0) {
 		uid, gid := DefaultUser()
 		if c.UID == 0 {
 			c.UID = uid
@@ -173,12 +180,12 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer func() { w.program.close() }()
-	if w.dev, err = fuse.Mount(fuse.MountConfig{Dir: cfg.MountDir, WithoutResend: cfg.WithoutResend, Log: cfg.Log}); err != nil {
+	if w.dev, err = fuse.Mount(w.mountConfig()); err != nil {
 		return err
 	}
 	defer w.dev.File.Close()
 	defer w.unmount()
-	if err := setReadAhead(w.dev.BDI, cfg.ReadAheadKiB); err != nil {
+	if err := setReadAhead(w.dev.BDI, cfg.ReadAheadKiB); err != nil && !cfg.Unprivileged {
 		w.log.Warn("the kernel keeps its own read-ahead", "error", err)
 	}
 	scans, err := newScanner(w.dev.BDI)
@@ -200,6 +207,16 @@ func Run(ctx context.Context, cfg Config) error {
 	return w.supervise(ctx)
 }
 
+// mountConfig says how to mount. Who may not set a device's read-ahead can still
+// keep the kernel from having more.
+func (w *warden) mountConfig() fuse.MountConfig {
+	c := fuse.MountConfig{Dir: w.cfg.MountDir, WithoutResend: w.cfg.WithoutResend, Log: w.cfg.Log}
+	if w.cfg.Unprivileged {
+		c.MaxReadAheadKiB = w.cfg.ReadAheadKiB
+	}
+	return c
+}
+
 // prepare makes the directories, makes sure that this is the only warden, and
 // clears away what one that was killed left. The lock lasts until it is closed.
 func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
@@ -219,8 +236,10 @@ func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("run directory %s: another agent uses it; stop that one or give this one its own: %w", w.cfg.RunDir, flox.ErrBusy)
 	}
-	if err := lock.Chown(int(w.cfg.UID), int(w.cfg.GID)); err != nil {
-		return nil, fmt.Errorf("run directory: %w", err)
+	if !w.cfg.Unprivileged {
+		if err := lock.Chown(int(w.cfg.UID), int(w.cfg.GID)); err != nil {
+			return nil, fmt.Errorf("run directory: %w", err)
+		}
 	}
 	if err := w.clearStale(ctx); err != nil {
 		return nil, err

@@ -318,6 +318,8 @@ type Status struct {
 	Prefetch     struct {
 		Recorded uint64 `json:"startsRecorded"`
 		Replayed uint64 `json:"startsReplayed"`
+
+		CompleteBytes uint64 `json:"completeBytes"`
 	} `json:"prefetch"`
 	Waiting int `json:"waiting"`
 	Cache   struct {
@@ -338,9 +340,6 @@ type Status struct {
 			Reason string `json:"reason"`
 		} `json:"missing"`
 	} `json:"offline"`
-	Prefetch struct {
-		CompleteBytes uint64 `json:"completeBytes"`
-	} `json:"prefetch"`
 	Problems []string `json:"problems"`
 }
 
