@@ -206,6 +206,12 @@ func (h *house) make(t *testing.T, name string, refs []flox.StorePath, files ...
 			t.Fatal(err)
 		}
 	}
+	return h.ingest(t, dir, name, refs)
+}
+
+// ingest makes a store path of a directory and signs its facts.
+func (h *house) ingest(t *testing.T, dir, name string, refs []flox.StorePath) *flox.PathInfo {
+	t.Helper()
 	got, err := content.IngestPath(t.Context(), dir, h, content.IngestOptions{})
 	if err != nil {
 		t.Fatal(err)
