@@ -48,7 +48,7 @@ and exact with --json; what goes on over time is JSON lines there.
 	flags.BoolVar(&g.json, "json", false, "print facts as JSON")
 	flags.BoolVar(&g.noColor, "no-color", false, "print without colours (also: NO_COLOR in the environment)")
 	root.AddCommand(
-		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newDownloadCmd(g),
+		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
 		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
 	)
 	return root

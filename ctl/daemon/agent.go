@@ -198,25 +198,32 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	}
 	// It was started through a descriptor, whose number would be its name.
 	_ = os.WriteFile("/proc/self/comm", []byte("floxd"), 0)
-	stateDir := filepath.Join(cfg.StateDir, agentDir)
-	invite, err := api.LoadInvite(filepath.Join(stateDir, inviteName))
+	invite, err := api.LoadInvite(filepath.Join(cfg.StateDir, agentDir, inviteName))
 	if err != nil {
 		return err
 	}
-	a, err := agent.New(agent.Config{
-		StateDir: stateDir, StoreDir: flox.StoreDir(cfg.StoreDir), Socket: filepath.Join(cfg.RunDir, cli.SocketName),
+	agentCfg := agentConfig(cfg, invite, log)
+	agentCfg.Warden = line
+	a, err := agent.New(agentCfg)
+	if err != nil {
+		return err
+	}
+	return a.Run(ctx)
+}
+
+// agentConfig is what the agent's child needs of the configuration.
+func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config {
+	return agent.Config{
+		StateDir: filepath.Join(cfg.StateDir, agentDir), StoreDir: flox.StoreDir(cfg.StoreDir),
+		Socket: filepath.Join(cfg.RunDir, cli.SocketName),
 		Invite: invite, Listen: cfg.Agent.Listen, Advertise: cfg.Agent.Advertise, Site: cfg.Agent.Site,
 		NoMDNS: !cfg.Agent.MDNS, DHTClient: !cfg.Agent.DHTServer,
 		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),
 		LookupTimeout: time.Duration(cfg.Agent.LookupTimeout), ReadTimeout: time.Duration(cfg.Agent.ReadTimeout),
 		NoPrefetch: !cfg.Agent.Prefetch, PrefetchRate: int64(cfg.Agent.PrefetchRate), NoTraces: !cfg.Agent.StartTraces,
 		Offline: cfg.Agent.Offline, ListValid: cfg.Agent.List == "valid",
-		Warden: line, Version: cli.ReadVersion().Version, Log: log,
-	})
-	if err != nil {
-		return err
+		Version: cli.ReadVersion().Version, Log: log,
 	}
-	return a.Run(ctx)
 }
 
 // checkRunDir refuses a directory of root's that holds something: the run

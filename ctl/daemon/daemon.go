@@ -45,7 +45,7 @@ capitals, such as FLOXD_AGENT_CACHE_BUDGET), then the configuration file
   sudo floxd agent --invite invite.json   a machine that uses it`,
 	}
 	root.PersistentFlags().StringVar(&file, "config", "", "configuration `FILE` (default $"+cli.EnvConfig+", then "+cli.DefaultConfigFile+")")
-	root.AddCommand(newUpCmd(&file), newAgentCmd(&file), newStorehouseCmd(&file), newVersionCmd())
+	root.AddCommand(newUpCmd(&file), newAgentCmd(&file), newStorehouseCmd(&file), newRunCmd(&file), newVersionCmd())
 	return root
 }
 

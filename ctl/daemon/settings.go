@@ -38,6 +38,9 @@ func (s Size) String() string {
 	return fmt.Sprint(uint64(s))
 }
 
+// MarshalText gives String.
+func (s Size) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
 // Duration is a time span, written as "5s".
 type Duration time.Duration
 
@@ -62,6 +65,9 @@ func (d Duration) String() string {
 	}
 	return s
 }
+
+// MarshalText gives String.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
 
 // setting is one key of a Config that can be read and set as text.
 type setting struct {
