@@ -28,8 +28,8 @@ func (f fresh) Put(ctx context.Context, id flox.CID, data []byte) error {
 	return f.house.Put(ctx, id, data)
 }
 
-// ingest makes a path from a NAR that write writes.
-func (h *house) ingest(t *testing.T, name string, write func(*nix.NarWriter) error) *flox.PathInfo {
+// ingestNAR makes a path from a NAR that write writes.
+func (h *house) ingestNAR(t *testing.T, name string, write func(*nix.NarWriter) error) *flox.PathInfo {
 	t.Helper()
 	r, w := io.Pipe()
 	written := make(chan struct{})
@@ -70,7 +70,7 @@ func manyFileSize(i int) []byte {
 // memory that is set aside for manifests, and what it needs is fetched once.
 func TestAStorePathOfVeryManyFiles(t *testing.T) {
 	h := newHouse(t)
-	info := h.ingest(t, "many", func(w *nix.NarWriter) error {
+	info := h.ingestNAR(t, "many", func(w *nix.NarWriter) error {
 		err := w.Entry(nix.NarEntry{Kind: flox.Directory})
 		for i := 0; i < manySmall && err == nil; i++ {
 			dir := fmt.Sprintf("d%04d", i/manyInDir)
@@ -185,7 +185,7 @@ func TestAVeryLargeFile(t *testing.T) {
 	h := newHouse(t)
 	want := largeFile{block: randomBytes(77, 1<<20+13), size: largeSize()}
 	began := time.Now()
-	info := h.ingest(t, "large", func(w *nix.NarWriter) error {
+	info := h.ingestNAR(t, "large", func(w *nix.NarWriter) error {
 		err := w.Entry(nix.NarEntry{Kind: flox.Regular, Size: uint64(want.size)})
 		buf := make([]byte, 1<<20)
 		for off := int64(0); off < want.size && err == nil; off += int64(len(buf)) {
