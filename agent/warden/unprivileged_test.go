@@ -99,8 +99,8 @@ func TestWardenOfAnOrdinaryUser(t *testing.T) {
 		t.Error("the child is in the namespace that has the mount")
 	}
 	bdi := strings.Fields(inside(t, warden, "mountpoint", "-d", h.cfg.MountDir))
-	if kib := strings.TrimSpace(run(t, "cat /sys/class/bdi/%s/read_ahead_kb", bdi[0])); kib != "64" {
-		t.Errorf("the kernel reads %s KiB ahead, want 64", kib)
+	if kib := strings.TrimSpace(run(t, "cat /sys/class/bdi/%s/read_ahead_kb", bdi[0])); kib != "16" {
+		t.Errorf("the kernel reads %s KiB ahead, want 16", kib)
 	}
 	if err := syscall.Kill(r.PID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)

@@ -330,7 +330,11 @@ func TestPowerCutBlind(t *testing.T) {
 	if private(t) {
 		return
 	}
-	if v := cuts(t, "always the same", 3); v.wrong == 0 {
-		t.Errorf("%+v: trusting blindly does no harm, so the power cuts show nothing", v)
+	var v survey
+	for range 5 { // on a busy machine all may reach the disk in time
+		if v = cuts(t, "always the same", 3); v.wrong > 0 {
+			return
+		}
 	}
+	t.Errorf("%+v: trusting blindly does no harm, so the power cuts show nothing", v)
 }
