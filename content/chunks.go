@@ -102,6 +102,28 @@ func (m *Manifest) listed(ctx context.Context, r *rec, off, end int64, yield fun
 	return true, nil
 }
 
+// Lists calls yield with the chunk lists, which are blocks of their own, that
+// Chunks of the same range reads, until yield returns false. Most files have none.
+func (m *Manifest) Lists(ctx context.Context, i uint32, off, n int64, yield func(id flox.CID) bool) error {
+	r, err := m.file(ctx, i)
+	if err != nil || r.file == nil {
+		return err
+	}
+	end := int64(r.size)
+	if n >= 0 && off < end && n < end-off {
+		end = off + n
+	}
+	at := int64(0)
+	for _, l := range r.file.lists {
+		next := at + int64(l.bytes)
+		if at < end && next > off && !yield(l.id) {
+			break
+		}
+		at = next
+	}
+	return nil
+}
+
 // Blocks calls yield with every block the path consists of and its size in
 // bytes, manifest blocks included, repeats possible, until yield returns false.
 func (m *Manifest) Blocks(ctx context.Context, yield func(id flox.CID, size uint32) bool) error {

@@ -89,6 +89,20 @@ func (m *Manifest) Pages() []flox.CID {
 	return ids
 }
 
+// PageOf is the block that holds entry i; false if that is the root block, or
+// there is no such entry.
+func (m *Manifest) PageOf(i uint32) (flox.CID, bool) {
+	if m.embedded() || i >= m.root.entries {
+		return flox.CID{}, false
+	}
+	return m.root.pages[m.pageNumber(i)].id, true
+}
+
+// pageNumber is the number of the page that holds entry i.
+func (m *Manifest) pageNumber(i uint32) int {
+	return sort.Search(len(m.root.pages), func(n int) bool { return m.root.pages[n].first > i }) - 1
+}
+
 // page gives the n-th page, from the cache if it is there.
 func (m *Manifest) page(ctx context.Context, n int) (*page, error) {
 	if g := m.cache.get(m.key(n)); g != nil {
@@ -158,7 +172,7 @@ func (m *Manifest) at(ctx context.Context, i uint32) (g *page, k int, err error)
 	if i >= m.root.entries {
 		return nil, 0, fmt.Errorf("manifest %s: entry %d of %d: %w", m.id, i, m.root.entries, flox.ErrNotFound)
 	}
-	n := sort.Search(len(m.root.pages), func(n int) bool { return m.root.pages[n].first > i }) - 1
+	n := m.pageNumber(i)
 	if g, err = m.page(ctx, n); err != nil {
 		return nil, 0, err
 	}

@@ -321,3 +321,65 @@ func BenchmarkDecodePage(b *testing.B) {
 		}
 	}
 }
+
+// onlySome gives no blocks but those listed.
+type onlySome struct {
+	flox.Blocks
+	ids map[flox.CID]bool
+}
+
+func (o onlySome) Get(ctx context.Context, id flox.CID) ([]byte, error) {
+	if !o.ids[id] {
+		return nil, fmt.Errorf("block %s: %w", id, flox.ErrNotFound)
+	}
+	return o.Blocks.Get(ctx, id)
+}
+
+// With its page and its chunk lists, and without any other block, an entry and its
+// chunks can be read; each of them is needed.
+func TestPageAndListsOfAnEntry(t *testing.T) {
+	ctx := context.Background()
+	for name, nodes := range map[string][]node{"pages": bigTree(3000), "lists": hugeFileTree(), "embedded": smallTree()} {
+		t.Run(name, func(t *testing.T) {
+			mem := &Memory{}
+			m, in, _ := ingestNodes(t, mem, nodes)
+			if _, ok := m.PageOf(m.Entries()); ok {
+				t.Error("an entry that is not there has a page")
+			}
+			pages, lists := map[flox.CID]bool{}, 0
+			read := func(i uint32, off int64, ids ...flox.CID) error {
+				some := onlySome{mem, map[flox.CID]bool{in.Manifest: true}}
+				for _, id := range ids {
+					some.ids[id] = true
+				}
+				one, err := NewPageCache(0).Open(ctx, in.Manifest, some)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return one.Chunks(ctx, i, off, 1, func(int64, flox.Chunk) bool { return true })
+			}
+			for i := uint32(0); i < m.Entries(); i += 1 + m.Entries()/97 {
+				if nodes[i].Kind != flox.Regular {
+					continue
+				}
+				var ids []flox.CID
+				if page, ok := m.PageOf(i); ok {
+					ids, pages[page] = append(ids, page), true
+				}
+				off := int64(len(nodes[i].data)) / 2
+				if err := m.Lists(ctx, i, off, 1, func(id flox.CID) bool { ids, lists = append(ids, id), lists+1; return true }); err != nil {
+					t.Fatal(err)
+				}
+				if err := read(i, off, ids...); err != nil {
+					t.Fatalf("entry %d: %v", i, err)
+				}
+				if len(ids) > 0 && read(i, off, ids[1:]...) == nil {
+					t.Errorf("entry %d was read without its page", i)
+				}
+			}
+			if name == "pages" && len(pages) < 2 || name == "lists" && lists == 0 {
+				t.Errorf("%d pages and %d lists: nothing was tested", len(pages), lists)
+			}
+		})
+	}
+}

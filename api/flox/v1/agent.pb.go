@@ -628,8 +628,11 @@ type Traffic struct {
 	ServedBytes     uint64                 `protobuf:"varint,6,opt,name=served_bytes,json=servedBytes,proto3" json:"served_bytes,omitempty"`       // to other agents
 	FactBytes       uint64                 `protobuf:"varint,7,opt,name=fact_bytes,json=factBytes,proto3" json:"fact_bytes,omitempty"`             // path infos and the like
 	ManifestBytes   uint64                 `protobuf:"varint,8,opt,name=manifest_bytes,json=manifestBytes,proto3" json:"manifest_bytes,omitempty"` // part of the plain bytes above that are manifest blocks
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Round trips that readers waited for, counted only one after the other: what
+	// was asked for before an answer came is the same round trip.
+	RoundTrips    uint64 `protobuf:"varint,9,opt,name=round_trips,json=roundTrips,proto3" json:"round_trips,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Traffic) Reset() {
@@ -714,6 +717,13 @@ func (x *Traffic) GetFactBytes() uint64 {
 func (x *Traffic) GetManifestBytes() uint64 {
 	if x != nil {
 		return x.ManifestBytes
+	}
+	return 0
+}
+
+func (x *Traffic) GetRoundTrips() uint64 {
+	if x != nil {
+		return x.RoundTrips
 	}
 	return 0
 }
@@ -2661,7 +2671,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x0elast_seen_unix\x18\x04 \x01(\x03R\flastSeenUnix\x12\x14\n" +
 	"\x05index\x18\x05 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x19\n" +
-	"\bhttp_url\x18\a \x01(\tR\ahttpUrl\"\x95\x02\n" +
+	"\bhttp_url\x18\a \x01(\tR\ahttpUrl\"\xb6\x02\n" +
 	"\aTraffic\x12\x1b\n" +
 	"\tlan_bytes\x18\x01 \x01(\x04R\blanBytes\x12\x1d\n" +
 	"\n" +
@@ -2673,7 +2683,9 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\fserved_bytes\x18\x06 \x01(\x04R\vservedBytes\x12\x1d\n" +
 	"\n" +
 	"fact_bytes\x18\a \x01(\x04R\tfactBytes\x12%\n" +
-	"\x0emanifest_bytes\x18\b \x01(\x04R\rmanifestBytes\"\x0e\n" +
+	"\x0emanifest_bytes\x18\b \x01(\x04R\rmanifestBytes\x12\x1f\n" +
+	"\vround_trips\x18\t \x01(\x04R\n" +
+	"roundTrips\"\x0e\n" +
 	"\fPeersRequest\"4\n" +
 	"\rPeersResponse\x12#\n" +
 	"\x05peers\x18\x01 \x03(\v2\r.flox.v1.PeerR\x05peers\"\xb1\x02\n" +

@@ -687,6 +687,450 @@ func (x *PathInfo) GetManifestSignatures() []string {
 	return nil
 }
 
+// TracesCommand is what the processor of start traces applies.
+type TracesCommand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Command:
+	//
+	//	*TracesCommand_Salt
+	//	*TracesCommand_Merge
+	Command       isTracesCommand_Command `protobuf_oneof:"command"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TracesCommand) Reset() {
+	*x = TracesCommand{}
+	mi := &file_flox_v1_log_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TracesCommand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TracesCommand) ProtoMessage() {}
+
+func (x *TracesCommand) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TracesCommand.ProtoReflect.Descriptor instead.
+func (*TracesCommand) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *TracesCommand) GetCommand() isTracesCommand_Command {
+	if x != nil {
+		return x.Command
+	}
+	return nil
+}
+
+func (x *TracesCommand) GetSalt() []byte {
+	if x != nil {
+		if x, ok := x.Command.(*TracesCommand_Salt); ok {
+			return x.Salt
+		}
+	}
+	return nil
+}
+
+func (x *TracesCommand) GetMerge() *MergeStarts {
+	if x != nil {
+		if x, ok := x.Command.(*TracesCommand_Merge); ok {
+			return x.Merge
+		}
+	}
+	return nil
+}
+
+type isTracesCommand_Command interface {
+	isTracesCommand_Command()
+}
+
+type TracesCommand_Salt struct {
+	// Salt of the reporters' tags; the first one is in force for ever.
+	Salt []byte `protobuf:"bytes,1,opt,name=salt,proto3,oneof"`
+}
+
+type TracesCommand_Merge struct {
+	Merge *MergeStarts `protobuf:"bytes,2,opt,name=merge,proto3,oneof"`
+}
+
+func (*TracesCommand_Salt) isTracesCommand_Command() {}
+
+func (*TracesCommand_Merge) isTracesCommand_Command() {}
+
+// MergeStarts merges reports of program starts, checked against the manifests before.
+type MergeStarts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reports       []*StartReport         `protobuf:"bytes,1,rep,name=reports,proto3" json:"reports,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MergeStarts) Reset() {
+	*x = MergeStarts{}
+	mi := &file_flox_v1_log_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MergeStarts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MergeStarts) ProtoMessage() {}
+
+func (x *MergeStarts) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MergeStarts.ProtoReflect.Descriptor instead.
+func (*MergeStarts) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *MergeStarts) GetReports() []*StartReport {
+	if x != nil {
+		return x.Reports
+	}
+	return nil
+}
+
+// StartReport is what one machine saw of one store path's start.
+type StartReport struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // base name
+	// Tells this machine's reports of this path from others', and no more: salted,
+	// short, and forgotten for every chunk as soon as a second machine saw it too.
+	Tag           []byte      `protobuf:"bytes,2,opt,name=tag,proto3" json:"tag,omitempty"`
+	Trees         []*SeenTree `protobuf:"bytes,3,rep,name=trees,proto3" json:"trees,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartReport) Reset() {
+	*x = StartReport{}
+	mi := &file_flox_v1_log_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartReport) ProtoMessage() {}
+
+func (x *StartReport) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartReport.ProtoReflect.Descriptor instead.
+func (*StartReport) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *StartReport) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *StartReport) GetTag() []byte {
+	if x != nil {
+		return x.Tag
+	}
+	return nil
+}
+
+func (x *StartReport) GetTrees() []*SeenTree {
+	if x != nil {
+		return x.Trees
+	}
+	return nil
+}
+
+// SeenTree is a store path of the closure and what was read of it. It is a part
+// of a report, and of the state.
+type SeenTree struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // base name
+	Chunks        []*SeenChunk           `protobuf:"bytes,2,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeenTree) Reset() {
+	*x = SeenTree{}
+	mi := &file_flox_v1_log_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeenTree) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeenTree) ProtoMessage() {}
+
+func (x *SeenTree) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeenTree.ProtoReflect.Descriptor instead.
+func (*SeenTree) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SeenTree) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SeenTree) GetChunks() []*SeenChunk {
+	if x != nil {
+		return x.Chunks
+	}
+	return nil
+}
+
+type SeenChunk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entry         uint32                 `protobuf:"varint,1,opt,name=entry,proto3" json:"entry,omitempty"`   // index in the manifest
+	Offset        uint64                 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"` // of the chunk in the file
+	Size          uint32                 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`     // 0 = no chunk: entry is the number of a page of the manifest
+	Rank          uint32                 `protobuf:"varint,4,opt,name=rank,proto3" json:"rank,omitempty"`
+	Weight        uint32                 `protobuf:"varint,5,opt,name=weight,proto3" json:"weight,omitempty"` // state only: how often it was seen lately
+	Tag           []byte                 `protobuf:"bytes,6,opt,name=tag,proto3" json:"tag,omitempty"`        // state only: the one machine that saw it; empty = two did
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeenChunk) Reset() {
+	*x = SeenChunk{}
+	mi := &file_flox_v1_log_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeenChunk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeenChunk) ProtoMessage() {}
+
+func (x *SeenChunk) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeenChunk.ProtoReflect.Descriptor instead.
+func (*SeenChunk) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SeenChunk) GetEntry() uint32 {
+	if x != nil {
+		return x.Entry
+	}
+	return 0
+}
+
+func (x *SeenChunk) GetOffset() uint64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *SeenChunk) GetSize() uint32 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *SeenChunk) GetRank() uint32 {
+	if x != nil {
+		return x.Rank
+	}
+	return 0
+}
+
+func (x *SeenChunk) GetWeight() uint32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
+func (x *SeenChunk) GetTag() []byte {
+	if x != nil {
+		return x.Tag
+	}
+	return nil
+}
+
+// StartState is what is known of the starts of one store path.
+type StartState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Reported      uint64                 `protobuf:"varint,2,opt,name=reported,proto3" json:"reported,omitempty"` // log index of the last report
+	Trees         []*SeenTree            `protobuf:"bytes,3,rep,name=trees,proto3" json:"trees,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartState) Reset() {
+	*x = StartState{}
+	mi := &file_flox_v1_log_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartState) ProtoMessage() {}
+
+func (x *StartState) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartState.ProtoReflect.Descriptor instead.
+func (*StartState) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *StartState) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *StartState) GetReported() uint64 {
+	if x != nil {
+		return x.Reported
+	}
+	return 0
+}
+
+func (x *StartState) GetTrees() []*SeenTree {
+	if x != nil {
+		return x.Trees
+	}
+	return nil
+}
+
+// TracesReply answers a TracesCommand.
+type TracesReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Salt          []byte                 `protobuf:"bytes,1,opt,name=salt,proto3" json:"salt,omitempty"` // in force
+	Merged        uint32                 `protobuf:"varint,2,opt,name=merged,proto3" json:"merged,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TracesReply) Reset() {
+	*x = TracesReply{}
+	mi := &file_flox_v1_log_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TracesReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TracesReply) ProtoMessage() {}
+
+func (x *TracesReply) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TracesReply.ProtoReflect.Descriptor instead.
+func (*TracesReply) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *TracesReply) GetSalt() []byte {
+	if x != nil {
+		return x.Salt
+	}
+	return nil
+}
+
+func (x *TracesReply) GetMerged() uint32 {
+	if x != nil {
+		return x.Merged
+	}
+	return 0
+}
+
 var File_flox_v1_log_proto protoreflect.FileDescriptor
 
 const file_flox_v1_log_proto_rawDesc = "" +
@@ -745,7 +1189,35 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"signatures\x12\x1a\n" +
 	"\bmanifest\x18\t \x01(\fR\bmanifest\x12/\n" +
 	"\x13manifest_signatures\x18\n" +
-	" \x03(\tR\x12manifestSignaturesB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	" \x03(\tR\x12manifestSignatures\"^\n" +
+	"\rTracesCommand\x12\x14\n" +
+	"\x04salt\x18\x01 \x01(\fH\x00R\x04salt\x12,\n" +
+	"\x05merge\x18\x02 \x01(\v2\x14.flox.v1.MergeStartsH\x00R\x05mergeB\t\n" +
+	"\acommand\"=\n" +
+	"\vMergeStarts\x12.\n" +
+	"\areports\x18\x01 \x03(\v2\x14.flox.v1.StartReportR\areports\"\\\n" +
+	"\vStartReport\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x10\n" +
+	"\x03tag\x18\x02 \x01(\fR\x03tag\x12'\n" +
+	"\x05trees\x18\x03 \x03(\v2\x11.flox.v1.SeenTreeR\x05trees\"J\n" +
+	"\bSeenTree\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12*\n" +
+	"\x06chunks\x18\x02 \x03(\v2\x12.flox.v1.SeenChunkR\x06chunks\"\x8b\x01\n" +
+	"\tSeenChunk\x12\x14\n" +
+	"\x05entry\x18\x01 \x01(\rR\x05entry\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\rR\x04size\x12\x12\n" +
+	"\x04rank\x18\x04 \x01(\rR\x04rank\x12\x16\n" +
+	"\x06weight\x18\x05 \x01(\rR\x06weight\x12\x10\n" +
+	"\x03tag\x18\x06 \x01(\fR\x03tag\"e\n" +
+	"\n" +
+	"StartState\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1a\n" +
+	"\breported\x18\x02 \x01(\x04R\breported\x12'\n" +
+	"\x05trees\x18\x03 \x03(\v2\x11.flox.v1.SeenTreeR\x05trees\"9\n" +
+	"\vTracesReply\x12\x12\n" +
+	"\x04salt\x18\x01 \x01(\fR\x04salt\x12\x16\n" +
+	"\x06merged\x18\x02 \x01(\rR\x06mergedB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_log_proto_rawDescOnce sync.Once
@@ -759,30 +1231,42 @@ func file_flox_v1_log_proto_rawDescGZIP() []byte {
 	return file_flox_v1_log_proto_rawDescData
 }
 
-var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_flox_v1_log_proto_goTypes = []any{
-	(*Envelope)(nil),     // 0: flox.v1.Envelope
-	(*PathsCommand)(nil), // 1: flox.v1.PathsCommand
-	(*AddPaths)(nil),     // 2: flox.v1.AddPaths
-	(*NarFile)(nil),      // 3: flox.v1.NarFile
-	(*RemovePaths)(nil),  // 4: flox.v1.RemovePaths
-	(*SetTrustList)(nil), // 5: flox.v1.SetTrustList
-	(*PathsReply)(nil),   // 6: flox.v1.PathsReply
-	(*Difference)(nil),   // 7: flox.v1.Difference
-	(*PathInfo)(nil),     // 8: flox.v1.PathInfo
+	(*Envelope)(nil),      // 0: flox.v1.Envelope
+	(*PathsCommand)(nil),  // 1: flox.v1.PathsCommand
+	(*AddPaths)(nil),      // 2: flox.v1.AddPaths
+	(*NarFile)(nil),       // 3: flox.v1.NarFile
+	(*RemovePaths)(nil),   // 4: flox.v1.RemovePaths
+	(*SetTrustList)(nil),  // 5: flox.v1.SetTrustList
+	(*PathsReply)(nil),    // 6: flox.v1.PathsReply
+	(*Difference)(nil),    // 7: flox.v1.Difference
+	(*PathInfo)(nil),      // 8: flox.v1.PathInfo
+	(*TracesCommand)(nil), // 9: flox.v1.TracesCommand
+	(*MergeStarts)(nil),   // 10: flox.v1.MergeStarts
+	(*StartReport)(nil),   // 11: flox.v1.StartReport
+	(*SeenTree)(nil),      // 12: flox.v1.SeenTree
+	(*SeenChunk)(nil),     // 13: flox.v1.SeenChunk
+	(*StartState)(nil),    // 14: flox.v1.StartState
+	(*TracesReply)(nil),   // 15: flox.v1.TracesReply
 }
 var file_flox_v1_log_proto_depIdxs = []int32{
-	2, // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
-	4, // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
-	5, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
-	8, // 3: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
-	3, // 4: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
-	7, // 5: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	2,  // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
+	4,  // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
+	5,  // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
+	8,  // 3: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
+	3,  // 4: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
+	7,  // 5: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
+	10, // 6: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
+	11, // 7: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
+	12, // 8: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
+	13, // 9: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
+	12, // 10: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_log_proto_init() }
@@ -795,13 +1279,17 @@ func file_flox_v1_log_proto_init() {
 		(*PathsCommand_Remove)(nil),
 		(*PathsCommand_Trust)(nil),
 	}
+	file_flox_v1_log_proto_msgTypes[9].OneofWrappers = []any{
+		(*TracesCommand_Salt)(nil),
+		(*TracesCommand_Merge)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_log_proto_rawDesc), len(file_flox_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
