@@ -72,8 +72,8 @@ func (h *Host) FetchRange(ctx context.Context, want Want, off, length uint32, hi
 	var data []byte
 	var source Source
 	c := &call{ctx: ctx, background: hints.Background, search: h.finds.search(hints)}
-	err := h.fetchKeys(ctx, c, 1, func(int) (flightKey, uint32) {
-		return flightKey{want.ID, off, length}, want.Size
+	err := h.fetchKeys(ctx, c, 1, func(int) (flightKey, sizes) {
+		return flightKey{want.ID, off, length}, sizes{want.Size, want.About}
 	}, func(_ int, b []byte, from Source) { data, source = b, from })
 	return data, source, err
 }
@@ -84,12 +84,12 @@ func (h *Host) fetch(ctx context.Context, c *call, wants []Want, deliver func(in
 			return fmt.Errorf("want %d: block %q of %d bytes, at most %d allowed: %w", i, w.ID, w.Size, MaxBlock, flox.ErrBadInput)
 		}
 	}
-	return h.fetchKeys(ctx, c, len(wants), func(i int) (flightKey, uint32) {
-		return flightKey{id: wants[i].ID}, wants[i].Size
+	return h.fetchKeys(ctx, c, len(wants), func(i int) (flightKey, sizes) {
+		return flightKey{id: wants[i].ID}, sizes{wants[i].Size, wants[i].About}
 	}, deliver)
 }
 
-func (h *Host) fetchKeys(ctx context.Context, c *call, n int, want func(int) (flightKey, uint32), deliver func(int, []byte, Source)) error {
+func (h *Host) fetchKeys(ctx context.Context, c *call, n int, want func(int) (flightKey, sizes), deliver func(int, []byte, Source)) error {
 	if n == 0 {
 		return nil
 	}
@@ -140,6 +140,19 @@ func fetchEnded(err error, have, n int) error {
 		return fmt.Errorf("fetch: %d of %d blocks came in time, nobody gave the rest: %w: %w", have, n, flox.ErrUnreachable, err)
 	}
 	return fmt.Errorf("fetch: %d of %d blocks: %w", have, n, err)
+}
+
+// Hurry says that somebody waits for blocks that are fetched in the background:
+// they go to the front of what waits to be asked for.
+func (h *Host) Hurry(ids []flox.CID) {
+	h.peers.mu.Lock()
+	for _, id := range ids {
+		if f := h.sched.flights[flightKey{id: id}]; f != nil && f.background {
+			h.sched.hurry(f)
+		}
+	}
+	h.peers.mu.Unlock()
+	h.sched.flush()
 }
 
 // member connects to a peer and waits until it has said who it is.

@@ -432,6 +432,74 @@ func TestHurryGoesFirst(t *testing.T) {
 	}
 }
 
+// So do those that were asked for in the background only, once somebody says that
+// they are waited for.
+func TestHurriedBackgroundGoesFirst(t *testing.T) {
+	blocks := randomBlocks(14, 3000, 4096)
+	held := newMemory(blocks...)
+	store := start(t, 54, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
+	me := start(t, 55, func(c *Config) {
+		c.Bootstrap = []PeerAddr{addrOf(store)}
+		c.Limits.InFlight = 64 << 10
+		c.patience = time.Minute
+	})
+	gate := make(chan struct{})
+	held.get = func(_ context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		<-gate
+		return data, nil
+	}
+	wants := wantsOf(blocks)
+	done := make(chan error, 1)
+	came, urgent := 0, 0
+	go func() {
+		done <- me.Fetch(within(t, 20*time.Second), wants, Hints{Background: true}, func(i int, _ []byte, _ Source) {
+			if came++; i == 2990 {
+				urgent = came
+			}
+		})
+	}()
+	eventually(t, "background work is queued", func() bool { return held.gets.Load() > 0 })
+	me.Hurry([]flox.CID{wants[2990].ID, {1}}) // the second is of nobody's
+	eventually(t, "the urgent one is in front", func() bool {
+		me.peers.mu.Lock()
+		defer me.peers.mu.Unlock()
+		r := me.peers.remotes[store.self]
+		return r.link.queues[0].peek() != nil || len(r.link.lanes) == 0
+	})
+	close(gate)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if urgent == 0 || urgent > 500 {
+		t.Errorf("the urgent block came as number %d of 3000", urgent)
+	}
+}
+
+// What somebody says of a size plans a fetch and binds nobody.
+func TestSizesFromHearsay(t *testing.T) {
+	blocks := randomBlocks(15, 300, 20_000)
+	store := start(t, 56, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
+	for _, about := range []uint32{1, 20_000, 1 << 20, 1<<32 - 1} {
+		me := start(t, 57, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
+		wants := wantsOf(blocks)
+		for i := range wants {
+			wants[i].Size, wants[i].About = 0, about
+		}
+		n := 0
+		err := me.Fetch(within(t, 20*time.Second), wants, Hints{}, func(int, []byte, Source) { n++ })
+		if err != nil || n != len(blocks) {
+			t.Errorf("about %d bytes: %d of %d blocks, %v", about, n, len(blocks), err)
+		}
+		if err := me.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	small, large := flightKey{}.cost(sizes{about: 1}), flightKey{}.cost(sizes{exact: 7, about: 1 << 20})
+	if small != leastCost || large != 7 {
+		t.Errorf("cost %d and %d, want %d and 7", small, large, leastCost)
+	}
+}
+
 // A storehouse that spoilt one block still gives the others.
 func TestStorehouseWithOneBadBlock(t *testing.T) {
 	blocks := randomBlocks(15, 50, 5000)

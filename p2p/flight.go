@@ -17,13 +17,24 @@ type flightKey struct {
 	off, length uint32 // length 0 = the whole block
 }
 
-// cost is what a fetch is counted as while its size is not known.
-func (k flightKey) cost(size uint32) int {
+// sizes are what is known of a block's size in bytes; 0 = nothing.
+type sizes struct {
+	exact uint32 // from a signed manifest
+	about uint32 // from hearsay
+}
+
+// leastCost bounds how many blocks hearsay can make be asked for at once.
+const leastCost = 1 << 10
+
+// cost is what a fetch is counted as.
+func (k flightKey) cost(s sizes) int {
 	switch {
 	case k.length > 0:
 		return int(k.length) + sliceOverhead(k.length)
-	case size > 0:
-		return int(size)
+	case s.exact > 0:
+		return int(s.exact)
+	case s.about > 0:
+		return max(int(s.about), leastCost)
 	}
 	return 64 << 10 // the usual chunk
 }
@@ -32,7 +43,7 @@ func (k flightKey) cost(size uint32) int {
 // any caller waits. Guarded by peerTable.mu, as all of the scheduler.
 type flight struct {
 	key     flightKey
-	size    uint32 // 0 = unknown
+	size    sizes
 	filter  filterKey
 	waiters []waiter
 	active  []*attempt // asked now, at most maxActive
@@ -96,7 +107,7 @@ func newScheduler(h *Host) *scheduler {
 }
 
 // join makes c wait for a block, and starts fetching it if nobody did.
-func (s *scheduler) join(c *call, index int, key flightKey, size uint32) error {
+func (s *scheduler) join(c *call, index int, key flightKey, size sizes) error {
 	t := s.h.peers
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -104,7 +115,7 @@ func (s *scheduler) join(c *call, index int, key flightKey, size uint32) error {
 		return fmt.Errorf("peer host: %w", flox.ErrClosed)
 	}
 	f := s.flights[key]
-	if f != nil && (f.only != c.only || (size != 0 && f.size != 0 && size != f.size)) {
+	if f != nil && (f.only != c.only || (size.exact != 0 && f.size.exact != 0 && size.exact != f.size.exact)) {
 		f = nil // of a FetchFrom, or of another idea of its size: a flight of its own
 	}
 	fresh := f == nil
@@ -309,7 +320,7 @@ func better(a, b *remote, f *flight) bool {
 
 // ask queues f at r and sets the time after which it is overtaken.
 func (s *scheduler) ask(f *flight, r *remote) {
-	a := &attempt{f: f, r: r, key: f.key, size: f.size, cost: f.key.cost(f.size), background: f.background}
+	a := &attempt{f: f, r: r, key: f.key, size: f.size.exact, cost: f.key.cost(f.size), background: f.background}
 	f.active = append(f.active, a)
 	r.link.push(a)
 	s.kick[r] = struct{}{}

@@ -167,6 +167,9 @@ type Want struct {
 	// peer that answers with another size is taken for a liar, before any of
 	// its answer is read.
 	Size uint32
+	// About is the size as somebody said who may be wrong, if Size is 0. It plans
+	// how much is asked for at once; nobody is held to it.
+	About uint32
 }
 
 // Source says where a block came from.
