@@ -105,6 +105,13 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 		if u, err = k.scans.get(ctx); err == nil {
 			_, a.Yes = u.mapped[q.Node]
 		}
+	case askPages:
+		var runs []PageRun
+		if runs, err = k.scans.pages(q.PID); err == nil {
+			for part := range slices.Chunk(runs, maxRunsPart) {
+				k.send(line, answer{ID: q.ID, Runs: flatten(part), More: true})
+			}
+		}
 	case askInUse:
 		var u usage
 		if u, err = k.scans.get(ctx); err == nil {

@@ -142,8 +142,9 @@ func (c *Conn) take(a answer) {
 	}
 	a.Open = append(p.sofar.Open, a.Open...)
 	a.Mapped = append(p.sofar.Mapped, a.Mapped...)
+	a.Runs = append(p.sofar.Runs, a.Runs...)
 	p.sofar = a
-	if !a.More || len(a.Open)+len(a.Mapped) > maxUsed {
+	if !a.More || len(a.Open)+len(a.Mapped)+len(a.Runs) > maxUsed {
 		delete(c.asked, a.ID)
 		close(p.done)
 	}
@@ -187,6 +188,14 @@ func (c *Conn) ask(ctx context.Context, q question) (answer, error) {
 func (c *Conn) Exe(ctx context.Context, pid uint32) (string, error) {
 	a, err := c.ask(ctx, question{Ask: askExe, PID: pid})
 	return a.Text, err
+}
+
+// Pages lists what of the mount's files a process has in its page tables, that
+// is, what it used of them by mapping, whether or not it was read for it.
+// ErrNotFound: there is no such process.
+func (c *Conn) Pages(ctx context.Context, pid uint32) ([]PageRun, error) {
+	a, err := c.ask(ctx, question{Ask: askPages, PID: pid})
+	return unflatten(a.Runs), err
 }
 
 // InUse lists the inodes of the mount that any process has open, mapped, runs,

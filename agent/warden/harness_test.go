@@ -365,6 +365,17 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 	case "drop":
 		node, _ := s.Node(tinyID, 1)
 		err = s.DropPages(ctx, []uint64{node})
+	case askPages:
+		var runs []PageRun
+		runs, err = c.Pages(ctx, q.PID)
+		for i, e := range tiny {
+			node, _ := s.Node(tinyID, uint32(i))
+			for _, r := range runs {
+				if r.Node == node && r.Off == 0 && r.Len > 0 {
+					q.Mapped = append(q.Mapped, e.Name)
+				}
+			}
+		}
 	case askInUse:
 		var used map[uint64]struct{}
 		used, err = c.InUse(ctx)

@@ -120,7 +120,7 @@ func TestParseQuestionRefuses(t *testing.T) {
 		``, `{}`, `[]`, `{"Ask":"rm"}`, `{"Ask":"exe"}`, `{"Ask":"exe","PID":-1}`, `{"Ask":"exe","PID":99999999}`,
 		`{"Ask":"root"}`, `{"Ask":"root","Link":"a"}`, `{"Ask":"root","Link":"/a/../b"}`, `{"Ask":"root","Link":"/a\u0000"}`,
 		`{"Ask":"root","Link":"/` + strings.Repeat("x", maxLink) + `"}`, `{"Ask":"readahead","KiB":-1}`, `{"Ask":"readahead","KiB":5000}`,
-		`{"Ask":"inuse"`,
+		`{"Ask":"inuse"`, `{"Ask":"pages"}`, `{"Ask":"pages","PID":99999999}`,
 	} {
 		if _, err := parseQuestion([]byte(s)); !errors.Is(err, flox.ErrBadInput) {
 			t.Errorf("%.60s: %v", s, err)

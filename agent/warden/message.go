@@ -32,6 +32,7 @@ const (
 	askMapped    = "mapped"    // Node: whether it is mapped or executed
 	askRoot      = "root"      // Link: where it points
 	askReadAhead = "readahead" // KiB: set it
+	askPages     = "pages"     // PID: what of the mount's files is in its page tables
 	askWaiting   = "waiting"   // how many requests of the mount are not answered
 
 	// What a child tells of itself, with its Version. There is no answer.
@@ -59,6 +60,7 @@ type answer struct {
 	Text   string   `json:",omitempty"`
 	Open   []uint64 `json:",omitempty"` // inodes open, or somebody's directory
 	Mapped []uint64 `json:",omitempty"` // inodes mapped or executed
+	Runs   []uint64 `json:",omitempty"` // inode, offset, length; and so on
 	Yes    bool     `json:",omitempty"`
 	Count  int      `json:",omitempty"`
 	More   bool     `json:",omitempty"` // another part follows
@@ -87,7 +89,7 @@ func parseQuestion(b []byte) (question, error) {
 	}
 	switch q.Ask {
 	case askInUse, askMapped, askWaiting, tellServing, tellReady:
-	case askExe:
+	case askExe, askPages:
 		if q.PID == 0 || q.PID > 1<<22 { // PID_MAX_LIMIT
 			return bad(q, fmt.Sprintf("process %d", q.PID))
 		}
