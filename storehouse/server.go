@@ -37,6 +37,8 @@ type Server struct {
 	batch   *batcher
 	staging *staging
 	tracker *tracker
+	reports reportCounts
+	made    madeTraces
 
 	ready   chan struct{}
 	invite  atomic.Pointer[api.Invite]
@@ -53,7 +55,7 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, ready: make(chan struct{}), tracker: newTracker()}
+	s := &Server{cfg: cfg, ready: make(chan struct{}), tracker: newTracker(), made: madeTraces{made: map[string]madeTrace{}}}
 	if err := s.open(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -86,6 +88,7 @@ func (s *Server) open() (err error) {
 	}
 	s.closers = append(s.closers, s.node.Close)
 	s.node.Register(pathsKind, paths{})
+	s.node.Register(tracesKind, traces{})
 	s.packs, err = pack.Open(pack.Config{
 		Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs"),
 	})
