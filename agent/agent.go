@@ -93,6 +93,7 @@ type Agent struct {
 	fetcher   *fetcher
 	ahead     *prefetcher
 	readers   *readAhead
+	starts    *starts
 	follower  *follower
 	valid     *validNames
 	executed  *executed
@@ -245,6 +246,8 @@ func (a *Agent) prepareNetwork() {
 	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate, life: completeLife}
 	a.complete = newCompleter(a, a.ran, a.policies)
 	a.readers = newReadAhead(life, a.ahead)
+	a.starts = a.newStarts()
+	a.resolver.book = a.starts.book
 }
 
 // openNetwork takes its time: keys, certificates, sockets.
@@ -278,6 +281,9 @@ func (a *Agent) openMount() (err error) {
 		Serving: func() { a.tellWarden(w.Serving) },
 	})
 	a.kernel.mount = a.mount
+	if err == nil && !a.cfg.NoTraces {
+		a.starts.recorder = a.newRecorder(w, a.mount.Resolve)
+	}
 	return err
 }
 
@@ -297,6 +303,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.rememberPeers(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
 	group.Go(func() error { return ended(ctx, "calls", a.serveFacts(ctx)) })
+	if a.starts.recorder != nil {
+		group.Go(func() error { return a.starts.recorder.run(ctx) })
+		group.Go(func() error { return a.report(ctx) })
+	}
 	group.Go(func() error { return a.serveControl(ctx) })
 	err := group.Wait()
 	if errors.Is(err, errEnded) && ctx.Err() != nil {
@@ -328,6 +338,9 @@ func (a *Agent) Close() error {
 		a.end()
 		a.resolver.work.Wait()
 		a.readers.work.Wait()
+		if a.starts.book != nil {
+			a.starts.book.work.Wait()
+		}
 		a.fetcher.work.Wait()
 	}
 	if a.calls != nil {

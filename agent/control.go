@@ -125,7 +125,7 @@ func (c *control) Status(ctx context.Context, _ *connect.Request[floxv1.StatusRe
 		Pid: uint32(os.Getpid()), PeerId: string(a.host.ID()), Site: a.cfg.Site, //nolint:gosec // a pid is positive
 		Storehouse: a.linkMessage(), Peers: uint32(len(peers)), Cache: a.cacheMessage(), //nolint:gosec // a few thousand
 		Traffic: a.trafficMessage(), Waiting: uint32(a.waits.count()), PathsKnown: a.facts.known(), //nolint:gosec // bounded by the mount
-		Problems: a.problems(), Prefetch: a.ahead.message(), Offline: a.complete.state(ctx), HeapBytes: liveHeap(),
+		Problems: a.problems(), Prefetch: a.starts.message(a.ahead.message()), Offline: a.complete.state(ctx), HeapBytes: liveHeap(),
 	}
 	if a.mount != nil {
 		s.Mounted, s.MountDir = true, a.cfg.Warden.MountDir

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	flox "github.com/floxctl/flox"
@@ -27,18 +29,36 @@ const (
 )
 
 // piece is a block to fetch: a chunk of a file, or a block of a manifest when
-// File is zero.
+// File is zero, or something that only hearsay tells of.
 type piece struct {
 	file  cache.File
 	off   int64 // of the chunk in the file
 	chunk flox.Chunk
+	loose *loose // nil = the signed manifest says so
 }
 
-func (p piece) manifest() bool { return p.file.ID.IsZero() }
+func (p piece) manifest() bool { return p.file.ID.IsZero() && (p.loose == nil || p.loose.manifest) }
+
+// size is how many bytes are expected.
+func (p piece) size() uint64 {
+	if p.loose != nil {
+		return uint64(p.loose.about)
+	}
+	return uint64(p.chunk.Size)
+}
+
+// loose is a block that no manifest here vouches for yet. Nobody is held to the
+// size it is said to have, and it goes into the cache only as keep finds right.
+type loose struct {
+	about    uint32
+	manifest bool // is a block of a manifest
+	keep     func(ctx context.Context, id flox.CID, data []byte)
+}
 
 // swarm is what the fetcher needs of the p2p host.
 type swarm interface {
 	Fetch(ctx context.Context, wants []p2p.Want, hints p2p.Hints, deliver func(i int, data []byte, from p2p.Source)) error
+	Hurry(ids []flox.CID)
 	Holding(ids ...flox.CID)
 }
 
@@ -72,11 +92,12 @@ func newFetcher(life context.Context, host swarm, c *cache.Cache, t *traffic, lo
 type flight struct {
 	piece piece // of who started it; others may want the same block elsewhere
 	batch *batch
-	slow  bool // nobody waits for it yet; guarded by fetcher.mu
+	trip  uint64
 	done  chan struct{}
 	data  []byte
 	from  p2p.Source
 	local bool // it lay in the cache, as part of another file
+	hurry bool // a reader waits for it, whoever asked first; guarded by fetcher.mu
 	err   error
 }
 
@@ -84,6 +105,10 @@ type flight struct {
 type batch struct {
 	cancel context.CancelFunc
 	left   chan struct{} // a place in it lets the batch go on without waiters; nil = never
+	// background says that it was asked for by nobody who waits; arrived, if set,
+	// counts its bytes as they come from elsewhere.
+	background bool
+	arrived    *atomic.Uint64
 
 	mu      sync.Mutex
 	waiters int
@@ -134,11 +159,11 @@ func (b *batch) end() {
 // ErrUnreachable and tells the last failure. A nil watch is allowed.
 func (f *fetcher) fetch(ctx context.Context, pieces []piece, hints p2p.Hints, watch *wait, each func(piece, []byte) error) error {
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
-		flights, err := f.start(ctx, pieces, hints)
+		flights, err := f.start(ctx, pieces, hints, nil)
 		if err != nil {
 			return err
 		}
-		if pieces, err = f.collect(ctx, pieces, flights, watch, each); err == nil {
+		if pieces, err = f.collect(ctx, pieces, flights, hints.Background, watch, each); err == nil {
 			return nil
 		}
 		var consumer *consumerError
@@ -160,6 +185,18 @@ func (f *fetcher) fetch(ctx context.Context, pieces []piece, hints p2p.Hints, wa
 	}
 }
 
+// once is fetch in the background without another try: what nobody gives is left
+// out, which an error tells. What comes from elsewhere for it is counted.
+func (f *fetcher) once(ctx context.Context, pieces []piece, hints p2p.Hints, arrived *atomic.Uint64) error {
+	hints.Background = true
+	flights, err := f.start(ctx, pieces, hints, arrived)
+	if err != nil {
+		return err
+	}
+	_, err = f.collect(ctx, pieces, flights, true, nil, func(piece, []byte) error { return nil })
+	return err
+}
+
 // stopping waits for a reader's own end when the agent ends: the mount leaves
 // what was not answered to the next agent, an error would be an answer.
 func stopping(ctx context.Context) error {
@@ -177,7 +214,7 @@ func (e *consumerError) Error() string { return e.err.Error() }
 
 // collect waits for the flights of pieces. It returns the pieces not consumed,
 // and why the first of them was not.
-func (f *fetcher) collect(ctx context.Context, pieces []piece, flights []*flight, watch *wait, each func(piece, []byte) error) (left []piece, err error) {
+func (f *fetcher) collect(ctx context.Context, pieces []piece, flights []*flight, background bool, watch *wait, each func(piece, []byte) error) (left []piece, err error) {
 	defer func() {
 		for _, fl := range flights {
 			fl.batch.leave()
@@ -200,6 +237,9 @@ func (f *fetcher) collect(ctx context.Context, pieces []piece, flights []*flight
 			continue
 		}
 		watch.arrived(fl)
+		if !background && !fl.local {
+			f.traffic.trips.waited(fl.trip)
+		}
 		if err := f.consume(ctx, pieces[i], fl, each); err != nil {
 			return nil, &consumerError{err}
 		}
@@ -221,9 +261,9 @@ func (f *fetcher) consume(ctx context.Context, p piece, fl *flight, each func(pi
 
 // start returns a joined flight for each piece, starting one batch for those
 // that are not under way.
-func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([]*flight, error) {
+func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints, arrived *atomic.Uint64) ([]*flight, error) {
 	if flights := f.joinAll(pieces); flights != nil {
-		f.hurry(flights, hints)
+		f.hurryUp(flights, hints)
 		return flights, nil
 	}
 	select {
@@ -232,7 +272,7 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 		return nil, fmt.Errorf("%d other fetches wait already: %w", maxBatches, flox.ErrUnreachable)
 	}
 	life, cancel := context.WithTimeout(f.life, fetchLife)
-	mine := &batch{cancel: cancel}
+	mine := &batch{cancel: cancel, background: hints.Background, arrived: arrived}
 	if !hints.Background {
 		mine.left = f.left
 	}
@@ -242,7 +282,7 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 	for i, p := range pieces {
 		fl, ok := f.flights[p.chunk.ID]
 		if !ok || !fl.batch.join() {
-			fl = &flight{piece: p, batch: mine, slow: hints.Background, done: make(chan struct{})}
+			fl = &flight{piece: p, batch: mine, trip: f.traffic.trips.next(), done: make(chan struct{})}
 			mine.waiters++
 			f.flights[p.chunk.ID] = fl
 			fresh = append(fresh, fl)
@@ -250,7 +290,7 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 		flights[i] = fl
 	}
 	f.mu.Unlock()
-	f.hurry(flights, hints)
+	f.hurryUp(flights, hints)
 	if len(fresh) == 0 {
 		cancel()
 		<-f.places
@@ -263,63 +303,24 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints) ([
 	return flights, nil
 }
 
-// hurry makes background fetches that somebody waits for now overtake the
-// others: the swarm joins whoever asks for a block that is under way, or not yet
-// begun, and asks for it first.
-func (f *fetcher) hurry(flights []*flight, hints p2p.Hints) {
+// hurryUp puts blocks that are fetched for nobody in front, now that a reader
+// waits for them.
+func (f *fetcher) hurryUp(flights []*flight, hints p2p.Hints) {
 	if hints.Background {
 		return
 	}
-	var late []*flight
+	var ids []flox.CID
 	f.mu.Lock()
 	for _, fl := range flights {
-		if fl.slow {
-			fl.slow = false
-			late = append(late, fl)
+		if fl.batch.background && !fl.hurry {
+			fl.hurry = true
+			ids = append(ids, fl.piece.chunk.ID)
 		}
 	}
 	f.mu.Unlock()
-	if len(late) == 0 {
-		return
+	if len(ids) > 0 {
+		f.host.Hurry(ids)
 	}
-	select {
-	case f.places <- struct{}{}:
-	default:
-		return // so many wait that none can be first
-	}
-	f.work.Go(func() { // bounded by f.places
-		defer func() { <-f.places }()
-		f.push(late, hints)
-	})
-}
-
-// push fetches what flights bring as somebody who waits, until they are through.
-// What arrives is theirs, and so is what goes wrong.
-func (f *fetcher) push(flights []*flight, hints p2p.Hints) {
-	ctx, cancel := context.WithTimeout(f.life, fetchLife)
-	through := make(chan struct{})
-	go func() { // ends with the flights or ctx; waited for below
-		defer close(through)
-		defer cancel() // a block that came needs no second fetch
-		for _, fl := range flights {
-			select {
-			case <-fl.done:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	wants := make([]p2p.Want, 0, len(flights))
-	for _, fl := range flights {
-		select {
-		case <-fl.done:
-		default:
-			wants = append(wants, p2p.Want{ID: fl.piece.chunk.ID, Size: fl.piece.chunk.Size})
-		}
-	}
-	_ = f.host.Fetch(ctx, wants, hints, func(int, []byte, p2p.Source) {})
-	cancel()
-	<-through
 }
 
 // joinAll joins the flights of pieces if all of them are under way, else none.
@@ -349,9 +350,15 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 	if len(flights) == 0 {
 		return
 	}
+	f.mu.Lock() // who joined since may be in a hurry
+	slices.SortStableFunc(flights, func(a, b *flight) int { return btoi(b.hurry) - btoi(a.hurry) })
+	f.mu.Unlock()
 	wants := make([]p2p.Want, len(flights))
 	for i, fl := range flights {
 		wants[i] = p2p.Want{ID: fl.piece.chunk.ID, Size: fl.piece.chunk.Size}
+		if fl.piece.loose != nil {
+			wants[i].About = fl.piece.loose.about
+		}
 	}
 	ended := make([]bool, len(flights))
 	err := f.host.Fetch(ctx, wants, hints, func(i int, data []byte, from p2p.Source) {
@@ -362,6 +369,9 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 		fl := flights[i]
 		fl.data, fl.from = data, from
 		f.traffic.block(len(data), from, fl.piece.manifest())
+		if fl.batch.arrived != nil {
+			fl.batch.arrived.Add(uint64(len(data)))
+		}
 		f.store(ctx, fl.piece, data)
 		f.end(fl)
 	})
@@ -391,7 +401,7 @@ func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
 			continue
 		}
 		fl.data, fl.local = data, true
-		if f.cache.State(p.file, p.off, int64(p.chunk.Size)) != cache.Hit {
+		if p.loose != nil || f.cache.State(p.file, p.off, int64(p.chunk.Size)) != cache.Hit {
 			f.store(ctx, p, data)
 		}
 		f.end(fl)
@@ -403,6 +413,10 @@ func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
 // a second fetch later, never the read.
 func (f *fetcher) store(ctx context.Context, p piece, data []byte) {
 	ctx = context.WithoutCancel(ctx)
+	if p.loose != nil {
+		p.loose.keep(ctx, p.chunk.ID, data)
+		return
+	}
 	var err error
 	if p.manifest() {
 		err = f.cache.PutBlock(ctx, p.chunk.ID, data)
@@ -418,6 +432,13 @@ func (f *fetcher) store(ctx context.Context, p piece, data []byte) {
 	default:
 		f.log.Warn("cache did not take a block", "block", p.chunk.ID.String(), "error", err)
 	}
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // end lets everybody who waits for fl go on.

@@ -25,6 +25,7 @@ type fakeSwarm struct {
 	gate    chan struct{} // closed = answer at once; nil = same
 	fail    error
 	stopped int // fetches whose context ended
+	hurried []flox.CID
 }
 
 func (s *fakeSwarm) Fetch(ctx context.Context, wants []p2p.Want, _ p2p.Hints, deliver func(int, []byte, p2p.Source)) error {
@@ -60,6 +61,8 @@ func (s *fakeSwarm) Fetch(ctx context.Context, wants []p2p.Want, _ p2p.Hints, de
 }
 
 func (s *fakeSwarm) Holding(...flox.CID) {}
+
+func (s *fakeSwarm) Hurry(ids []flox.CID) { s.set(func() { s.hurried = append(s.hurried, ids...) }) }
 
 func (s *fakeSwarm) set(change func()) {
 	s.mu.Lock()

@@ -52,6 +52,9 @@ type house struct {
 	asks    int                                                                                                  // calls of ListPaths
 	list    func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
 	served  func(flox.CID)                                                                                       // told of every block that is served; nil = nobody
+	traces  map[string]*floxv1.StartTrace
+	wanted  int // calls of Paths that asked for traces
+	given   int // blocks given
 }
 
 // Put implements flox.BlockSink.
@@ -73,6 +76,7 @@ func (h *house) Get(_ context.Context, id flox.CID) ([]byte, error) {
 		if h.served != nil {
 			h.served(id)
 		}
+		h.given++
 		return b, nil
 	}
 	return nil, fmt.Errorf("block %s: %w", id, flox.ErrNotFound)
@@ -308,6 +312,14 @@ func (h *house) Paths(_ context.Context, req *connect.Request[floxv1.PathsReques
 			}
 		}
 		seen[hash] = true
+	}
+	if req.Msg.GetTraces() {
+		h.wanted++
+		for _, hash := range req.Msg.GetHashParts() {
+			if t, ok := h.traces[hash]; ok {
+				out.Traces = append(out.Traces, t)
+			}
+		}
 	}
 	return connect.NewResponse(out), nil
 }

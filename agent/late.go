@@ -52,6 +52,13 @@ func (l *lateHost) Fetch(ctx context.Context, wants []p2p.Want, hints p2p.Hints,
 	return host.Fetch(ctx, wants, hints, deliver)
 }
 
+// Hurry belongs to swarm.
+func (l *lateHost) Hurry(ids []flox.CID) {
+	if host, ok := l.now(); ok {
+		host.Hurry(ids)
+	}
+}
+
 // Holding belongs to swarm. Nothing is fetched before the host is open.
 func (l *lateHost) Holding(ids ...flox.CID) {
 	if host, ok := l.now(); ok {

@@ -82,6 +82,9 @@ func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints
 		ctx, cancel = context.WithTimeout(ctx, p.life)
 		defer cancel()
 	}
+	if why == aheadTrace { // hearsay: not worth a second try
+		return p.fetcher.once(ctx, pieces, hints, &p.bytes[why])
+	}
 	hints.Background = true
 	return p.fetcher.fetch(ctx, pieces, hints, nil, func(one piece, data []byte) error {
 		p.bytes[why].Add(uint64(len(data)))

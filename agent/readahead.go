@@ -58,12 +58,6 @@ type readAhead struct {
 	walks   map[flox.CID]*walk
 }
 
-// fileKey is a file of a tree.
-type fileKey struct {
-	manifest flox.CID
-	index    uint32
-}
-
 // stream is a file that is being read.
 type stream struct {
 	next  int64 // where the next read is expected

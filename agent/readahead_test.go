@@ -147,7 +147,7 @@ func TestReadersRememberedAreBounded(t *testing.T) {
 }
 
 // TestSomebodyWhoWaitsOvertakesTheBackground: a block under way for nobody is
-// asked for again as one that is waited for.
+// put in front, once.
 func TestSomebodyWhoWaitsOvertakesTheBackground(t *testing.T) {
 	r := newRig(t, 1<<20, 3)
 	gate := make(chan struct{})
@@ -171,7 +171,12 @@ func TestSomebodyWhoWaitsOvertakesTheBackground(t *testing.T) {
 			got <- b
 		}()
 	}
-	until(t, "it is asked for by somebody who waits", func() bool { return asked(1) == 2 })
+	hurried := func() int {
+		r.swarm.mu.Lock()
+		defer r.swarm.mu.Unlock()
+		return len(r.swarm.hurried)
+	}
+	until(t, "it is put in front", func() bool { return hurried() > 0 })
 	close(gate)
 	for range 2 {
 		if b := <-got; !bytes.Equal(b, r.whole[20_000:40_000]) {
@@ -182,8 +187,8 @@ func TestSomebodyWhoWaitsOvertakesTheBackground(t *testing.T) {
 		t.Error(err)
 	}
 	r.work.Wait()
-	if asked(0) != 1 || asked(1) != 2 || asked(2) != 1 {
-		t.Errorf("asked %d, %d, %d times, want 1, 2, 1", asked(0), asked(1), asked(2))
+	if hurried() != 1 || r.swarm.hurried[0] != r.pieces[1].chunk.ID || asked(0) != 1 || asked(1) != 1 || asked(2) != 1 {
+		t.Errorf("put in front: %v; asked %d, %d, %d times, want once each", r.swarm.hurried, asked(0), asked(1), asked(2))
 	}
 }
 

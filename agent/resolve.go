@@ -47,6 +47,7 @@ type resolver struct {
 	host      finder
 	house     p2p.PeerID
 	traffic   *traffic
+	book      *traceBook // nil = traces are not asked for
 	log       *slog.Logger
 
 	life   context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
@@ -246,11 +247,15 @@ func (r *resolver) askStorehouse(ctx context.Context, p flox.StorePath) (*flox.P
 
 // ask puts one question to one machine and stores what can be verified.
 func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, closure bool) (*flox.PathInfo, *floxv1.PathsResponse, error) {
-	request := connect.NewRequest(&floxv1.PathsRequest{HashParts: []string{p.HashPart()}, Closure: closure})
+	request := connect.NewRequest(&floxv1.PathsRequest{
+		HashParts: []string{p.HashPart()}, Closure: closure, Traces: closure && r.book != nil,
+	})
+	trip := r.traffic.trips.next()
 	response, err := r.calls.facts(peer).Paths(ctx, request)
 	if err != nil {
 		return nil, nil, &unreachable{api.FromConnect(err)}
 	}
+	r.traffic.trips.waited(trip)
 	var infos []*flox.PathInfo
 	for _, m := range response.Msg.GetFound() {
 		r.traffic.facts(m)
@@ -272,6 +277,9 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 	}
 	if err := r.facts.put(infos...); err != nil {
 		return nil, nil, err
+	}
+	if closure {
+		r.book.found(p, response.Msg)
 	}
 	for _, info := range infos {
 		if info.Path != p {

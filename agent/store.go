@@ -79,7 +79,15 @@ func (s *store) kind(manifest flox.CID) flox.Kind {
 }
 
 // Tree implements flox.Store.
-func (s *store) Tree(ctx context.Context, manifest flox.CID, _ flox.Reader) (flox.Tree, error) {
+func (s *store) Tree(ctx context.Context, manifest flox.CID, who flox.Reader) (flox.Tree, error) {
+	t, err := s.tree(ctx, manifest)
+	if err != nil {
+		return nil, err
+	}
+	return s.a.starts.heard(t, who), nil
+}
+
+func (s *store) tree(ctx context.Context, manifest flox.CID) (*tree, error) {
 	s.mu.Lock()
 	t, ok := s.trees[manifest]
 	s.mu.Unlock()

@@ -15,6 +15,24 @@ type traffic struct {
 	wire      atomic.Uint64
 	factBytes atomic.Uint64
 	manifests atomic.Uint64 // plain bytes of manifest blocks, part of tiers
+	trips     trips
+}
+
+// trips counts the round trips that readers waited for one after the other: a
+// question asked while the answer to another is awaited is part of the same trip.
+type trips struct{ done atomic.Uint64 }
+
+// next is the number of a trip that begins now: one more than what was waited for so far.
+func (t *trips) next() uint64 { return t.done.Load() + 1 }
+
+// waited says that a reader waited for a trip to its end.
+func (t *trips) waited(n uint64) {
+	for {
+		done := t.done.Load()
+		if n <= done || t.done.CompareAndSwap(done, n) {
+			return
+		}
+	}
 }
 
 // block counts a delivered block of size plain bytes.
@@ -31,6 +49,13 @@ func (t *traffic) block(size int, from p2p.Source, manifest bool) {
 // facts counts a path info as it came over the wire.
 func (t *traffic) facts(m *floxv1.PathInfo) {
 	n := uint64(proto.Size(m))
+	t.factBytes.Add(n)
+	t.wire.Add(n)
+}
+
+// trace counts a start trace as it came over the wire.
+func (t *traffic) trace(m *floxv1.StartTrace) {
+	n := uint64(proto.Size(m)) //nolint:gosec // a size
 	t.factBytes.Add(n)
 	t.wire.Add(n)
 }
@@ -54,5 +79,6 @@ func (t *traffic) message(served uint64) *floxv1.Traffic {
 		FactBytes:       t.factBytes.Load(),
 		ManifestBytes:   t.manifests.Load(),
 		ServedBytes:     served,
+		RoundTrips:      t.trips.done.Load(),
 	}
 }

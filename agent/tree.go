@@ -57,6 +57,7 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 		t.a.ran.saw(t.path, index, isProgram(e))
 	}
 	t.a.readers.read(t, index, &e, off, int64(len(p)))
+	t.a.starts.read(t, index, e, off, p, who)
 	if e.Size <= uint64(t.Params().InlineLimit) {
 		if data, ok, err := t.Inline(ctx, index); err != nil || ok {
 			if err != nil {
@@ -164,7 +165,7 @@ func (t *tree) missing(ctx context.Context, index uint32, e *flox.Entry, off, n 
 // sizeOf is how many bytes pieces have.
 func sizeOf(pieces []piece) (n uint64) {
 	for _, one := range pieces {
-		n += uint64(one.chunk.Size)
+		n += one.size()
 	}
 	return n
 }

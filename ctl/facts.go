@@ -35,13 +35,14 @@ type trafficFacts struct {
 	ServedBytes     uint64 `json:"servedBytes"`
 	FactBytes       uint64 `json:"factBytes"`
 	ManifestBytes   uint64 `json:"manifestBytes"`
+	RoundTrips      uint64 `json:"roundTrips"` // that readers waited for, one after the other
 }
 
 func trafficOf(t *floxv1.Traffic) trafficFacts {
 	return trafficFacts{
 		LanBytes: t.GetLanBytes(), SiteBytes: t.GetSiteBytes(), FarBytes: t.GetFarBytes(),
 		StorehouseBytes: t.GetStorehouseBytes(), WireBytes: t.GetWireBytes(), ServedBytes: t.GetServedBytes(),
-		FactBytes: t.GetFactBytes(), ManifestBytes: t.GetManifestBytes(),
+		FactBytes: t.GetFactBytes(), ManifestBytes: t.GetManifestBytes(), RoundTrips: t.GetRoundTrips(),
 	}
 }
 
