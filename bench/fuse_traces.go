@@ -63,20 +63,15 @@ func (l *fuseLab) traceRows(ctx context.Context) (rows []Row, err error) {
 				return nil, err
 			}
 			times.add(without.first.Seconds()*1e3, with.first.Seconds()*1e3)
-			if before.NetworkWaits != nil && after.NetworkWaits != nil {
-				waits = append(waits, float64(*after.NetworkWaits-*before.NetworkWaits))
-			}
+			waits = append(waits, float64(after.Traffic.RoundTrips-before.Traffic.RoundTrips))
 		}
 	}
 	row := times.row("cold start at 50 ms RTT without / with a trace recorded on warm machines", "ms", "with a trace")
 	row.Target, row.Met = ">= 4x", row.Ratio >= 4
-	if len(waits) > 0 {
-		rows = append(rows, Row{
-			Name: "network round trips of a cold start with a trace: median", Unit: "round trips", Ours: median(waits), Rounds: len(waits),
-			Target: "<= 4", Met: median(waits) <= 4,
-		})
-	}
-	return append(rows, row), nil
+	return append(rows, Row{
+		Name: "network round trips of a cold start with a trace: median", Unit: "round trips", Ours: median(waits), Rounds: len(waits),
+		Target: "<= 4", Met: median(waits) <= 4,
+	}, row), nil
 }
 
 // freshStatus restarts the cold agent with traces on and nothing cached.
@@ -150,7 +145,7 @@ func (l *fuseLab) replays(ctx context.Context, t world.Tool) (bool, error) {
 			return false, err
 		}
 		s, err := l.cold.Status(ctx)
-		if err != nil || s.Prefetch.Replayed > 0 {
+		if err != nil || s.Prefetch.StartsReplayed > 0 {
 			return err == nil, err
 		}
 	}

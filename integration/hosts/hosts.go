@@ -312,17 +312,9 @@ type Status struct {
 	FuseRead     uint64            `json:"fuseReadBytes"` // what READs were answered with
 	Heap         uint64            `json:"heapBytes"`     // after the last garbage collection
 	Traffic      Traffic           `json:"traffic"`
-	// NetworkWaits counts waits for the network that followed one another; nil
-	// where the agent does not count them.
-	NetworkWaits *uint64 `json:"networkWaits"`
-	Prefetch     struct {
-		Recorded uint64 `json:"startsRecorded"`
-		Replayed uint64 `json:"startsReplayed"`
-
-		CompleteBytes uint64 `json:"completeBytes"`
-	} `json:"prefetch"`
-	Waiting int `json:"waiting"`
-	Cache   struct {
+	Prefetch     Prefetch          `json:"prefetch"`
+	Waiting      int               `json:"waiting"`
+	Cache        struct {
 		Dir       string `json:"dir"`
 		Bytes     uint64 `json:"bytes"`
 		Kept      uint64 `json:"keptBytes"`
@@ -353,6 +345,17 @@ type Traffic struct {
 	Served     uint64 `json:"servedBytes"`
 	Facts      uint64 `json:"factBytes"`
 	Manifests  uint64 `json:"manifestBytes"`
+	RoundTrips uint64 `json:"roundTrips"` // that readers waited for, one after the other
+}
+
+// Prefetch counts what was fetched before somebody asked for it.
+type Prefetch struct {
+	On             bool   `json:"on"`
+	Traces         bool   `json:"traces"`
+	TraceBytes     uint64 `json:"traceBytes"`
+	CompleteBytes  uint64 `json:"completeBytes"`
+	StartsRecorded uint64 `json:"startsRecorded"`
+	StartsReplayed uint64 `json:"startsReplayed"`
 }
 
 // Plain is all that was fetched, uncompressed, facts included.
@@ -366,6 +369,7 @@ func (t Traffic) Sub(before Traffic) Traffic {
 	return Traffic{
 		LAN: t.LAN - before.LAN, Site: t.Site - before.Site, Far: t.Far - before.Far, Storehouse: t.Storehouse - before.Storehouse,
 		Wire: t.Wire - before.Wire, Served: t.Served - before.Served, Facts: t.Facts - before.Facts, Manifests: t.Manifests - before.Manifests,
+		RoundTrips: t.RoundTrips - before.RoundTrips,
 	}
 }
 
