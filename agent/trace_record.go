@@ -33,6 +33,9 @@ const (
 	// processKnown is how long it is remembered that a process is not recorded,
 	// and which process a thread belongs to.
 	processKnown = 5 * time.Second
+	// maxMeets is how many processes that nothing is known of are looked at per
+	// second: on a machine that starts more, some starts are not seen.
+	maxMeets = 200
 	// maxAsks is how often the warden is asked about one start before it is over:
 	// after firstAsk, and whenever the start is half again as old. So what a process
 	// uses in the last third of a short life may be missed, and little else.
@@ -80,6 +83,8 @@ type startRecorder struct {
 	threads map[uint32]thread
 	known   map[uint32]*process
 	all     []*recording
+	second  time.Time // in which met counts
+	met     int
 }
 
 // thread is which process a thread belongs to.
@@ -225,7 +230,10 @@ func (r *startRecorder) begin(p *process, path flox.StorePath, now time.Time) *r
 // its parent's program is part of the parent's start.
 func (r *startRecorder) meet(ctx context.Context, pid uint32, now time.Time) *process {
 	p := r.remember(pid, now)
-	if r.ask == nil || !r.young(pid) {
+	if now.Sub(r.second) >= time.Second {
+		r.second, r.met = now, 0
+	}
+	if r.met++; r.met > maxMeets || r.ask == nil || !r.young(pid) {
 		return p
 	}
 	path, ok := r.runs(ctx, p)

@@ -56,17 +56,19 @@ func TestStartTraces(t *testing.T) {
 	}
 	time.Sleep(told)
 	for _, a := range []*hosts.Agent{cold, warm} {
-		stop(t, a.Daemon) // what follows comes from far away
+		stop(t, a.Daemon) // what follows comes from far away, each time
 	}
 
 	plain := newAgent("plain", far, "--start-traces=false")
 	without := start(plain)
-	unfetched := newAgent("unfetched", far, "--prefetch=false")
-	start(unfetched)
 	stop(t, plain.Daemon)
+	unfetched := newAgent("unfetched", far, "--prefetch=false")
+	off := start(unfetched)
+	stop(t, unfetched.Daemon)
 	next := newAgent("next", far)
 	with := start(next)
-	if with.Prefetch.StartsReplayed == 0 || with.Prefetch.TraceBytes == 0 || !with.Prefetch.Traces {
+	await(t, next, "the replay is over", func(s *hosts.Status) bool { with.Prefetch = s.Prefetch; return s.Prefetch.StartsReplayed > 0 })
+	if with.Prefetch.TraceBytes == 0 || !with.Prefetch.Traces {
 		t.Errorf("nothing was replayed: %+v", with.Prefetch)
 	}
 	if n := with.Traffic.RoundTrips; n > 6 || n*3 > without.Traffic.RoundTrips {
@@ -75,7 +77,7 @@ func TestStartTraces(t *testing.T) {
 	if p := without.Prefetch; p.Traces || p.StartsRecorded > 0 || p.StartsReplayed > 0 || p.TraceBytes > 0 {
 		t.Errorf("without traces: %+v", p)
 	}
-	if p := status(t, unfetched).Prefetch; p.On || p.StartsReplayed > 0 || p.TraceBytes > 0 {
+	if p := off.Prefetch; p.On || p.StartsReplayed > 0 || p.TraceBytes > 0 {
 		t.Errorf("without prefetch: %+v", p)
 	}
 }
