@@ -33,6 +33,7 @@ var fuseParts = []struct {
 	{"whole", (*fuseLab).wholeRows},
 	{"stream", (*fuseLab).streamRows},
 	{"inodes", (*fuseLab).inodeRows},
+	{"kill", (*fuseLab).killRows},
 }
 
 // fuseLab is a storehouse with the world of tools, a host with an agent, and one
@@ -69,7 +70,7 @@ func fuseBench(ctx context.Context) (rows []Row, err error) {
 		began := time.Now()
 		more, err := part.run(l, ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", part.name, err)
+			return nil, fmt.Errorf("%s: %w\nthe end of %s:\n%s", part.name, err, l.cold.Log, l.cold.Tail())
 		}
 		rows = append(rows, more...)
 		fmt.Printf("   %s: %d rows in %.0f s\n", part.name, len(more), time.Since(began).Seconds())

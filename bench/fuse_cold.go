@@ -44,18 +44,19 @@ func (l *fuseLab) coldRows(ctx context.Context) (rows []Row, err error) {
 		share = append(share, 100*float64(c.plain)/closure)
 		wire = append(wire, 100*float64(c.wire)/closure)
 		overPages = append(overPages, float64(c.plain)/float64(c.pages))
-		times.add(c.copy.Seconds()*1e3, c.first.Seconds()*1e3)
+		times.add(c.first.Seconds()*1e3, c.copy.Seconds()*1e3)
 		rows = append(rows, c.rows()...)
 	}
-	speed := times.row("nix copy of the closure on 1 Gb/s and start / cold start: median", "ms", "cold start, lazy")
-	speed.Target, speed.Met = ">= 20x", speed.Ratio >= 20
+	speed := times.row("cold start, lazy, on 1 Gb/s: median", "ms", "nix copy of the closure, then start")
+	speed.Target, speed.Met = "<= 0.05x (20x faster)", speed.Ratio <= 1.0/20
 	return append([]Row{
 		percent("bytes fetched / closure at first output, no trace: median", share, 6.4),
 		percent("wire bytes / closure at first output, no trace: median", wire, 0),
 		{
 			Name: "bytes fetched / 4 KiB pages touched: median", Unit: "x", Ours: median(overPages), Rounds: len(overPages),
 			Target: "<= 2.5x", Met: median(overPages) <= 2.5,
-		}, speed,
+		},
+		speed,
 	}, rows...), nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/floxctl/flox/integration/hosts"
@@ -38,9 +39,13 @@ func (l *fuseLab) traceRows(ctx context.Context) (rows []Row, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, l.cold.Host.Delay(ctx, 0)) }()
-	if ok, err := l.replays(ctx, tools[0]); err != nil || !ok {
-		fmt.Println("   traces: no start was replayed: left out")
+	ok, err := l.replays(ctx, tools[0])
+	if err != nil {
 		return nil, err
+	}
+	if !ok {
+		fmt.Println("   traces: no start was replayed: left out")
+		return nil, nil
 	}
 	var times pairs
 	var waits []float64
@@ -62,12 +67,12 @@ func (l *fuseLab) traceRows(ctx context.Context) (rows []Row, err error) {
 			if err != nil {
 				return nil, err
 			}
-			times.add(without.first.Seconds()*1e3, with.first.Seconds()*1e3)
+			times.add(with.first.Seconds()*1e3, without.first.Seconds()*1e3)
 			waits = append(waits, float64(after.Traffic.RoundTrips-before.Traffic.RoundTrips))
 		}
 	}
-	row := times.row("cold start at 50 ms RTT without / with a trace recorded on warm machines", "ms", "with a trace")
-	row.Target, row.Met = ">= 4x", row.Ratio >= 4
+	row := times.row("cold start at 50 ms RTT with a trace recorded on warm machines", "ms", "without a trace")
+	row.Target, row.Met = "<= 0.25x (4x faster)", row.Ratio <= 0.25
 	return append(rows, Row{
 		Name: "network round trips of a cold start with a trace: median", Unit: "round trips", Ours: median(waits), Rounds: len(waits),
 		Target: "<= 4", Met: median(waits) <= 4,
@@ -85,8 +90,7 @@ func (l *fuseLab) freshStatus(ctx context.Context) (*hosts.Status, error) {
 	return l.cold.Status(ctx)
 }
 
-// record starts the traced tools on two machines where the kernel has every page
-// of them already, so that nothing of the start is seen as a READ.
+// record starts the traced tools on two warm machines: see startWarm.
 func (l *fuseLab) record(ctx context.Context) (tools []world.Tool, err error) {
 	for _, name := range traced {
 		t, err := l.world.Tool(name)
@@ -116,9 +120,13 @@ func (l *fuseLab) record(ctx context.Context) (tools []world.Tool, err error) {
 	return tools, nil
 }
 
-// startWarm reads all of a tool's closure and starts it right after that.
+// startWarm reads all that a tool's closure shares with others, so that the
+// kernel has every page of its libraries, and starts it right after that, for the
+// first time on that machine. A start of which the kernel has everything asks
+// nothing, so nobody could record it.
 func (l *fuseLab) startWarm(ctx context.Context, a *hosts.Agent, t world.Tool) error {
-	plain, err := probe.Walk(l.plainStore(), l.closure(t)...)
+	shared := slices.DeleteFunc(l.closure(t), func(name string) bool { return name == string(t.Path) })
+	plain, err := probe.Walk(l.plainStore(), shared...)
 	if err != nil {
 		return err
 	}
