@@ -53,6 +53,9 @@ func choose(s *surroundings, mode, to string) (choice, error) {
 		c := m.try(s, to)
 		c.Mode = m.name
 		if c.Possible {
+			if s.hides && !c.here && to == "" {
+				c.Why += fmt.Sprintf(", which hides from the command what else is in %s", s.storeDir)
+			}
 			return c, c.missing
 		}
 		tried = append(tried, c)

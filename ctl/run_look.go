@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -40,6 +41,7 @@ type surroundings struct {
 	invite   string // file, "" = none
 	looked   string // where it was looked for
 	floxd    string // program, "" = none
+	hides    bool   // something else is in the store directory, which a namespace would cover
 	// has reports why the mount at a directory does not have the path; "" = it does.
 	has func(mount string) string
 	// found is what this machine allows; it is only found out when asked for.
@@ -79,7 +81,19 @@ func look(ctx context.Context, opts *runOptions, what target) (*surroundings, er
 			return nil, cli.Explain(flox.ErrBadInput, "%s says store directory %s, but the one here is %s, and it is part of every path's hash", known.from, known.dir, s.storeDir)
 		}
 	}
+	s.hides = !slices.Contains(s.mounts, string(s.storeDir)) && holds(string(s.storeDir))
 	return s, nil
+}
+
+// holds reports whether there is anything in a directory.
+func holds(dir string) bool {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	names, _ := f.Readdirnames(1) // what cannot be read is not there for a program either
+	return len(names) > 0
 }
 
 // askAgent gives the store directory of the agent, if there is one.

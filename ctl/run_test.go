@@ -71,6 +71,7 @@ func TestChoose(t *testing.T) {
 		{name: "mount elsewhere, no floxd", is: all(elsewhere, func(s *surroundings) { s.floxd = "" }), kind: flox.ErrNotFound, words: []string{"floxd"}},
 		{name: "own mount", want: modeFUSE, words: []string{"there is no agent"}},
 		{name: "own mount, no invite", is: func(s *surroundings) { s.invite = "" }, kind: flox.ErrBadInput, words: []string{"invite", "/a, /b", "--invite"}},
+		{name: "a store of Nix's own", is: func(s *surroundings) { s.hides = true }, want: modeFUSE, words: []string{"hides from the command what else is in /nix/store"}},
 		{name: "no FUSE", is: noFUSE, want: modeCopy, words: []string{"no /dev/fuse"}},
 		{name: "nothing", is: bare, kind: flox.ErrUnreachable, words: []string{"agent", "bind", "fuse", "copy", "switched off", "--to DIR", "sudo floxd agent"}},
 		{name: "nothing, to", is: bare, to: "/x", want: modeCopy, words: []string{"/x", "only where that is /nix/store"}},

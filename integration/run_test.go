@@ -141,5 +141,8 @@ func TestRunWithoutAStoreDirectory(t *testing.T) {
 	before.want(t, 0)
 	after := u.run(t, "--quiet", l.ripgrep(), "--", "sh", "-c", `cd "$HOME"; ls / >/dev/null; rg --version >&2; pwd; touch /x`)
 	after.want(t, 1, "ripgrep ", u.home, "/x")
+	u.with[5] = `mkdir /nix/store/mine; exec "$@"`
+	u.run(t, l.ripgrep(), "--", "sh", "-c", "ls /nix/store; rg --version").want(t, 0, "hides from the command", "ripgrep ")
+	u.with[5] = `umount /nix; exec "$@"`
 	u.run(t, "--quiet", l.ripgrep(), "--", "sh", "-c", `for d in /*; do test -e "$d" || echo lost "$d"; done; ls -d /etc/passwd /proc/self /dev/null`).want(t, 0, "/etc/passwd")
 }
