@@ -57,7 +57,7 @@ type prefetcher struct {
 
 // fetch brings pieces into the cache, as background work. It waits for the cap,
 // and completion also until readers are quiet; what then does not come within
-// completeLife is ErrUnreachable. each may be nil. ErrFull: the cache has no room
+// completeLife is ErrUnreachable. each, of completion only, may be nil. ErrFull: the cache has no room
 // for them, and what cannot be kept need not come ahead.
 func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints p2p.Hints, each func(piece, []byte) error) error {
 	if p.off || len(pieces) == 0 {
@@ -74,17 +74,41 @@ func (p *prefetcher) fetch(ctx context.Context, why ahead, pieces []piece, hints
 			return err
 		}
 	}
-	if err := p.capped(ctx, size); err != nil {
-		return err
+	for len(pieces) > 0 {
+		step := p.step(pieces)
+		if err := p.capped(ctx, sizeOf(pieces[:step])); err != nil {
+			return err
+		}
+		if err := p.bring(ctx, why, pieces[:step], hints, each); err != nil {
+			return err
+		}
+		pieces = pieces[step:]
 	}
-	if why == aheadComplete {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, p.life)
-		defer cancel()
+	return nil
+}
+
+// step is how many of pieces are asked for at once: all, or a burst where there
+// is a cap.
+func (p *prefetcher) step(pieces []piece) int {
+	if p.rate <= 0 {
+		return len(pieces)
 	}
-	if why == aheadTrace { // hearsay: not worth a second try
+	n, size := 1, pieces[0].size()
+	for n < len(pieces) && size+pieces[n].size() <= aheadBurst {
+		size += pieces[n].size()
+		n++
+	}
+	return n
+}
+
+// bring fetches one step. What is ahead of a reader, or hearsay, is not worth a
+// second try; what completes is tried for a while.
+func (p *prefetcher) bring(ctx context.Context, why ahead, pieces []piece, hints p2p.Hints, each func(piece, []byte) error) error {
+	if why != aheadComplete {
 		return p.fetcher.once(ctx, pieces, hints, &p.bytes[why])
 	}
+	ctx, cancel := context.WithTimeout(ctx, p.life)
+	defer cancel()
 	hints.Background = true
 	return p.fetcher.fetch(ctx, pieces, hints, nil, func(one piece, data []byte) error {
 		p.bytes[why].Add(uint64(len(data)))
@@ -128,6 +152,9 @@ func (p *prefetcher) capped(ctx context.Context, n uint64) error {
 	case <-time.After(wait):
 		return nil
 	case <-ctx.Done():
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.due = p.due.Add(-p.takes(n)) // not used
 		return context.Cause(ctx)
 	}
 }

@@ -38,6 +38,8 @@ const (
 	maxReaders = 512
 	// maxAhead bounds the fetches ahead of readers under way.
 	maxAhead = 32
+	// aheadFor bounds one fetch ahead of a reader.
+	aheadFor = 20 * time.Second
 	// farWait is how long one block must take for its source to count as far
 	// away. There the bytes behind it cost less than another round trip.
 	farWait  = 5 * time.Millisecond
@@ -91,27 +93,44 @@ func (r *readAhead) read(t *tree, index uint32, e *flox.Entry, off, n int64) {
 	}
 	if e.Size > smallFile {
 		if from, to := r.stream(t, index, e, off, n); from < to {
-			r.spawn(func(ctx context.Context) { r.part(ctx, t, index, *e, from, to) })
+			if !r.spawn(func(ctx context.Context) { r.part(ctx, t, index, *e, from, to) }) {
+				r.forget(t, index)
+			}
 		}
 	}
 	if off == 0 {
 		if from, window := r.walk(t, index); window > 0 {
-			r.spawn(func(ctx context.Context) { r.files(ctx, t, from, window) })
+			if !r.spawn(func(ctx context.Context) { r.files(ctx, t, from, window) }) {
+				r.walked(t.ID(), 0, 0)
+			}
 		}
 	}
 }
 
-// spawn runs fetch if there is a place for it: reading ahead is never waited for.
-func (r *readAhead) spawn(fetch func(context.Context)) {
+// spawn runs fetch if there is a place for it: reading ahead is never waited for,
+// and what does not come soon is not ahead any more.
+func (r *readAhead) spawn(fetch func(context.Context)) bool {
 	select {
 	case r.slots <- struct{}{}:
 	default:
-		return
+		return false
 	}
 	r.work.Go(func() { // bounded by r.slots
 		defer func() { <-r.slots }()
-		fetch(r.life)
+		ctx, cancel := context.WithTimeout(r.life, aheadFor)
+		defer cancel()
+		fetch(ctx)
 	})
+	return true
+}
+
+// forget lets a stream whose fetch found no place ask again.
+func (r *readAhead) forget(t *tree, index uint32) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.streams[fileKey{t.ID(), index}]; s != nil {
+		s.ahead = 0
+	}
 }
 
 // stream says what to fetch ahead of a reader of a large file: [from, to), or

@@ -100,6 +100,9 @@ func (r *resolver) lookupFor(ctx context.Context, p flox.StorePath, watch *wait)
 			if r.life.Err() != nil {
 				return nil, stopping(ctx)
 			}
+			if info, ok := r.facts.get(hash); ok { // it was looked up under another name
+				return matchName(info, p)
+			}
 			return nil, f.err
 		}
 		return matchName(f.info, p)
@@ -290,6 +293,10 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 			return known, response.Msg, nil
 		}
 		return info, response.Msg, nil // removed a moment ago
+	}
+	if known, ok := r.facts.get(p.HashPart()); ok {
+		_, err := matchName(known, p) // HASH-name.lock beside HASH-name
+		return nil, nil, err
 	}
 	return nil, response.Msg, nil
 }

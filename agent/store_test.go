@@ -83,3 +83,25 @@ func TestNamesThatCanNeverBeStorePathsAreAnsweredForEver(t *testing.T) {
 		t.Errorf("nobody to ask: forever %v, %v", forever, err)
 	}
 }
+
+// A name beside a valid one, such as Nix's HASH-name.lock, is missing at once,
+// also where nothing is known of the valid one yet.
+func TestANameBesideAValidOneIsMissingAtOnce(t *testing.T) {
+	h := newHouse(t)
+	info := h.make(t, "valid", nil, testFile{name: "f", data: []byte("x")})
+	h.publish(info)
+	a, _ := runAgent(t, h, nil, nil)
+	following(t, a)
+	beside, err := flox.ParseStorePath(string(info.Path) + ".lock")
+	if err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	_, forever, err := a.store.Lookup(within(t, 20*time.Second), string(beside))
+	if !errors.Is(err, flox.ErrNotFound) || forever {
+		t.Errorf("%v after %s (for ever: %v), want ErrNotFound", err, time.Since(began), forever)
+	}
+	if _, _, err := a.store.Lookup(within(t, 20*time.Second), string(info.Path)); err != nil {
+		t.Errorf("the valid one: %v", err)
+	}
+}

@@ -18,6 +18,8 @@ const (
 	// askTraceAgain is after how long the storehouse is asked again for a trace of a
 	// path it had none of.
 	askTraceAgain = 10 * time.Minute
+	// askTraceSoon is the same where nobody answered.
+	askTraceSoon = 10 * time.Second
 	// replayAgain is after how long a trace may be replayed once more: what it
 	// brought may have been evicted.
 	replayAgain = 30 * time.Second
@@ -133,26 +135,37 @@ func (b *traceBook) spawn(do func(context.Context)) bool {
 // ask asks the storehouse for the trace of a path whose facts came from somebody
 // else, or were here already. It reports whether there is one to be replayed.
 func (b *traceBook) ask(ctx context.Context, p flox.StorePath) bool {
+	if !b.a.follower.state().connected {
+		return false // it is asked when it can be
+	}
 	b.mu.Lock()
 	held := b.traces[p]
 	again := held == nil || held.trace == nil && time.Since(held.asked) > askTraceAgain
-	if again {
-		b.traces[p] = &heldTrace{asked: time.Now()} // others do not ask meanwhile
-	}
 	b.mu.Unlock()
-	if !again || !b.a.follower.state().connected {
+	if !again {
 		return false
 	}
+	b.put(p, nil) // others do not ask meanwhile
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
 	request := connect.NewRequest(&floxv1.PathsRequest{HashParts: []string{p.HashPart()}, Traces: true})
 	answer, err := b.a.calls.facts(b.a.follower.house).Paths(ctx, request)
 	if err != nil {
 		b.a.log.Debug("trace not asked for", "path", string(p), "error", api.FromConnect(err))
+		b.later(p)
 		return false
 	}
 	b.answered(p, answer.Msg)
 	return b.get(p) != nil
+}
+
+// later makes a path be asked for again soon: nobody answered.
+func (b *traceBook) later(p flox.StorePath) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if held := b.traces[p]; held != nil && held.trace == nil {
+		held.asked = time.Now().Add(askTraceSoon - askTraceAgain)
+	}
 }
 
 // answered keeps what the storehouse said about the trace of p.

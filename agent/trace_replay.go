@@ -204,7 +204,11 @@ func (b *bundle) arrived(ctx context.Context, tree *bundleTree, id flox.CID, dat
 		tree.held[id] = data
 		b.held += len(data)
 	}
-	b.settle(ctx, tree)
+	if manifest {
+		b.settle(ctx, tree)
+	} else if tree.m != nil {
+		b.settleChunk(ctx, tree, id)
+	}
 }
 
 // settle puts what is held into the cache as far as the manifest vouches for it
@@ -217,20 +221,25 @@ func (b *bundle) settle(ctx context.Context, tree *bundleTree) {
 		b.vouched(ctx, tree, id, piece{chunk: flox.Chunk{ID: id}})
 	}
 	for id := range tree.held {
-		c := tree.claims[id]
-		if c == nil {
-			continue // a chunk list, if anything: below
-		}
-		one, err := b.place(ctx, tree, c)
-		if errors.Is(err, flox.ErrNotFound) && b.lists(ctx, tree, c) {
-			one, err = b.place(ctx, tree, c)
-		}
-		switch {
-		case err == nil:
-			b.vouched(ctx, tree, id, one)
-		case !errors.Is(err, flox.ErrNotFound):
-			b.drop(tree, id)
-		}
+		b.settleChunk(ctx, tree, id)
+	}
+}
+
+// settleChunk is settle for one held chunk.
+func (b *bundle) settleChunk(ctx context.Context, tree *bundleTree, id flox.CID) {
+	c := tree.claims[id]
+	if c == nil {
+		return // a chunk list, if anything: see lists
+	}
+	one, err := b.place(ctx, tree, c)
+	if errors.Is(err, flox.ErrNotFound) && b.lists(ctx, tree, c) {
+		one, err = b.place(ctx, tree, c)
+	}
+	switch {
+	case err == nil:
+		b.vouched(ctx, tree, id, one)
+	case !errors.Is(err, flox.ErrNotFound):
+		b.drop(tree, id)
 	}
 }
 

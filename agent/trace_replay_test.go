@@ -72,7 +72,7 @@ func (w *startWorld) serve(trace *floxv1.StartTrace) {
 	w.set(func() { w.traces = map[string]*floxv1.StartTrace{w.app.Path.HashPart(): trace} })
 }
 
-// execs looks the program up as a shell does, without reading it.
+// execs looks the program up and reads its beginning, as execve does.
 func (w *startWorld) execs(ctx context.Context, t *testing.T, a *Agent) flox.Tree {
 	t.Helper()
 	tr := treeOf(ctx, t, a, w.app.Path)
@@ -80,7 +80,11 @@ func (w *startWorld) execs(ctx context.Context, t *testing.T, a *Agent) flox.Tre
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := tr.Child(ctx, bin, "app"); err != nil {
+	app, _, err := tr.Child(ctx, bin, "app")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tr.ReadAt(ctx, app, make([]byte, 256), 0, flox.Reader{}); err != nil {
 		t.Fatal(err)
 	}
 	return tr
@@ -112,8 +116,14 @@ func TestReplay(t *testing.T) {
 	a, _ := runAgent(t, w.house, nil, nil)
 	following(t, a)
 	ctx := within(t, 40*time.Second)
-	treeOf(ctx, t, a, w.app.Path)
-	if got := a.starts.replayed.Load(); got != 0 {
+	looked := treeOf(ctx, t, a, w.app.Path)
+	if bin, _, err := looked.Child(ctx, 0, "bin"); err != nil {
+		t.Error(err)
+	} else if _, _, err := looked.Child(ctx, bin, "app"); err != nil { // ls and find do so too
+		t.Error(err)
+	}
+	until(t, "the manifest is here", func() bool { return len(a.starts.book.places) == 0 })
+	if a.starts.replayed.Load() != 0 {
 		t.Error("replayed before anybody was about to run the program")
 	}
 	tr := w.execs(ctx, t, a)
@@ -165,7 +175,8 @@ func TestTraceIsAskedForLater(t *testing.T) {
 	for range 5 { // of this one there is no trace, which is asked once
 		other := treeOf(ctx, t, a, w.other.Path)
 		bin, _, _ := other.Child(ctx, 0, "bin")
-		_, _, _ = other.Child(ctx, bin, "other")
+		i, _, _ := other.Child(ctx, bin, "other")
+		_, _ = other.ReadAt(ctx, i, make([]byte, 256), 0, flox.Reader{})
 	}
 	until(t, "nothing is under way", func() bool { return len(a.starts.book.places) == 0 })
 	w.mu.Lock()

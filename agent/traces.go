@@ -96,12 +96,3 @@ func (h *heard) Child(ctx context.Context, dir uint32, name string) (uint32, flo
 	}
 	return i, e, err
 }
-
-// Child implements flox.Tree. To look a program up is to be about to run it.
-func (t *tree) Child(ctx context.Context, dir uint32, name string) (uint32, flox.Entry, error) {
-	i, e, err := t.Manifest.Child(ctx, dir, name)
-	if err == nil && program(e) {
-		t.a.starts.book.starting(t.path)
-	}
-	return i, e, err
-}

@@ -27,6 +27,12 @@ type call struct {
 
 	// guarded by peerTable.mu
 	open map[*flight]int // how often this call waits for it
+	// of a background call: what is not open yet, what of it is in a hurry, and
+	// who is told of that
+	later  map[flox.CID]int
+	urgent []int
+	rushed map[int]struct{} // opened before their turn
+	hurry  chan struct{}
 }
 
 type result struct {
@@ -100,22 +106,31 @@ func (h *Host) fetchKeys(ctx context.Context, c *call, n int, want func(int) (fl
 	c.results = make(chan result, min(n, maxOpen))
 	c.open = make(map[*flight]int)
 	defer h.sched.abandon(c)
+	h.sched.register(c, n, want)
 	var firstErr error
 	next, open, openBytes, failed := 0, 0, 0, 0
 	for done := 0; done < n; {
-		for next < n && open < cap(c.results) {
-			key, size := want(next)
-			cost := key.cost(size)
-			if open > 0 && openBytes+cost > h.cfg.Limits.CallBytes {
+		for open < cap(c.results) {
+			i, hurry, ok := h.sched.nextOf(c, &next, n)
+			if !ok {
 				break
 			}
-			if err := h.sched.join(c, next, key, size); err != nil {
+			key, size := want(i)
+			cost := key.cost(size)
+			if !hurry && open > 0 && openBytes+cost > h.cfg.Limits.CallBytes {
+				break
+			}
+			if !hurry {
+				next++
+			}
+			if err := h.sched.join(c, i, key, size, hurry); err != nil {
 				return err
 			}
-			next, open, openBytes = next+1, open+1, openBytes+cost
+			open, openBytes = open+1, openBytes+cost
 		}
 		h.sched.flush()
 		select {
+		case <-c.hurry:
 		case <-ctx.Done():
 			return fetchEnded(ctx.Err(), done-failed, n)
 		case r := <-c.results:
@@ -140,19 +155,6 @@ func fetchEnded(err error, have, n int) error {
 		return fmt.Errorf("fetch: %d of %d blocks came in time, nobody gave the rest: %w: %w", have, n, flox.ErrUnreachable, err)
 	}
 	return fmt.Errorf("fetch: %d of %d blocks: %w", have, n, err)
-}
-
-// Hurry says that somebody waits for blocks that are fetched in the background:
-// they go to the front of what waits to be asked for.
-func (h *Host) Hurry(ids []flox.CID) {
-	h.peers.mu.Lock()
-	for _, id := range ids {
-		if f := h.sched.flights[flightKey{id: id}]; f != nil && f.background {
-			h.sched.hurry(f)
-		}
-	}
-	h.peers.mu.Unlock()
-	h.sched.flush()
 }
 
 // member connects to a peer and waits until it has said who it is.

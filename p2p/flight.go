@@ -97,17 +97,20 @@ type scheduler struct {
 	h       *Host
 	flights map[flightKey]*flight // those that others may join
 	all     map[*flight]struct{}
-	parked  map[*flight]struct{} // nobody to ask now; looked at when something changes
-	kick    map[*remote]struct{} // have new work: woken together by flush
+	parked  map[*flight]struct{}   // nobody to ask now; looked at when something changes
+	kick    map[*remote]struct{}   // have new work: woken together by flush
+	calls   map[*call]struct{}     // background ones, of which not all is open yet
+	early   map[flox.CID]time.Time // in a hurry before their fetch began
 	closed  bool
 }
 
 func newScheduler(h *Host) *scheduler {
-	return &scheduler{h: h, flights: map[flightKey]*flight{}, all: map[*flight]struct{}{}, parked: map[*flight]struct{}{}, kick: map[*remote]struct{}{}}
+	return &scheduler{h: h, flights: map[flightKey]*flight{}, all: map[*flight]struct{}{}, parked: map[*flight]struct{}{}, kick: map[*remote]struct{}{},
+		calls: map[*call]struct{}{}, early: map[flox.CID]time.Time{}}
 }
 
 // join makes c wait for a block, and starts fetching it if nobody did.
-func (s *scheduler) join(c *call, index int, key flightKey, size sizes) error {
+func (s *scheduler) join(c *call, index int, key flightKey, size sizes, urgent bool) error {
 	t := s.h.peers
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -118,13 +121,16 @@ func (s *scheduler) join(c *call, index int, key flightKey, size sizes) error {
 	if f != nil && (f.only != c.only || (size.exact != 0 && f.size.exact != 0 && size.exact != f.size.exact)) {
 		f = nil // of a FetchFrom, or of another idea of its size: a flight of its own
 	}
-	fresh := f == nil
+	fresh, background := f == nil, c.background && !urgent
 	if fresh {
-		f = &flight{key: key, size: size, filter: keyOf(key.id), only: c.only, search: c.search, background: c.background}
+		f = &flight{key: key, size: size, filter: keyOf(key.id), only: c.only, search: c.search, background: background}
 		s.all[f] = struct{}{}
 		if s.flights[key] == nil && c.only == "" {
 			s.flights[key] = f
 		}
+	}
+	if at, waits := c.later[key.id]; waits && at == index {
+		delete(c.later, key.id)
 	}
 	f.waiters = append(f.waiters, waiter{c, index})
 	c.open[f]++
@@ -133,7 +139,7 @@ func (s *scheduler) join(c *call, index int, key flightKey, size sizes) error {
 	}
 	if fresh {
 		s.assign(f)
-	} else if f.background && !c.background {
+	} else if f.background && !background {
 		s.hurry(f)
 	}
 	return nil
@@ -162,6 +168,7 @@ func (s *scheduler) abandon(c *call) {
 		}
 	}
 	clear(c.open)
+	delete(s.calls, c)
 	t.mu.Unlock()
 	s.flush()
 }
