@@ -46,7 +46,7 @@ type AgentConfig struct {
 	Prefetch      bool     `toml:"prefetch" help:"fetch ahead of readers: large files read in order, small files of a directory, what a program reads when it starts"`
 	PrefetchRate  Size     `toml:"prefetch-rate" help:"most bytes per second fetched for nobody who waits; 0 = no limit"`
 	StartTraces   bool     `toml:"start-traces" help:"tell the storehouse what programs read when they start (no user, host, argument or time), and use what others told"`
-	Offline       string   `toml:"offline" help:"what is completed in the background of what ran here: closure, used (what it ran and mapped) or none"`
+	Offline       string   `toml:"offline" help:"what is completed in the background of what ran here: closure, used (what it ran and mapped, its path, and what those name) or none"`
 	List          string   `toml:"list" help:"what ls of the store directory shows: here, or valid (everything the storehouse has)"`
 	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; what is read in order is fetched ahead in any case"`
 }
