@@ -102,7 +102,7 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		return nil
 	})
 	if err == nil && req.GetTraces() {
-		out.Traces, err = s.answerTraces(ctx, out.GetFound()[:min(len(out.GetFound()), len(asked))])
+		out.Traces = s.answerTraces(ctx, out.GetFound()[:min(len(out.GetFound()), len(asked))])
 	}
 	return out, err
 }

@@ -44,10 +44,17 @@ func testConfig(dir string) Config {
 // start runs a storehouse until the test ends or stop is called.
 func start(t *testing.T, cfg Config) (s *Server, stop func()) {
 	t.Helper()
+	return startChanged(t, cfg, func(*Server) {})
+}
+
+// startChanged is start of a server that something is changed of before it runs.
+func startChanged(t *testing.T, cfg Config, change func(*Server)) (s *Server, stop func()) {
+	t.Helper()
 	s, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	change(s)
 	ctx, cancel := context.WithCancel(context.Background())
 	result := make(chan error, 1)
 	go func() { result <- s.Run(ctx) }()

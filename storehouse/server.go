@@ -17,6 +17,7 @@ import (
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/content/pack"
 	"github.com/floxctl/flox/p2p"
@@ -38,7 +39,12 @@ type Server struct {
 	staging *staging
 	tracker *tracker
 	reports reportCounts
-	made    madeTraces
+	made    *traceMaker
+	checks  chan struct{}    // as many reports of starts are checked at once
+	starts  *cluster.Session // puts them into the log
+
+	// buildTrace makes a trace; another one in tests.
+	buildTrace func(context.Context, *floxv1.StartState) (*floxv1.StartTrace, error)
 
 	ready   chan struct{}
 	invite  atomic.Pointer[api.Invite]
@@ -55,7 +61,8 @@ func New(cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{cfg: cfg, ready: make(chan struct{}), tracker: newTracker(), made: madeTraces{made: map[string]madeTrace{}}}
+	s := &Server{cfg: cfg, ready: make(chan struct{}), tracker: newTracker(), made: newTraceMaker(), checks: make(chan struct{}, maxChecks)}
+	s.buildTrace = s.startTrace
 	if err := s.open(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
@@ -100,7 +107,7 @@ func (s *Server) open() (err error) {
 		return err
 	}
 	s.closers = append(s.closers, s.staging.close)
-	s.batch = newBatcher(s.node)
+	s.batch, s.starts = newBatcher(s.node), s.node.NewSession()
 	return s.listen()
 }
 
@@ -151,6 +158,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	})
 	group.Go(func() error { return s.swarm.Run(gctx) })
 	group.Go(func() error { return s.batch.run(gctx) })
+	group.Go(func() error { return s.made.run(gctx, s.makeTrace) })
 	group.Go(func() error { return s.begin(gctx) })
 	group.Go(func() error { return s.serveRPC(gctx) })
 	group.Go(func() error { return s.serveWeb(gctx) })

@@ -34,11 +34,18 @@ const (
 	maxClosure = 8192
 	// maxCommand is how many bytes of reports one entry of the log holds.
 	maxCommand = 1 << 20
+	// maxChecks is how many reports are checked at once; the others wait.
+	maxChecks      = 2
+	checkTimeout   = 10 * time.Second // of one report, the wait for its turn included
+	proposeTimeout = 30 * time.Second // of one entry of the log
 )
 
 // ReportStarts is floxv1connect.StorehouseHandler. What a machine says of a start
 // is checked against the manifests, so that only blocks of the path's own closure
-// ever get into a trace; whether programs really read them, a second machine has to say.
+// ever get into a trace; whether programs really read them, a second machine has to
+// say. A machine is a key: who has the keys of two is two machines here. So this
+// keeps out mistakes, not an attacker; what one can do ends at the closure and the
+// bounds: machines fetch blocks of the path that its start does not need.
 func (s *rpc) ReportStarts(ctx context.Context, req *connect.Request[floxv1.ReportStartsRequest]) (*connect.Response[floxv1.ReportStartsResponse], error) {
 	if err := s.ready(ctx); err != nil {
 		return nil, api.ToConnect(err)
@@ -61,9 +68,9 @@ func (s *Server) takeReports(ctx context.Context, peer string, starts []*floxv1.
 	}
 	var batch floxv1.MergeStarts
 	for _, t := range starts {
-		report, err := s.checkStart(ctx, t)
-		if err == nil && !s.reports.allow(peer, t.GetPath(), time.Now()) {
-			err = fmt.Errorf("reported often enough: %w", flox.ErrBusy)
+		report, err := s.believe(ctx, peer, t)
+		if ctx.Err() != nil {
+			return 0, ctx.Err()
 		}
 		if err != nil {
 			s.cfg.Log.Debug("report of a start refused", "path", t.GetPath(), "error", err)
@@ -73,7 +80,7 @@ func (s *Server) takeReports(ctx context.Context, peer string, starts []*floxv1.
 		batch.Reports = append(batch.Reports, report)
 		taken++
 		if proto.Size(&batch) > maxCommand {
-			if err := s.mergeStarts(ctx, &batch); err != nil {
+			if err := s.putReports(ctx, &batch); err != nil {
 				return 0, err
 			}
 			batch.Reports = nil
@@ -82,7 +89,39 @@ func (s *Server) takeReports(ctx context.Context, peer string, starts []*floxv1.
 	if len(batch.GetReports()) == 0 {
 		return taken, nil
 	}
-	return taken, s.mergeStarts(ctx, &batch)
+	return taken, s.putReports(ctx, &batch)
+}
+
+// believe counts a machine's report and checks it, in this order: what is not
+// listened to costs nothing, and lies count too.
+func (s *Server) believe(ctx context.Context, peer string, t *floxv1.StartTrace) (*floxv1.StartReport, error) {
+	if _, err := flox.ParseStorePath(t.GetPath()); err != nil { // bounds what the counters keep
+		return nil, err
+	}
+	if !s.reports.allow(peer, t.GetPath(), time.Now()) {
+		return nil, fmt.Errorf("reported often enough: %w", flox.ErrBusy)
+	}
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	select {
+	case s.checks <- struct{}{}:
+		defer func() { <-s.checks }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%d reports are being checked: %w: %w", cap(s.checks), ctx.Err(), flox.ErrBusy)
+	}
+	return s.checkStart(ctx, t)
+}
+
+// putReports merges reports and has the traces made that follow from them, for
+// who asks next.
+func (s *Server) putReports(ctx context.Context, m *floxv1.MergeStarts) error {
+	if err := s.mergeStarts(ctx, m); err != nil {
+		return err
+	}
+	for _, r := range m.GetReports() {
+		s.made.want(r.GetPath())
+	}
+	return nil
 }
 
 func (s *Server) mergeStarts(ctx context.Context, m *floxv1.MergeStarts) error {
@@ -90,12 +129,16 @@ func (s *Server) mergeStarts(ctx context.Context, m *floxv1.MergeStarts) error {
 	return err
 }
 
+// proposeTraces uses one session for all: the log remembers each for an hour, and
+// only so many of them.
 func (s *Server) proposeTraces(ctx context.Context, c *floxv1.TracesCommand) (*floxv1.TracesReply, error) {
 	b, err := proto.Marshal(c)
 	if err != nil {
 		return nil, err
 	}
-	answer, _, err := s.node.NewSession().Propose(ctx, tracesKind, b)
+	ctx, cancel := context.WithTimeout(ctx, proposeTimeout)
+	defer cancel()
+	answer, _, err := s.starts.Propose(ctx, tracesKind, b)
 	if err != nil {
 		return nil, err
 	}
@@ -121,8 +164,11 @@ func (s *Server) traceSalt(ctx context.Context) (salt []byte, err error) {
 	return reply.GetSalt(), err
 }
 
-// traceTag tells a machine's reports of one path from others', and nothing else:
-// the same machine has another tag with another path.
+// traceTag tells a machine's reports of one path from others'. It hides the machine
+// from who sees tags alone, and links none over paths. It does not hide it from who
+// has the state, where the salt lies beside it: they can try the machines they know.
+// So a chunk that one machine alone reported says which one until a second one
+// reports it, or it decays. Tags are never served.
 func traceTag(salt []byte, peer, path string) []byte {
 	h := hmac.New(sha256.New, salt)
 	fmt.Fprintf(h, "%d %s %s", len(peer), peer, path)

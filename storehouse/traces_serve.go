@@ -4,10 +4,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
-	"sync"
+	"time"
 
-	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
@@ -19,69 +20,117 @@ import (
 const (
 	maxServedTraces = 64
 	maxServedBytes  = 4 << 20
-	// maxMadeTraces is how many traces are kept as they are sent.
-	maxMadeTraces = 512
+	// traceWait is how long an answer waits at most for traces that are being made:
+	// those of who asks first after a restart, or right after a report.
+	traceWait = 10 * time.Millisecond
 )
 
-// madeTraces keeps traces as they are sent: to make one reads many manifests.
-type madeTraces struct {
-	mu   sync.Mutex
-	made map[string]madeTrace // by path
-}
-
-type madeTrace struct {
-	reported uint64 // of the state it was made of
-	trace    *floxv1.StartTrace
-}
-
-// answerTraces gives the accepted traces of valid paths.
-func (s *Server) answerTraces(ctx context.Context, paths []*floxv1.PathInfo) ([]*floxv1.StartTrace, error) {
-	var states []*floxv1.StartState
-	r, err := s.node.View(ctx, tracesKind, cluster.Local)
-	if err != nil {
-		return nil, err
-	}
-	for _, p := range paths[:min(len(paths), maxServedTraces)] {
-		state, err := readStart(r, flox.StorePath(p.GetPath()).HashPart())
-		if errors.Is(err, flox.ErrNotFound) || err == nil && state.GetPath() != p.GetPath() {
+// answerTraces gives the accepted traces of valid paths, as far as they are made.
+// A hint is not worth failing the facts for, nor letting them wait.
+func (s *Server) answerTraces(ctx context.Context, paths []*floxv1.PathInfo) (out []*floxv1.StartTrace) {
+	known := s.reportedStarts(ctx, paths[:min(len(paths), maxServedTraces)])
+	var making []<-chan struct{}
+	for _, k := range known {
+		have := s.made.get(k.path)
+		if have.current(k.reported, time.Now()) {
 			continue
 		}
-		if err != nil {
-			return nil, errors.Join(err, r.Close())
+		if done := s.made.want(k.path); done != nil && !have.useful() {
+			making = append(making, done)
 		}
-		states = append(states, state)
 	}
-	if err := r.Close(); err != nil {
-		return nil, err
-	}
-	var out []*floxv1.StartTrace
+	awaitTraces(ctx, making)
 	size := 0
-	for _, state := range states {
-		trace, err := s.startTrace(ctx, state)
-		if err != nil {
-			// A hint is not worth failing the facts for.
-			s.cfg.Log.Debug("start trace not made", "path", state.GetPath(), "error", err)
+	for _, k := range known {
+		have := s.made.get(k.path)
+		if !have.useful() {
 			continue
 		}
-		if size += proto.Size(trace); size > maxServedBytes {
+		if size += have.size; size > maxServedBytes {
 			break
 		}
-		if len(trace.GetTrees()) > 0 {
-			out = append(out, trace)
+		out = append(out, have.trace)
+	}
+	return out
+}
+
+// awaitTraces waits for traces, but not for long.
+func awaitTraces(ctx context.Context, making []<-chan struct{}) {
+	if len(making) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, traceWait)
+	defer cancel()
+	for _, done := range making {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return
 		}
 	}
-	return out, nil
+}
+
+// reportedStart is a path whose starts were reported, and when that was last.
+type reportedStart struct {
+	path     string
+	reported uint64 // log index
+}
+
+// reportedStarts gives those of paths that reports are known of. What cannot be
+// read is left out.
+func (s *Server) reportedStarts(ctx context.Context, paths []*floxv1.PathInfo) (known []reportedStart) {
+	r, err := s.node.View(ctx, tracesKind, cluster.Local)
+	if err != nil {
+		s.cfg.Log.Warn("start traces not read", "error", err)
+		return nil
+	}
+	for _, p := range paths {
+		path, reported, err := readReported(r, flox.StorePath(p.GetPath()).HashPart())
+		switch {
+		case errors.Is(err, flox.ErrNotFound):
+		case err != nil:
+			s.cfg.Log.Warn("start trace not read", "path", p.GetPath(), "error", err)
+		case path == p.GetPath(): // or another path with that hash part was valid once
+			known = append(known, reportedStart{path, reported})
+		}
+	}
+	if err := r.Close(); err != nil {
+		s.cfg.Log.Warn("start traces not read", "error", err)
+	}
+	return known
+}
+
+// readReported reads the path and the last report of a StartState and leaves out
+// its thousands of chunks, for which facts would have to wait. ErrNotFound, ErrCorrupt.
+func readReported(g getter, hashPart string) (path string, reported uint64, err error) {
+	b, err := g.Get(hashKey(startKey, hashPart))
+	if err != nil {
+		return "", 0, err
+	}
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n >= 0 {
+			b = b[n:]
+			switch {
+			case number == 1 && kind == protowire.BytesType:
+				path, n = protowire.ConsumeString(b)
+			case number == 2 && kind == protowire.VarintType:
+				reported, n = protowire.ConsumeVarint(b)
+			default:
+				n = protowire.ConsumeFieldValue(number, kind, b)
+			}
+		}
+		if n < 0 {
+			return "", 0, fmt.Errorf("starts of %s: %w: %w", hashPart, protowire.ParseError(n), flox.ErrCorrupt)
+		}
+		b = b[n:]
+	}
+	return path, reported, nil
 }
 
 // startTrace gives what is accepted of a state, with the CIDs that the manifests
 // have for it now.
 func (s *Server) startTrace(ctx context.Context, state *floxv1.StartState) (*floxv1.StartTrace, error) {
-	s.made.mu.Lock()
-	have, ok := s.made.made[state.GetPath()]
-	s.made.mu.Unlock()
-	if ok && have.reported == state.GetReported() {
-		return have.trace, nil
-	}
 	closure, err := s.closure(ctx, flox.StorePath(state.GetPath()))
 	if err != nil {
 		return nil, err
@@ -98,15 +147,6 @@ func (s *Server) startTrace(ctx context.Context, state *floxv1.StartState) (*flo
 		}
 		out.Trees = append(out.Trees, tree)
 	}
-	s.made.mu.Lock()
-	defer s.made.mu.Unlock()
-	for other := range s.made.made { // any one: it is made again
-		if len(s.made.made) < maxMadeTraces {
-			break
-		}
-		delete(s.made.made, other)
-	}
-	s.made.made[state.GetPath()] = madeTrace{state.GetReported(), out}
 	return out, nil
 }
 
