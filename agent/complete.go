@@ -18,8 +18,6 @@ const (
 	// completeSettle is how long what is new may settle: a program that starts
 	// maps one object after another.
 	completeSettle = time.Second
-	// mappedEvery is how often it is asked what processes have mapped.
-	mappedEvery = 15 * time.Second
 	// onlineEvery is how often it is looked whether somebody can be reached again,
 	// while something could not be fetched.
 	onlineEvery = time.Second
@@ -253,48 +251,4 @@ func (c *completer) room() error {
 		return errNoRoom
 	}
 	return nil
-}
-
-// watchMapped notes what processes have mapped, now and then: what the kernel had
-// cached, or what was read before this process began, is not seen otherwise.
-func (c *completer) watchMapped(ctx context.Context) {
-	if c.mapped == nil {
-		return
-	}
-	tick := time.NewTicker(mappedEvery)
-	defer tick.Stop()
-	for {
-		nodes, err := c.mapped(ctx)
-		if err != nil && ctx.Err() == nil {
-			c.a.log.Debug("not known what is mapped", "error", err)
-		}
-		for _, node := range nodes {
-			if manifest, index, ok := c.a.mount.Resolve(node); ok {
-				c.sawMapped(ctx, manifest, index)
-			}
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// sawMapped notes one mapped file.
-func (c *completer) sawMapped(ctx context.Context, manifest flox.CID, index uint32) {
-	info, ok := c.a.facts.byManifest(manifest)
-	if !ok {
-		return
-	}
-	program := false
-	if m, err := c.a.pages.Open(ctx, manifest, hereBlocks{c.a.cache}); err == nil {
-		if e, err := m.Entry(ctx, index); err == nil {
-			if e.Kind != flox.Regular {
-				return
-			}
-			program = isProgram(e)
-		}
-	}
-	c.ran.saw(info.Path, index, program)
 }

@@ -137,10 +137,8 @@ func (c *completer) goalsOf(ctx context.Context, w *wishes, ph phase, links link
 			out = append(out, goal{path: r.Path, scope: scopeFiles, files: r.Files, owner: r.Path})
 		}
 	case phaseNames:
-		for _, r := range w.ran {
-			if r.Program || w.policy(r.Path) == policyClosure {
-				out = append(out, goal{path: r.Path, scope: scopeNames, owner: r.Path})
-			}
+		for _, r := range c.tops(w, func(r ranPath) bool { return r.Program || w.policy(r.Path) == policyClosure }) {
+			out = append(out, goal{path: r.Path, scope: scopeNames, owner: r.Path})
 		}
 		c.eachWhole(w, func(owner, p flox.StorePath) {
 			out = append(out, goal{path: p, scope: scopeNames, owner: owner, kept: true})
@@ -235,10 +233,7 @@ func (c *completer) closureGoals(w *wishes) []goal {
 	var out []goal
 	allowed := c.allowance()
 	verdicts := make(map[flox.StorePath]string) // closures share most of what they have
-	for _, r := range w.ran {
-		if w.policy(r.Path) != policyClosure {
-			continue
-		}
+	for _, r := range c.tops(w, func(r ranPath) bool { return w.policy(r.Path) == policyClosure }) {
 		for _, member := range c.closure(r.Path) {
 			not, seen := verdicts[member]
 			if info, ok := c.a.facts.get(member.HashPart()); ok && !seen {
@@ -246,6 +241,33 @@ func (c *completer) closureGoals(w *wishes) []goal {
 				verdicts[member] = not
 			}
 			out = append(out, goal{path: member, scope: scopeTree, owner: r.Path, not: not})
+		}
+	}
+	return out
+}
+
+// tops are the used paths that are wanted with their closures. A library is in the
+// closure of the program that maps it, as a rule: then its own adds nothing, and
+// thousands of libraries would be thousands of closures.
+func (c *completer) tops(w *wishes, wanted func(ranPath) bool) (out []ranPath) {
+	var covered map[flox.StorePath]bool
+	for _, r := range w.ran { // programs first
+		if !wanted(r) {
+			continue
+		}
+		if !r.Program && covered == nil {
+			covered = make(map[flox.StorePath]bool)
+			for _, program := range out {
+				if w.policy(program.Path) == policyNone {
+					continue
+				}
+				for _, member := range c.closure(program.Path) {
+					covered[member] = true
+				}
+			}
+		}
+		if r.Program || !covered[r.Path] {
+			out = append(out, r)
 		}
 	}
 	return out
