@@ -31,6 +31,9 @@ var (
 	errNoRoom = fmt.Errorf("the cache is full: %w", flox.ErrFull)
 	// errNews ends a round: something ran meanwhile, which comes first.
 	errNews = errors.New("something new ran")
+	// errAlone is why a round fetches nothing: to try would only take time and
+	// power, for hours.
+	errAlone error = &unreachable{errors.New("nobody can be reached")}
 )
 
 // completer brings here whole what was used, in the background: first the files
@@ -43,6 +46,8 @@ type completer struct {
 	policies *policies
 	// mapped gives the inodes that processes have mapped; nil = nothing is mounted.
 	mapped func(context.Context) ([]uint64, error)
+	// reach says who can be asked: reachable, but for tests.
+	reach func() reach
 	// completeEvery, completeSettle and surveyFor; tests have no time.
 	every, settle, surveyFor time.Duration
 
@@ -65,6 +70,7 @@ func newCompleter(a *Agent, r *ran, p *policies) *completer {
 		standings: make(map[goalKey]*standing), closures: make(map[flox.StorePath][]flox.StorePath),
 		linked: make(map[flox.StorePath]*linked),
 	}
+	c.reach = c.reachable
 	if a.cfg.Warden != nil {
 		c.mapped = a.cfg.Warden.MappedNodes
 	}
@@ -94,27 +100,36 @@ func (c *completer) run(ctx context.Context) error {
 
 // rounds makes one round after another, and saves what ran.
 func (c *completer) rounds(ctx context.Context) {
+	unsaved := "" // why, as of the last try: a full disk stays full
 	for ctx.Err() == nil {
-		reachable, failed := c.reachable(), false
+		before, failed := c.reach(), false
 		if c.off() == "" {
 			err := c.round(ctx)
 			failed = err != nil && !errors.Is(err, errNews)
 			if failed && ctx.Err() == nil {
 				c.a.log.Debug("not all could be completed", "error", err)
 			}
+			if errors.Is(err, errAlone) {
+				before = reach{}
+			}
 		}
+		why := ""
 		if err := c.ran.save(); err != nil {
-			c.a.log.Warn("list of what ran not saved", "error", err)
+			if why = err.Error(); why != unsaved {
+				c.a.log.Warn("list of what ran not saved", "error", err)
+			}
 		}
-		c.rest(ctx, failed, reachable)
+		unsaved = why
+		c.rest(ctx, failed, before)
 	}
 }
 
 // rest waits for something to do: something new ran, what failed may be tried
-// again, more machines can be reached than when it failed, or it is time to look.
-func (c *completer) rest(ctx context.Context, failed bool, reachable int) {
+// again, somebody can be reached again, or it is time to look. Before is who could
+// be reached when it failed.
+func (c *completer) rest(ctx context.Context, failed bool, before reach) {
 	next := c.every
-	if failed {
+	if failed && !before.nobody() {
 		next = min(next, c.untilRetry())
 	}
 	wake := time.NewTimer(next)
@@ -130,12 +145,11 @@ func (c *completer) rest(ctx context.Context, failed bool, reachable int) {
 			}
 			return
 		case <-look.C:
-			now := c.reachable()
-			if failed && now > reachable {
-				c.forgive()
+			now := c.reach()
+			if now.returned(before) && (c.forgive() || failed) {
 				return
 			}
-			reachable = now
+			before = now
 		case <-wake.C:
 			return
 		case <-ctx.Done():
@@ -144,13 +158,24 @@ func (c *completer) rest(ctx context.Context, failed bool, reachable int) {
 	}
 }
 
-// reachable is how many machines can be asked; the storehouse counts when it answers.
-func (c *completer) reachable() int {
-	n := len(c.a.host.Peers())
-	if c.a.follower.state().connected {
-		n++
-	}
-	return n
+// reach is who can be asked, as of one moment.
+type reach struct {
+	peers      int
+	storehouse bool // it answers
+}
+
+func (r reach) nobody() bool { return r.peers == 0 && !r.storehouse }
+
+// returned reports whether what failed before may succeed now. One peer more, where
+// there are some, is no reason: they come and go all day.
+func (r reach) returned(before reach) bool {
+	return before.nobody() && !r.nobody() || r.storehouse && !before.storehouse
+}
+
+// reachable looks who can be asked. The network itself sees to it that somebody
+// can be again.
+func (c *completer) reachable() reach {
+	return reach{peers: len(c.a.host.Peers()), storehouse: c.a.follower.state().connected}
 }
 
 // poke begins a round soon: there may be something to do.
@@ -189,7 +214,7 @@ type round struct {
 	news   func() bool
 	dead   int   // goals in a row of which nothing came
 	failed error // the last failure
-	over   bool  // nothing more is fetched: nobody can be reached, or there is no room
+	over   error // why nothing more is fetched: nobody can be reached, or there is no room
 }
 
 // phase goes through the goals of one phase. An error ends the round.
@@ -219,8 +244,12 @@ func (r *round) goal(ctx context.Context, g goal) (reached bool, err error) {
 	if _, whole := c.missing(ctx, g); whole || c.waiting(g) {
 		return false, nil
 	}
-	if r.over {
-		c.note(g, r.failed)
+	if r.over == nil && c.reach().nobody() {
+		r.over = errAlone
+	}
+	if r.over != nil {
+		r.failed = r.over
+		c.note(g, r.over)
 		return false, nil
 	}
 	got, err := c.bring(ctx, g, r.news)
@@ -232,14 +261,16 @@ func (r *round) goal(ctx context.Context, g goal) (reached bool, err error) {
 	case errors.Is(err, errNews), ctx.Err() != nil:
 		return false, err
 	case errors.Is(err, errNoRoom):
-		r.over = true
+		r.over = err
 		c.note(g, err)
 	default:
 		c.failed(g, err)
 		if r.dead++; got {
 			r.dead = 0
 		}
-		r.over = r.dead >= maxDeadGoals
+		if r.dead >= maxDeadGoals {
+			r.over = err
+		}
 	}
 	r.failed = err
 	return false, nil

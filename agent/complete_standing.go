@@ -77,15 +77,19 @@ func (c *completer) failed(g goal, err error) {
 	s.until, s.why, s.lost = time.Now().Add(s.pause), oneLine(err), false
 }
 
-// forgive lets everything be tried again that could not be fetched.
-func (c *completer) forgive() {
+// forgive lets everything be tried again that could not be fetched, and reports
+// whether anything waited for that.
+func (c *completer) forgive() (waited bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	now := time.Now()
 	for _, s := range c.standings {
 		if !s.lost {
-			s.pause, s.until = 0, time.Time{}
+			waited = waited || now.Before(s.until)
+			s.pause, s.until, s.why = 0, time.Time{}, ""
 		}
 	}
+	return waited
 }
 
 // untilRetry is how long nothing that failed may be tried again.
