@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -405,19 +406,26 @@ const (
 	fileSize  = 200_000
 )
 
-// tiny is the tree of storePath: a directory of three files.
+// tiny is the tree of storePath: a directory of four files. "prog" is the
+// program that serves it.
 var (
 	tinyID = flox.CID{42}
 	tiny   = []flox.Entry{
-		{Kind: flox.Directory, Span: 3},
+		{Kind: flox.Directory, Span: 4},
 		{Name: "conf", Kind: flox.Regular, Size: 6},
 		{Name: "hung", Kind: flox.Regular, Size: fileSize},
+		{Name: "prog", Kind: flox.Regular, Executable: true},
 		{Name: "sleep", Kind: flox.Regular, Executable: true},
 	}
 	sleep, _ = os.ReadFile("/bin/sleep")
 )
 
-func init() { tiny[3].Size = uint64(len(sleep)) }
+func init() {
+	if info, err := os.Stat("/proc/self/exe"); err == nil {
+		tiny[3].Size = uint64(info.Size())
+	}
+	tiny[4].Size = uint64(len(sleep))
+}
 
 // tinyStore is a flox.Store and flox.Tree whose file "hung" and path hungPath
 // wait until the file release is there.
@@ -478,6 +486,17 @@ func (s *tinyStore) ReadAt(ctx context.Context, i uint32, p []byte, off int64, _
 		content = []byte("hello\n")
 	case "sleep":
 		content = sleep
+	case "prog":
+		self, err := os.Open("/proc/self/exe")
+		if err != nil {
+			return 0, err
+		}
+		defer self.Close()
+		n, err := self.ReadAt(p, off)
+		if errors.Is(err, io.EOF) {
+			err = nil
+		}
+		return n, err
 	case "hung":
 		if err := s.wait(ctx); err != nil {
 			return 0, err

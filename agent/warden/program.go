@@ -21,6 +21,9 @@ import (
 const (
 	// checkTimeout is how long a program may take to say its version.
 	checkTimeout = 10 * time.Second
+	// openTimeout is how long a program may take to be opened and, where it must
+	// be, copied.
+	openTimeout = 30 * time.Second
 	// maxVersion is the longest version that is passed on, in bytes.
 	maxVersion = 100
 	// programFD is the least number of a program's descriptor: those below are
@@ -33,11 +36,46 @@ const (
 type program struct {
 	name string
 	file *os.File
+	info iofs.FileInfo // of what name was, also where file is a copy of that
+}
+
+// sameFile reports whether two programs were opened from one file.
+func (p *program) sameFile(q *program) bool {
+	return os.SameFile(p.info, q.info) && p.info.Size() == q.info.Size() && p.info.ModTime().Equal(q.info.ModTime())
+}
+
+// open opens a program. Its name may lie in a mount that answers when it likes,
+// our own included: who waits for that is left behind, at the latest until that
+// mount is gone.
+func (w *warden) open(ctx context.Context, name string) (*program, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	type opened struct {
+		p   *program
+		err error
+	}
+	done := make(chan opened)
+	go func() {
+		p, err := openProgram(ctx, name)
+		select {
+		case done <- opened{p, err}:
+		case <-ctx.Done():
+			if p != nil {
+				p.close()
+			}
+		}
+	}()
+	select {
+	case o := <-done:
+		return o.p, o.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("program %s cannot be read (%w): %w", name, context.Cause(ctx), flox.ErrUnreachable)
+	}
 }
 
 // openProgram opens an absolute name. ErrNotFound: it is not there.
 // ErrBadInput: it is no program.
-func openProgram(name string) (*program, error) {
+func openProgram(ctx context.Context, name string) (*program, error) {
 	// Not to wait for the writer of a pipe somebody put in its place.
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if errors.Is(err, iofs.ErrNotExist) {
@@ -56,11 +94,20 @@ func openProgram(name string) (*program, error) {
 	case info.Mode().Perm()&0o111 == 0:
 		return nil, fmt.Errorf("program %s is not executable (chmod +x %s): %w", name, name, flox.ErrBadInput)
 	}
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, programFD)
+	held := f
+	if served, err := servedByProcess(f); err != nil {
+		return nil, fmt.Errorf("program %s: %w", name, err)
+	} else if served {
+		if held, err = copyInMemory(ctx, f, info.Size()); err != nil {
+			return nil, fmt.Errorf("program %s: %w", name, err)
+		}
+		defer held.Close()
+	}
+	fd, err := unix.FcntlInt(held.Fd(), unix.F_DUPFD_CLOEXEC, programFD)
 	if err != nil {
 		return nil, fmt.Errorf("program %s: %w", name, err)
 	}
-	return &program{name: name, file: os.NewFile(uintptr(fd), name)}, nil
+	return &program{name: name, file: os.NewFile(uintptr(fd), name), info: info}, nil
 }
 
 // command is a command line of the program. It is started through the open

@@ -44,7 +44,7 @@ func (w *warden) reload(ctx context.Context, name string) (Reloaded, error) {
 	if name == "" {
 		name = w.cfg.Program
 	}
-	p, err := openProgram(name)
+	p, err := w.open(ctx, name)
 	if err != nil {
 		return Reloaded{}, unchanged(err)
 	}

@@ -121,6 +121,45 @@ func TestReload(t *testing.T) {
 	}
 }
 
+// A program that lies in the mount it is to serve, as one that Nix installed
+// does, is in need of nobody there when it is started.
+func TestReloadToAProgramInTheMount(t *testing.T) {
+	h := reloadable(t)
+	h.start(t)
+	h.report(t, 1)
+	r, err := h.reload(t, h.path("prog"))
+	if err != nil || r.Program != h.path("prog") {
+		t.Fatalf("reloaded %+v, %v", r, err)
+	}
+	for n := 3; n <= 4; n++ { // and again and again
+		if err := syscall.Kill(h.report(t, n-1).PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		h.report(t, n)
+		if got := run(t, "cat %s", h.path("conf")); got != "hello\n" {
+			t.Errorf("read %q", got)
+		}
+	}
+}
+
+// A program in somebody else's mount outlives that.
+func TestProgramInAMountThatGoes(t *testing.T) {
+	other := newHost(t)
+	stop, _ := other.start(t)
+	other.report(t, 1)
+	h := newHost(t)
+	h.cfg.Child[0] = other.path("prog")
+	h.start(t)
+	first := h.report(t, 1)
+	if err := errors.Join(stop(), syscall.Kill(first.PID, syscall.SIGKILL)); err != nil {
+		t.Fatal(err)
+	}
+	h.report(t, 2)
+	if got := run(t, "cat %s", h.path("conf")); got != "hello\n" {
+		t.Errorf("read %q", got)
+	}
+}
+
 // What cannot serve takes nothing away from what does.
 func TestReloadOfWhatCannotServe(t *testing.T) {
 	h := reloadable(t)

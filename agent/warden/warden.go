@@ -48,7 +48,8 @@ type Config struct {
 	// child keeps there; it is made if missing and given to the child's user.
 	RunDir string
 	// Child is the command line of the child, an absolute program first. That
-	// file is held: whatever becomes of its name, it is what is started again.
+	// file is held: whatever becomes of its name, it is what is started again. One
+	// in a FUSE file system is copied to memory: nobody may serve that just then.
 	Child []string
 	// Program is the file that a reload puts in its place; "" = Child[0].
 	Program string
@@ -176,7 +177,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer lock.Close()
-	if w.program, err = openProgram(cfg.Child[0]); err != nil {
+	if w.program, err = w.open(ctx, cfg.Child[0]); err != nil {
 		return err
 	}
 	defer func() { w.program.close() }()
