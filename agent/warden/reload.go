@@ -16,6 +16,8 @@ type Reloaded struct {
 	// From and To are versions, as the programs say them.
 	From string `json:"from"`
 	To   string `json:"to"`
+	// Unchanged says that it is the very file that served before.
+	Unchanged bool `json:"unchanged,omitempty"`
 	// PID is the new child's.
 	PID int `json:"pid"`
 	// Unserved is how long nobody served the mount, in nanoseconds: requests of
@@ -78,6 +80,7 @@ func unchanged(err error) error {
 func (w *warden) begin(ctx context.Context, c *change, old *child) {
 	c.from = w.program
 	w.program = c.to
+	c.report.Unchanged = c.to.sameFile(c.from)
 	if old == nil {
 		c.stopped = time.Now()
 		return

@@ -69,6 +69,9 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	if err := needRoot("floxd agent"); err != nil {
 		return err
 	}
+	if err := keepDescriptors(); err != nil {
+		return err
+	}
 	who, err := findAccount(cfg.User)
 	if err != nil {
 		return err
@@ -104,13 +107,13 @@ func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) 
 	if err != nil {
 		return err
 	}
-	file, err := os.Executable()
+	file, err := calledAs()
 	if err != nil {
-		return fmt.Errorf("find this program: %w", err)
+		return err
 	}
 	return warden.Run(ctx, warden.Config{
 		MountDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
-		Child: []string{program, "agent", "--child"}, Env: environ(cfg),
+		Child: append([]string{program, "agent", "--child"}, noFile...), Env: environ(cfg),
 		Program: file, VersionArgs: []string{"version", "--json"}, Control: controlSocket(cfg), WithoutResend: withoutResend(),
 		ReadAheadKiB: int(cfg.Agent.ReadAhead >> 10), Log: log,
 	})

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -25,6 +28,56 @@ const (
 	restartMost  = 30 * time.Second
 	stableAfter  = time.Minute // a child that ran so long failed for a new reason
 )
+
+// noFile keeps a child from the configuration file: its environment says it all,
+// and a mistake that somebody makes in the file meanwhile must not be found when
+// a child died and is missed.
+var noFile = []string{"--config", os.DevNull}
+
+// keepDescriptors keeps what this process was given open beside standard input,
+// output and error from whom it starts: they are ordinary users' processes that
+// talk to the network, and who started this one may have left open what is root's.
+func keepDescriptors() error {
+	err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	if err == nil || !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) {
+		return os.NewSyscallError("close_range", err)
+	}
+	open, err := os.ReadDir("/proc/self/fd") // before Linux 5.11
+	if err != nil {
+		return fmt.Errorf("open descriptors: %w", err)
+	}
+	for _, entry := range open {
+		if fd, err := strconv.Atoi(entry.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
+}
+
+// calledAs is the name this program was called by, if that is still its file: an
+// update puts another behind the name, such as a link in /usr/bin or a profile,
+// and leaves the file alone.
+func calledAs() (string, error) {
+	file, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find this program: %w", err)
+	}
+	name, err := exec.LookPath(os.Args[0])
+	if err != nil && !errors.Is(err, exec.ErrDot) {
+		return file, nil //nolint:nilerr // whoever started it called it something else
+	}
+	if name, err = filepath.Abs(name); err != nil {
+		return file, nil //nolint:nilerr // the directory it was started in is gone
+	}
+	named, err := os.Stat(name)
+	if err != nil {
+		return file, nil //nolint:nilerr // as above
+	}
+	if self, err := os.Stat("/proc/self/exe"); err != nil || !os.SameFile(named, self) {
+		return file, nil //nolint:nilerr // as above
+	}
+	return name, nil
+}
 
 // child is this program, started again with other arguments as an ordinary user.
 type child struct {

@@ -27,7 +27,8 @@ func newReloadCmd(file *string) *cobra.Command {
 		Use:   "reload [flags]",
 		Short: "Start the running agent's program anew, without an unmount",
 		Long: `Put the program file as it is on the disk now in the place of the agent that
-runs from it, such as after an update. The mount stays, and so does whoever uses
+runs from it, such as after an update: the file that is now behind the name the
+agent was called by, which may be a link. The mount stays, and so does whoever uses
 it: what is read meanwhile waits for the new program, and nothing fails.
 
 The new program is asked for its version first. If it cannot be started, nothing
@@ -82,6 +83,9 @@ func runReload(ctx context.Context, cfg *Config, program string, asJSON bool, ou
 	}
 	_, err = fmt.Fprintf(out, "The agent runs %s (before: %s), process %d, from %s.\nNobody served the mount for %s; what was read meanwhile waited.\n",
 		r.To, known(r.From), r.PID, r.Program, r.Unserved.Round(100*time.Microsecond))
+	if err == nil && r.Unchanged && r.To == r.From {
+		_, err = fmt.Fprintf(out, "That is the file and the version that ran before: if this was an update, it lies elsewhere; name its file with --program.\n")
+	}
 	return err
 }
 

@@ -70,6 +70,9 @@ func (u *up) run(ctx context.Context) error {
 	if err := needRoot("floxd up"); err != nil {
 		return err
 	}
+	if err := keepDescriptors(); err != nil {
+		return err
+	}
 	if err := checkStoreDir(u.cfg.StoreDir, "floxd up"); err != nil {
 		return err
 	}
@@ -97,7 +100,7 @@ func (u *up) run(ctx context.Context) error {
 	defer cancel(nil)
 	house := &child{
 		name: "storehouse", who: u.who, out: u.errOut, log: u.log, env: environ(u.cfg),
-		args: []string{"storehouse", "--ready-fd", "3"},
+		args: append([]string{"storehouse", "--ready-fd", "3"}, noFile...),
 	}
 	ready := make(chan struct{})
 	var group errgroup.Group
