@@ -214,7 +214,7 @@ func serveMain() error {
 	}
 	store := newMemStore()
 	world(store)
-	var mapped atomic.Int32 // 0 no, 1 yes, 2 nobody can say
+	var mapped atomic.Int32 // 0 no, 1 yes, 2 nobody can say, 3 nor gives up
 	level := slog.LevelError
 	if os.Getenv("FLOX_FUSE_LOG") != "" {
 		level = slog.LevelDebug
@@ -223,8 +223,11 @@ func serveMain() error {
 		Device: os.NewFile(3, "fuse"), Init: o.Init, Store: store, NodeTable: o.Table, Journal: o.Table + ".journal",
 		LookupTimeout: o.LookupTimeout, ReadTimeout: o.ReadTimeout, MaxInFlight: o.MaxInFlight,
 		Mapped: func(ctx context.Context, _ uint64) bool {
-			if mapped.Load() == 2 {
+			switch mapped.Load() {
+			case 2:
 				<-ctx.Done()
+			case 3:
+				time.Sleep(time.Minute)
 			}
 			return mapped.Load() == 1
 		},

@@ -277,9 +277,15 @@ func TestMappedFilesWaitWithoutDeadline(t *testing.T) {
 // To find out whether a file is mapped may take long on a busy machine: what
 // comes meanwhile is used, and the killed still die.
 func TestAReadGoesOnWhileItsMappingsAreLookedFor(t *testing.T) {
+	for name, n := range map[string]int{"given up": 2, "never": 3} {
+		t.Run(name, func(t *testing.T) { readWhileLookedFor(t, n) })
+	}
+}
+
+func readWhileLookedFor(t *testing.T, mapped int) {
 	m := newMount(t, serveOptions{ReadTimeout: 100 * time.Millisecond})
 	hung := toolsPath + "/share/hung"
-	m.ask(t, command{Cmd: "mapped", N: 2})
+	m.ask(t, command{Cmd: "mapped", N: mapped})
 	m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
 	c, killed := m.begin(t, op{Do: "mmap", Path: hung}), m.begin(t, op{Do: "mmap", Path: hung, Len: 1})
 	m.awaitWait(t, "READ")

@@ -66,7 +66,7 @@ func (f *files) whileMapped(r *request, err error, read func(context.Context) er
 	ctx, cancel := context.WithCancel(r.ctx)
 	defer cancel()
 	answer := make(chan bool, 1)
-	go func() { // waited for below
+	go func() { // until ctx is done at the latest, soon after
 		mapped := f.s.cfg.Mapped(ctx, r.node)
 		if !mapped {
 			cancel()
@@ -76,14 +76,16 @@ func (f *files) whileMapped(r *request, err error, read func(context.Context) er
 	for {
 		retried := f.wait(ctx, f.s.cfg.ReadTimeout, true, read)
 		if retried == nil {
-			cancel()
-			<-answer
 			return nil, false
 		}
 		if again := transient(retried) || pause(ctx, retryPause); again && len(answer) == 0 {
 			continue
 		}
-		mapped := <-answer
+		mapped := false
+		select {
+		case mapped = <-answer:
+		case <-r.ctx.Done(): // the answer may take longer than the caller lives
+		}
 		if r.ctx.Err() != nil {
 			return context.Cause(r.ctx), false
 		}

@@ -31,8 +31,12 @@ type inheritance struct {
 	MountDir, RunDir string
 }
 
-// maxUsed bounds how many inodes an answer may list in all.
-const maxUsed = 1 << 20
+const (
+	// maxUsed bounds how many inodes an answer may list in all.
+	maxUsed = 1 << 20
+	// askTimeout is how long the warden may leave a question unread.
+	askTimeout = 5 * time.Second
+)
 
 // Conn is the child's line to its warden. Its methods may be called at once by
 // many and need a running Run. They wait for the warden until ctx is done.
@@ -46,7 +50,9 @@ type Conn struct {
 	line *net.UnixConn
 	life *os.File // closed by the end of this process, which the warden sees
 
-	gone   chan struct{} // closed when Run ends
+	gone    chan struct{} // closed when Run ends
+	writing chan struct{} // has room for the one that writes
+
 	mu     sync.Mutex
 	lastID uint64
 	asked  map[uint64]*pending
@@ -96,6 +102,7 @@ func (c *Conn) attach(line *os.File) error {
 		return fmt.Errorf("line to the warden is %T: %w", conn, flox.ErrBadInput)
 	}
 	c.line, c.gone, c.asked = unixConn, make(chan struct{}), make(map[uint64]*pending)
+	c.writing = make(chan struct{}, 1)
 	return nil
 }
 
@@ -170,8 +177,8 @@ func (c *Conn) ask(ctx context.Context, q question) (answer, error) {
 	if len(b) > maxMessage {
 		return answer{}, fmt.Errorf("question to the warden of %d bytes, at most %d: %w", len(b), maxMessage, flox.ErrBadInput)
 	}
-	if _, err := c.line.Write(b); err != nil {
-		return answer{}, fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+	if err := c.write(ctx, b); err != nil {
+		return answer{}, err
 	}
 	select {
 	case <-p.done:
@@ -260,10 +267,42 @@ func (c *Conn) tell(what, version string) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.line.Write(b); err != nil {
-		return fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+	return c.write(context.Background(), b)
+}
+
+// write sends a message, one after the other, until ctx is done. A warden that
+// reads none for askTimeout is as good as unreachable.
+func (c *Conn) write(ctx context.Context, b []byte) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, askTimeout, fmt.Errorf("the warden takes no questions: %w", flox.ErrUnreachable))
+	defer cancel()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
-	return nil
+	select {
+	case c.writing <- struct{}{}:
+	case <-c.gone:
+		return fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-c.writing }()
+	_ = c.line.SetWriteDeadline(time.Time{})
+	ended := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(ended)
+		_ = c.line.SetWriteDeadline(time.Unix(1, 0))
+	})
+	_, err := c.line.Write(b)
+	if !stop() {
+		<-ended // not to end what the next one writes
+	}
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return context.Cause(ctx)
+	}
+	return fmt.Errorf("the warden is gone: %w", flox.ErrClosed)
 }
 
 // SetReadAhead sets the kernel's read-ahead on the mount, 0 to 4096 KiB.

@@ -115,6 +115,54 @@ func TestLongAnswers(t *testing.T) {
 	}
 }
 
+// A warden that reads nothing holds nobody up who has given up.
+func TestWardenThatDoesNotRead(t *testing.T) {
+	ours, theirs, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Conn{}
+	if err := c.attach(theirs); err != nil {
+		t.Fatal(err)
+	}
+	theirs.Close()
+	ended := make(chan error, 1)
+	go func() { ended <- c.Run(context.Background()) }()
+	given := errors.New("given up")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	failed := make(chan error)
+	const asking = 1000 // the kernel keeps fewer messages than that
+	for range asking {
+		go func() {
+			_, err := c.RootTarget(ctx, "/"+strings.Repeat("x", maxLink/2))
+			failed <- err
+		}()
+	}
+	time.Sleep(100 * time.Millisecond) // until the line is full
+	cancel(given)
+	for range asking {
+		select {
+		case err := <-failed:
+			if !errors.Is(err, given) {
+				t.Fatal(err)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatal("a question that was given up waits on")
+		}
+	}
+	// Without anybody giving up it ends as well, and says so.
+	if err := c.Ready("v1"); !errors.Is(err, flox.ErrUnreachable) {
+		t.Errorf("told: %v", err)
+	}
+	if !c.Mapped(ctx, 1) {
+		t.Error("a file may be mapped when nobody says that it is not")
+	}
+	ours.Close()
+	if err := <-ended; !errors.Is(err, flox.ErrClosed) {
+		t.Error(err)
+	}
+}
+
 func TestParseQuestionRefuses(t *testing.T) {
 	for _, s := range []string{
 		``, `{}`, `[]`, `{"Ask":"rm"}`, `{"Ask":"exe"}`, `{"Ask":"exe","PID":-1}`, `{"Ask":"exe","PID":99999999}`,
