@@ -234,10 +234,30 @@ func (c *child) stop(limit time.Duration) {
 	if c.wait(ctx) != nil {
 		c.kill()
 	}
-	select { // so that its state is known, which is a moment later
-	case <-c.reaped:
-	case <-time.After(time.Second):
+	c.gone(time.Second)
+}
+
+// gone waits until the child's state is known, which is a moment after its
+// descriptors are closed. One that only closed its end of the life pipe would
+// live on beside the next, and is made to end.
+func (c *child) gone(limit time.Duration) bool {
+	for range 2 {
+		select {
+		case <-c.reaped:
+			return true
+		case <-time.After(limit):
+			c.signal(syscall.SIGKILL)
+		}
 	}
+	return false
+}
+
+// ending says how a child ended that is gone or as good as gone.
+func (c *child) ending() error {
+	if c.gone(50 * time.Millisecond) {
+		return errors.New(c.state)
+	}
+	return errors.New("killed, but a thread of it is still inside the kernel")
 }
 
 // kill ends the child as it may end at any time, and waits until the next one

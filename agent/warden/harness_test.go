@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -267,6 +268,9 @@ func mapMain(path string) error {
 	return nil
 }
 
+// letGo makes a child live on when its warden has let it go.
+var letGo atomic.Bool
+
 // childMain is the child of a warden: a server of tinyStore.
 func childMain() error {
 	c, err := FromEnv()
@@ -288,7 +292,7 @@ func childMain() error {
 		return err
 	}
 	go func() {
-		if err := c.Run(ctx); errors.Is(err, flox.ErrClosed) {
+		if err := c.Run(ctx); errors.Is(err, flox.ErrClosed) && !letGo.Load() {
 			stop()
 		}
 	}()
@@ -363,6 +367,9 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 		}
 	case askWaiting:
 		q.Waiting, err = c.Waiting(ctx)
+	case "let go":
+		letGo.Store(true)
+		err = c.life.Close()
 	case "drop":
 		node, _ := s.Node(tinyID, 1)
 		err = s.DropPages(ctx, []uint64{node})

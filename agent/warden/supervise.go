@@ -85,12 +85,7 @@ func (w *warden) runChild(ctx context.Context, under *change) (ready time.Time, 
 	case err != nil:
 		return ready, next, err
 	}
-	select {
-	case <-c.reaped:
-		return ready, next, errors.New(c.state)
-	case <-time.After(50 * time.Millisecond):
-		return ready, next, errors.New("killed, but a thread of it is still inside the kernel")
-	}
+	return ready, next, c.ending()
 }
 
 // stay returns when the child is gone (nil), was killed for another or because

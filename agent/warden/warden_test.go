@@ -144,6 +144,34 @@ func TestUnreapableChildIsReplaced(t *testing.T) {
 	t.Error("the dead child is still there after its successor answered")
 }
 
+// A child that only closed what tells the warden of its end does not live on
+// beside the next.
+func TestChildThatLetsGoIsEnded(t *testing.T) {
+	h := newHost(t)
+	stop, _ := h.start(t)
+	for n := 1; n <= 2; n++ {
+		r := h.report(t, n)
+		b, _ := json.Marshal(query{Ask: "let go"})
+		in := filepath.Join(h.cfg.RunDir, "ask")
+		if err := errors.Join(os.WriteFile(in+".new", b, 0o666), os.Rename(in+".new", in)); err != nil {
+			t.Fatal(err)
+		}
+		h.report(t, n+1)
+		for i := 0; alive(r.PID); i++ {
+			if i == 500 {
+				t.Fatalf("child %d, process %d, lives on", n, r.PID)
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if got := run(t, "cat %s", h.path("conf")); got != "hello\n" {
+			t.Errorf("read %q", got)
+		}
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestMappedFilesWaitAndOpenOnesDoNot(t *testing.T) {
 	h := newHost(t)
 	h.start(t)
