@@ -148,7 +148,8 @@ func makeJournal(path string, mount uint32, slots int) (j *journal, err error) {
 }
 
 func mapJournal(f *os.File, slots int) (*journal, error) {
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(journalSize(slots)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	// With its pages, see touch.
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(journalSize(slots)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
 		return nil, os.NewSyscallError("mmap", err)
 	}

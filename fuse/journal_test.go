@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -63,6 +64,77 @@ func TestJournalKeepsWhatWasNotAnswered(t *testing.T) {
 	next.left[0].give()
 	if last := again(t, path); len(last.left) != 0 {
 		t.Errorf("left after it was answered: %v", last.left)
+	}
+}
+
+// inMemory reports whether every page of b is in this process's page tables, so
+// that to write there takes no page fault.
+func inMemory(t *testing.T, b []byte) bool {
+	t.Helper()
+	f, err := os.Open("/proc/self/pagemap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	page := os.Getpagesize()
+	first, last := uintptr(unsafe.Pointer(&b[0]))/uintptr(page), uintptr(unsafe.Pointer(&b[len(b)-1]))/uintptr(page)
+	for ; first <= last; first++ {
+		var entry [8]byte
+		if _, err := f.ReadAt(entry[:], int64(first)*8); err != nil {
+			t.Fatal(err)
+		}
+		if binary.NativeEndian.Uint64(entry[:])>>63 == 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// The kernel fails a request it has no page for when SIGKILL is pending.
+func TestTouchedIsInMemory(t *testing.T) {
+	// As large memory of the heap is that nobody used yet.
+	b, err := unix.Mmap(-1, 0, requestSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(b)
+	if inMemory(t, b) {
+		t.Error("nobody used it, and its pages are there")
+	}
+	touch(b)
+	if !inMemory(t, b) {
+		t.Error("touched, and pages are missing")
+	}
+	copy(b, "request")
+	touch(b)
+	if want := append([]byte("request"), make([]byte, len(b)-7)...); !bytes.Equal(b, want) {
+		t.Errorf("touched, it is %q", b[:8])
+	}
+}
+
+// The device is read only to memory that is there.
+func TestDeviceIsReadToMemory(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	defer r.Close()
+	d, err := openDevice(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.file.Close()
+	b, err := unix.Mmap(-1, 0, requestSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(b)
+	if _, err := w.WriteString("x"); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := d.read(b); n != 1 || err != nil || !inMemory(t, b) {
+		t.Errorf("read %d bytes, %v; all pages there: %v", n, err, inMemory(t, b))
 	}
 }
 

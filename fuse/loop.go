@@ -6,7 +6,9 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -268,6 +270,7 @@ func (d *device) read(b []byte) (int, error) {
 	var err error
 	waitErr := d.raw.Read(func(fd uintptr) bool {
 		for {
+			touch(b)
 			n, err = unix.Read(int(fd), b)
 			switch {
 			// ENOENT: the request was given up while it was being read.
@@ -291,6 +294,17 @@ func (d *device) read(b []byte) (int, error) {
 		return n, err
 	}
 	return 0, waitErr
+}
+
+// touch has the pages of a place for a request in memory. The kernel takes a
+// request from its queue before it copies it; where a page for that is missing
+// and SIGKILL is pending, it gets none, and fails the request with EIO.
+func touch(b []byte) {
+	const page, word = 4096, 4 // the smallest there are
+	// Not a byte is changed, also not under who else has the journal.
+	for at := b; len(at) >= word; at = at[min(page, len(at)):] {
+		atomic.OrUint32((*uint32)(unsafe.Pointer(&at[0])), 0) //nolint:gosec // a place is aligned to its size
+	}
 }
 
 // write sends one answer or notification; it is never partial.
