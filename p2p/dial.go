@@ -12,12 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// unacknowledged is how long the other machine's kernel may leave what was sent
-// to it unacknowledged, again and again, before a connection counts as dead. It
-// goes by what TCP sees, so a busy machine or a full line is not mistaken for a
-// dead one. Without it TCP tries for a quarter of an hour, in ever longer steps,
-// and a call that waits learns of it with the next ping.
-const unacknowledged = 5 * time.Second
+// unacknowledged is how long what was sent may stay unacknowledged, or wait for
+// room at the other end, before a connection counts as dead. A full line or a
+// machine whose programs are slow is not mistaken for a dead one, because its
+// kernel goes on acknowledging; one that reads nothing of a connection for so
+// long, while more is there than its window holds, is. So this is longer than
+// what a busy machine holds its programs up for, and not much longer than a
+// look-up may take (5 s): without it TCP tries for a quarter of an hour, in ever
+// longer steps, and a call that waits learns of it with the next ping.
+const unacknowledged = 10 * time.Second
 
 // dialer makes connections that notice when nothing comes through any more.
 func dialer(multiaddr.Multiaddr) (tcp.ContextDialer, error) {
