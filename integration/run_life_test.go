@@ -224,21 +224,28 @@ func TestRunSurvivesItsAgent(t *testing.T) {
 	}
 }
 
-// TestRunOnATerminal: Ctrl-C is for the command alone, once.
+// TestRunOnATerminal: Ctrl-C is for the command alone, once, and leaves it what
+// it has not read yet of the store.
 func TestRunOnATerminal(t *testing.T) {
 	need.Command(t, "perl")
 	l := open(t)
 	u := l.stranger(t, "run-tty")
 	u.invite(t)
+	exe, err := os.Stat(l.original(l.world.Ripgrep.Exe))
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := fmt.Sprintf("read %d", exe.Size())
 	for _, mode := range private {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		file := filepath.Join(u.host.Dir, "command")
 		// A shell runs its trap once for two signals of a moment; Perl counts.
-		command := `$| = 1; $SIG{INT} = sub { $n++ }; print "ready\n"; select(undef, undef, undef, 0.1) for 1..20; print "heard $n\n"; exit 9`
+		command := `$| = 1; $SIG{INT} = sub { $n++ }; print "ready\n"; select(undef, undef, undef, 0.1) for 1..20; print "heard $n\n";
+			open(my $f, "<", $ARGV[0]) or print "lost: $!\n"; local $/; my $b = <$f>; print "read ", length($b), "\n"; exit 9`
 		if err := os.WriteFile(file, []byte(command), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		script := fmt.Sprintf("exec %s run -q --mode %s %s -- perl %s", l.programs.Floxctl, mode, l.ripgrep(), file)
+		script := fmt.Sprintf("exec %s run -q --mode %s %s -- perl %s %s", l.programs.Floxctl, mode, l.ripgrep(), file, l.world.Ripgrep.Exe)
 		cmd := u.command(ctx, "script", "--quiet", "--return", "--command", script, "/dev/null")
 		in, err := cmd.StdinPipe()
 		if err != nil {
@@ -262,7 +269,8 @@ func TestRunOnATerminal(t *testing.T) {
 		}
 		err = cmd.Wait()
 		cancel()
-		if code := cmd.ProcessState.ExitCode(); code != 9 || !strings.Contains(strings.Join(said, "\n"), "heard 1") {
+		all := strings.Join(said, "\n")
+		if code := cmd.ProcessState.ExitCode(); code != 9 || !strings.Contains(all, "heard 1") || !strings.Contains(all, read) {
 			t.Errorf("%s: exit code %d (%v), and it said %q", mode, code, err, said)
 		}
 	}

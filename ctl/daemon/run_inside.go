@@ -48,8 +48,12 @@ func runInside(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	// A signal is the command's to take once it runs, and the store stays for as
+	// long as the command does: until then only, a signal ends all.
+	caller := ctx
+	ctx, cancel := context.WithCancel(context.WithoutCancel(caller))
 	defer cancel()
+	commandless := context.AfterFunc(caller, cancel)
 	if err := room.Prepare(plan.StoreDir, plan.Scratch); err != nil {
 		return cli.Explain(flox.ErrDenied, "namespace: %v", err)
 	}
@@ -79,6 +83,9 @@ func runInside(ctx context.Context) error {
 	command, err := room.Find(dir, plan.Command, env)
 	if err != nil {
 		return err
+	}
+	if !commandless() {
+		return cli.ErrInterrupted
 	}
 	return line.Run(command, plan.UID, plan.GID)
 }
