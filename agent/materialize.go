@@ -125,22 +125,17 @@ func (w *writer) path(ctx context.Context, info *flox.PathInfo) error {
 	}
 	defer lock.Close()
 	name := string(info.Path)
+	draft := marksDir + "-" + name // beside it, because a sealed directory cannot move to another
 	if _, err := w.root.Lstat(name); err == nil {
-		if !w.Trust || !marked(lock) {
-			if err := w.check(ctx, info, name); err != nil {
-				return fmt.Errorf("it is there and differs from what it must be; move it away: %w", err)
-			}
-			w.done(info, 0, true)
-			return nil
+		there, err := w.there(ctx, info, lock, draft)
+		if there || err != nil {
+			return err
 		}
-		w.done(info, 0, false)
-		return nil
 	}
 	t, err := w.a.open(ctx, info)
 	if err != nil {
 		return err
 	}
-	draft := marksDir + "-" + name // beside it, because a sealed directory cannot move to another
 	bytes, err := w.write(ctx, t, draft)
 	if err != nil {
 		return err
@@ -148,23 +143,75 @@ func (w *writer) path(ctx context.Context, info *flox.PathInfo) error {
 	if err := w.check(ctx, info, draft); err != nil {
 		return errors.Join(err, removeSealed(w.root, draft))
 	}
+	_ = lock.Chmod(modeRisky) // where it cannot be, a crash is for the user to clear away
+	if err := w.rename(draft, name); err != nil {
+		return err
+	}
+	w.done(info, bytes, true)
+	return nil
+}
+
+// there reports whether the path that has its name already is what it must be.
+// One that a crash of the machine kept from getting to the disk becomes a draft
+// again.
+func (w *writer) there(ctx context.Context, info *flox.PathInfo, lock *os.File, draft string) (bool, error) {
+	if w.Trust && marked(lock) {
+		w.done(info, 0, false)
+		return true, nil
+	}
+	err := w.check(ctx, info, string(info.Path))
+	switch {
+	case err == nil:
+		w.done(info, 0, true)
+		return true, nil
+	case errors.Is(err, flox.ErrCorrupt) && risky(lock):
+		if _, err := w.root.Lstat(draft); err == nil {
+			return false, removeSealed(w.root, string(info.Path))
+		}
+		return false, w.rename(string(info.Path), draft)
+	}
+	return false, fmt.Errorf("it is there and differs from what it must be; move it away: %w", err)
+}
+
+// rename gives something in Dir a name that nothing has.
+func (w *writer) rename(from, to string) error {
 	dir, err := w.root.Open(".")
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
 	fd := int(dir.Fd())
-	if err := unix.Renameat2(fd, draft, fd, name, unix.RENAME_NOREPLACE); err != nil {
-		return os.NewSyscallError("rename", err)
+	err = renameat2(fd, from, fd, to, unix.RENAME_NOREPLACE)
+	// Some file systems cannot promise not to replace. Who else writes paths here
+	// waits for the lock.
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		if _, err := w.root.Lstat(to); err == nil {
+			return &os.LinkError{Op: "rename", Old: from, New: to, Err: unix.EEXIST}
+		}
+		err = unix.Renameat(fd, from, fd, to)
 	}
-	w.done(info, bytes, true)
-	return nil
+	return os.NewSyscallError("rename", err)
+}
+
+// renameat2 is replaced in tests by that of a poorer file system.
+var renameat2 = unix.Renameat2
+
+// The modes of a path's mark. A mode changes before the path gets its name, also
+// on the disk, where what is in a file may come later than either.
+const (
+	modeMark  = 0o644
+	modeRisky = 0o744 // the path is one that we wrote, and may not be on the disk
+)
+
+func risky(lock *os.File) bool {
+	info, err := lock.Stat()
+	return err == nil && info.Mode().Perm() == modeRisky && info.Size() == 0
 }
 
 // lock makes sure that one process at a time writes a path. The file is also
 // its mark: it is empty until the path is known to be on the disk.
 func (w *writer) lock(ctx context.Context, p flox.StorePath) (*os.File, error) {
-	f, err := w.root.OpenFile(filepath.Join(marksDir, string(p)), os.O_RDWR|os.O_CREATE, 0o644)
+	f, err := w.root.OpenFile(filepath.Join(marksDir, string(p)), os.O_RDWR|os.O_CREATE, modeMark)
 	if err != nil {
 		return nil, err
 	}
@@ -203,9 +250,11 @@ func (w *writer) mark() error {
 		return os.NewSyscallError("syncfs", err)
 	}
 	for _, p := range w.fresh {
-		if err := w.root.WriteFile(filepath.Join(marksDir, string(p)), []byte("whole\n"), 0o644); err != nil {
+		mark := filepath.Join(marksDir, string(p))
+		if err := w.root.WriteFile(mark, []byte("whole\n"), modeMark); err != nil {
 			return err
 		}
+		_ = w.root.Chmod(mark, modeMark) // it has content, which is enough
 	}
 	return nil
 }

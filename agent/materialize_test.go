@@ -227,6 +227,58 @@ func TestMaterializeLeavesAloneWhatDiffers(t *testing.T) {
 	}
 }
 
+// A path had its name when the machine crashed, and not all of it was on the disk.
+func TestMaterializeMendsWhatACrashLeft(t *testing.T) {
+	_, a, program, lib := shelf(t)
+	for _, trust := range []bool{false, true} {
+		dir := unsealed(t)
+		m := Materialize{Path: program.Path, Dir: dir, Trust: trust}
+		if _, err := a.Materialize(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+		mark, lost := filepath.Join(dir, marksDir, string(lib.Path)), filepath.Join(dir, string(lib.Path), "share/a/b/c/small")
+		if err := errors.Join(os.Truncate(mark, 0), os.Chmod(lost, 0o644), os.Truncate(lost, 0)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Materialize(t.Context(), m); !errors.Is(err, flox.ErrCorrupt) {
+			t.Errorf("trusting %v, what may be somebody else's: %v", trust, err)
+		}
+		if err := os.Chmod(mark, modeRisky); err != nil {
+			t.Fatal(err)
+		}
+		got, err := a.Materialize(t.Context(), m)
+		if err != nil || got.Fetched > 1_000_000 {
+			t.Errorf("trusting %v: %+v, %v", trust, got, err)
+		}
+		isWhole(t, dir, lib)
+		if info, err := os.Stat(mark); err != nil || info.Size() == 0 || info.Mode().Perm() != modeMark {
+			t.Errorf("trusting %v, its mark: %v, %v", trust, info, err)
+		}
+	}
+}
+
+// Not every file system can promise not to replace what it renames to.
+func TestMaterializeOnAPoorFileSystem(t *testing.T) {
+	_, a, program, lib := shelf(t)
+	defer func(was func(int, string, int, string, uint) error) { renameat2 = was }(renameat2)
+	asked, dir := make(chan struct{}, 2), unsealed(t)
+	renameat2 = func(_ int, _ string, _ int, to string, _ uint) error {
+		asked <- struct{}{}
+		if info, err := os.Stat(filepath.Join(dir, marksDir, to)); err != nil || info.Mode().Perm() != modeRisky {
+			t.Errorf("%s is about to get its name, its mark is %v, %v", to, info, err)
+		}
+		return unix.EINVAL
+	}
+	if _, err := a.Materialize(t.Context(), Materialize{Path: program.Path, Dir: dir}); err != nil {
+		t.Fatal(err)
+	}
+	if len(asked) != 2 {
+		t.Errorf("it was asked %d times", len(asked))
+	}
+	isWhole(t, dir, program)
+	isWhole(t, dir, lib)
+}
+
 // A signed NAR hash that the manifest does not lead to: nothing gets its name.
 func TestMaterializeChecksTheNARHash(t *testing.T) {
 	h := newHouse(t)
