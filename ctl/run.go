@@ -43,6 +43,10 @@ What it takes is looked for in this order, and said on standard error:
   copy   the path and all it refers to is fetched as ordinary files, checked, and
          shown at its place in such a namespace
 
+Root gets no fuse, and copy only with --to: what talks to the network should not
+be root, and with sudo floxd agent it is not. With --to it is, as in a container
+in which only root may write to DIR.
+
 --mode takes one or fails. --to DIR writes the files there: if DIR is the store
 directory itself, COMMAND runs without a namespace; without COMMAND that is all.
 

@@ -83,6 +83,9 @@ func (s *surroundings) advice(mode string) string {
 	case modeBind:
 		return fmt.Sprintf("\n  give the container the host's mount: --mount type=bind,src=%s,dst=%[1]s", s.storeDir)
 	case modeFUSE:
+		if s.root {
+			return "\n  run it as an ordinary user"
+		}
 		return "\n  allow user namespaces, and /dev/fuse: chmod 666 /dev/fuse, in a container --device /dev/fuse"
 	}
 	return fmt.Sprintf("\n  write the files somewhere: floxctl run --to DIR %s; programs run from them if DIR is %s", s.what.Path, s.storeDir)
@@ -154,6 +157,9 @@ func (s *surroundings) lack() string {
 }
 
 func (s *surroundings) tryFUSE(string) choice {
+	if s.root {
+		return choice{Why: "an agent of one's own would be root, and what talks to the network must not be", kind: flox.ErrDenied}
+	}
 	found := s.found()
 	switch {
 	case found.Namespaces != "":
@@ -172,6 +178,8 @@ func (s *surroundings) tryCopy(to string) choice {
 	switch no := s.found(); {
 	case to == string(s.storeDir):
 		c.Why = fmt.Sprintf("the files are written to %s", to)
+	case s.root && to == "":
+		return choice{Why: "what fetches the files would be root, and what talks to the network must not be; with --to, where one needs to be root to write there, it is all the same", kind: flox.ErrDenied}
 	case to != "":
 		c.Why = fmt.Sprintf("the files are written to %s; programs in them run only where that is %s", to, s.storeDir)
 	case no.Namespaces != "":

@@ -41,6 +41,7 @@ type surroundings struct {
 	invite   string // file, "" = none
 	looked   string // where it was looked for
 	floxd    string // program, "" = none
+	root     bool   // this is the machine's root, and so would be what it starts
 	hides    bool   // something else is in the store directory, which a namespace would cover
 	// has reports why the mount at a directory does not have the path; "" = it does.
 	has func(mount string) string
@@ -51,7 +52,7 @@ type surroundings struct {
 // look finds out everything that costs little.
 func look(ctx context.Context, opts *runOptions, what target) (*surroundings, error) {
 	s := &surroundings{
-		what: what, socket: opts.socketPath(), mounts: room.Mounts(), floxd: findFloxd(),
+		what: what, socket: opts.socketPath(), mounts: room.Mounts(), floxd: findFloxd(), root: room.Root(),
 		found: sync.OnceValue(func() room.Found { return room.Probe(ctx, "run", "--probe") }),
 	}
 	s.has = func(mount string) string { return hasPath(ctx, filepath.Join(mount, string(what.Path))) }

@@ -33,6 +33,7 @@ func TestChoose(t *testing.T) {
 		s.found = func() room.Found { return room.Found{Namespaces: "switched off", FUSE: "switched off"} }
 	}
 	agent := func(s *surroundings) { s.agent, s.mounts = "", []string{"/nix/store"} }
+	root := func(s *surroundings) { s.root = true }
 	elsewhere := func(s *surroundings) { s.mounts = []string{"/other", "/host/nix/store"} }
 	all := func(changes ...func(*surroundings)) func(*surroundings) {
 		return func(s *surroundings) {
@@ -53,6 +54,12 @@ func TestChoose(t *testing.T) {
 	}{
 		{name: "agent", is: agent, want: modeAgent, here: true, words: []string{"/run/s", "/nix/store"}},
 		{name: "agent needs nothing else", is: all(agent, bare, func(s *surroundings) { s.invite, s.floxd = "", "" }), want: modeAgent, here: true},
+		{name: "agent for root", is: all(agent, root), want: modeAgent, here: true},
+		{name: "mount for root", is: all(elsewhere, root), want: modeBind, source: "/other"},
+		{name: "root", is: root, kind: flox.ErrUnreachable, words: []string{"must not be", "sudo floxd agent", "as an ordinary user"}},
+		{name: "root and fuse", is: root, mode: modeFUSE, kind: flox.ErrDenied, words: []string{"must not be", "as an ordinary user"}},
+		{name: "root and copy", is: root, mode: modeCopy, kind: flox.ErrDenied, words: []string{"must not be"}},
+		{name: "root of a container", is: all(root, bare), to: "/nix/store", want: modeCopy},
 		{name: "agent elsewhere", is: func(s *surroundings) { s.agent, s.mounts = "", []string{"/host"} }, want: modeBind, source: "/host"},
 		{name: "agent without a mount", is: func(s *surroundings) { s.agent = "" }, want: modeFUSE, words: []string{"not mounted at its place"}},
 		{name: "mount without agent", is: func(s *surroundings) { s.mounts = []string{"/x", "/nix/store"} }, want: modeBind, here: true, source: "/nix/store", words: []string{"there is no agent"}},

@@ -167,6 +167,27 @@ func TestRunWithoutNamespaces(t *testing.T) {
 	u.withoutNamespaces(t, runUser, l.world.Ripgrep.Exe, "--version").want(t, 0, "ripgrep ")
 }
 
+// TestRunAsRoot: what talks to the network is not root for somebody who only runs
+// a program.
+func TestRunAsRoot(t *testing.T) {
+	l := open(t)
+	u := l.stranger(t, "run-as-root")
+	dir := filepath.Join(u.host.Dir, "root")
+	run := func(program string, args ...string) result {
+		return do(t, u.host, "env", append([]string{"-i", "HOME=" + dir, "PATH=/usr/bin:/bin", program, "run"}, args...)...)
+	}
+	floxctl, invite := l.programs.Floxctl, l.house.Invite()
+	run(floxctl, "--invite", invite, l.ripgrep(), "--", "true").want(t, 4, "fuse   an agent of one's own would be root", "sudo floxd agent", "run it as an ordinary user")
+	for _, mode := range private {
+		run(floxctl, "--invite", invite, "--mode", mode, l.ripgrep(), "--", "true").want(t, 5, mode+" cannot be: ", "must not be")
+		run(l.programs.Floxd, "--mode", mode, "--state-dir", dir, "--invite", invite, string(l.world.Ripgrep.Path), "--", "true").want(t, 5, "must not do so as root")
+	}
+	if exists(dir) {
+		t.Errorf("%s was made for nothing", dir)
+	}
+	run(floxctl, "--invite", invite, "--to", filepath.Join(dir, "store"), l.ripgrep()).want(t, 0, "complete in ")
+}
+
 func exists(file string) bool {
 	_, err := os.Lstat(file)
 	return err == nil

@@ -89,6 +89,9 @@ func runRun(ctx context.Context, file string, opts *runOptions) error {
 	if opts.stateDir == "" || !filepath.IsAbs(opts.stateDir) {
 		return cli.Explain(flox.ErrBadInput, "--state-dir %q: want an absolute directory", opts.stateDir)
 	}
+	if room.Root() && (opts.mode == modeFUSE || opts.mode == modeCopy && opts.to == "") {
+		return cli.Explain(flox.ErrDenied, "--mode %s talks to the network, and must not do so as root: run it as an ordinary user, or start an agent, which does not: sudo floxd agent", opts.mode)
+	}
 	slot, err := takeSlot(opts.stateDir)
 	if err != nil {
 		return err

@@ -84,3 +84,16 @@ func TestMounts(t *testing.T) {
 		}
 	}
 }
+
+func TestIsWhole(t *testing.T) {
+	for ids, want := range map[string]bool{
+		"         0          0 4294967295\n": true,
+		"0 0 65536\n":                        false,
+		"0 1000 1\n":                         false,
+		"":                                   false,
+	} {
+		if got := isWhole(ids); got != want {
+			t.Errorf("%q: got %v", ids, got)
+		}
+	}
+}
