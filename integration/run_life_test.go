@@ -26,10 +26,11 @@ type begun struct {
 }
 
 // start starts floxctl run with a shell script, whose input the test holds.
-func (u *stranger) start(t *testing.T, mode, script string) *begun {
+func (u *stranger) start(t *testing.T, mode, script string, files ...*os.File) *begun {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	r := &begun{cmd: u.command(ctx, u.l.programs.Floxctl, "run", "--quiet", "--mode", mode, u.l.ripgrep(), "--", "sh", "-c", script)}
+	r.cmd.ExtraFiles = files
 	out, err := r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -195,6 +196,99 @@ func TestRunLeavesNothing(t *testing.T) {
 		}
 	}
 	u.run(t, "-q", l.ripgrep(), "--", "rg", "--version").want(t, 0, "ripgrep ")
+}
+
+// TestRunIsTransparent: a command gets what its caller gave it, to the byte, and
+// its private agent gets nothing of it.
+func TestRunIsTransparent(t *testing.T) {
+	l := open(t)
+	u := l.stranger(t, "run-clear")
+	u.invite(t)
+	const files = `3<"$HOME/file" 7<"$HOME/file" 4>/dev/null`
+	const long = 120_000 // a single argument has a limit of its own
+	for _, mode := range private {
+		script := fmt.Sprintf(`printf "descriptors\n" >"$HOME/file"; exec %s run -q --mode %s %s -- "$@" %s`, l.programs.Floxctl, mode, l.ripgrep(), files)
+		run := func(args ...string) result { return u.do(t, append([]string{"sh", "-c", script, "sh"}, args...)...) }
+
+		odd, big := "\xff\"\n<\u2028", strings.Repeat("x", long)
+		run("sh", "-c", `printf "%s|%s|" "$#" "$1"; cat | wc -c`, "sh", odd, big, big, big).want(t, 0, "4|"+odd+"|0\n")
+		run("sh", "-c", `echo $((${#1} + ${#2}))`, "sh", big, big).want(t, 0, strconv.Itoa(2*long))
+
+		has := []string{"sh", "-c", `cat <&3; exec ls /proc/self/fd`}
+		direct := u.do(t, append([]string{"sh", "-c", "exec \"$@\" " + files, "sh"}, has...)...)
+		direct.want(t, 0, "descriptors\n", "\n7\n")
+		if open := run(has...); open != direct {
+			t.Errorf("%s: its descriptors are %q, without floxctl %q", mode, open.out, direct.out)
+		}
+		if mode == "fuse" {
+			u.agentHasNot(t, filepath.Join(u.home, "file"))
+		}
+		for _, ignored := range []string{"HUP", "INT"} {
+			r := u.do(t, "sh", "-c", "trap '' "+ignored+"; "+script, "sh", "sh", "-c", "kill -"+ignored+" $$ $PPID; echo lives")
+			r.want(t, 0, "lives")
+		}
+	}
+}
+
+// agentHasNot checks that a private agent has not a file that its caller had open.
+func (u *stranger) agentHasNot(t *testing.T, file string) {
+	t.Helper()
+	in, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	r := u.start(t, "fuse", u.l.programs.Floxctl+` status --json | grep '"pid"'; read x`, in, in, in, in, in, in, in, in)
+	fds := fmt.Sprintf("/proc/%s/fd", strings.Trim(strings.TrimPrefix(r.says(t), `"pid":`), " ,"))
+	names, err := os.ReadDir(fds)
+	if err != nil || len(names) < 5 {
+		t.Fatalf("descriptors of the agent: %v, %v", names, err)
+	}
+	for _, n := range names {
+		if to, _ := os.Readlink(filepath.Join(fds, n.Name())); to == file {
+			t.Errorf("the agent has descriptor %s of its caller", n.Name())
+		}
+	}
+	fmt.Fprintln(r.stdin)
+	r.ends(t)
+}
+
+// TestRunLeavesNoRunDirectory: however it ends, at the latest when the next begins.
+func TestRunLeavesNoRunDirectory(t *testing.T) {
+	l := open(t)
+	u := l.stranger(t, "run-dir")
+	u.invite(t)
+	dir := filepath.Join(u.host.Dir, "x")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.Chown(dir, runUser, runUser)); err != nil {
+		t.Fatal(err)
+	}
+	u.env = []string{"XDG_RUNTIME_DIR=" + dir}
+	left := func() []string {
+		names, err := filepath.Glob(filepath.Join(dir, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return names
+	}
+	begin := func(script string) *begun { return u.start(t, "fuse", script) }
+	r := begin("kill -TERM $$")
+	if _, s := r.ends(t); s != syscall.SIGTERM || len(left()) > 0 {
+		t.Errorf("after a command killed by %v there is %q", s, left())
+	}
+	r = begin("echo $PPID; read x")
+	inner := r.says(t)
+	if len(left()) != 1 {
+		t.Errorf("while it runs there is %q", left())
+	}
+	if err := r.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = r.cmd.Wait()
+	gone(t, "the inner process", inner)
+	r = begin("exit 3")
+	if code, _ := r.ends(t); code != 3 || len(left()) > 0 {
+		t.Errorf("exit code %d, and after one that was killed there is %q", code, left())
+	}
 }
 
 // TestRunSurvivesItsAgent: the private agent may die as the machine's may.

@@ -22,6 +22,7 @@ type stranger struct {
 	host *netns.Host
 	home string
 	with []string // commands each command is started through
+	env  []string // more of the environment
 }
 
 // stranger makes the user's home and gives everybody the FUSE device.
@@ -57,7 +58,7 @@ func (u *stranger) command(ctx context.Context, args ...string) *exec.Cmd {
 	all := append([]string{}, u.with...)
 	all = append(all, "setpriv", fmt.Sprintf("--reuid=%d", runUser), fmt.Sprintf("--regid=%d", runUser), "--clear-groups", "--", "env", "-i",
 		"HOME="+u.home, "PATH=/usr/local/bin:/usr/bin:/bin", "TERM=dumb")
-	all = append(all, args...)
+	all = append(append(all, u.env...), args...)
 	cmd := u.host.Command(ctx, all[0], all[1:]...)
 	cmd.WaitDelay = 10 * time.Second
 	return cmd

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -23,9 +24,10 @@ import (
 // Run executes root with args (without the program's name) and returns the
 // process's exit code. An error is printed once, on root's error stream. The
 // first SIGINT or SIGTERM cancels the command's context, the second one kills
-// the process as if nobody had caught it.
+// the process as if nobody had caught it. One that whoever started this process
+// has had ignored stays so.
 func Run(root *cobra.Command, args []string) int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := untilSignal()
 	defer stop()
 	context.AfterFunc(ctx, stop)
 	prepare(root)
@@ -42,6 +44,15 @@ func Run(root *cobra.Command, args []string) int {
 	}
 	report(cmd, err)
 	return ExitCode(err)
+}
+
+// untilSignal gives a context that SIGINT or SIGTERM cancels.
+func untilSignal() (context.Context, context.CancelFunc) {
+	sigs := slices.DeleteFunc([]os.Signal{os.Interrupt, syscall.SIGTERM}, signal.Ignored)
+	if len(sigs) == 0 { // which would mean all there are
+		return context.WithCancel(context.Background())
+	}
+	return signal.NotifyContext(context.Background(), sigs...)
 }
 
 // report prints an error once, unless its explanation is on the screen already.

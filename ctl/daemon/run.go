@@ -83,8 +83,11 @@ the system chooses, and is no member of the DHT and of multicast unless told so.
 // to the one in the namespace.
 func runRun(ctx context.Context, file string, opts *runOptions) error {
 	plan := roomPlan{
-		Mode: opts.mode, StoreDir: opts.storeDir, Path: opts.path, Command: opts.command, Source: opts.source,
+		Mode: opts.mode, StoreDir: opts.storeDir, Path: opts.path, Source: opts.source,
 		UID: os.Geteuid(), GID: os.Getegid(),
+	}
+	for _, a := range opts.command {
+		plan.Command = append(plan.Command, []byte(a))
 	}
 	if opts.stateDir == "" || !filepath.IsAbs(opts.stateDir) {
 		return cli.Explain(flox.ErrBadInput, "--state-dir %q: want an absolute directory", opts.stateDir)
@@ -114,6 +117,7 @@ func runRun(ctx context.Context, file string, opts *runOptions) error {
 			return err
 		}
 		if here == opts.storeDir {
+			slot.release() // this process will be another program
 			return execHere(opts)
 		}
 		plan.Source = here
@@ -124,6 +128,8 @@ func runRun(ctx context.Context, file string, opts *runOptions) error {
 		return err
 	}
 	err = room.Enter(plan, "run", "--inside")
+	slot.release() // before this process dies
+	err = room.Die(err)
 	if opts.to != "" && errors.Is(err, flox.ErrDenied) {
 		return cli.Explain(flox.ErrDenied, "the files are in %s, and programs run from there only where that is %s: %v", opts.to, opts.storeDir, err)
 	}

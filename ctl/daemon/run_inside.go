@@ -23,10 +23,10 @@ type roomPlan struct {
 	Mode     string
 	StoreDir string
 	Path     flox.StorePath
-	Command  []string
-	UID, GID int    // the caller's
-	Scratch  string // an empty directory
-	Source   string // bind, copy: what is to appear at StoreDir
+	Command  [][]byte // an argument may be anything, words of JSON may not
+	UID, GID int      // the caller's
+	Scratch  string   // an empty directory
+	Source   string   // bind, copy: what is to appear at StoreDir
 
 	// fuse: the private agent
 	Config   *Config
@@ -80,7 +80,11 @@ func runInside(ctx context.Context) error {
 	if err := room.There(dir); err != nil {
 		return err
 	}
-	command, err := room.Find(dir, plan.Command, env)
+	var args []string
+	for _, a := range plan.Command {
+		args = append(args, string(a))
+	}
+	command, err := room.Find(dir, args, env)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -84,22 +85,47 @@ func (s *slot) makeDirs() error {
 // makeRunDir finds a place for the socket, whose name must be short: the user's
 // directory for such things, else the slot, else a new directory.
 func (s *slot) makeRunDir() error {
-	s.runDir = filepath.Join(s.dir, "run")
-	if user := os.Getenv("XDG_RUNTIME_DIR"); ownDir(user) {
-		s.runDir = filepath.Join(user, "floxd-run-"+strconv.Itoa(os.Getpid()))
-		s.own = true
-	}
-	if len(filepath.Join(s.runDir, cli.SocketName)) > maxSocketName {
-		dir, err := os.MkdirTemp("", "floxd-run-")
-		if err != nil {
+	s.removeStale()
+	parent := os.TempDir()
+	fits := func(dir string) bool { return len(filepath.Join(dir, cli.SocketName)) <= maxSocketName }
+	if user := os.Getenv("XDG_RUNTIME_DIR"); ownDir(user) && fits(filepath.Join(user, runDirName+"0123456789")) {
+		parent = user
+	} else if s.runDir = filepath.Join(s.dir, "run"); fits(s.runDir) {
+		if err := os.MkdirAll(s.runDir, 0o700); err != nil {
 			return fmt.Errorf("run directory: %w", err)
 		}
-		s.runDir, s.own = dir, true
+		return nil
 	}
-	if err := os.MkdirAll(s.runDir, 0o700); err != nil {
+	dir, err := os.MkdirTemp(parent, runDirName)
+	if err != nil {
+		return fmt.Errorf("run directory: %w", err)
+	}
+	s.runDir, s.own = dir, true
+	if err := os.WriteFile(s.runDirNote(), []byte(dir), 0o600); err != nil {
+		s.release()
 		return fmt.Errorf("run directory: %w", err)
 	}
 	return nil
+}
+
+// runDirName is how the name of a run directory outside of a slot begins.
+const runDirName = "floxd-run-"
+
+// runDirNote says which run directory goes with the slot.
+func (s *slot) runDirNote() string { return filepath.Join(s.dir, "run-directory") }
+
+// removeStale removes the run directory of a run that was killed.
+func (s *slot) removeStale() {
+	b, err := os.ReadFile(s.runDirNote())
+	if err != nil {
+		return
+	}
+	dir := string(b)
+	info, err := os.Lstat(dir)
+	if err == nil && info.IsDir() && strings.HasPrefix(filepath.Base(dir), runDirName) && ownDir(dir) {
+		_ = os.RemoveAll(dir)
+	}
+	_ = os.Remove(s.runDirNote())
 }
 
 // ownDir reports whether dir is a directory of this user's and nobody else's.
@@ -123,6 +149,8 @@ func (s *slot) log() string      { return filepath.Join(s.dir, "agent.log") }
 func (s *slot) release() {
 	if s.own {
 		_ = os.RemoveAll(s.runDir)
+		_ = os.Remove(s.runDirNote())
+		s.own = false
 	}
 	s.lock.Close()
 }

@@ -1,6 +1,7 @@
 package room
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"slices"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -18,11 +21,13 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
-// The line between the two processes is a stream socket: signals go in, one
-// byte each, and how the command ended comes out.
+// The line between the two processes is a stream socket: the plan goes in, its
+// length first, then signals, one byte each, and how the command ended comes out.
+// Its descriptor is above those a caller is likely to hand to the command.
 const (
-	planEnv = "FLOXD_ROOM"
-	lineFD  = 3
+	lineEnv = "FLOXD_ROOM"
+	lineFD  = 200      // or the next one that is free
+	maxPlan = 64 << 20 // more than the kernel lets a command line have
 
 	endedByExit   = 'E' // its code follows
 	endedBySignal = 'S' // its number follows
@@ -35,34 +40,53 @@ var passed = []os.Signal{
 	syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM,
 }
 
+// heard are those of passed that whoever called has not asked to be ignored, as
+// nohup does: then the command ignores them, too.
+func heard() []os.Signal {
+	return slices.DeleteFunc(slices.Clone(passed), signal.Ignored)
+}
+
+// hear has signals sent to c. Nobody may be asked for none: that would be all.
+func hear(c chan<- os.Signal) {
+	if sigs := heard(); len(sigs) > 0 {
+		signal.Notify(c, sigs...)
+	}
+}
+
 // Enter starts this program with args as the inner process, which finds plan
 // with Inside, and stays until it has ended. It returns how the command ended,
-// as an error for cli.Run; what else the inner process had to say it has said.
+// as an error for Die; what else the inner process had to say it has said.
 func Enter(plan any, args ...string) error {
 	value, err := json.Marshal(plan)
 	if err != nil {
 		return err
 	}
+	value = append(binary.BigEndian.AppendUint32(nil, uint32(len(value))), value...) //nolint:gosec // see maxPlan
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("socketpair", err)
 	}
-	ours, theirs := os.NewFile(uintptr(fds[0]), "room"), os.NewFile(uintptr(fds[1]), "room")
+	ours := os.NewFile(uintptr(fds[0]), "room")
 	defer ours.Close()
+	theirs, err := unix.FcntlInt(uintptr(fds[1]), unix.F_DUPFD, lineFD) // is inherited
+	unix.Close(fds[1])
+	if err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
 	sigs := make(chan os.Signal, 16)
-	signal.Notify(sigs, passed...)
+	hear(sigs)
 	defer signal.Stop(sigs)
 	cmd := exec.Command("/proc/self/exe", args...) //nolint:noctx // it is told to end over the line
 	cmd.Args[0] = os.Args[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = Set(os.Environ(), planEnv, string(value))
-	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.Env = Set(os.Environ(), lineEnv, strconv.Itoa(theirs))
 	cmd.SysProcAttr = namespaces()
 	err = cmd.Start()
-	theirs.Close()
+	unix.Close(theirs)
 	if err != nil {
 		return cli.Explain(flox.ErrDenied, "make namespaces: %s", why(err))
 	}
+	_, _ = ours.Write(value) // fails when it has ended, which is seen below
 	done := make(chan struct{})
 	go func() {
 		for {
@@ -98,8 +122,7 @@ func failed(err error) error {
 	return fmt.Errorf("inner process: %w", err)
 }
 
-// ended makes of the end of the command that of this process. A signal kills
-// this one, too, so that whoever waits for it learns the same.
+// ended makes of the end of the command an error.
 func ended(how, number byte) error {
 	if how == endedByExit {
 		if number == 0 {
@@ -107,13 +130,32 @@ func ended(how, number byte) error {
 		}
 		return cli.Said(cli.Exited(int(number), "the command failed"))
 	}
-	switch n := syscall.Signal(number); n {
+	return &killedError{syscall.Signal(number), cli.Said(cli.Exited(128+int(number), "the command was killed"))}
+}
+
+// killedError says that a signal ended the command.
+type killedError struct {
+	signal syscall.Signal
+	error
+}
+
+func (e *killedError) Unwrap() error { return e.error }
+
+// Die ends this process by the signal that ended the command, if err of Enter
+// says so, so that whoever waits for it learns the same. Else, and after signals
+// that would leave a core dump, it returns err.
+func Die(err error) error {
+	var killed *killedError
+	if !errors.As(err, &killed) {
+		return err
+	}
+	switch n := killed.signal; n {
 	case syscall.SIGHUP, syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGALRM, syscall.SIGPIPE:
 		signal.Reset(n)
 		_ = syscall.Kill(os.Getpid(), n)
 		time.Sleep(time.Second) // it is on its way
 	}
-	return cli.Said(cli.Exited(128+int(number), "the command was killed"))
+	return err
 }
 
 // byTerminal reports whether a signal was most likely typed: then the command
@@ -136,28 +178,81 @@ type Line struct {
 	socket  *os.File
 	signals chan syscall.Signal // what the outer process was sent
 	gone    chan struct{}       // closed when the outer process is
+	files   []*os.File          // the caller's, at their descriptors less 3
 }
 
 // Inside takes the plan and the line out of the environment of an inner
 // process. From then on no signal of a terminal ends this process. ErrNotFound:
 // nobody called Enter.
 func Inside(plan any) (*Line, error) {
-	value, ok := os.LookupEnv(planEnv)
+	value, ok := os.LookupEnv(lineEnv)
 	if !ok {
 		return nil, fmt.Errorf("this is started by floxctl run only: %w", flox.ErrNotFound)
 	}
-	_ = os.Unsetenv(planEnv)
-	if err := json.Unmarshal([]byte(value), plan); err != nil {
-		return nil, fmt.Errorf("%s: %w: %w", planEnv, err, flox.ErrBadInput)
+	_ = os.Unsetenv(lineEnv)
+	fd, err := strconv.ParseUint(value, 10, 31)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: %w", lineEnv, err, flox.ErrBadInput)
 	}
-	if _, err := unix.FcntlInt(lineFD, unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("line to the outer process: %w", err)
 	}
-	l := &Line{socket: os.NewFile(lineFD, "room"), signals: make(chan syscall.Signal, 16), gone: make(chan struct{})}
+	l := &Line{socket: os.NewFile(uintptr(fd), "room"), signals: make(chan syscall.Signal, 16), gone: make(chan struct{})}
+	if err := readPlan(l.socket, plan); err != nil {
+		return nil, fmt.Errorf("plan of the outer process: %w", err)
+	}
+	if l.files, err = callers(); err != nil {
+		return nil, err
+	}
 	// Caught, not ignored: a command would inherit that.
-	signal.Notify(make(chan os.Signal, 1), passed...)
+	hear(make(chan os.Signal, 1))
 	go l.listen() // ends with the outer process
 	return l, nil
+}
+
+func readPlan(r io.Reader, plan any) error {
+	head := make([]byte, 4)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return err
+	}
+	n := binary.BigEndian.Uint32(head)
+	if n > maxPlan {
+		return fmt.Errorf("it has %d bytes: %w", n, flox.ErrBadInput)
+	}
+	value := make([]byte, n)
+	if _, err := io.ReadFull(r, value); err != nil {
+		return err
+	}
+	return json.Unmarshal(value, plan)
+}
+
+// callers takes the descriptors which the caller meant for the command, so that
+// nothing else that this process starts has them.
+func callers() ([]*os.File, error) {
+	names, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return nil, fmt.Errorf("descriptors of the caller: %w", err)
+	}
+	var files []*os.File
+	for _, name := range names {
+		fd, err := strconv.Atoi(name.Name())
+		if err != nil || fd < 3 {
+			continue
+		}
+		// All that are this program's own are closed by what it starts.
+		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0)
+		if err != nil || flags&unix.FD_CLOEXEC != 0 {
+			continue
+		}
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+			return nil, fmt.Errorf("descriptor %d of the caller: %w", fd, err)
+		}
+		if grow := fd - 2 - len(files); grow > 0 {
+			files = append(files, make([]*os.File, grow)...)
+		}
+		files[fd-3] = os.NewFile(uintptr(fd), "caller")
+	}
+	return files, nil
 }
 
 func (l *Line) listen() {
@@ -195,7 +290,7 @@ func (l *Line) Stopped(done <-chan struct{}) bool {
 // the outer process does, then what it left behind is ended, too. It tells the
 // outer process.
 func (l *Line) Run(c Command, uid, gid int) error {
-	cmd := &exec.Cmd{Path: c.File, Args: c.Args, Env: c.Env, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr}
+	cmd := &exec.Cmd{Path: c.File, Args: c.Args, Env: c.Env, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, ExtraFiles: l.files}
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: uid, HostID: 0, Size: 1}},
