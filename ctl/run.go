@@ -57,7 +57,8 @@ The cache is in ~/.local/state/floxd (--state-dir, $XDG_STATE_HOME); programs th
 run at the same time have one each, so the second may have to fetch again.
 
 COMMAND is oneself, in the namespace too, with all signals passed on. What it
-leaves running in the background ends with it in fuse and copy.
+leaves running in the background ends with it wherever there is a namespace: in
+fuse, in copy unless DIR is the store directory, in bind from another place.
 
 The exit code is COMMAND's. If it could not be run:
 

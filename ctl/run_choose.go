@@ -197,6 +197,8 @@ func (s *surroundings) needs(mode string) error {
 	switch {
 	case s.floxd == "":
 		return cli.Explain(flox.ErrNotFound, "%s needs the program floxd, which is neither beside floxctl nor on the PATH", mode)
+	case mode != modeBind && s.invite == "" && s.unusable != nil:
+		return fmt.Errorf("%s; %s needs the storehouse's invite: %w", s.lack(), mode, s.unusable)
 	case mode != modeBind && s.invite == "":
 		return cli.Explain(flox.ErrBadInput, "%s; %s needs the storehouse's invite the first time, and there is none at %s: name it with --invite FILE", s.lack(), mode, s.looked)
 	}

@@ -40,6 +40,7 @@ type surroundings struct {
 	stateDir string
 	invite   string // file, "" = none
 	looked   string // where it was looked for
+	unusable error  // why one's own invite is none
 	floxd    string // program, "" = none
 	root     bool   // this is the machine's root, and so would be what it starts
 	hides    bool   // something else is in the store directory, which a namespace would cover
@@ -139,6 +140,11 @@ func (s *surroundings) findInvite(given string) (flox.StoreDir, error) {
 			s.invite = file
 			return invite.StoreDir, nil
 		}
+		// One's own is there to be used; the agent's may be for others only.
+		if file != agentInvite && !errors.Is(err, flox.ErrNotFound) {
+			s.unusable = err // said when it is needed: not every mode does
+			return "", nil
+		}
 		if s.looked != "" {
 			s.looked += ", "
 		}
@@ -147,6 +153,9 @@ func (s *surroundings) findInvite(given string) (flox.StoreDir, error) {
 	return "", nil
 }
 
+// agentInvite is what the machine's agent installed.
+var agentInvite = filepath.Join(cli.DefaultStateDir, "agent", "invite.json")
+
 // inviteFiles are the places where an invite may lie, best first: the user's
 // own, what the machine's agent installed, what an earlier run remembered.
 func (s *surroundings) inviteFiles() []string {
@@ -154,7 +163,7 @@ func (s *surroundings) inviteFiles() []string {
 	if dir, err := os.UserConfigDir(); err == nil {
 		files = append(files, filepath.Join(dir, "floxd", "invite.json"))
 	}
-	return append(files, filepath.Join(cli.DefaultStateDir, "agent", "invite.json"), filepath.Join(s.stateDir, "invite.json"))
+	return append(files, agentInvite, filepath.Join(s.stateDir, "invite.json"))
 }
 
 // privateState is where an agent of one's own keeps what it has.

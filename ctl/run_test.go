@@ -208,3 +208,31 @@ func TestProfileNames(t *testing.T) {
 		t.Errorf("without profiles: %v", err)
 	}
 }
+
+// TestOnesOwnInvite: one that is there and cannot be used is not passed over in
+// silence, and troubles nobody who needs none.
+func TestOnesOwnInvite(t *testing.T) {
+	config := t.TempDir()
+	t.Setenv("XDG_CONFIG_HOME", config)
+	t.Setenv(envInvite, "")
+	noAgent := func(s *surroundings) { s.invite, s.looked, s.stateDir = "", "", t.TempDir() }
+	s := around(noAgent)
+	if _, err := s.findInvite(""); err != nil || s.unusable != nil {
+		t.Errorf("there is none: %v, %v", err, s.unusable)
+	}
+	file := filepath.Join(config, "floxd", "invite.json")
+	if err := errors.Join(os.Mkdir(filepath.Dir(file), 0o700), os.WriteFile(file, []byte("{"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s = around(noAgent)
+	if _, err := s.findInvite(""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := choose(s, modeCopy, ""); err == nil || !strings.Contains(err.Error(), file) || !errors.Is(err, flox.ErrBadInput) {
+		t.Errorf("copy: %v", err)
+	}
+	s.agent, s.mounts = "", []string{"/nix/store"}
+	if c, err := choose(s, "", ""); err != nil || c.Mode != modeAgent {
+		t.Errorf("with an agent: %+v, %v", c, err)
+	}
+}

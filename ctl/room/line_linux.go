@@ -69,7 +69,7 @@ func Enter(plan any, args ...string) error {
 	ours := os.NewFile(uintptr(fds[0]), "room")
 	defer ours.Close()
 	theirs, err := unix.FcntlInt(uintptr(fds[1]), unix.F_DUPFD, lineFD) // is inherited
-	unix.Close(fds[1])
+	_ = unix.Close(fds[1])
 	if err != nil {
 		return os.NewSyscallError("fcntl", err)
 	}
@@ -82,7 +82,7 @@ func Enter(plan any, args ...string) error {
 	cmd.Env = Set(os.Environ(), lineEnv, strconv.Itoa(theirs))
 	cmd.SysProcAttr = namespaces()
 	err = cmd.Start()
-	unix.Close(theirs)
+	_ = unix.Close(theirs)
 	if err != nil {
 		return cli.Explain(flox.ErrDenied, "make namespaces: %s", why(err))
 	}
