@@ -231,9 +231,10 @@ func TestCompletionGoesOnAfterAnOutage(t *testing.T) {
 		t.Errorf("%d bytes are said to be missing, want the 700,000 nobody has", p.GetMissingBytes())
 	}
 	until(t, "the other program is complete", func() bool { return lacking(t, a, other) == 0 })
-	if s := a.complete.state(ctx); s.GetUsed() != 2 || s.GetUsedComplete() != 1 {
-		t.Errorf("state: %v", s)
-	}
+	until(t, "the state says so", func() bool { // it is looked at now and then
+		s := a.complete.state(ctx)
+		return s.GetUsed() == 2 && s.GetUsedComplete() == 1
+	})
 	h.set(func() {
 		for id, b := range gone {
 			h.blocks[id] = b
