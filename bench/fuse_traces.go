@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -120,12 +122,15 @@ func (l *fuseLab) record(ctx context.Context) (tools []world.Tool, err error) {
 	return tools, nil
 }
 
-// startWarm reads all that a tool's closure shares with others, so that the
+// startWarm reads all of a tool's closure that holds no programs, so that the
 // kernel has every page of its libraries, and starts it right after that, for the
 // first time on that machine. A start of which the kernel has everything asks
 // nothing, so nobody could record it.
 func (l *fuseLab) startWarm(ctx context.Context, a *hosts.Agent, t world.Tool) error {
-	shared := slices.DeleteFunc(l.closure(t), func(name string) bool { return name == string(t.Path) })
+	shared := slices.DeleteFunc(l.closure(t), func(name string) bool {
+		_, err := os.Stat(filepath.Join(l.plainStore(), name, "bin"))
+		return err == nil || name == string(t.Path)
+	})
 	plain, err := probe.Walk(l.plainStore(), shared...)
 	if err != nil {
 		return err
