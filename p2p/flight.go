@@ -105,8 +105,10 @@ type scheduler struct {
 }
 
 func newScheduler(h *Host) *scheduler {
-	return &scheduler{h: h, flights: map[flightKey]*flight{}, all: map[*flight]struct{}{}, parked: map[*flight]struct{}{}, kick: map[*remote]struct{}{},
-		calls: map[*call]struct{}{}, early: map[flox.CID]time.Time{}}
+	return &scheduler{
+		h: h, flights: map[flightKey]*flight{}, all: map[*flight]struct{}{}, parked: map[*flight]struct{}{}, kick: map[*remote]struct{}{},
+		calls: map[*call]struct{}{}, early: map[flox.CID]time.Time{},
+	}
 }
 
 // join makes c wait for a block, and starts fetching it if nobody did.
