@@ -123,21 +123,37 @@ func (c *control) unkeep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.
 
 // knownClosure is roots and what they refer to, as far as it is known here.
 func (a *Agent) knownClosure(roots []flox.StorePath) []flox.StorePath {
+	var out []flox.StorePath
+	a.eachKnown(roots, func(p flox.StorePath, _ *flox.PathInfo) bool {
+		out = append(out, p)
+		return true
+	})
+	return out
+}
+
+// eachKnown calls yield once with each of roots and what they refer to, at any
+// distance, as far as that is known here, until yield returns false. The info is
+// nil for a path of which nothing is known.
+func (a *Agent) eachKnown(roots []flox.StorePath, yield func(flox.StorePath, *flox.PathInfo) bool) {
 	seen := make(map[flox.StorePath]bool)
 	queue := slices.Clone(roots)
-	out := queue[:0:0]
 	for i := 0; i < len(queue); i++ {
 		p := queue[i]
 		if seen[p] {
 			continue
 		}
 		seen[p] = true
-		out = append(out, p)
-		if info, ok := a.facts.get(p.HashPart()); ok {
+		info, ok := a.facts.get(p.HashPart())
+		if !ok || info.Path != p {
+			info = nil
+		}
+		if !yield(p, info) {
+			return
+		}
+		if info != nil {
 			queue = append(queue, info.References...)
 		}
 	}
-	return out
 }
 
 // wanted finds the infos of paths, with their closures if asked.

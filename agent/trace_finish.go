@@ -20,31 +20,20 @@ const (
 	maxClosure = 8192
 )
 
-// localBlocks are blocks that are here: nothing is fetched for who only looks.
-type localBlocks struct{ a *Agent }
-
-// Get implements flox.Blocks.
-func (b localBlocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
-	return b.a.cache.Get(ctx, id)
-}
-
-// localManifest opens a manifest from what is here.
+// localManifest opens a manifest from what is here; nothing is fetched.
 func (a *Agent) localManifest(ctx context.Context, id flox.CID) (*content.Manifest, error) {
-	return a.pages.Open(ctx, id, localBlocks{a})
+	return a.pages.Open(ctx, id, a.cache)
 }
 
 // localClosure gives everything p refers to, as far as its facts are here.
 func (a *Agent) localClosure(p flox.StorePath) map[flox.StorePath]*flox.PathInfo {
 	found := make(map[flox.StorePath]*flox.PathInfo)
-	queue := []flox.StorePath{p}
-	for i := 0; i < len(queue) && len(found) < maxClosure; i++ {
-		info, ok := a.facts.get(queue[i].HashPart())
-		if !ok || info.Path != queue[i] || found[info.Path] != nil {
-			continue
+	a.eachKnown([]flox.StorePath{p}, func(p flox.StorePath, info *flox.PathInfo) bool {
+		if info != nil {
+			found[p] = info
 		}
-		found[info.Path] = info
-		queue = append(queue, info.References...)
-	}
+		return len(found) < maxClosure
+	})
 	return found
 }
 

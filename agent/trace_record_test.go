@@ -124,7 +124,7 @@ func (r *recordRig) reads(tid uint32, of *tree, name string, off int64, n int) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	r.take(r.t.Context(), touch{tid: tid, tree: of, entry: e, off: off, n: n, exec: off == 0 && program(entry)}, r.now)
+	r.take(r.t.Context(), touch{tid: tid, tree: of, entry: e, off: off, n: n, exec: off == 0 && isProgram(entry)}, r.now)
 	r.now = r.now.Add(10 * time.Millisecond)
 }
 

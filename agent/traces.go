@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -59,17 +58,11 @@ func (s *starts) message(m *floxv1.Prefetch) *floxv1.Prefetch {
 
 // read is called for every read of a regular file by somebody. It never waits.
 func (s *starts) read(t *tree, index uint32, e flox.Entry, off int64, p []byte, who flox.Reader) {
-	exec := off == 0 && program(e)
+	exec := off == 0 && isProgram(e)
 	if exec {
 		s.book.starting(t.path)
 	}
 	s.recorder.note(touch{tid: who.PID, tree: t, entry: index, off: off, n: len(p), exec: exec})
-}
-
-// program reports whether execve could be given a file: libraries, and the
-// dynamic linker that the kernel reads beside the program, are not meant.
-func program(e flox.Entry) bool {
-	return e.Kind == flox.Regular && e.Executable && !strings.Contains(e.Name, ".so")
 }
 
 // heard is a tree in the hands of a caller whose start may be recorded.

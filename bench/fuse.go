@@ -16,6 +16,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/integration/hosts"
 	"github.com/floxctl/flox/integration/netns"
+	"github.com/floxctl/flox/integration/scenario"
 	"github.com/floxctl/flox/integration/world"
 )
 
@@ -171,14 +172,12 @@ func (l *fuseLab) plainStore() string { return filepath.Join(l.plain.Dir, "nix",
 
 // nixCopy copies paths of a stock store into the storehouse.
 func (l *fuseLab) nixCopy(ctx context.Context, n world.Nix, paths ...string) error {
-	netrc, err := l.house.Netrc()
+	args, err := l.house.CopyArgs(paths...)
 	if err != nil {
 		return err
 	}
 	n.NetNS = l.house.Host.NetNS()
-	cmd := n.Command(ctx, append([]string{
-		"nix", "copy", "--to", l.house.URL() + "?compression=zstd", "--option", "netrc-file", netrc, "--option", "narinfo-cache-positive-ttl", "0",
-	}, paths...)...)
+	cmd := n.Command(ctx, args...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("nix copy: %w: %s", err, out)
 	}
@@ -222,32 +221,17 @@ func (l *fuseLab) exec(ctx context.Context, t world.Tool) (started, error) {
 // finish runs a prepared command of a tool.
 func finish(cmd *exec.Cmd, t world.Tool) (started, error) {
 	cmd.Stdin = strings.NewReader(t.Stdin)
-	out, stderr := &firstByte{began: time.Now()}, &bytes.Buffer{}
+	out, stderr := &scenario.FirstOutput{Began: time.Now()}, &bytes.Buffer{}
 	cmd.Stdout, cmd.Stderr = out, stderr
 	err := cmd.Run()
-	took := time.Since(out.began)
-	if printed := out.all.String() + stderr.String(); err != nil || !strings.Contains(printed, t.Want) {
+	took := time.Since(out.Began)
+	if printed := out.All.String() + stderr.String(); err != nil || !strings.Contains(printed, t.Want) {
 		return started{}, fmt.Errorf("%s printed %.300q, want %q in it: %w", t.Name, printed, t.Want, errors.Join(err, flox.ErrCorrupt))
 	}
-	if out.after == 0 {
-		out.after = took
+	if out.After == 0 {
+		out.After = took
 	}
-	return started{out.after, took}, nil
-}
-
-// firstByte notes when the first byte is written.
-type firstByte struct {
-	began time.Time
-	after time.Duration
-	all   bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (f *firstByte) Write(p []byte) (int, error) {
-	if f.after == 0 {
-		f.after = time.Since(f.began)
-	}
-	return f.all.Write(p)
+	return started{out.After, took}, nil
 }
 
 // asked is how many FUSE requests an agent got that any file system could have

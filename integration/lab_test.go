@@ -221,16 +221,11 @@ func (l *lab) copyTo(ctx context.Context, house *hosts.Storehouse, roots ...flox
 // nixCopy is the command of copyTo, with the store of n, run on the
 // storehouse's host.
 func (l *lab) nixCopy(ctx context.Context, n world.Nix, house *hosts.Storehouse, roots ...flox.StorePath) (*exec.Cmd, error) {
-	netrc, err := house.Netrc()
+	args, err := house.CopyArgs("--option", "download-attempts", "1") // who is killed is not waited for
 	if err != nil {
 		return nil, err
 	}
 	n.NetNS = house.Host.NetNS()
-	args := []string{
-		"nix", "copy", "--to", house.URL() + "?compression=zstd", "--option", "netrc-file", netrc,
-		"--option", "narinfo-cache-positive-ttl", "0", "--option", "narinfo-cache-negative-ttl", "0",
-		"--option", "download-attempts", "1", // who is killed is not waited for
-	}
 	for _, p := range roots {
 		args = append(args, l.world.StoreDir.Join(p))
 	}

@@ -73,11 +73,8 @@ var _ cluster.Processor = paths{}
 // Apply is raft.Processor.
 func (p paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.PathsCommand{}
-	if err := proto.Unmarshal(command, c); err != nil {
-		return nil, fmt.Errorf("paths: %w: %w", err, cluster.ErrUnknownCommand)
-	}
-	if hasUnknown(c.ProtoReflect()) {
-		return nil, fmt.Errorf("paths: a field this program does not know: %w", cluster.ErrUnknownCommand)
+	if err := decodeCommand("paths", command, c); err != nil {
+		return nil, err
 	}
 	most := p.changes
 	if most == 0 {
@@ -105,6 +102,18 @@ func (p paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64)
 		return nil, err
 	}
 	return stable.Marshal(a.reply)
+}
+
+// decodeCommand reads a command of the log. What this program does not
+// understand in full must stop the node: another server may.
+func decodeCommand(processor string, command []byte, into proto.Message) error {
+	if err := proto.Unmarshal(command, into); err != nil {
+		return fmt.Errorf("%s: %w: %w", processor, err, cluster.ErrUnknownCommand)
+	}
+	if hasUnknown(into.ProtoReflect()) {
+		return fmt.Errorf("%s: a field this program does not know: %w", processor, cluster.ErrUnknownCommand)
+	}
+	return nil
 }
 
 // hasUnknown reports whether a message holds fields of a newer program, at any depth.

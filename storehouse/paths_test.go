@@ -27,11 +27,17 @@ type factLog struct {
 
 func newFactLog(t *testing.T, p paths) *factLog {
 	t.Helper()
+	return &factLog{&Server{node: newLog(t, pathsKind, p)}, t}
+}
+
+// newLog runs a log of one server with one processor.
+func newLog(t *testing.T, kind uint32, p cluster.Processor) *cluster.Node {
+	t.Helper()
 	n, err := cluster.Open(cluster.Config{Dir: t.TempDir(), ID: "a", Bootstrap: true, ReserveBytes: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.Register(pathsKind, p)
+	n.Register(kind, p)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.Run(ctx) }()
@@ -39,7 +45,7 @@ func newFactLog(t *testing.T, p paths) *factLog {
 	if err := n.Ready(within(t)); err != nil {
 		t.Fatal(err)
 	}
-	return &factLog{&Server{node: n}, t}
+	return n
 }
 
 func (f *factLog) do(c *floxv1.PathsCommand) (*floxv1.PathsReply, error) {

@@ -65,11 +65,8 @@ var _ cluster.Processor = traces{}
 // Apply is raft.Processor.
 func (p traces) Apply(tx *cluster.Tx, command []byte, _ time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.TracesCommand{}
-	if err := proto.Unmarshal(command, c); err != nil {
-		return nil, fmt.Errorf("traces: %w: %w", err, cluster.ErrUnknownCommand)
-	}
-	if hasUnknown(c.ProtoReflect()) {
-		return nil, fmt.Errorf("traces: a field this program does not know: %w", cluster.ErrUnknownCommand)
+	if err := decodeCommand("traces", command, c); err != nil {
+		return nil, err
 	}
 	m := &merging{tx: tx, index: index, paths: cmp.Or(p.paths, maxStartPaths), chunks: cmp.Or(p.chunks, maxAllChunks), reply: &floxv1.TracesReply{}}
 	var err error

@@ -1,7 +1,6 @@
 package storehouse
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -125,18 +124,7 @@ type startLog struct {
 
 func newStartLog(t *testing.T, p traces) *startLog {
 	t.Helper()
-	n, err := cluster.Open(cluster.Config{Dir: t.TempDir(), ID: "a", Bootstrap: true, ReserveBytes: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.Register(tracesKind, p)
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- n.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
-	if err := n.Ready(within(t)); err != nil {
-		t.Fatal(err)
-	}
+	n := newLog(t, tracesKind, p)
 	return &startLog{&Server{node: n, starts: n.NewSession()}, t}
 }
 

@@ -54,7 +54,7 @@ func runCopy(ctx context.Context, file string, opts *runOptions, s *slot) (strin
 		return "", err
 	}
 	if opts.to != "" && !opts.quiet {
-		bar.printf("floxctl: %d paths, %s, complete in %s (%s fetched, %s)\n", got.Paths, cli.FormatBytes(got.TotalBytes), dir,
+		bar.printf("floxctl: %s, %s, complete in %s (%s fetched, %s)\n", pathCount(got.Paths), cli.FormatBytes(got.TotalBytes), dir,
 			cli.FormatBytes(got.Fetched), cli.FormatDuration(time.Since(began)))
 	}
 	return dir, nil
@@ -120,3 +120,11 @@ func (p *copyProgress) end() {
 }
 
 func (p *copyProgress) printf(format string, args ...any) { fmt.Fprintf(p.w, format, args...) }
+
+// pathCount is a number of paths for people.
+func pathCount(n uint32) string {
+	if n == 1 {
+		return "1 path"
+	}
+	return cli.FormatCount(uint64(n)) + " paths"
+}

@@ -239,6 +239,20 @@ func (s *Storehouse) Netrc() (string, error) {
 	return name, os.WriteFile(name, []byte(line), 0o600)
 }
 
+// CopyArgs is the command line by which stock Nix copies store paths, which more
+// options may come before, into the storehouse. It remembers nothing of another
+// storehouse at the same address.
+func (s *Storehouse) CopyArgs(optionsAndPaths ...string) ([]string, error) {
+	netrc, err := s.Netrc()
+	if err != nil {
+		return nil, err
+	}
+	return append([]string{
+		"nix", "copy", "--to", s.URL() + "?compression=zstd", "--option", "netrc-file", netrc,
+		"--option", "narinfo-cache-positive-ttl", "0", "--option", "narinfo-cache-negative-ttl", "0",
+	}, optionsAndPaths...), nil
+}
+
 // Agent is a running agent on a host, with its mount in that host's mount
 // namespace and its state where the defaults put it.
 type Agent struct {

@@ -132,17 +132,13 @@ func (s *Scenario) Close() error {
 
 // copyWorld copies every path into the storehouse, as any Nix user would.
 func (s *Scenario) copyWorld(ctx context.Context, report *Report) error {
-	netrc, err := s.House.Netrc()
-	if err != nil {
-		return err
-	}
-	args := []string{
-		"nix", "copy", "--to", s.House.URL() + "?compression=zstd", "--option", "netrc-file", netrc, "--option", "narinfo-cache-positive-ttl", "0", "--option", "narinfo-cache-negative-ttl", "0",
-	}
 	for _, p := range s.cfg.World.Paths {
-		args = append(args, s.cfg.World.StoreDir.Join(p.Path))
 		report.Paths++
 		report.WorldBytes += p.NarSize
+	}
+	args, err := s.House.CopyArgs(s.cfg.World.Abs()...)
+	if err != nil {
+		return err
 	}
 	began := time.Now()
 	out, err := s.Nix().Command(ctx, args...).CombinedOutput()
@@ -197,31 +193,31 @@ func (s *Scenario) runProgram(ctx context.Context, a *hosts.Agent, p program) (*
 	defer cancel()
 	cmd := a.Host.Command(ctx, p.argv[0], p.argv[1:]...)
 	cmd.Env = []string{"HOME=/nonexistent", "PATH=/nonexistent"}
-	first := &firstByte{began: time.Now()}
+	first := &FirstOutput{Began: time.Now()}
 	var stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = first, &stderr
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("%w: %s", err, stderr.String())
 	}
-	if !strings.Contains(first.all.String(), p.want) {
-		return nil, fmt.Errorf("printed %q, want %q in it", first.all.String(), p.want)
+	if !strings.Contains(first.All.String(), p.want) {
+		return nil, fmt.Errorf("printed %q, want %q in it", first.All.String(), p.want)
 	}
-	return &Run{Host: a.Name, Program: p.name, FirstOutput: first.after, Took: time.Since(first.began)}, nil
+	return &Run{Host: a.Name, Program: p.name, FirstOutput: first.After, Took: time.Since(first.Began)}, nil
 }
 
-// firstByte notes when the first byte is written.
-type firstByte struct {
-	began time.Time
-	after time.Duration
-	all   bytes.Buffer
+// FirstOutput keeps what is written to it, and notes when the first byte came.
+type FirstOutput struct {
+	Began time.Time
+	After time.Duration // 0 = nothing was written yet
+	All   bytes.Buffer
 }
 
 // Write implements io.Writer.
-func (f *firstByte) Write(p []byte) (int, error) {
-	if f.after == 0 {
-		f.after = time.Since(f.began)
+func (f *FirstOutput) Write(p []byte) (int, error) {
+	if f.After == 0 {
+		f.After = time.Since(f.Began)
 	}
-	return f.all.Write(p)
+	return f.All.Write(p)
 }
 
 // Fetched says what an agent fetched while do ran.

@@ -820,8 +820,10 @@ func (x *MergeStarts) GetReports() []*StartReport {
 type StartReport struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // base name
-	// Tells this machine's reports of this path from others', and no more: salted,
-	// short, and forgotten for every chunk as soon as a second machine saw it too.
+	// Tells this machine's reports of this path from others': salted, short, and
+	// forgotten for every chunk as soon as a second machine saw it too. The salt lies
+	// in the same state: until then, who has the state and the machines' names can
+	// tell which it was.
 	Tag           []byte      `protobuf:"bytes,2,opt,name=tag,proto3" json:"tag,omitempty"`
 	Trees         []*SeenTree `protobuf:"bytes,3,rep,name=trees,proto3" json:"trees,omitempty"`
 	unknownFields protoimpl.UnknownFields
