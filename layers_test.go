@@ -26,7 +26,7 @@ var layers = [][]string{
 	{"p2p"},
 	{"raft"},
 	{"fuse"},
-	{"profile", "buildfarm", "gitops"},
+	{"members", "profile", "buildfarm", "gitops"},
 	{"storehouse", "agent"},
 	{"ctl"},
 	{"integration"},

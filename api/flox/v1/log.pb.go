@@ -122,6 +122,9 @@ type PathsCommand struct {
 	//	*PathsCommand_Add
 	//	*PathsCommand_Remove
 	//	*PathsCommand_Trust
+	//	*PathsCommand_Condemn
+	//	*PathsCommand_Keep
+	//	*PathsCommand_Roots
 	Command       isPathsCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -191,6 +194,33 @@ func (x *PathsCommand) GetTrust() *SetTrustList {
 	return nil
 }
 
+func (x *PathsCommand) GetCondemn() *CondemnPaths {
+	if x != nil {
+		if x, ok := x.Command.(*PathsCommand_Condemn); ok {
+			return x.Condemn
+		}
+	}
+	return nil
+}
+
+func (x *PathsCommand) GetKeep() *KeepPaths {
+	if x != nil {
+		if x, ok := x.Command.(*PathsCommand_Keep); ok {
+			return x.Keep
+		}
+	}
+	return nil
+}
+
+func (x *PathsCommand) GetRoots() *SetRootSet {
+	if x != nil {
+		if x, ok := x.Command.(*PathsCommand_Roots); ok {
+			return x.Roots
+		}
+	}
+	return nil
+}
+
 type isPathsCommand_Command interface {
 	isPathsCommand_Command()
 }
@@ -207,11 +237,222 @@ type PathsCommand_Trust struct {
 	Trust *SetTrustList `protobuf:"bytes,3,opt,name=trust,proto3,oneof"`
 }
 
+type PathsCommand_Condemn struct {
+	Condemn *CondemnPaths `protobuf:"bytes,4,opt,name=condemn,proto3,oneof"`
+}
+
+type PathsCommand_Keep struct {
+	Keep *KeepPaths `protobuf:"bytes,5,opt,name=keep,proto3,oneof"`
+}
+
+type PathsCommand_Roots struct {
+	Roots *SetRootSet `protobuf:"bytes,6,opt,name=roots,proto3,oneof"`
+}
+
 func (*PathsCommand_Add) isPathsCommand_Command() {}
 
 func (*PathsCommand_Remove) isPathsCommand_Command() {}
 
 func (*PathsCommand_Trust) isPathsCommand_Command() {}
+
+func (*PathsCommand_Condemn) isPathsCommand_Command() {}
+
+func (*PathsCommand_Keep) isPathsCommand_Command() {}
+
+func (*PathsCommand_Roots) isPathsCommand_Command() {}
+
+// CondemnPaths announces that paths will be removed: the first half of a
+// collection. Whoever wants one meanwhile revives it.
+type CondemnPaths struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`    // base names
+	Revive        bool                   `protobuf:"varint,2,opt,name=revive,proto3" json:"revive,omitempty"` // take the announcement back
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CondemnPaths) Reset() {
+	*x = CondemnPaths{}
+	mi := &file_flox_v1_log_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CondemnPaths) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CondemnPaths) ProtoMessage() {}
+
+func (x *CondemnPaths) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CondemnPaths.ProtoReflect.Descriptor instead.
+func (*CondemnPaths) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CondemnPaths) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *CondemnPaths) GetRevive() bool {
+	if x != nil {
+		return x.Revive
+	}
+	return false
+}
+
+// KeepPaths makes paths roots of the global store, or takes that back.
+type KeepPaths struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	Undo          bool                   `protobuf:"varint,2,opt,name=undo,proto3" json:"undo,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	By            string                 `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepPaths) Reset() {
+	*x = KeepPaths{}
+	mi := &file_flox_v1_log_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepPaths) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepPaths) ProtoMessage() {}
+
+func (x *KeepPaths) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepPaths.ProtoReflect.Descriptor instead.
+func (*KeepPaths) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *KeepPaths) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *KeepPaths) GetUndo() bool {
+	if x != nil {
+		return x.Undo
+	}
+	return false
+}
+
+func (x *KeepPaths) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *KeepPaths) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+// SetRootSet says which paths a machine holds on to: one set per machine,
+// stored once per content. An empty set forgets the machine.
+type SetRootSet struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	Set           []byte                 `protobuf:"bytes,2,opt,name=set,proto3" json:"set,omitempty"`     // CID of the sorted base names
+	Paths         []string               `protobuf:"bytes,3,rep,name=paths,proto3" json:"paths,omitempty"` // the set itself; empty = it is known already
+	SeenUnixMs    int64                  `protobuf:"varint,4,opt,name=seen_unix_ms,json=seenUnixMs,proto3" json:"seen_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetRootSet) Reset() {
+	*x = SetRootSet{}
+	mi := &file_flox_v1_log_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetRootSet) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetRootSet) ProtoMessage() {}
+
+func (x *SetRootSet) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetRootSet.ProtoReflect.Descriptor instead.
+func (*SetRootSet) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *SetRootSet) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *SetRootSet) GetSet() []byte {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
+func (x *SetRootSet) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *SetRootSet) GetSeenUnixMs() int64 {
+	if x != nil {
+		return x.SeenUnixMs
+	}
+	return 0
+}
 
 // AddPaths makes store paths valid, all or none, in order: a reference must be
 // valid already or stand earlier in the list. A path that is valid with the same
@@ -221,15 +462,20 @@ type AddPaths struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Paths []*PathInfo            `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
 	// Who published them, for the audit log: machine and user as authenticated.
-	Publisher     string     `protobuf:"bytes,2,opt,name=publisher,proto3" json:"publisher,omitempty"`
-	NarFiles      []*NarFile `protobuf:"bytes,3,rep,name=nar_files,json=narFiles,proto3" json:"nar_files,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Publisher string     `protobuf:"bytes,2,opt,name=publisher,proto3" json:"publisher,omitempty"`
+	NarFiles  []*NarFile `protobuf:"bytes,3,rep,name=nar_files,json=narFiles,proto3" json:"nar_files,omitempty"`
+	// Servers that had acknowledged every block of them as durable. Empty = written
+	// by a single server, or before there were several.
+	PlacedOn []string `protobuf:"bytes,4,rep,name=placed_on,json=placedOn,proto3" json:"placed_on,omitempty"`
+	// The content lies in the storehouse's bucket.
+	PlacedInBucket bool `protobuf:"varint,5,opt,name=placed_in_bucket,json=placedInBucket,proto3" json:"placed_in_bucket,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *AddPaths) Reset() {
 	*x = AddPaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[2]
+	mi := &file_flox_v1_log_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -241,7 +487,7 @@ func (x *AddPaths) String() string {
 func (*AddPaths) ProtoMessage() {}
 
 func (x *AddPaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[2]
+	mi := &file_flox_v1_log_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -254,7 +500,7 @@ func (x *AddPaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPaths.ProtoReflect.Descriptor instead.
 func (*AddPaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{2}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *AddPaths) GetPaths() []*PathInfo {
@@ -278,6 +524,20 @@ func (x *AddPaths) GetNarFiles() []*NarFile {
 	return nil
 }
 
+func (x *AddPaths) GetPlacedOn() []string {
+	if x != nil {
+		return x.PlacedOn
+	}
+	return nil
+}
+
+func (x *AddPaths) GetPlacedInBucket() bool {
+	if x != nil {
+		return x.PlacedInBucket
+	}
+	return false
+}
+
 // NarFile: under which name a path's NAR was uploaded to the binary cache. Stock Nix
 // remembers the narinfo it wrote and reads from there later. Ignored if the path is
 // not valid with this NAR.
@@ -292,7 +552,7 @@ type NarFile struct {
 
 func (x *NarFile) Reset() {
 	*x = NarFile{}
-	mi := &file_flox_v1_log_proto_msgTypes[3]
+	mi := &file_flox_v1_log_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -304,7 +564,7 @@ func (x *NarFile) String() string {
 func (*NarFile) ProtoMessage() {}
 
 func (x *NarFile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[3]
+	mi := &file_flox_v1_log_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -317,7 +577,7 @@ func (x *NarFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NarFile.ProtoReflect.Descriptor instead.
 func (*NarFile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NarFile) GetName() string {
@@ -351,7 +611,7 @@ type RemovePaths struct {
 
 func (x *RemovePaths) Reset() {
 	*x = RemovePaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -363,7 +623,7 @@ func (x *RemovePaths) String() string {
 func (*RemovePaths) ProtoMessage() {}
 
 func (x *RemovePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -376,7 +636,7 @@ func (x *RemovePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemovePaths.ProtoReflect.Descriptor instead.
 func (*RemovePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RemovePaths) GetPaths() []string {
@@ -396,7 +656,7 @@ type SetTrustList struct {
 
 func (x *SetTrustList) Reset() {
 	*x = SetTrustList{}
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +668,7 @@ func (x *SetTrustList) String() string {
 func (*SetTrustList) ProtoMessage() {}
 
 func (x *SetTrustList) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +681,7 @@ func (x *SetTrustList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTrustList.ProtoReflect.Descriptor instead.
 func (*SetTrustList) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SetTrustList) GetList() []byte {
@@ -444,7 +704,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -456,7 +716,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -469,7 +729,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PathsReply) GetIndex() uint64 {
@@ -507,7 +767,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -519,7 +779,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -532,7 +792,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Difference) GetPath() string {
@@ -589,7 +849,7 @@ type PathInfo struct {
 
 func (x *PathInfo) Reset() {
 	*x = PathInfo{}
-	mi := &file_flox_v1_log_proto_msgTypes[8]
+	mi := &file_flox_v1_log_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -601,7 +861,7 @@ func (x *PathInfo) String() string {
 func (*PathInfo) ProtoMessage() {}
 
 func (x *PathInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[8]
+	mi := &file_flox_v1_log_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -614,7 +874,7 @@ func (x *PathInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathInfo.ProtoReflect.Descriptor instead.
 func (*PathInfo) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PathInfo) GetPath() string {
@@ -701,7 +961,7 @@ type TracesCommand struct {
 
 func (x *TracesCommand) Reset() {
 	*x = TracesCommand{}
-	mi := &file_flox_v1_log_proto_msgTypes[9]
+	mi := &file_flox_v1_log_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +973,7 @@ func (x *TracesCommand) String() string {
 func (*TracesCommand) ProtoMessage() {}
 
 func (x *TracesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[9]
+	mi := &file_flox_v1_log_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +986,7 @@ func (x *TracesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesCommand.ProtoReflect.Descriptor instead.
 func (*TracesCommand) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TracesCommand) GetCommand() isTracesCommand_Command {
@@ -781,7 +1041,7 @@ type MergeStarts struct {
 
 func (x *MergeStarts) Reset() {
 	*x = MergeStarts{}
-	mi := &file_flox_v1_log_proto_msgTypes[10]
+	mi := &file_flox_v1_log_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +1053,7 @@ func (x *MergeStarts) String() string {
 func (*MergeStarts) ProtoMessage() {}
 
 func (x *MergeStarts) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[10]
+	mi := &file_flox_v1_log_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +1066,7 @@ func (x *MergeStarts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeStarts.ProtoReflect.Descriptor instead.
 func (*MergeStarts) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *MergeStarts) GetReports() []*StartReport {
@@ -832,7 +1092,7 @@ type StartReport struct {
 
 func (x *StartReport) Reset() {
 	*x = StartReport{}
-	mi := &file_flox_v1_log_proto_msgTypes[11]
+	mi := &file_flox_v1_log_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +1104,7 @@ func (x *StartReport) String() string {
 func (*StartReport) ProtoMessage() {}
 
 func (x *StartReport) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[11]
+	mi := &file_flox_v1_log_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +1117,7 @@ func (x *StartReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReport.ProtoReflect.Descriptor instead.
 func (*StartReport) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StartReport) GetPath() string {
@@ -893,7 +1153,7 @@ type SeenTree struct {
 
 func (x *SeenTree) Reset() {
 	*x = SeenTree{}
-	mi := &file_flox_v1_log_proto_msgTypes[12]
+	mi := &file_flox_v1_log_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -905,7 +1165,7 @@ func (x *SeenTree) String() string {
 func (*SeenTree) ProtoMessage() {}
 
 func (x *SeenTree) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[12]
+	mi := &file_flox_v1_log_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -918,7 +1178,7 @@ func (x *SeenTree) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenTree.ProtoReflect.Descriptor instead.
 func (*SeenTree) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SeenTree) GetPath() string {
@@ -949,7 +1209,7 @@ type SeenChunk struct {
 
 func (x *SeenChunk) Reset() {
 	*x = SeenChunk{}
-	mi := &file_flox_v1_log_proto_msgTypes[13]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -961,7 +1221,7 @@ func (x *SeenChunk) String() string {
 func (*SeenChunk) ProtoMessage() {}
 
 func (x *SeenChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[13]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -974,7 +1234,7 @@ func (x *SeenChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenChunk.ProtoReflect.Descriptor instead.
 func (*SeenChunk) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SeenChunk) GetEntry() uint32 {
@@ -1031,7 +1291,7 @@ type StartState struct {
 
 func (x *StartState) Reset() {
 	*x = StartState{}
-	mi := &file_flox_v1_log_proto_msgTypes[14]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +1303,7 @@ func (x *StartState) String() string {
 func (*StartState) ProtoMessage() {}
 
 func (x *StartState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[14]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +1316,7 @@ func (x *StartState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartState.ProtoReflect.Descriptor instead.
 func (*StartState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StartState) GetPath() string {
@@ -1091,7 +1351,7 @@ type TracesReply struct {
 
 func (x *TracesReply) Reset() {
 	*x = TracesReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1363,7 @@ func (x *TracesReply) String() string {
 func (*TracesReply) ProtoMessage() {}
 
 func (x *TracesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1376,7 @@ func (x *TracesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesReply.ProtoReflect.Descriptor instead.
 func (*TracesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TracesReply) GetSalt() []byte {
@@ -1145,16 +1405,36 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"\ftime_unix_ms\x18\x04 \x01(\x03R\n" +
 	"timeUnixMs\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\rR\x04kind\x12\x18\n" +
-	"\acommand\x18\x06 \x01(\fR\acommand\"\x9f\x01\n" +
+	"\acommand\x18\x06 \x01(\fR\acommand\"\xa9\x02\n" +
 	"\fPathsCommand\x12%\n" +
 	"\x03add\x18\x01 \x01(\v2\x11.flox.v1.AddPathsH\x00R\x03add\x12.\n" +
 	"\x06remove\x18\x02 \x01(\v2\x14.flox.v1.RemovePathsH\x00R\x06remove\x12-\n" +
-	"\x05trust\x18\x03 \x01(\v2\x15.flox.v1.SetTrustListH\x00R\x05trustB\t\n" +
-	"\acommand\"\x80\x01\n" +
+	"\x05trust\x18\x03 \x01(\v2\x15.flox.v1.SetTrustListH\x00R\x05trust\x121\n" +
+	"\acondemn\x18\x04 \x01(\v2\x15.flox.v1.CondemnPathsH\x00R\acondemn\x12(\n" +
+	"\x04keep\x18\x05 \x01(\v2\x12.flox.v1.KeepPathsH\x00R\x04keep\x12+\n" +
+	"\x05roots\x18\x06 \x01(\v2\x13.flox.v1.SetRootSetH\x00R\x05rootsB\t\n" +
+	"\acommand\"<\n" +
+	"\fCondemnPaths\x12\x14\n" +
+	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x16\n" +
+	"\x06revive\x18\x02 \x01(\bR\x06revive\"]\n" +
+	"\tKeepPaths\x12\x14\n" +
+	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x12\n" +
+	"\x04undo\x18\x02 \x01(\bR\x04undo\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x0e\n" +
+	"\x02by\x18\x04 \x01(\tR\x02by\"j\n" +
+	"\n" +
+	"SetRootSet\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x10\n" +
+	"\x03set\x18\x02 \x01(\fR\x03set\x12\x14\n" +
+	"\x05paths\x18\x03 \x03(\tR\x05paths\x12 \n" +
+	"\fseen_unix_ms\x18\x04 \x01(\x03R\n" +
+	"seenUnixMs\"\xc7\x01\n" +
 	"\bAddPaths\x12'\n" +
 	"\x05paths\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05paths\x12\x1c\n" +
 	"\tpublisher\x18\x02 \x01(\tR\tpublisher\x12-\n" +
-	"\tnar_files\x18\x03 \x03(\v2\x10.flox.v1.NarFileR\bnarFiles\"L\n" +
+	"\tnar_files\x18\x03 \x03(\v2\x10.flox.v1.NarFileR\bnarFiles\x12\x1b\n" +
+	"\tplaced_on\x18\x04 \x03(\tR\bplacedOn\x12(\n" +
+	"\x10placed_in_bucket\x18\x05 \x01(\bR\x0eplacedInBucket\"L\n" +
 	"\aNarFile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
@@ -1233,42 +1513,48 @@ func file_flox_v1_log_proto_rawDescGZIP() []byte {
 	return file_flox_v1_log_proto_rawDescData
 }
 
-var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_flox_v1_log_proto_goTypes = []any{
 	(*Envelope)(nil),      // 0: flox.v1.Envelope
 	(*PathsCommand)(nil),  // 1: flox.v1.PathsCommand
-	(*AddPaths)(nil),      // 2: flox.v1.AddPaths
-	(*NarFile)(nil),       // 3: flox.v1.NarFile
-	(*RemovePaths)(nil),   // 4: flox.v1.RemovePaths
-	(*SetTrustList)(nil),  // 5: flox.v1.SetTrustList
-	(*PathsReply)(nil),    // 6: flox.v1.PathsReply
-	(*Difference)(nil),    // 7: flox.v1.Difference
-	(*PathInfo)(nil),      // 8: flox.v1.PathInfo
-	(*TracesCommand)(nil), // 9: flox.v1.TracesCommand
-	(*MergeStarts)(nil),   // 10: flox.v1.MergeStarts
-	(*StartReport)(nil),   // 11: flox.v1.StartReport
-	(*SeenTree)(nil),      // 12: flox.v1.SeenTree
-	(*SeenChunk)(nil),     // 13: flox.v1.SeenChunk
-	(*StartState)(nil),    // 14: flox.v1.StartState
-	(*TracesReply)(nil),   // 15: flox.v1.TracesReply
+	(*CondemnPaths)(nil),  // 2: flox.v1.CondemnPaths
+	(*KeepPaths)(nil),     // 3: flox.v1.KeepPaths
+	(*SetRootSet)(nil),    // 4: flox.v1.SetRootSet
+	(*AddPaths)(nil),      // 5: flox.v1.AddPaths
+	(*NarFile)(nil),       // 6: flox.v1.NarFile
+	(*RemovePaths)(nil),   // 7: flox.v1.RemovePaths
+	(*SetTrustList)(nil),  // 8: flox.v1.SetTrustList
+	(*PathsReply)(nil),    // 9: flox.v1.PathsReply
+	(*Difference)(nil),    // 10: flox.v1.Difference
+	(*PathInfo)(nil),      // 11: flox.v1.PathInfo
+	(*TracesCommand)(nil), // 12: flox.v1.TracesCommand
+	(*MergeStarts)(nil),   // 13: flox.v1.MergeStarts
+	(*StartReport)(nil),   // 14: flox.v1.StartReport
+	(*SeenTree)(nil),      // 15: flox.v1.SeenTree
+	(*SeenChunk)(nil),     // 16: flox.v1.SeenChunk
+	(*StartState)(nil),    // 17: flox.v1.StartState
+	(*TracesReply)(nil),   // 18: flox.v1.TracesReply
 }
 var file_flox_v1_log_proto_depIdxs = []int32{
-	2,  // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
-	4,  // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
-	5,  // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
-	8,  // 3: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
-	3,  // 4: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
-	7,  // 5: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
-	10, // 6: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
-	11, // 7: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
-	12, // 8: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
-	13, // 9: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
-	12, // 10: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	5,  // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
+	7,  // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
+	8,  // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
+	2,  // 3: flox.v1.PathsCommand.condemn:type_name -> flox.v1.CondemnPaths
+	3,  // 4: flox.v1.PathsCommand.keep:type_name -> flox.v1.KeepPaths
+	4,  // 5: flox.v1.PathsCommand.roots:type_name -> flox.v1.SetRootSet
+	11, // 6: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
+	6,  // 7: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
+	10, // 8: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
+	13, // 9: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
+	14, // 10: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
+	15, // 11: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
+	16, // 12: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
+	15, // 13: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_log_proto_init() }
@@ -1280,8 +1566,11 @@ func file_flox_v1_log_proto_init() {
 		(*PathsCommand_Add)(nil),
 		(*PathsCommand_Remove)(nil),
 		(*PathsCommand_Trust)(nil),
+		(*PathsCommand_Condemn)(nil),
+		(*PathsCommand_Keep)(nil),
+		(*PathsCommand_Roots)(nil),
 	}
-	file_flox_v1_log_proto_msgTypes[9].OneofWrappers = []any{
+	file_flox_v1_log_proto_msgTypes[12].OneofWrappers = []any{
 		(*TracesCommand_Salt)(nil),
 		(*TracesCommand_Merge)(nil),
 	}
@@ -1291,7 +1580,7 @@ func file_flox_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_log_proto_rawDesc), len(file_flox_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
