@@ -90,6 +90,8 @@ type Store struct {
 	synced   uint64           // of those, in the index
 	checked  int64            // bytes appended since the free space was looked at
 	sessions map[*Session]struct{}
+	// lingering holds one for each sweep: what sessions closed during it count on.
+	lingering map[*Session]struct{}
 }
 
 // sealed is a pack that is full but not yet durable.
@@ -111,7 +113,7 @@ func Open(cfg Config) (s *Store, err error) {
 	}
 	s = &Store{
 		cfg: cfg, log: cfg.Log, sizes: make(map[uint32]int64),
-		pending: make(map[flox.CID]loc), sessions: make(map[*Session]struct{}),
+		pending: make(map[flox.CID]loc), sessions: make(map[*Session]struct{}), lingering: make(map[*Session]struct{}),
 		// The first Put looks at the free space.
 		checked: checkSpace,
 	}

@@ -116,7 +116,7 @@ func (s *Store) frame(ctx context.Context, buf *[]byte, id flox.CID) (h header, 
 		if l, err = s.lookup(id); err != nil {
 			return h, nil, l, err
 		}
-		h, stored, err = s.readFrame(buf, id, l)
+		h, stored, err = s.readFrame(ctx, buf, id, l)
 		// A sweep may have moved the block and removed the pack in between.
 		if err == nil || !again || !errors.Is(err, iofs.ErrNotExist) {
 			break
@@ -129,7 +129,7 @@ func (s *Store) frame(ctx context.Context, buf *[]byte, id flox.CID) (h header, 
 }
 
 // readFrame reads the frame at l and checks that its header is the one meant.
-func (s *Store) readFrame(buf *[]byte, id flox.CID, l loc) (h header, stored []byte, err error) {
+func (s *Store) readFrame(_ context.Context, buf *[]byte, id flox.CID, l loc) (h header, stored []byte, err error) {
 	p, err := s.files.acquire(l.pack)
 	if err != nil {
 		return h, nil, fmt.Errorf("%w: %w", err, flox.ErrCorrupt)

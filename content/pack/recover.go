@@ -3,6 +3,7 @@ package pack
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,14 +19,19 @@ func (s *Store) recover() error {
 	if err != nil {
 		return err
 	}
+	cut := false // the last pack
 	for _, id := range ids {
-		size, err := s.recoverPack(id)
+		var size int64
+		size, cut, err = s.recoverPack(id)
 		if err != nil {
 			return fmt.Errorf("pack %d: %w", id, err)
 		}
 		s.sizes[id] = size
 	}
-	for id, p := range s.index.packs {
+	// A pack's number is not given again, or a Cursor into it would hide what comes.
+	known := maps.Clone(s.index.packs)
+	for id, p := range known {
+		s.activeID = max(s.activeID, id)
 		if size := s.sizes[id]; size < p.indexed {
 			if err := s.dropLost(id, size); err != nil {
 				return fmt.Errorf("pack %d: %w", id, err)
@@ -35,10 +41,11 @@ func (s *Store) recover() error {
 	if len(ids) == 0 {
 		return nil
 	}
-	// Go on in the last pack, unless it is full or damaged.
+	// Go on in the last pack, unless it is full or damaged, or was cut: a Cursor may
+	// be behind its end.
 	last := ids[len(ids)-1]
-	s.activeID = last
-	if size := s.sizes[last]; size < s.cfg.PackSize && size >= int64(len(fileMagic)) && size == s.index.packs[last].indexed {
+	s.activeID = max(s.activeID, last)
+	if size := s.sizes[last]; last == s.activeID && size < s.cfg.PackSize && size >= int64(len(fileMagic)) && size == s.index.packs[last].indexed && !cut {
 		if s.active, err = os.OpenFile(s.packPath(last), os.O_RDWR, 0); err != nil {
 			return err
 		}
@@ -72,27 +79,27 @@ func (s *Store) packIDs() ([]uint32, error) {
 const recoverBatch = 10_000
 
 // recoverPack indexes the frames of a pack that the index does not know, and
-// gives the pack's size.
-func (s *Store) recoverPack(id uint32) (size int64, err error) {
+// gives the pack's size, and whether its torn end was cut off.
+func (s *Store) recoverPack(id uint32) (size int64, cut bool, err error) {
 	f, err := os.OpenFile(s.packPath(id), os.O_RDWR, 0)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	size = st.Size()
 	from := s.index.packs[id].indexed
 	if size <= from {
-		return size, nil // if it is shorter than it was: dropLost
+		return size, false, nil // if it is shorter than it was: dropLost
 	}
 	from = max(from, int64(len(fileMagic)))
 	// What was not synced may still be in the page cache only: the index must
 	// not be ahead of the pack.
 	if err := f.Sync(); err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	c, n := s.index.change(), 0
 	end, skipped, err := scan(f, from, size, func(off int64, h header) error {
@@ -106,25 +113,26 @@ func (s *Store) recoverPack(id uint32) (size int64, err error) {
 		return c.set(h.id, loc{pack: id, off: uint32(off), plain: h.plain, stored: h.stored, enc: h.enc})
 	})
 	if err != nil {
-		return 0, errors.Join(err, c.batch.Close())
+		return 0, false, errors.Join(err, c.batch.Close())
 	}
 	if skipped > 0 {
 		s.log.Error("damaged frames passed over", "pack", s.packPath(id), "bytes", skipped)
 	}
 	if end = max(end, int64(len(fileMagic))); end < size {
+		cut = true
 		s.log.Warn("torn end of a pack cut off", "pack", s.packPath(id), "bytes", size-end)
 		if err := f.Truncate(end); err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		if err := f.Sync(); err != nil {
-			return 0, err
+			return 0, false, err
 		}
 	}
 	if size < int64(len(fileMagic)) {
 		end = size
 	}
 	c.indexed(id, end)
-	return end, c.commit()
+	return end, cut, c.commit()
 }
 
 // dropLost forgets the blocks that lay in a pack behind its present size, so that

@@ -85,15 +85,44 @@ func (n *Session) Pin(ctx context.Context, ids []flox.CID) ([]bool, error) {
 // Sync is Store.Sync.
 func (n *Session) Sync(ctx context.Context) error { return n.store.Sync(ctx) }
 
-// Close ends the session: a Sweep may take its blocks again.
+// Close ends the session: a Sweep that begins later may take its blocks. One that
+// is under way may have decided before what is live.
 func (n *Session) Close() {
-	n.store.mu.Lock()
-	defer n.store.mu.Unlock()
-	delete(n.store.sessions, n)
+	s := n.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, open := s.sessions[n]; !open {
+		return
+	}
+	delete(s.sessions, n)
+	for l := range s.lingering {
+		for i := range l.bits {
+			l.bits[i].Or(n.bits[i].Load())
+		}
+	}
 }
 
-// pinned says whether an open session counts on a block; mu is held.
+// linger collects what sessions that are closed from here on count on, until the
+// function it returns is called.
+func (s *Store) linger() (done func()) {
+	l := &Session{bits: make([]atomic.Uint64, sessionBits/64)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lingering[l] = struct{}{}
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.lingering, l)
+	}
+}
+
+// pinned says whether a session counts on a block; mu is held.
 func (s *Store) pinned(id flox.CID) bool {
+	for n := range s.lingering {
+		if n.pins(id) {
+			return true
+		}
+	}
 	for n := range s.sessions {
 		if n.pins(id) {
 			return true

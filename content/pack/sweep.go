@@ -21,10 +21,22 @@ type Swept struct {
 // sweepBatch is how many blocks are forgotten under the lock at once.
 const sweepBatch = 1024
 
-// Sweep forgets every block that is not live and that no open Session counts on,
-// and rewrites packs that hold mostly such blocks.
+// Sweep is SweepMarked with a live that needs no making: what it says of a block
+// must be as of its call.
 func (s *Store) Sweep(ctx context.Context, live func(flox.CID) bool) (Swept, error) {
+	return s.SweepMarked(ctx, func(context.Context) (func(flox.CID) bool, error) { return live, nil })
+}
+
+// SweepMarked forgets every block that is not live and that no Session counts on,
+// and rewrites packs that hold mostly such blocks. live may be as of any moment in
+// mark: a Session open at some time since then counts, also when it was closed.
+func (s *Store) SweepMarked(ctx context.Context, mark func(context.Context) (live func(flox.CID) bool, err error)) (Swept, error) {
+	defer s.linger()()
 	var done Swept
+	live, err := mark(ctx)
+	if err != nil {
+		return done, fmt.Errorf("sweep %s: %w", s.cfg.Dir, err)
+	}
 	var dead []flox.CID
 	forget := func() error {
 		n, err := s.forget(ctx, dead, s.pinned)
@@ -33,7 +45,7 @@ func (s *Store) Sweep(ctx context.Context, live func(flox.CID) bool) (Swept, err
 		return err
 	}
 	// What comes in from here on is not seen: the iterator is a snapshot.
-	err := s.index.each(keyBlock, nil, func(k, _ []byte) error {
+	err = s.index.each(keyBlock, nil, func(k, _ []byte) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -87,8 +99,9 @@ func (s *Store) sparse() []uint32 {
 	var ids []uint32
 	for id, size := range s.sizes {
 		// A pack whose frames are not all in the index holds blocks that live does
-		// not count.
-		if p := s.index.packs[id]; p.indexed >= size && 2*p.live < size {
+		// not count. The last pack stays: its number must not be given again, or a
+		// Cursor into it would hide what comes.
+		if p := s.index.packs[id]; p.indexed >= size && 2*p.live < size && id != s.activeID {
 			ids = append(ids, id)
 		}
 	}
@@ -111,7 +124,7 @@ func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err er
 			}
 			return err
 		}
-		h, stored, err := s.readFrame(&buf, block, l)
+		h, stored, err := s.readFrame(ctx, &buf, block, l)
 		if err == nil {
 			err = h.check(stored)
 		}

@@ -12,7 +12,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
-	"github.com/floxctl/flox/content"
 )
 
 // maxPending is how many frames may wait for a Sync before a Put does one.
@@ -31,12 +30,14 @@ func (s *Store) Put(ctx context.Context, id flox.CID, data []byte) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if got := content.Hash(data); got != id {
-		return fmt.Errorf("put block %s: %d bytes hash to %s: %w", id, len(data), got, flox.ErrCorrupt)
+	if err := checkPlain("put", id, data); err != nil {
+		return err
 	}
-	if len(data) > content.MaxBlock {
-		return fmt.Errorf("put block %s of %d bytes, want at most %d: %w", id, len(data), content.MaxBlock, flox.ErrBadInput)
-	}
+	return s.putFrame(ctx, id, func(buf *[]byte) header { return s.encode(buf, id, data) })
+}
+
+// putFrame appends the frame that encode makes, unless the block is there already.
+func (s *Store) putFrame(ctx context.Context, id flox.CID, encode func(buf *[]byte) header) error {
 	s.mu.RLock()
 	there, err := s.has(id)
 	synced := s.synced
@@ -46,7 +47,7 @@ func (s *Store) Put(ctx context.Context, id flox.CID, data []byte) error {
 	}
 	buf := frameBuffers.Get().(*[]byte)
 	defer frameBuffers.Put(buf)
-	h := s.encode(buf, id, data)
+	h := encode(buf)
 	full, err := s.append(h, *buf, synced)
 	if err == nil && full {
 		// A pack is full, or much waits: it is somebody's turn to sync.
