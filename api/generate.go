@@ -7,4 +7,4 @@
 // live here as well.
 package api
 
-//go:generate protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative flox/v1/log.proto flox/v1/facts.proto flox/v1/agent.proto flox/v1/members.proto flox/v1/admin.proto
+//go:generate protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative flox/v1/log.proto flox/v1/cluster.proto flox/v1/facts.proto flox/v1/agent.proto flox/v1/members.proto flox/v1/admin.proto

@@ -281,18 +281,6 @@ func TestSnapshotToLaggingServer(t *testing.T) {
 	c.same("x", 52)
 }
 
-// A follower refuses to answer for the cluster.
-func TestFollowerRefuses(t *testing.T) {
-	c := newCluster(t, nil)
-	f := c.nodes[(c.leader()+1)%3]
-	if _, _, err := f.Propose(within(t), testKind, []byte("add x"), ProposeOptions{}); !errors.Is(err, ErrNotLeader) {
-		t.Errorf("propose: %v, want ErrNotLeader", err)
-	}
-	if _, err := f.View(within(t), testKind, Linearizable); !errors.Is(err, ErrNotLeader) {
-		t.Errorf("linearizable read: %v, want ErrNotLeader", err)
-	}
-}
-
 // A snapshot moves over a pipe bit for bit; a flip or a cut anywhere is noticed.
 func TestArchive(t *testing.T) {
 	src := t.TempDir()

@@ -3,6 +3,7 @@ package raft
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"net"
@@ -11,38 +12,137 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"github.com/floxctl/flox"
 )
 
-// dialTimeout bounds connecting and one call without much data between servers.
-const dialTimeout = 10 * time.Second
+const (
+	// dialTimeout bounds connecting, and the first byte of a connection.
+	dialTimeout = 2 * time.Second
+	// rpcTimeout bounds one call of raft's without much data.
+	rpcTimeout = 10 * time.Second
+	// maxConns bounds the connections between servers, both ways.
+	maxConns = 512
+)
 
-// streamLayer shows a Layer to raft. It remembers open connections, since
-// raft's transport leaves those it accepted, and their goroutines, open when it is closed.
+// streamLayer shares a Layer between raft and our calls: the first byte of a
+// connection says whose it is. It remembers open connections, since raft's
+// transport leaves those it accepted, and their goroutines, open when it is closed.
 type streamLayer struct {
 	Layer
 	address addr
+	log     *slog.Logger
+	calls   func(net.Conn) // serves a connection with our calls, and closes it
+
+	raft chan net.Conn // accepted for raft
+	done chan struct{} // closed by Close
+	work sync.WaitGroup
 
 	mu     sync.Mutex
 	open   map[*trackedConn]struct{}
 	closed bool
 }
 
-// Accept is net.Listener.
-func (s *streamLayer) Accept() (net.Conn, error) {
-	c, err := s.Layer.Accept()
-	if err != nil {
-		return nil, err
+// newStreamLayer begins to accept.
+func newStreamLayer(cfg Config, calls func(net.Conn)) *streamLayer {
+	s := &streamLayer{
+		Layer: cfg.Layer, address: addr(cfg.Address), log: cfg.Log, calls: calls,
+		raft: make(chan net.Conn), done: make(chan struct{}), open: map[*trackedConn]struct{}{},
 	}
-	return s.track(c)
+	s.work.Go(s.accept)
+	return s
+}
+
+// accept takes connections in until the Layer is closed.
+func (s *streamLayer) accept() {
+	const first, most = 5 * time.Millisecond, time.Second
+	pause := first
+	for {
+		c, err := s.Layer.Accept()
+		if err == nil {
+			pause = first
+			t, err := s.track(c)
+			if err != nil {
+				s.log.Warn("connection of a server dropped", "error", err)
+				continue
+			}
+			s.work.Go(func() { s.sort(t) })
+			continue
+		}
+		select {
+		case <-s.done:
+			return
+		default:
+		}
+		s.log.Warn("accepting connections of other servers", "error", err, "again_in", pause)
+		select {
+		case <-time.After(pause):
+			pause = min(2*pause, most)
+		case <-s.done:
+			return
+		}
+	}
+}
+
+// sort reads the first byte of a connection and hands it on.
+func (s *streamLayer) sort(c net.Conn) {
+	var tag [1]byte
+	err := c.SetReadDeadline(time.Now().Add(dialTimeout))
+	if err == nil {
+		_, err = c.Read(tag[:])
+	}
+	if err = errors.Join(err, c.SetReadDeadline(time.Time{})); err != nil {
+		c.Close() //nolint:errcheck // it said nothing
+		return
+	}
+	switch tag[0] {
+	case tagLog:
+		select {
+		case s.raft <- c:
+		case <-s.done:
+		}
+	case tagCalls:
+		s.calls(c)
+	default:
+		s.log.Warn("connection of a server dropped", "first_byte", tag[0])
+		c.Close() //nolint:errcheck // it speaks something else
+	}
+}
+
+// Accept is net.Listener, for raft.
+func (s *streamLayer) Accept() (net.Conn, error) {
+	select {
+	case c := <-s.raft:
+		return c, nil
+	case <-s.done:
+		return nil, fmt.Errorf("accept: %w", net.ErrClosed)
+	}
 }
 
 // Dial is raft.StreamLayer.
 func (s *streamLayer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	c, err := s.Layer.Dial(string(address), timeout)
+	return s.dial(string(address), tagLog, timeout)
+}
+
+// dial opens a connection that begins with tag.
+func (s *streamLayer) dial(address string, tag byte, timeout time.Duration) (net.Conn, error) {
+	timeout = min(timeout, dialTimeout)
+	c, err := s.Layer.Dial(address, timeout)
 	if err != nil {
 		return nil, err
 	}
-	return s.track(c)
+	t, err := s.track(c)
+	if err != nil {
+		return nil, err
+	}
+	err = t.SetWriteDeadline(time.Now().Add(timeout))
+	if err == nil {
+		_, err = t.Write([]byte{tag})
+	}
+	if err = errors.Join(err, t.SetWriteDeadline(time.Time{})); err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
+	return t, nil
 }
 
 func (s *streamLayer) track(c net.Conn) (net.Conn, error) {
@@ -52,20 +152,29 @@ func (s *streamLayer) track(c net.Conn) (net.Conn, error) {
 	if s.closed {
 		return nil, errors.Join(net.ErrClosed, c.Close())
 	}
+	if len(s.open) >= maxConns {
+		return nil, errors.Join(fmt.Errorf("%d connections between servers are open: %w", maxConns, flox.ErrFull), c.Close())
+	}
 	s.open[t] = struct{}{}
 	return t, nil
 }
 
-// Close closes the Layer and every connection.
+// Close closes the Layer and every connection, and waits for those who serve them.
 func (s *streamLayer) Close() error {
-	err := s.Layer.Close()
 	s.mu.Lock()
-	open := slices.Collect(maps.Keys(s.open))
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
 	s.closed = true
+	close(s.done)
+	open := slices.Collect(maps.Keys(s.open))
 	s.mu.Unlock()
+	err := s.Layer.Close()
 	for _, c := range open {
 		c.Close() //nolint:errcheck // the other end is told, or gone
 	}
+	s.work.Wait()
 	return err
 }
 
@@ -92,20 +201,29 @@ type addr string
 func (a addr) Network() string { return "flox" }
 func (a addr) String() string  { return string(a) }
 
-// newTransport connects raft to cfg.Layer; without one, to nobody. The function
-// closes it.
-func newTransport(cfg Config) (raft.Transport, func() error) {
-	if cfg.Layer == nil {
-		_, t := raft.NewInmemTransport(raft.ServerAddress(cfg.Address))
+// connect gives raft its transport, and us the calls between servers. Without a
+// Layer it connects to nobody. The function closes both.
+func (n *Node) connect() (raft.Transport, func() error) {
+	if n.cfg.Layer == nil {
+		_, t := raft.NewInmemTransport(raft.ServerAddress(n.cfg.Address))
 		return t, t.Close
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	layer := newStreamLayer(n.cfg, func(c net.Conn) { n.serve(ctx, c) })
+	p := newPeers(layer, n.cfg.Log)
+	n.peers.Store(p)
 	t := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream:  &streamLayer{Layer: cfg.Layer, address: addr(cfg.Address), open: map[*trackedConn]struct{}{}},
+		Stream:  layer,
 		MaxPool: 3,
-		Timeout: dialTimeout,
-		Logger:  newRaftLog(cfg.Log),
+		Timeout: rpcTimeout,
+		Logger:  newRaftLog(n.cfg.Log),
 	})
-	return t, func() error { t.CloseStreams(); return t.Close() }
+	return t, func() error {
+		cancel()
+		p.close()
+		t.CloseStreams()
+		return t.Close() // closes layer
+	}
 }
 
 // logAt writes one line of a library, whose words are not ours to choose.

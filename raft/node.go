@@ -12,6 +12,7 @@ import (
 
 	"github.com/hashicorp/raft"
 	wal "github.com/hashicorp/raft-wal"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/floxctl/flox"
 )
@@ -28,6 +29,13 @@ type Node struct {
 	lastTime atomic.Int64              // Unix milliseconds of the newest proposal
 	readTerm atomic.Uint64             // term in which all entries of former leaders are applied
 
+	leadership  leadership
+	peers       atomic.Pointer[peers] // set while Run runs with a Layer
+	bytes       *semaphore.Weighted   // bounds the commands of callers here
+	served      chan struct{}         // bounds the calls of other servers
+	servedBytes *semaphore.Weighted
+	work        sync.WaitGroup // what Run waits for
+
 	closers []func() error // in the order of opening
 	close   sync.Once
 	running atomic.Bool
@@ -41,7 +49,10 @@ func Open(cfg Config) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{cfg: cfg, slots: make(chan struct{}, cfg.MaxInFlight)}
+	n := &Node{
+		cfg: cfg, slots: make(chan struct{}, cfg.MaxInFlight), served: make(chan struct{}, cfg.MaxInFlight),
+		bytes: semaphore.NewWeighted(maxBytesInFlight), servedBytes: semaphore.NewWeighted(maxBytesInFlight),
+	}
 	if err := n.open(); err != nil {
 		return nil, errors.Join(err, n.Close())
 	}
@@ -168,8 +179,11 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, n.closeAll()) }()
 
-	transport, closeTransport := newTransport(n.cfg)
-	defer func() { err = errors.Join(err, closeTransport()) }()
+	transport, disconnect := n.connect()
+	defer func() {
+		err = errors.Join(err, disconnect())
+		n.work.Wait()
+	}()
 	c := n.config()
 	if n.cfg.Bootstrap {
 		err := raft.BootstrapCluster(c, n.log, n.log, n.snapshots, transport, raft.Configuration{Servers: []raft.Server{{
@@ -184,11 +198,13 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		return fmt.Errorf("start raft: %w", err)
 	}
 	n.raft.Store(r)
+	stopWatching := n.watchLeader(r)
 	select {
 	case <-ctx.Done():
 	case <-n.machine.closed:
 	}
 	n.raft.Store(nil)
+	stopWatching()
 	n.drain()
 	if err := r.Shutdown().Error(); err != nil {
 		return fmt.Errorf("stop raft: %w", err)
@@ -215,6 +231,9 @@ func (n *Node) Close() error {
 	if !n.running.CompareAndSwap(false, true) {
 		return nil
 	}
+	if n.machine != nil {
+		n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed))
+	}
 	return n.closeAll()
 }
 
@@ -227,30 +246,17 @@ func (n *Node) closeAll() (err error) {
 	return err
 }
 
-// Ready waits until there is a leader, and if it is this server, until it
-// answers reads.
+// Ready waits until this server answers linearizable reads: somebody leads, and
+// what was answered before is applied here.
 func (n *Node) Ready(ctx context.Context) error {
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if r := n.raft.Load(); r != nil {
-			if address, _ := r.LeaderWithID(); address != "" && r.State() != raft.Leader {
-				return nil
-			}
-			if r.State() == raft.Leader {
-				if _, err := n.ReadIndex(ctx); err == nil {
-					return nil
-				}
-			}
-		}
-		select {
-		case <-tick.C:
-		case <-n.machine.closed:
-			return *n.machine.stopped.Load()
-		case <-ctx.Done():
-			return fmt.Errorf("no leader yet: %w: %w", ctx.Err(), flox.ErrUnreachable)
-		}
+	index, err := n.ReadIndex(ctx)
+	if err == nil {
+		_, err = n.Wait(ctx, index)
 	}
+	if err != nil {
+		return fmt.Errorf("not ready: %w", err)
+	}
+	return nil
 }
 
 // Snapshot takes a snapshot now; nil when there is nothing new.
@@ -269,7 +275,7 @@ func (n *Node) Snapshot(ctx context.Context) error {
 // active gives the running raft.
 func (n *Node) active() (*raft.Raft, error) {
 	if why := n.machine.stopped.Load(); why != nil {
-		return nil, *why
+		return nil, fmt.Errorf("%w: %w", *why, ErrNotLeader)
 	}
 	r := n.raft.Load()
 	if r == nil {

@@ -13,8 +13,13 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
-// enqueueTimeout bounds how long a proposal waits for the leader's loop.
-const enqueueTimeout = 5 * time.Second
+const (
+	// enqueueTimeout bounds how long a proposal waits for the leader's loop.
+	enqueueTimeout = 5 * time.Second
+	// maxBytesInFlight bounds the commands a server holds for its own callers, and
+	// again those for the other servers.
+	maxBytesInFlight = 64 << 20
+)
 
 // ProposeOptions make a proposal safe to repeat.
 type ProposeOptions struct {
@@ -26,55 +31,96 @@ type ProposeOptions struct {
 	Sequence uint64
 }
 
-// Propose puts a command into the log and waits until it is applied here. It
-// gives the processor's reply and the log index at which the change is visible.
-// A refusal wraps ErrRefused. Other errors: ErrNotLeader (not proposed),
-// ErrUnknownOutcome (propose again with the same options), ErrFull, ErrBusy (not
-// proposed), ErrBadInput.
+// Propose puts a command into the log and waits until it is applied here. Any
+// server takes it and has it done by the leader, waiting through elections until
+// ctx ends. It gives the processor's reply and the log index at which the change
+// is visible. A refusal wraps ErrRefused. Other errors: ErrUnknownOutcome
+// (without Session, at once; with one, when ctx ended: propose again with the
+// same options), ErrNotLeader (ctx ended and it was not proposed), ErrFull,
+// ErrBusy (not proposed), ErrBadInput.
 func (n *Node) Propose(ctx context.Context, kind uint32, command []byte, opt ProposeOptions) (reply []byte, index uint64, err error) {
-	r, err := n.active()
-	if err != nil {
-		return nil, 0, err
+	reply, index, _, err = n.propose(ctx, kind, command, opt)
+	return reply, index, err
+}
+
+// propose also says whether an earlier try may have succeeded.
+func (n *Node) propose(ctx context.Context, kind uint32, command []byte, opt ProposeOptions) (reply []byte, index uint64, unknown bool, err error) {
+	if err := n.acceptable(kind, command); err != nil {
+		return nil, 0, false, err
 	}
-	// What this server could not apply itself must not get into the log.
+	if err := n.bytes.Acquire(ctx, int64(len(command))); err != nil {
+		return nil, 0, false, fmt.Errorf("propose: %d MiB of commands are under way already: %w: %w", maxBytesInFlight>>20, err, flox.ErrBusy)
+	}
+	defer n.bytes.Release(int64(len(command)))
+	a, unknown, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_Propose{Propose: &floxv1.ProposeCall{
+		Session: opt.Session, Sequence: opt.Sequence, Kind: kind, Command: command,
+	}}}, opt.Session != "")
+	if err != nil && (a == nil || a.Index == 0) {
+		return nil, 0, unknown, err
+	}
+	// The leader has applied or refused it. Whoever asks this server next must
+	// see that, and why, too.
+	if _, err := n.Wait(ctx, a.Index); err != nil {
+		return nil, a.Index, true, fmt.Errorf("propose: applied, but not yet here: %w: %w", err, ErrUnknownOutcome)
+	}
+	return a.Reply, a.Index, unknown, err
+}
+
+// acceptable refuses what this server could not apply itself: it must not get
+// into the log.
+func (n *Node) acceptable(kind uint32, command []byte) error {
 	if n.machine.processors[kind] == nil {
-		return nil, 0, fmt.Errorf("propose: no processor for kind %d: %w", kind, flox.ErrBadInput)
+		return fmt.Errorf("propose: no processor for kind %d: %w", kind, flox.ErrBadInput)
 	}
 	if len(command) > MaxCommand {
-		return nil, 0, fmt.Errorf("propose: command of %d bytes, want at most %d: %w", len(command), MaxCommand, flox.ErrBadInput)
+		return fmt.Errorf("propose: command of %d bytes, want at most %d: %w", len(command), MaxCommand, flox.ErrBadInput)
+	}
+	return nil
+}
+
+// proposeHere is one try on the leader; ErrNotLeader elsewhere.
+func (n *Node) proposeHere(ctx context.Context, c *floxv1.ProposeCall) (*floxv1.ClusterAnswer, error) {
+	r, err := n.active()
+	if err != nil {
+		return nil, err
+	}
+	if err := n.acceptable(c.Kind, c.Command); err != nil {
+		return nil, err
 	}
 	free, err := freeBytes(n.cfg.Dir)
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	if free < n.cfg.ReserveBytes {
-		return nil, 0, fmt.Errorf("%s has %d MiB free and %d MiB are kept for the log: make room on that disk: %w",
+		return nil, fmt.Errorf("%s has %d MiB free and %d MiB are kept for the log: make room on that disk: %w",
 			n.cfg.Dir, free>>20, n.cfg.ReserveBytes>>20, flox.ErrFull)
 	}
 	entry, err := encodeEntry(&floxv1.Envelope{
-		Version: EnvelopeVersion, Session: opt.Session, Sequence: opt.Sequence,
-		TimeUnixMs: n.now(), Kind: kind, Command: command,
+		Version: EnvelopeVersion, Session: c.Session, Sequence: c.Sequence,
+		TimeUnixMs: n.now(), Kind: c.Kind, Command: c.Command,
 	})
 	if err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	if err := n.enter(ctx); err != nil {
-		return nil, 0, err
+		return nil, err
 	}
 	f := r.Apply(entry, enqueueTimeout)
 	if err := n.await(ctx, f); err != nil {
-		return nil, 0, proposeError(err)
+		return nil, proposeError(err)
 	}
 	a, ok := f.Response().(answer)
 	switch {
 	case !ok:
-		return nil, 0, fmt.Errorf("propose: no answer: %w", ErrUnknownOutcome)
+		return nil, fmt.Errorf("propose: no answer: %w", ErrUnknownOutcome)
+	case errors.Is(a.err, ErrUnknownCommand):
+		return nil, a.err // on every server
 	case a.err != nil:
-		return nil, 0, a.err
+		return nil, fmt.Errorf("propose: %w: %w", a.err, ErrUnknownOutcome) // the others apply it
 	case a.refused != nil:
-		return nil, f.Index(), a.refused
+		return &floxv1.ClusterAnswer{Index: f.Index()}, a.refused
 	}
-	return a.reply, f.Index(), nil
+	return &floxv1.ClusterAnswer{Reply: a.reply, Index: f.Index()}, nil
 }
 
 // now is the clock of proposals: the machine's, but never going back.
@@ -159,13 +205,8 @@ func (n *Node) NewSession() *Session {
 
 func (s *Session) begin() { s.name, s.next = rand.Text(), 1 }
 
-// retryEvery is the pause before a command is proposed again, at first and at most.
-const (
-	retryFirst = 10 * time.Millisecond
-	retryMost  = 500 * time.Millisecond
-)
-
-// Propose is Node.Propose, repeated until the outcome is known or ctx ends.
+// Propose is Node.Propose with this session: it is repeated until the outcome is
+// known or ctx ends, whoever leads meanwhile. Errors as there.
 func (s *Session) Propose(ctx context.Context, kind uint32, command []byte) (reply []byte, index uint64, err error) {
 	select {
 	case <-s.turn:
@@ -173,39 +214,21 @@ func (s *Session) Propose(ctx context.Context, kind uint32, command []byte) (rep
 		return nil, 0, fmt.Errorf("propose: %w: %w", ctx.Err(), flox.ErrBusy)
 	}
 	defer func() { s.turn <- struct{}{} }()
-	sequence := s.next
-	s.next++
-	pause, unknown := retryFirst, false
 	for {
-		reply, index, err = s.node.Propose(ctx, kind, command, ProposeOptions{Session: s.name, Sequence: sequence})
+		sequence, unknown := s.next, false
+		s.next++
+		reply, index, unknown, err = s.node.propose(ctx, kind, command, ProposeOptions{Session: s.name, Sequence: sequence})
 		switch {
 		case err == nil:
-			return reply, index, nil
 		case errors.Is(err, ErrSessionExpired) && unknown:
 			s.begin()
-			return nil, 0, fmt.Errorf("propose: the session expired before its answer was known: %w", ErrUnknownOutcome)
+			err = fmt.Errorf("propose: the session expired before its answer was known: %w", ErrUnknownOutcome)
 		case errors.Is(err, ErrSessionExpired):
 			s.begin()
-			sequence = s.next
-			s.next++
 			continue
-		case errors.Is(err, ErrUnknownOutcome):
-			unknown = true
-		case errors.Is(err, ErrNotLeader):
-		default:
-			if !unknown && !errors.Is(err, ErrRefused) {
-				s.next = sequence // never proposed: the number is free
-			}
-			return nil, index, err
+		case !unknown && !errors.Is(err, ErrRefused):
+			s.next = sequence // never proposed: the number is free
 		}
-		if s.node.machine.stopped.Load() != nil {
-			return nil, 0, err
-		}
-		select {
-		case <-time.After(pause):
-			pause = min(2*pause, retryMost)
-		case <-ctx.Done():
-			return nil, 0, err
-		}
+		return reply, index, err
 	}
 }

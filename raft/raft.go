@@ -55,7 +55,8 @@ type Processor interface {
 }
 
 // Layer connects the servers of a cluster: it accepts their connections and
-// dials them by the address they are members under.
+// dials them by the address they are members under. Whoever it accepts is
+// believed to be a server of the cluster: to know them is its part.
 type Layer interface {
 	net.Listener
 	Dial(address string, timeout time.Duration) (net.Conn, error)

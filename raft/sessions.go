@@ -43,8 +43,11 @@ const (
 // in replies, so they never change.
 var refusalKinds = []error{
 	1: flox.ErrBadInput, 2: flox.ErrNotFound, 3: flox.ErrUnreachable, 4: flox.ErrUntrusted, 5: flox.ErrCorrupt,
-	6: flox.ErrFull, 7: flox.ErrBusy, 8: flox.ErrDenied, 9: flox.ErrClosed, 10: ErrSessionExpired,
+	6: flox.ErrFull, 7: flox.ErrBusy, 8: flox.ErrDenied, 9: flox.ErrClosed, expiredKind: ErrSessionExpired,
 }
+
+// expiredKind is the number of ErrSessionExpired.
+const expiredKind = 10
 
 // Outcomes in a stored reply; above them stand the refusal kinds.
 const (

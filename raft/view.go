@@ -7,6 +7,7 @@ import (
 	"github.com/hashicorp/raft"
 
 	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
 // Consistency says how old a View may be.
@@ -16,7 +17,7 @@ const (
 	// Local is what this server has applied: never wrong, perhaps old.
 	Local Consistency = iota
 	// Linearizable holds every command that was answered, anywhere, before the
-	// View was asked for. Only a leader with a majority behind it gives one.
+	// View was asked for. It needs a leader with a majority behind it, which may be another server.
 	Linearizable
 )
 
@@ -43,10 +44,19 @@ func (n *Node) View(ctx context.Context, kind uint32, c Consistency) (*Reader, e
 	return r, nil
 }
 
-// ReadIndex confirms that this server leads and gives an index: a state that
-// holds it, here or on a follower, holds every command answered so far. It
-// costs one round of heartbeats, not an entry. ErrNotLeader.
+// ReadIndex gives an index: a state that holds it, on any server, holds every
+// command answered so far. It costs the leader one round of heartbeats, not an
+// entry. While nobody leads it waits, until ctx ends: ErrUnreachable.
 func (n *Node) ReadIndex(ctx context.Context) (uint64, error) {
+	a, _, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_ReadIndex{ReadIndex: &floxv1.ReadIndexCall{}}}, true)
+	if err != nil {
+		return 0, err
+	}
+	return a.Index, nil
+}
+
+// readIndexHere is ReadIndex on the leader; ErrNotLeader elsewhere.
+func (n *Node) readIndexHere(ctx context.Context) (uint64, error) {
 	r, err := n.active()
 	if err != nil {
 		return 0, err
