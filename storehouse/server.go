@@ -162,6 +162,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.begin(gctx) })
 	group.Go(func() error { return s.serveRPC(gctx) })
 	group.Go(func() error { return s.serveWeb(gctx) })
+	group.Go(func() error { return s.packs.Run(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
 	err = group.Wait()

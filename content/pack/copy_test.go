@@ -47,7 +47,7 @@ func TestReplace(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.RemoveAll(filepath.Join(cfg.Dir, "index")); err != nil {
+	if err := os.RemoveAll(filepath.Join(cfg.Dir, currentIndex(cfg.Dir))); err != nil {
 		t.Fatal(err)
 	}
 	s = open(t, cfg)
@@ -153,7 +153,7 @@ func TestEachStoredGoesOn(t *testing.T) {
 				t.Fatal(err)
 			}
 			if round%2 == 0 {
-				if err := os.RemoveAll(filepath.Join(cfg.Dir, "index")); err != nil {
+				if err := os.RemoveAll(filepath.Join(cfg.Dir, currentIndex(cfg.Dir))); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -184,7 +184,7 @@ func TestTornTail(t *testing.T) {
 				t.Fatal(err)
 			}
 			// As if the index had been written before the last blocks came.
-			if err := os.RemoveAll(filepath.Join(cfg.Dir, "index")); err != nil {
+			if err := os.RemoveAll(filepath.Join(cfg.Dir, currentIndex(cfg.Dir))); err != nil {
 				t.Fatal(err)
 			}
 			path := s.packPath(1)
@@ -303,7 +303,7 @@ func TestScrubFindsIndexDamage(t *testing.T) {
 	s := open(t, cfg)
 	put(t, s, 0, 100)
 	noBadBlocks(t, s) // flushes
-	tables, err := filepath.Glob(filepath.Join(cfg.Dir, "index", "*.sst"))
+	tables, err := filepath.Glob(filepath.Join(cfg.Dir, currentIndex(cfg.Dir), "*.sst"))
 	if err != nil || len(tables) == 0 {
 		t.Fatalf("no tables: %v", err)
 	}
@@ -327,10 +327,10 @@ func TestScrubFindsIndexDamage(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !found {
-			if err := os.Remove(filepath.Join(cfg.Dir, "index"+rebuildNote)); err == nil {
+			if err := os.Remove(filepath.Join(cfg.Dir, damagedName)); err == nil {
 				t.Error("the note outlived the index it was about")
 			}
-			if tables, err = filepath.Glob(filepath.Join(cfg.Dir, "index", "*.sst")); err != nil {
+			if tables, err = filepath.Glob(filepath.Join(cfg.Dir, currentIndex(cfg.Dir), "*.sst")); err != nil {
 				t.Fatal(err)
 			}
 			for _, path := range tables {

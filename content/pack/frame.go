@@ -98,9 +98,9 @@ const (
 
 // scan calls found with every whole frame of f from offset off to size. What is no
 // frame, or one whose bytes do not match, is passed over up to the next that does
-// match. It returns the end of the last frame found, and how many bytes before
-// that were passed over.
-func scan(f io.ReaderAt, off, size int64, found func(off int64, h header) error) (end, skipped int64, err error) {
+// match; hurt is told of those whose header is whole. It returns the end of the last
+// frame found, and how many bytes before that were passed over.
+func scan(f io.ReaderAt, off, size int64, found func(off int64, h header) error, hurt func(off int64, h header)) (end, skipped int64, err error) {
 	buf := make([]byte, scanWindow)
 	var win []byte // bytes of f from off on
 	for end = off; off < size; {
@@ -113,8 +113,10 @@ func scan(f io.ReaderAt, off, size int64, found func(off int64, h header) error)
 				break // the file got shorter
 			}
 		}
-		h, n := nextFrame(win)
-		if h != nil {
+		h, whole, n := nextFrame(win)
+		if h != nil && !whole {
+			hurt(off, *h)
+		} else if h != nil {
 			skipped += off - end
 			if err := found(off, *h); err != nil {
 				return end, skipped, err
@@ -127,20 +129,20 @@ func scan(f io.ReaderAt, off, size int64, found func(off int64, h header) error)
 	return end, skipped, nil
 }
 
-// nextFrame gives the frame at the start of win and its size, or nil and how many
-// bytes certainly begin none.
-func nextFrame(win []byte) (*header, int) {
+// nextFrame gives the frame at the start of win, if there is one, whether it is
+// whole, and its size, or of one that is not how many bytes certainly begin none.
+func nextFrame(win []byte) (h *header, whole bool, n int) {
 	if len(win) < headerSize {
-		return nil, len(win)
+		return nil, false, len(win)
 	}
-	if h, err := parseHeader(win); err == nil {
-		n := headerSize + int(h.stored)
+	if first, err := parseHeader(win); err == nil {
+		h, n = &first, headerSize+int(first.stored)
 		if n <= len(win) && h.check(win[headerSize:n]) == nil {
-			return &h, n
+			return h, true, n
 		}
 	}
 	if i := bytes.Index(win[1:], []byte(frameMagic)); i >= 0 {
-		return nil, i + 1
+		return h, false, i + 1
 	}
-	return nil, len(win) - len(frameMagic) + 1
+	return h, false, len(win) - len(frameMagic) + 1
 }

@@ -169,6 +169,10 @@ func FuzzScan(f *testing.F) {
 				t.Fatal(err)
 			}
 			return nil
+		}, func(off int64, h header) {
+			if other, err := parseHeader(b[off:]); err != nil || other != h {
+				t.Fatalf("hurt frame at %d: %v", off, err)
+			}
 		})
 		if err != nil || end != last || skipped < 0 || end > int64(len(b)) {
 			t.Fatalf("end %d, last frame's %d, skipped %d: %v", end, last, skipped, err)

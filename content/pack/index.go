@@ -4,13 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"log/slog"
-	"os"
-	"sync"
 
 	"github.com/cockroachdb/pebble/v2"
-	"github.com/cockroachdb/pebble/v2/bloom"
-	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/floxctl/flox"
 )
@@ -89,67 +84,6 @@ func appendUints(vs ...uint64) []byte {
 	return b
 }
 
-// index is the Pebble side of a Store. Writers are serialized by the Store.
-type index struct {
-	db     *pebble.DB
-	mu     sync.Mutex // guards what follows; only writers change it
-	counts counts
-	packs  map[uint32]packState
-}
-
-// rebuildNote is the file a Scrub leaves beside a damaged index.
-const rebuildNote = ".damaged"
-
-// openIndex opens the index in dir. One that is damaged is thrown away: the packs
-// hold everything.
-func openIndex(dir string, log *slog.Logger) (*index, error) {
-	err := fmt.Errorf("found damaged by a scrub: %w", flox.ErrCorrupt)
-	if _, statErr := os.Stat(dir + rebuildNote); statErr != nil {
-		var x *index
-		if x, err = tryOpenIndex(dir, log); err == nil {
-			return x, nil
-		}
-	}
-	if errors.Is(err, os.ErrPermission) || isFull(err) {
-		return nil, err
-	}
-	log.Warn("index cannot be opened, making it anew from the packs", "dir", dir, "err", err)
-	if err := os.RemoveAll(dir); err != nil {
-		return nil, fmt.Errorf("index %s: %w", dir, err)
-	}
-	x, err := tryOpenIndex(dir, log)
-	if err == nil {
-		if err := os.Remove(dir + rebuildNote); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return nil, errors.Join(fmt.Errorf("index %s: %w", dir, err), x.db.Close())
-		}
-	}
-	return x, err
-}
-
-func tryOpenIndex(dir string, log *slog.Logger) (*index, error) {
-	opts := &pebble.Options{
-		// Named, so that Pebble does not watch it with a goroutine that a failed Open
-		// leaves behind.
-		FS:                 vfs.Default,
-		DisableWAL:         true,
-		FormatMajorVersion: pebble.FormatNewest,
-		Logger:             indexLog{log},
-		MemTableSize:       8 << 20,
-	}
-	for i := range opts.Levels {
-		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
-	}
-	db, err := pebble.Open(dir, opts)
-	if err != nil {
-		return nil, fmt.Errorf("index %s: %w", dir, err)
-	}
-	x := &index{db: db, packs: make(map[uint32]packState)}
-	if err := x.load(); err != nil {
-		return nil, errors.Join(fmt.Errorf("index %s: %w", dir, err), db.Close())
-	}
-	return x, nil
-}
-
 // load reads the small state.
 func (x *index) load() error {
 	if b, err := x.get([]byte{keyCounts}); err != nil && !errors.Is(err, flox.ErrNotFound) {
@@ -171,12 +105,11 @@ func (x *index) load() error {
 
 // get gives a copy of a value, or ErrNotFound.
 func (x *index) get(key []byte) ([]byte, error) {
-	v, closer, err := x.db.Get(key)
-	if errors.Is(err, pebble.ErrNotFound) {
-		return nil, flox.ErrNotFound
-	}
+	db := x.acquire()
+	defer x.release(db)
+	v, closer, err := db.Get(key)
 	if err != nil {
-		return nil, fmt.Errorf("index: %w: %w", err, flox.ErrCorrupt)
+		return nil, db.readError(err)
 	}
 	defer closer.Close()
 	return append([]byte(nil), v...), nil
@@ -186,12 +119,11 @@ func (x *index) get(key []byte) ([]byte, error) {
 func (x *index) find(id flox.CID) (loc, error) {
 	key := [1 + flox.CIDSize]byte{keyBlock}
 	copy(key[1:], id[:])
-	v, closer, err := x.db.Get(key[:])
-	if errors.Is(err, pebble.ErrNotFound) {
-		return loc{}, flox.ErrNotFound
-	}
+	db := x.acquire()
+	defer x.release(db)
+	v, closer, err := db.Get(key[:])
 	if err != nil {
-		return loc{}, fmt.Errorf("index: %w: %w", err, flox.ErrCorrupt)
+		return loc{}, db.readError(err)
 	}
 	defer closer.Close()
 	return parseLoc(v)
@@ -206,15 +138,17 @@ func (x *index) each(kind byte, prefix []byte, f func(k, v []byte) error) error 
 			break
 		}
 	}
-	it, err := x.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	db := x.acquire()
+	defer x.release(db)
+	it, err := db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
 	if err != nil {
-		return fmt.Errorf("index: %w", err)
+		return db.readError(err)
 	}
 	for ok := it.First(); ok && err == nil; ok = it.Next() {
 		err = f(it.Key(), it.Value())
 	}
 	if iterErr := it.Close(); iterErr != nil && err == nil {
-		err = fmt.Errorf("index: %w: %w", iterErr, flox.ErrCorrupt)
+		err = db.readError(iterErr)
 	}
 	return err
 }
@@ -237,6 +171,7 @@ type change struct {
 	counts
 }
 
+// change begins one. Only one of those who hold Store.writing has one at a time.
 func (x *index) change() *change {
 	return &change{x: x, batch: x.db.NewIndexedBatch(), packs: make(map[uint32]packState), counts: x.counts}
 }
@@ -251,11 +186,8 @@ func (c *change) pack(id uint32) packState {
 // find gives a block's place with the change applied.
 func (c *change) find(id flox.CID) (loc, error) {
 	v, closer, err := c.batch.Get(blockKey(id))
-	if errors.Is(err, pebble.ErrNotFound) {
-		return loc{}, flox.ErrNotFound
-	}
 	if err != nil {
-		return loc{}, fmt.Errorf("index: %w: %w", err, flox.ErrCorrupt)
+		return loc{}, c.x.db.readError(err)
 	}
 	defer closer.Close()
 	return parseLoc(v)
@@ -335,22 +267,4 @@ func (c *change) commit() error {
 	}
 	c.x.counts = c.counts
 	return nil
-}
-
-// indexLog passes what Pebble says to a logger.
-type indexLog struct{ log *slog.Logger }
-
-func (l indexLog) Infof(format string, args ...any) {
-	l.log.Debug("index", "message", fmt.Sprintf(format, args...))
-}
-
-func (l indexLog) Errorf(format string, args ...any) {
-	l.log.Error("index", "message", fmt.Sprintf(format, args...))
-}
-
-// Fatalf is called where Pebble's own files can no longer be written. Pebble
-// expects it not to return; the packs stay whole, and the next Open reads what the
-// index lacks from them.
-func (l indexLog) Fatalf(format string, args ...any) {
-	panic("block index cannot be written, is the disk full? " + fmt.Sprintf(format, args...))
 }

@@ -36,8 +36,10 @@ type Config struct {
 	Reserve int64
 	// Uncompressed keeps every block as it is.
 	Uncompressed bool
-	// Lost, if set, is told during Open of every block that the index knew and
-	// whose pack is gone or shorter than it was.
+	// Lost, if set, is told during Open and Run of blocks that were here and are not
+	// any more (a pack is gone or shorter than it was, a frame damaged when the index
+	// was made anew), also of some that never were durable. The zero CID says that
+	// there may be others that nothing names: ask Has for what should be here.
 	Lost func(id flox.CID)
 	// Log defaults to nothing.
 	Log *slog.Logger
@@ -74,6 +76,9 @@ type Store struct {
 	enc   *zstd.Encoder // nil = store plain
 	dec   *zstd.Decoder
 
+	// rot is told when damage of the index is found.
+	rot chan struct{}
+
 	// writing serializes those who fsync packs and change the index.
 	writing sync.Mutex
 
@@ -82,23 +87,26 @@ type Store struct {
 	broken   error // a failed fsync: what is on disk is unknown until the next Open
 	active   *os.File
 	activeID uint32
-	size     int64            // of the active pack
-	sizes    map[uint32]int64 // of the others
-	unsynced []sealed         // closed packs not yet durable
-	pending  map[flox.CID]loc // appended, not yet in the index
-	appended uint64           // frames appended since Open
-	synced   uint64           // of those, in the index
-	checked  int64            // bytes appended since the free space was looked at
-	sessions map[*Session]struct{}
+	size     int64 // of the active pack
+	// syncedSize is how much of the active pack is durable.
+	syncedSize int64
+	sizes      map[uint32]int64 // of the others
+	unsynced   []sealed         // closed packs not yet durable
+	pending    map[flox.CID]loc // appended, not yet in the index
+	appended   uint64           // frames appended since Open
+	synced     uint64           // of those, in the index
+	checked    int64            // bytes appended since the free space was looked at
+	sessions   map[*Session]struct{}
 	// lingering holds one for each sweep: what sessions closed during it count on.
 	lingering map[*Session]struct{}
 }
 
 // sealed is a pack that is full but not yet durable.
 type sealed struct {
-	id   uint32
-	file *os.File
-	size int64
+	id     uint32
+	file   *os.File
+	size   int64
+	synced int64 // how much of it is durable
 }
 
 // Open opens or creates the store in cfg.Dir, drops the torn tail of a write
@@ -114,6 +122,7 @@ func Open(cfg Config) (s *Store, err error) {
 	s = &Store{
 		cfg: cfg, log: cfg.Log, sizes: make(map[uint32]int64),
 		pending: make(map[flox.CID]loc), sessions: make(map[*Session]struct{}), lingering: make(map[*Session]struct{}),
+		rot: make(chan struct{}, 1),
 		// The first Put looks at the free space.
 		checked: checkSpace,
 	}
@@ -130,10 +139,7 @@ func Open(cfg Config) (s *Store, err error) {
 	if err := s.openCodecs(); err != nil {
 		return s, fmt.Errorf("block store %s: %w", cfg.Dir, err)
 	}
-	if s.index, err = openIndex(filepath.Join(cfg.Dir, "index"), cfg.Log); err != nil {
-		return s, diskError(err, "open "+cfg.Dir)
-	}
-	if err := s.recover(); err != nil {
+	if err := s.loadIndex(); err != nil {
 		return s, diskError(err, "open "+cfg.Dir)
 	}
 	return s, nil
@@ -203,7 +209,11 @@ func (s *Store) Close() error {
 func (s *Store) release() error {
 	var errs []error
 	if s.index != nil {
-		errs = append(errs, s.index.db.Close())
+		if err := s.index.db.Close(); s.index.rotten() {
+			s.log.Warn("damaged index closed", "dir", s.index.db.dir, "error", err)
+		} else {
+			errs = append(errs, err)
+		}
 	}
 	for _, p := range s.unsynced {
 		errs = append(errs, p.file.Close())

@@ -165,7 +165,8 @@ func (s *Store) Stored(ctx context.Context, id flox.CID) (data []byte, zstd bool
 	return stored, h.enc == encodingZstd, nil
 }
 
-// Has says which blocks are there, synced or not.
+// Has says which blocks are there, synced or not. What a damaged index has lost is
+// not, until Run made it anew.
 func (s *Store) Has(ctx context.Context, ids []flox.CID) ([]bool, error) {
 	there := make([]bool, len(ids))
 	for i, id := range ids {
@@ -175,7 +176,7 @@ func (s *Store) Has(ctx context.Context, ids []flox.CID) ([]bool, error) {
 		switch _, err := s.lookup(id); {
 		case err == nil:
 			there[i] = true
-		case !errors.Is(err, flox.ErrNotFound):
+		case !errors.Is(err, flox.ErrNotFound) && !errors.Is(err, flox.ErrCorrupt):
 			return nil, err
 		}
 	}

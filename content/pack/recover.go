@@ -3,6 +3,7 @@ package pack
 import (
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -14,15 +15,16 @@ import (
 )
 
 // recover brings the index up to the packs, and cuts off torn tails.
-func (s *Store) recover() error {
+func (s *Store) recover(l *lost) error {
 	ids, err := s.packIDs()
 	if err != nil {
 		return err
 	}
+	l.fresh = len(ids) > 0 && len(s.index.packs) == 0
 	cut := false // the last pack
 	for _, id := range ids {
 		var size int64
-		size, cut, err = s.recoverPack(id)
+		size, cut, err = s.recoverPack(id, l)
 		if err != nil {
 			return fmt.Errorf("pack %d: %w", id, err)
 		}
@@ -33,7 +35,7 @@ func (s *Store) recover() error {
 	for id, p := range known {
 		s.activeID = max(s.activeID, id)
 		if size := s.sizes[id]; size < p.indexed {
-			if err := s.dropLost(id, size); err != nil {
+			if err := s.dropLost(id, size, l); err != nil {
 				return fmt.Errorf("pack %d: %w", id, err)
 			}
 		}
@@ -49,7 +51,7 @@ func (s *Store) recover() error {
 		if s.active, err = os.OpenFile(s.packPath(last), os.O_RDWR, 0); err != nil {
 			return err
 		}
-		s.size = size
+		s.size, s.syncedSize = size, size
 		delete(s.sizes, last)
 	}
 	return nil
@@ -80,7 +82,7 @@ const recoverBatch = 10_000
 
 // recoverPack indexes the frames of a pack that the index does not know, and
 // gives the pack's size, and whether its torn end was cut off.
-func (s *Store) recoverPack(id uint32) (size int64, cut bool, err error) {
+func (s *Store) recoverPack(id uint32, l *lost) (size int64, cut bool, err error) {
 	f, err := os.OpenFile(s.packPath(id), os.O_RDWR, 0)
 	if err != nil {
 		return 0, false, err
@@ -95,60 +97,65 @@ func (s *Store) recoverPack(id uint32) (size int64, cut bool, err error) {
 	if size <= from {
 		return size, false, nil // if it is shorter than it was: dropLost
 	}
-	from = max(from, int64(len(fileMagic)))
 	// What was not synced may still be in the page cache only: the index must
 	// not be ahead of the pack.
 	if err := f.Sync(); err != nil {
 		return 0, false, err
 	}
-	c, n := s.index.change(), 0
+	end, err := s.indexFrames(s.index, id, f, size, false, l)
+	if err != nil {
+		return 0, false, err
+	}
+	if end < size {
+		cut = true
+		s.log.Warn("torn end of a pack cut off", "pack", s.packPath(id), "bytes", size-end)
+		if err := errors.Join(f.Truncate(end), f.Sync()); err != nil {
+			return 0, false, err
+		}
+	}
+	return end, cut, nil
+}
+
+// indexFrames indexes the frames of a pack of some size that x does not know, and
+// gives their end. ended says that nothing is to come behind that.
+func (s *Store) indexFrames(x *index, id uint32, f io.ReaderAt, size int64, ended bool, l *lost) (end int64, err error) {
+	from := max(x.packs[id].indexed, int64(len(fileMagic)))
+	c, n := x.change(), 0
 	end, skipped, err := scan(f, from, size, func(off int64, h header) error {
 		if n++; n%recoverBatch == 0 {
 			c.indexed(id, off)
 			if err := c.commit(); err != nil {
 				return err
 			}
-			c = s.index.change()
+			c = x.change()
 		}
 		return c.set(h.id, loc{pack: id, off: uint32(off), plain: h.plain, stored: h.stored, enc: h.enc})
-	})
+	}, func(_ int64, h header) { l.add(h.id) })
 	if err != nil {
-		return 0, false, errors.Join(err, c.batch.Close())
+		return 0, errors.Join(err, c.batch.Close())
 	}
 	if skipped > 0 {
 		s.log.Error("damaged frames passed over", "pack", s.packPath(id), "bytes", skipped)
 	}
-	if end = max(end, int64(len(fileMagic))); end < size {
-		cut = true
-		s.log.Warn("torn end of a pack cut off", "pack", s.packPath(id), "bytes", size-end)
-		if err := f.Truncate(end); err != nil {
-			return 0, false, err
-		}
-		if err := f.Sync(); err != nil {
-			return 0, false, err
-		}
-	}
-	if size < int64(len(fileMagic)) {
+	if end = min(max(end, int64(len(fileMagic))), size); ended {
 		end = size
 	}
 	c.indexed(id, end)
-	return end, cut, c.commit()
+	return end, c.commit()
 }
 
 // dropLost forgets the blocks that lay in a pack behind its present size, so that
 // Put takes them again. A pack of size 0 is gone: after a crash also one that a
 // sweep removed, whose live blocks were found elsewhere by now.
-func (s *Store) dropLost(pack uint32, size int64) error {
+func (s *Store) dropLost(pack uint32, size int64, l *lost) error {
 	c, n := s.index.change(), 0
 	err := s.index.frames(pack, func(id flox.CID, off uint32) error {
-		l, err := c.find(id)
-		if err != nil || l.pack != pack || l.off != off || int64(off)+l.frameSize() <= size {
+		at, err := c.find(id)
+		if err != nil || at.pack != pack || at.off != off || int64(off)+at.frameSize() <= size {
 			return err
 		}
 		n++
-		if s.cfg.Lost != nil {
-			s.cfg.Lost(id)
-		}
+		l.add(id)
 		return c.remove(id)
 	})
 	if err != nil {

@@ -119,7 +119,9 @@ func (b *scrub) repair(ctx context.Context, id flox.CID, damage error) error {
 // tables checks the checksums of the index's files.
 func (b *scrub) tables(ctx context.Context) error {
 	s := b.s
-	done, err := s.index.db.AsyncFlush()
+	db := s.index.acquire()
+	defer s.index.release(db)
+	done, err := db.AsyncFlush()
 	if err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
@@ -128,8 +130,7 @@ func (b *scrub) tables(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	dir := filepath.Join(s.cfg.Dir, "index")
-	levels, err := s.index.db.SSTables()
+	levels, err := db.SSTables()
 	if err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
@@ -137,16 +138,15 @@ func (b *scrub) tables(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		path := filepath.Join(dir, t.BackingSSTNum.String()+".sst")
+		path := filepath.Join(db.dir, t.BackingSSTNum.String()+".sst")
 		err := checkTable(ctx, path)
 		// Pebble removes tables whenever it likes.
 		if err == nil || errors.Is(err, iofs.ErrNotExist) {
 			continue
 		}
-		b.bad(flox.CID{}, fmt.Errorf("index %s: %w: %w; restart to make it anew", path, err, flox.ErrCorrupt))
-		if err := os.WriteFile(dir+rebuildNote, nil, 0o644); err != nil {
-			return fmt.Errorf("index: %w", err)
-		}
+		err = fmt.Errorf("index %s: %w: %w; it is made anew from the packs", path, err, flox.ErrCorrupt)
+		b.bad(flox.CID{}, err)
+		db.rot(err)
 	}
 	return nil
 }

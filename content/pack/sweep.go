@@ -148,6 +148,9 @@ func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err er
 	if p := s.index.packs[id]; p.live != 0 {
 		return 0, fmt.Errorf("pack %d still has %d bytes of blocks: %w", id, p.live, flox.ErrCorrupt)
 	}
+	if err := s.index.sound(); err != nil {
+		return 0, err
+	}
 	c := s.index.change()
 	if err := errors.Join(c.dropPack(id), c.commit()); err != nil {
 		return 0, err

@@ -68,6 +68,9 @@ func (s *Store) has(id flox.CID) (bool, error) {
 	if errors.Is(err, flox.ErrNotFound) {
 		return false, nil
 	}
+	if errors.Is(err, flox.ErrCorrupt) && len(s.pending) < 4*maxPending {
+		return false, nil // it comes twice at worst
+	}
 	return err == nil, err
 }
 
@@ -157,7 +160,7 @@ func (s *Store) room(n int64) error {
 
 // seal ends the active pack; mu is held.
 func (s *Store) seal() {
-	s.unsynced = append(s.unsynced, sealed{s.activeID, s.active, s.size})
+	s.unsynced = append(s.unsynced, sealed{s.activeID, s.active, s.size, s.syncedSize})
 	s.sizes[s.activeID] = s.size
 	s.active = nil
 }
@@ -176,7 +179,7 @@ func (s *Store) newPack() error {
 	if err != nil {
 		return errors.Join(err, f.Close(), os.Remove(path))
 	}
-	s.active, s.size = f, int64(len(fileMagic))
+	s.active, s.size, s.syncedSize = f, int64(len(fileMagic)), 0
 	s.activeID++
 	return nil
 }
@@ -232,8 +235,13 @@ func (s *Store) flush() error {
 	s.mu.Unlock()
 
 	err := s.flushFiles(full, active)
+	indexed := err == nil
 	if err == nil {
 		err = s.flushIndex(moved, full, activeID, size, active != nil)
+		if indexed = err == nil; !indexed && s.index.rotten() {
+			// What is in the packs is durable: the index made anew will know it.
+			err = nil
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -244,12 +252,25 @@ func (s *Store) flush() error {
 		return s.broken
 	}
 	for id, l := range moved {
-		if s.pending[id] == l {
+		if indexed && s.pending[id] == l {
 			delete(s.pending, id)
 		}
 	}
 	s.synced = done
+	s.noteSynced(activeID, size)
 	return nil
+}
+
+// noteSynced says how much of what was the active pack is durable; mu is held.
+func (s *Store) noteSynced(id uint32, size int64) {
+	if s.active != nil && s.activeID == id {
+		s.syncedSize = size
+	}
+	for i := range s.unsynced {
+		if s.unsynced[i].id == id {
+			s.unsynced[i].synced = size
+		}
+	}
 }
 
 func (s *Store) flushFiles(full []sealed, active *os.File) error {
@@ -264,6 +285,9 @@ func (s *Store) flushFiles(full []sealed, active *os.File) error {
 }
 
 func (s *Store) flushIndex(moved map[flox.CID]loc, full []sealed, activeID uint32, size int64, hasActive bool) error {
+	if err := s.index.sound(); err != nil {
+		return err
+	}
 	c := s.index.change()
 	for id, l := range moved {
 		if err := c.set(id, l); err != nil {
@@ -307,6 +331,9 @@ func (s *Store) forget(ctx context.Context, ids []flox.CID, keep func(flox.CID) 
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
 		return 0, err
+	}
+	if err := s.index.sound(); err != nil {
+		return 0, fmt.Errorf("block store %s: %w", s.cfg.Dir, err)
 	}
 	c := s.index.change()
 	for _, id := range ids {
