@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/floxctl/flox"
@@ -383,4 +384,51 @@ func FuzzUnpack(f *testing.F) {
 			t.Errorf("%v %v beside the directory", names, err)
 		}
 	})
+}
+
+// A server that restarts right behind a snapshot it took in goes on with the
+// entries behind it: raft asks the log for an entry that only the snapshot knows.
+func TestLogAroundSnapshot(t *testing.T) {
+	n, stop := single(t, t.TempDir())
+	for range 10 {
+		add(t, n, "x", ProposeOptions{})
+	}
+	if err := n.Snapshot(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	n, err := Open(n.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	last, err := n.log.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest := *n.snapshots.newest.Load()
+	if newest.Index != last {
+		t.Fatalf("snapshot at %d, log ends at %d", newest.Index, last)
+	}
+	entry := func(index uint64) []*raft.Log { return []*raft.Log{{Index: index, Term: 9}} }
+	if err := n.log.StoreLogs(entry(last + 5)); err == nil {
+		t.Error("stored behind a gap that no snapshot fills")
+	}
+	newest.Index, newest.Term = last+4, 8
+	n.snapshots.newest.Store(&newest) // as if another server's had been taken in
+	if err := n.log.StoreLogs(entry(last + 5)); err != nil {
+		t.Fatal(err)
+	}
+	if first, err := n.log.FirstIndex(); err != nil || first != last+5 {
+		t.Errorf("log begins at %d %v, want %d", first, err, last+5)
+	}
+	var l raft.Log
+	if err := n.log.GetLog(last+4, &l); err != nil || l.Term != 8 {
+		t.Errorf("last entry of the snapshot: term %d %v, want 8", l.Term, err)
+	}
+	if err := n.log.GetLog(last+3, &l); !errors.Is(err, raft.ErrLogNotFound) {
+		t.Errorf("entry inside the snapshot: %v, want not found", err)
+	}
 }

@@ -53,7 +53,15 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 func (m *machine) Snapshot() (raft.FSMSnapshot, error) { return m.snapshot() }
 
 // Restore is raft.FSM: it replaces the state by a snapshot's.
-func (m *machine) Restore(rc io.ReadCloser) error { return m.restore(rc) }
+//
+// A server that could not do so stops: the next start tries again.
+func (m *machine) Restore(rc io.ReadCloser) error {
+	err := m.restore(rc)
+	if err != nil {
+		m.stop(err)
+	}
+	return err
+}
 
 // answer is what Apply gives to the proposer's future.
 type answer struct {

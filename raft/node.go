@@ -21,7 +21,7 @@ import (
 type Node struct {
 	cfg       Config
 	machine   *machine
-	log       *wal.WAL
+	log       *logStore
 	snapshots *snapshots
 
 	raft     atomic.Pointer[raft.Raft] // set while Run runs
@@ -80,9 +80,11 @@ func (n *Node) open() error {
 	n.closers = append(n.closers, state.close)
 	n.machine = &machine{state: state, snapshots: n.snapshots, processors: map[uint32]Processor{}, closed: make(chan struct{})}
 
-	if n.log, err = openLog(filepath.Join(n.cfg.Dir, "log"), n.cfg); err != nil {
+	w, err := openLog(filepath.Join(n.cfg.Dir, "log"), n.cfg)
+	if err != nil {
 		return err
 	}
+	n.log = &logStore{w, n.snapshots}
 	n.closers = append(n.closers, n.log.Close)
 	return n.reconcile()
 }

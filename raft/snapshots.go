@@ -32,6 +32,8 @@ type snapshots struct {
 	dir string
 	log *slog.Logger
 	seq atomic.Uint64
+
+	newest atomic.Pointer[raft.SnapshotMeta] // nil = there is none
 }
 
 var _ raft.SnapshotStore = (*snapshots)(nil)
@@ -55,7 +57,17 @@ func openSnapshots(dir string, log *slog.Logger) (*snapshots, error) {
 	if err != nil {
 		return nil, fmt.Errorf("remove unfinished snapshots: %w", err)
 	}
-	return &snapshots{dir: dir, log: log}, nil
+	s := &snapshots{dir: dir, log: log}
+	return s, s.findNewest()
+}
+
+// findNewest remembers which snapshot is the newest.
+func (s *snapshots) findNewest() error {
+	found, err := s.all()
+	if err == nil && len(found) > 0 {
+		s.newest.Store(&found[0].Raft)
+	}
+	return err
 }
 
 func (s *snapshots) tmp() string {
@@ -190,7 +202,7 @@ func (k *sink) Close() error {
 	if err != nil {
 		return errors.Join(fmt.Errorf("close snapshot %s: %w", k.ID(), err), os.RemoveAll(k.dir))
 	}
-	return k.store.reap()
+	return errors.Join(k.store.findNewest(), k.store.reap())
 }
 
 // finish writes meta.json and renames the directory.
