@@ -29,6 +29,7 @@ type Node struct {
 	lastTime atomic.Int64              // Unix milliseconds of the newest proposal
 	readTerm atomic.Uint64             // term in which all entries of former leaders are applied
 
+	fresh       freshness
 	leadership  leadership
 	peers       atomic.Pointer[peers] // set while Run runs with a Layer
 	bytes       *semaphore.Weighted   // bounds the commands of callers here
@@ -251,11 +252,7 @@ func (n *Node) closeAll() (err error) {
 // Ready waits until this server answers linearizable reads: somebody leads, and
 // what was answered before is applied here.
 func (n *Node) Ready(ctx context.Context) error {
-	index, err := n.ReadIndex(ctx)
-	if err == nil {
-		_, err = n.Wait(ctx, index)
-	}
-	if err != nil {
+	if err := n.current(ctx); err != nil {
 		return fmt.Errorf("not ready: %w", err)
 	}
 	return nil

@@ -24,11 +24,7 @@ const (
 // View gives the state of a kind. It must be closed soon: it keeps old files alive.
 func (n *Node) View(ctx context.Context, kind uint32, c Consistency) (*Reader, error) {
 	if c == Linearizable {
-		index, err := n.ReadIndex(ctx)
-		if err != nil {
-			return nil, err
-		}
-		if _, err := n.Wait(ctx, index); err != nil {
+		if err := n.current(ctx); err != nil {
 			return nil, err
 		}
 	}
