@@ -338,9 +338,7 @@ func (a *Agent) Close() error {
 		a.end()
 		a.resolver.work.Wait()
 		a.readers.work.Wait()
-		if a.starts.book != nil {
-			a.starts.book.work.Wait()
-		}
+		a.starts.wait()
 		a.fetcher.work.Wait()
 	}
 	if a.calls != nil {

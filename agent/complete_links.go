@@ -163,38 +163,16 @@ func (l *linker) name(ctx context.Context, dir, name string) {
 		if t == nil {
 			return
 		}
-		next, from, ok := l.step(ctx, t, strings.Trim(rest, "/"))
-		if !ok {
-			return
-		}
-		dir, name = from, next
-	}
-}
-
-// step goes down a path inside a tree, up to the first symlink, whose target it
-// gives with the rest of the path and the directory it is relative to. False: it
-// came to the end.
-func (l *linker) step(ctx context.Context, t *tree, rest string) (next, from string, ok bool) {
-	at := ""
-	var parts []string
-	if rest != "" {
-		parts = strings.Split(rest, "/")
-	}
-	for n := 0; ; n++ {
-		i, e, err := t.Find(ctx, at)
+		d, err := t.descend(ctx, strings.Trim(rest, "/"))
 		if err != nil {
 			l.lacks = l.lacks || !errors.Is(err, flox.ErrNotFound)
-			return "", "", false
+			return
 		}
-		if e.Kind == flox.Symlink {
-			from = path.Join(l.c.a.cfg.StoreDir.Join(t.path), path.Dir(at))
-			return path.Join(append([]string{e.Target}, parts[n:]...)...), from, true
+		if d.target == "" {
+			l.reach(ctx, t, d.entry, d.e)
+			return
 		}
-		if n == len(parts) {
-			l.reach(ctx, t, i, e)
-			return "", "", false
-		}
-		at = strings.TrimPrefix(at+"/"+parts[n], "/")
+		dir, name = d.from, d.target
 	}
 }
 

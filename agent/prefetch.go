@@ -19,6 +19,7 @@ const (
 	aheadSequential ahead = iota // behind what a reader of a large file reads
 	aheadDirectory               // small files beside one that was read
 	aheadTrace                   // what a program reads when it starts
+	aheadLink                    // what the dynamic loader reads of programs and libraries
 	aheadComplete                // the rest of what was used
 	aheadKinds
 )
@@ -169,6 +170,6 @@ func (p *prefetcher) message() *floxv1.Prefetch {
 	return &floxv1.Prefetch{
 		On: !p.off, RateBytes: uint64(max(p.rate, 0)),
 		SequentialBytes: p.bytes[aheadSequential].Load(), DirectoryBytes: p.bytes[aheadDirectory].Load(),
-		TraceBytes: p.bytes[aheadTrace].Load(), CompleteBytes: p.bytes[aheadComplete].Load(),
+		TraceBytes: p.bytes[aheadTrace].Load(), LoaderBytes: p.bytes[aheadLink].Load(), CompleteBytes: p.bytes[aheadComplete].Load(),
 	}
 }

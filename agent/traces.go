@@ -16,17 +16,31 @@ type starts struct {
 	recorder *startRecorder // nil = nothing is recorded
 	reporter *reporter
 	book     *traceBook // nil = nothing is replayed
+	loads    *loads     // nil = nothing is fetched ahead
 
 	recorded, replayed atomic.Uint64
 }
 
 func (a *Agent) newStarts() *starts {
 	s := &starts{}
+	if !a.cfg.NoPrefetch {
+		s.loads = newLoads(a)
+	}
 	if !a.cfg.NoTraces && !a.cfg.NoPrefetch {
 		s.book = newTraceBook(a)
 	}
 	s.reporter = &reporter{send: a.sendStarts, served: s.book.get, wake: make(chan struct{}, 1), told: make(map[flox.StorePath]*toldStart)}
 	return s
+}
+
+// wait waits for what is under way in the background, once the agent's life ended.
+func (s *starts) wait() {
+	if s.loads != nil {
+		s.loads.work.Wait()
+	}
+	if s.book != nil {
+		s.book.work.Wait()
+	}
 }
 
 // newRecorder makes the recorder of a mount.
@@ -40,6 +54,7 @@ func (a *Agent) newRecorder(ask processes, resolve func(node uint64) (flox.CID, 
 
 // startRecorded tells of a start that is over.
 func (a *Agent) startRecorded(ctx context.Context, rec *recording) {
+	a.linked(ctx, rec)
 	trace := a.trace(ctx, rec)
 	if len(trace.GetTrees()) == 0 {
 		return
@@ -61,6 +76,7 @@ func (s *starts) read(t *tree, index uint32, e flox.Entry, off int64, p []byte, 
 	exec := off == 0 && isProgram(e)
 	if exec {
 		s.book.starting(t.path)
+		s.loads.starting(t, index)
 	}
 	s.recorder.note(touch{tid: who.PID, tree: t, entry: index, off: off, n: len(p), exec: exec})
 }

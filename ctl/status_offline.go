@@ -49,6 +49,7 @@ type prefetchFacts struct {
 	SequentialBytes uint64 `json:"sequentialBytes"`
 	DirectoryBytes  uint64 `json:"directoryBytes"`
 	TraceBytes      uint64 `json:"traceBytes"`
+	LoaderBytes     uint64 `json:"loaderBytes"`
 	CompleteBytes   uint64 `json:"completeBytes"`
 	StartsRecorded  uint64 `json:"startsRecorded"`
 	StartsReplayed  uint64 `json:"startsReplayed"`
@@ -57,7 +58,7 @@ type prefetchFacts struct {
 func prefetchOf(m *floxv1.Prefetch) prefetchFacts {
 	return prefetchFacts{
 		On: m.GetOn(), Traces: m.GetTraces(), RateBytes: m.GetRateBytes(), SequentialBytes: m.GetSequentialBytes(),
-		DirectoryBytes: m.GetDirectoryBytes(), TraceBytes: m.GetTraceBytes(), CompleteBytes: m.GetCompleteBytes(),
+		DirectoryBytes: m.GetDirectoryBytes(), TraceBytes: m.GetTraceBytes(), LoaderBytes: m.GetLoaderBytes(), CompleteBytes: m.GetCompleteBytes(),
 		StartsRecorded: m.GetStartsRecorded(), StartsReplayed: m.GetStartsReplayed(),
 	}
 }
@@ -116,6 +117,7 @@ func aheadLine(p prefetchFacts) string {
 		{p.SequentialBytes, "of large files"},
 		{p.DirectoryBytes, "of directories"},
 		{p.TraceBytes, "for starts"},
+		{p.LoaderBytes, "for loaders"},
 		{p.CompleteBytes, "to complete what was used"},
 	} {
 		if part.n > 0 {

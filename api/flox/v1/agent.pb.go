@@ -428,6 +428,7 @@ type Prefetch struct {
 	CompleteBytes   uint64                 `protobuf:"varint,7,opt,name=complete_bytes,json=completeBytes,proto3" json:"complete_bytes,omitempty"`       // completed in the background
 	StartsRecorded  uint64                 `protobuf:"varint,8,opt,name=starts_recorded,json=startsRecorded,proto3" json:"starts_recorded,omitempty"`
 	StartsReplayed  uint64                 `protobuf:"varint,9,opt,name=starts_replayed,json=startsReplayed,proto3" json:"starts_replayed,omitempty"`
+	LoaderBytes     uint64                 `protobuf:"varint,10,opt,name=loader_bytes,json=loaderBytes,proto3" json:"loader_bytes,omitempty"` // what dynamic loaders read of programs and libraries
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -521,6 +522,13 @@ func (x *Prefetch) GetStartsRecorded() uint64 {
 func (x *Prefetch) GetStartsReplayed() uint64 {
 	if x != nil {
 		return x.StartsReplayed
+	}
+	return 0
+}
+
+func (x *Prefetch) GetLoaderBytes() uint64 {
+	if x != nil {
+		return x.LoaderBytes
 	}
 	return 0
 }
@@ -2651,7 +2659,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\x12#\n" +
 	"\rmissing_bytes\x18\x03 \x01(\x04R\fmissingBytes\x12\x16\n" +
-	"\x06reason\x18\x04 \x01(\tR\x06reason\"\xbf\x02\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\"\xe2\x02\n" +
 	"\bPrefetch\x12\x0e\n" +
 	"\x02on\x18\x01 \x01(\bR\x02on\x12\x16\n" +
 	"\x06traces\x18\x02 \x01(\bR\x06traces\x12\x1d\n" +
@@ -2663,7 +2671,9 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"traceBytes\x12%\n" +
 	"\x0ecomplete_bytes\x18\a \x01(\x04R\rcompleteBytes\x12'\n" +
 	"\x0fstarts_recorded\x18\b \x01(\x04R\x0estartsRecorded\x12'\n" +
-	"\x0fstarts_replayed\x18\t \x01(\x04R\x0estartsReplayed\"\xc8\x01\n" +
+	"\x0fstarts_replayed\x18\t \x01(\x04R\x0estartsReplayed\x12!\n" +
+	"\floader_bytes\x18\n" +
+	" \x01(\x04R\vloaderBytes\"\xc8\x01\n" +
 	"\x0eStorehouseLink\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
