@@ -130,6 +130,9 @@ func (s *Store) eachFrame(ctx context.Context, after Cursor, begin func(pack uin
 	from := uint32(after.Pack)
 	// One pack after the other is looked up: a sweep adds some and takes others.
 	for pack, ok := s.index.packFrom(from); ok; pack, ok = s.index.packFrom(pack + 1) {
+		if s.remote != nil && pack >= s.firstUnsynced() {
+			return nil // what it gets would be before a Cursor
+		}
 		if begin != nil {
 			if err := begin(pack); err != nil {
 				return err
@@ -159,6 +162,17 @@ func (s *Store) eachFrame(ctx context.Context, after Cursor, begin func(pack uin
 		}
 	}
 	return nil
+}
+
+// firstUnsynced gives the first pack with frames that are not in the index yet.
+func (s *Store) firstUnsynced() uint32 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	first := uint32(math.MaxUint32)
+	for _, l := range s.pending {
+		first = min(first, l.pack)
+	}
+	return first
 }
 
 // stillAt says whether the index still has a block there.

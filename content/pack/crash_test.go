@@ -24,6 +24,10 @@ const childEnv = "PACK_CRASH_DIR"
 
 func crashChild() {
 	ctx := context.Background()
+	if url := os.Getenv(childBucketEnv); url != "" {
+		fmt.Println("error", crashBucketChild(url))
+		os.Exit(1)
+	}
 	s, err := Open(Config{Dir: os.Getenv(childEnv), PackSize: 256 << 10, Reserve: 1})
 	if err != nil {
 		fmt.Println("error", err)

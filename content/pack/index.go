@@ -2,6 +2,7 @@ package pack
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -17,11 +18,13 @@ import (
 //	b CID            pack, offset, plain size, stored size, encoding
 //	o pack offset    CID: the same the other way round, for scrub and sweep
 //	p pack           indexed up to offset, bytes of frames in the index
+//	n pack           what the bucket has of it (JSON)
 //	s                counts: blocks, plain bytes, stored bytes
 const (
 	keyBlock  = 'b'
 	keyFrame  = 'o'
 	keyPack   = 'p'
+	keyRemote = 'n'
 	keyCounts = 's'
 )
 
@@ -91,6 +94,17 @@ func (x *index) load() error {
 	} else if len(b) == 24 {
 		u := func(i int) uint64 { return binary.BigEndian.Uint64(b[i:]) }
 		x.counts = counts{u(0), u(8), u(16)}
+	}
+	err := x.each(keyRemote, nil, func(k, v []byte) error {
+		var p remotePack
+		if err := json.Unmarshal(v, &p); err != nil || len(k) != 5 {
+			return fmt.Errorf("a bucket's entry of %d and %d bytes: %w", len(k), len(v), flox.ErrCorrupt)
+		}
+		x.remote[binary.BigEndian.Uint32(k[1:])] = p
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	return x.each(keyPack, nil, func(k, v []byte) error {
 		if len(k) != 5 || len(v) != 16 {

@@ -27,6 +27,7 @@ type index struct {
 	db     *indexDB
 	counts counts
 	packs  map[uint32]packState
+	remote map[uint32]remotePack // the packs that the bucket has
 }
 
 // indexDB is a Pebble that is closed when it had to go and nobody reads it.
@@ -75,7 +76,7 @@ func (x *index) replace(next *index) (old *indexDB) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	old = x.db
-	x.db, x.counts, x.packs = next.db, next.counts, next.packs
+	x.db, x.counts, x.packs, x.remote = next.db, next.counts, next.packs, next.remote
 	return old
 }
 
@@ -182,7 +183,7 @@ func removeOldIndexes(dir, inUse string) error {
 
 // openIndex opens the index in dir.
 func openIndex(dir string, log *slog.Logger, found func(error)) (*index, error) {
-	x := &index{packs: make(map[uint32]packState), db: &indexDB{dir: dir, log: log, found: found}}
+	x := &index{packs: make(map[uint32]packState), remote: make(map[uint32]remotePack), db: &indexDB{dir: dir, log: log, found: found}}
 	opts := &pebble.Options{
 		// Named, so that Pebble does not watch it with a goroutine that a failed Open
 		// leaves behind.

@@ -110,7 +110,7 @@ func (s *Store) loadIndex() error {
 	fresh, err := newIndexDir(s.cfg.Dir, name)
 	if err == nil {
 		clear(s.sizes)
-		s.activeID = 0
+		s.lastID = 0
 		s.index, err = openIndex(fresh, s.log, s.foundRot)
 	}
 	if err == nil {
@@ -156,13 +156,22 @@ func (s *Store) foundRot(err error) {
 // mendAgain is how long Run waits after it could not make the index anew.
 const mendAgain = 30 * time.Second
 
-// Run makes a damaged index anew as soon as damage is found, until ctx ends, while
+// Run looks now and then what other servers put into the bucket and uploads what it
+// does not have yet. It makes a damaged index anew as soon as damage is found, until ctx ends, while
 // the store is used: what the index has lost cannot be read meanwhile, and nothing
 // is forgotten. Without Run the next Open does it.
 func (s *Store) Run(ctx context.Context) error {
+	var refresh <-chan time.Time
+	if s.remote != nil {
+		tick := time.NewTicker(s.remote.Refresh)
+		defer tick.Stop()
+		refresh = tick.C
+	}
 	for {
 		select {
 		case <-s.rot:
+		case <-refresh:
+			s.tend(ctx)
 		case <-ctx.Done():
 			return nil
 		}
@@ -197,7 +206,10 @@ func (s *Store) mend(ctx context.Context) (err error) {
 	var l lost
 	// Most of it while others write. Packs only grow, and none is removed meanwhile.
 	var old *indexDB
-	if err = s.indexPacks(ctx, next, s.durable(), &l); err == nil {
+	if err = s.indexPacks(ctx, next, s.durable(), &l); err == nil && s.remote != nil {
+		err = s.indexRemotes(ctx, next)
+	}
+	if err == nil {
 		old, err = s.goOver(ctx, next, &l)
 	}
 	if err != nil {
@@ -225,6 +237,14 @@ func (s *Store) goOver(ctx context.Context, next *index, l *lost) (old *indexDB,
 	if err := s.indexPacks(ctx, next, s.durable(), l); err != nil {
 		return nil, err
 	}
+	for id, p := range s.index.remotes() {
+		if _, ok := next.remotePack(id); ok {
+			continue // all but what was uploaded meanwhile
+		}
+		if err := next.setRemote(id, &p); err != nil {
+			return nil, err
+		}
+	}
 	if err := errors.Join(next.db.Flush(), useIndex(s.cfg.Dir, next.db.dir)); err != nil {
 		return nil, fmt.Errorf("index: %w", err)
 	}
@@ -237,6 +257,16 @@ func (s *Store) goOver(ctx context.Context, next *index, l *lost) (old *indexDB,
 		}
 	}
 	return old, nil
+}
+
+// indexRemotes brings into next what is known of the bucket.
+func (s *Store) indexRemotes(ctx context.Context, next *index) error {
+	for id, p := range s.index.remotes() {
+		if err := s.indexRemote(ctx, next, id, p); err != nil && !errors.Is(err, flox.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
 }
 
 // durable gives how much of each pack is durable.

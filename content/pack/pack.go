@@ -41,6 +41,9 @@ type Config struct {
 	// was made anew), also of some that never were durable. The zero CID says that
 	// there may be others that nothing names: ask Has for what should be here.
 	Lost func(id flox.CID)
+	// Bucket, if set, is where packs live; Dir then holds what is not there yet and a
+	// cache. Sync returns when the bucket has everything.
+	Bucket *BucketConfig
 	// Log defaults to nothing.
 	Log *slog.Logger
 }
@@ -59,6 +62,13 @@ func (c *Config) check() error {
 	if c.PackSize < 1<<10 || c.PackSize > 2<<30 || c.Reserve < 0 {
 		return fmt.Errorf("block store %s: PackSize %d and Reserve %d, want 1 KiB to 2 GiB and at least 0: %w", c.Dir, c.PackSize, c.Reserve, flox.ErrBadInput)
 	}
+	if c.Bucket != nil {
+		own := *c.Bucket
+		if err := own.check(); err != nil {
+			return err
+		}
+		c.Bucket = &own
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -73,8 +83,10 @@ type Store struct {
 	lock  *os.File
 	index *index
 	files *files
-	enc   *zstd.Encoder // nil = store plain
-	dec   *zstd.Decoder
+	// remote is nil without a bucket.
+	remote *remote
+	enc    *zstd.Encoder // nil = store plain
+	dec    *zstd.Decoder
 
 	// rot is told when damage of the index is found.
 	rot chan struct{}
@@ -87,7 +99,8 @@ type Store struct {
 	broken   error // a failed fsync: what is on disk is unknown until the next Open
 	active   *os.File
 	activeID uint32
-	size     int64 // of the active pack
+	lastID   uint32 // the highest number given to a pack
+	size     int64  // of the active pack
 	// syncedSize is how much of the active pack is durable.
 	syncedSize int64
 	sizes      map[uint32]int64 // of the others
@@ -139,8 +152,16 @@ func Open(cfg Config) (s *Store, err error) {
 	if err := s.openCodecs(); err != nil {
 		return s, fmt.Errorf("block store %s: %w", cfg.Dir, err)
 	}
+	if cfg.Bucket != nil {
+		if err := s.openBucket(cfg.Bucket); err != nil {
+			return s, err
+		}
+	}
 	if err := s.loadIndex(); err != nil {
 		return s, diskError(err, "open "+cfg.Dir)
+	}
+	if s.remote != nil {
+		return s, s.openRemote()
 	}
 	return s, nil
 }
@@ -252,7 +273,12 @@ type Stats struct {
 	PlainBytes  uint64 // of those blocks
 	StoredBytes uint64 // of those blocks, frames included
 	Packs       int
-	DiskBytes   uint64 // of all packs, deleted blocks included
+	DiskBytes   uint64 // of all packs on the local disk, deleted blocks included
+	// With a bucket: the packs that only the local disk has, and what the bucket has,
+	// of all servers.
+	Unplaced    int
+	BucketPacks int
+	BucketBytes uint64
 }
 
 // Stat counts what is in the store.
@@ -260,6 +286,10 @@ func (s *Store) Stat() Stats {
 	s.index.mu.Lock()
 	c := s.index.counts
 	s.index.mu.Unlock()
+	unplaced := 0
+	if s.remote != nil {
+		unplaced = len(s.unplaced())
+	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	st := Stats{Blocks: c.blocks, PlainBytes: c.plain, StoredBytes: c.stored, Packs: len(s.sizes)}
@@ -269,6 +299,12 @@ func (s *Store) Stat() Stats {
 	if s.active != nil {
 		st.Packs++
 		st.DiskBytes += uint64(s.size)
+	}
+	if st.Unplaced = unplaced; s.remote != nil {
+		for _, p := range s.index.remotes() {
+			st.BucketPacks++
+			st.BucketBytes += uint64(p.Size)
+		}
 	}
 	return st
 }

@@ -117,6 +117,13 @@ func (s *Store) frame(ctx context.Context, buf *[]byte, id flox.CID) (h header, 
 			return h, nil, l, err
 		}
 		h, stored, err = s.readFrame(ctx, buf, id, l)
+		if s.remote != nil && again && errors.Is(err, flox.ErrNotFound) {
+			// Another server removed the pack: the block is elsewhere by now.
+			if refreshErr := s.Refresh(ctx); refreshErr != nil {
+				return h, nil, l, errors.Join(err, refreshErr)
+			}
+			continue
+		}
 		// A sweep may have moved the block and removed the pack in between.
 		if err == nil || !again || !errors.Is(err, iofs.ErrNotExist) {
 			break
@@ -129,7 +136,34 @@ func (s *Store) frame(ctx context.Context, buf *[]byte, id flox.CID) (h header, 
 }
 
 // readFrame reads the frame at l and checks that its header is the one meant.
-func (s *Store) readFrame(_ context.Context, buf *[]byte, id flox.CID, l loc) (h header, stored []byte, err error) {
+func (s *Store) readFrame(ctx context.Context, buf *[]byte, id flox.CID, l loc) (h header, stored []byte, err error) {
+	if s.remote == nil {
+		return s.readLocal(buf, id, l)
+	}
+	p, placed := s.index.remotePack(l.pack)
+	if !placed || s.hasLocal(l.pack) {
+		s.remote.cache.use(packCacheKey(l.pack))
+		if h, stored, err = s.readLocal(buf, id, l); err == nil {
+			err = h.check(stored)
+		}
+		if err == nil {
+			return h, stored, nil
+		}
+		// The local copy may have been written to the bucket just now, or be gone.
+		if p, placed = s.index.remotePack(l.pack); !placed {
+			return h, nil, err
+		}
+		if !errors.Is(err, iofs.ErrNotExist) {
+			s.log.Error("local copy of a pack is damaged, using the bucket's", "pack", s.packPath(l.pack), "error", err)
+			s.remote.cache.forgetPack(l.pack)
+			s.dropLocal(l.pack)
+		}
+	}
+	return s.readRemote(ctx, buf, id, l, p)
+}
+
+// readLocal is readFrame for a pack that is here.
+func (s *Store) readLocal(buf *[]byte, id flox.CID, l loc) (h header, stored []byte, err error) {
 	p, err := s.files.acquire(l.pack)
 	if err != nil {
 		return h, nil, fmt.Errorf("%w: %w", err, flox.ErrCorrupt)

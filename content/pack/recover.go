@@ -33,12 +33,18 @@ func (s *Store) recover(l *lost) error {
 	// A pack's number is not given again, or a Cursor into it would hide what comes.
 	known := maps.Clone(s.index.packs)
 	for id, p := range known {
-		s.activeID = max(s.activeID, id)
+		s.lastID = max(s.lastID, id)
+		if _, ok := s.index.remote[id]; ok {
+			continue // it need not be here
+		}
 		if size := s.sizes[id]; size < p.indexed {
 			if err := s.dropLost(id, size, l); err != nil {
 				return fmt.Errorf("pack %d: %w", id, err)
 			}
 		}
+	}
+	for id := range s.index.remote {
+		s.lastID = max(s.lastID, id)
 	}
 	if len(ids) == 0 {
 		return nil
@@ -46,12 +52,12 @@ func (s *Store) recover(l *lost) error {
 	// Go on in the last pack, unless it is full or damaged, or was cut: a Cursor may
 	// be behind its end.
 	last := ids[len(ids)-1]
-	s.activeID = max(s.activeID, last)
-	if size := s.sizes[last]; last == s.activeID && size < s.cfg.PackSize && size >= int64(len(fileMagic)) && size == s.index.packs[last].indexed && !cut {
+	s.lastID = max(s.lastID, last)
+	if size := s.sizes[last]; last == s.lastID && s.remote == nil && size < s.cfg.PackSize && size >= int64(len(fileMagic)) && size == s.index.packs[last].indexed && !cut {
 		if s.active, err = os.OpenFile(s.packPath(last), os.O_RDWR, 0); err != nil {
 			return err
 		}
-		s.size, s.syncedSize = size, size
+		s.activeID, s.size, s.syncedSize = last, size, size
 		delete(s.sizes, last)
 	}
 	return nil

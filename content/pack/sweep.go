@@ -33,6 +33,11 @@ func (s *Store) Sweep(ctx context.Context, live func(flox.CID) bool) (Swept, err
 func (s *Store) SweepMarked(ctx context.Context, mark func(context.Context) (live func(flox.CID) bool, err error)) (Swept, error) {
 	defer s.linger()()
 	var done Swept
+	if s.remote != nil {
+		if err := s.Refresh(ctx); err != nil {
+			return done, err
+		}
+	}
 	live, err := mark(ctx)
 	if err != nil {
 		return done, fmt.Errorf("sweep %s: %w", s.cfg.Dir, err)
@@ -45,14 +50,14 @@ func (s *Store) SweepMarked(ctx context.Context, mark func(context.Context) (liv
 		return err
 	}
 	// What comes in from here on is not seen: the iterator is a snapshot.
-	err = s.index.each(keyBlock, nil, func(k, _ []byte) error {
+	err = s.index.each(keyBlock, nil, func(k, v []byte) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		if len(k) != 1+flox.CIDSize {
 			return fmt.Errorf("an index key of %d bytes: %w", len(k), flox.ErrCorrupt)
 		}
-		if id := flox.CID(k[1:]); !live(id) {
+		if id := flox.CID(k[1:]); s.sweeps(v) && !live(id) {
 			dead = append(dead, id)
 		}
 		if len(dead) < sweepBatch {
@@ -66,16 +71,42 @@ func (s *Store) SweepMarked(ctx context.Context, mark func(context.Context) (liv
 	if err == nil {
 		done.Bytes, err = s.compact(ctx)
 	}
+	if err == nil && s.remote != nil {
+		var freed int64
+		freed, err = s.removeCondemned(ctx, live)
+		done.Bytes += freed
+	}
 	if err != nil {
 		return done, fmt.Errorf("sweep %s: %w", s.cfg.Dir, err)
 	}
 	return done, nil
 }
 
-// compact rewrites full packs of which less than half is used.
+// compact rewrites packs of which less than half is used. With a bucket it also
+// joins small ones, and they are only condemned.
 func (s *Store) compact(ctx context.Context) (freed int64, err error) {
+	var moved []uint32
+	bytes := int64(0)
+	finish := func() error {
+		// The moved blocks must be durable before the packs go. That the index still
+		// names a pack after a crash does no harm: Open finds the blocks where they
+		// are, and forgets the rest.
+		if err := s.Sync(ctx); err != nil {
+			return err
+		}
+		for _, id := range moved {
+			n, err := s.removePack(ctx, id)
+			if err != nil {
+				return err
+			}
+			freed += n
+		}
+		freed -= bytes
+		moved, bytes = moved[:0], 0
+		return nil
+	}
 	for _, id := range s.sparse() {
-		n, err := s.compactPack(ctx, id)
+		n, err := s.movePack(ctx, id)
 		if errors.Is(err, flox.ErrCorrupt) {
 			// Moving what is left of it would not repair it: scrub says what is lost.
 			s.log.Error("damaged pack not rewritten", "pack", s.packPath(id), "err", err)
@@ -84,9 +115,18 @@ func (s *Store) compact(ctx context.Context) (freed int64, err error) {
 		if err != nil {
 			return freed, err
 		}
-		freed += n
+		moved, bytes = append(moved, id), bytes+n
+		// A full disk needs its room back at once, a bucket large packs.
+		if s.remote == nil || bytes >= s.cfg.PackSize {
+			if err := finish(); err != nil {
+				return freed, err
+			}
+		}
 	}
-	return freed, nil
+	if len(moved) == 0 {
+		return freed, nil
+	}
+	return freed, finish()
 }
 
 // sparse lists the full, durable packs of which less than half is used, the
@@ -96,23 +136,31 @@ func (s *Store) sparse() []uint32 {
 	defer s.mu.RUnlock()
 	s.index.mu.Lock()
 	defer s.index.mu.Unlock()
+	if s.remote != nil {
+		return s.sparseRemote()
+	}
 	var ids []uint32
 	for id, size := range s.sizes {
 		// A pack whose frames are not all in the index holds blocks that live does
 		// not count. The last pack stays: its number must not be given again, or a
 		// Cursor into it would hide what comes.
-		if p := s.index.packs[id]; p.indexed >= size && 2*p.live < size && id != s.activeID {
+		if p := s.index.packs[id]; p.indexed >= size && 2*p.live < size && id != s.lastID {
 			ids = append(ids, id)
 		}
 	}
-	slices.SortFunc(ids, func(a, b uint32) int { return cmp.Compare(s.index.packs[a].live, s.index.packs[b].live) })
+	s.emptiestFirst(ids)
 	return ids
 }
 
-// compactPack moves a pack's blocks to the active one and removes it.
-func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err error) {
+// emptiestFirst sorts packs; index.mu is held.
+func (s *Store) emptiestFirst(ids []uint32) {
+	slices.SortFunc(ids, func(a, b uint32) int { return cmp.Compare(s.index.packs[a].live, s.index.packs[b].live) })
+}
+
+// movePack moves a pack's blocks to the active one and says how many bytes that
+// were.
+func (s *Store) movePack(ctx context.Context, id uint32) (moved int64, err error) {
 	var buf []byte
-	moved := int64(0)
 	err = s.index.frames(id, func(block flox.CID, off uint32) error {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -134,15 +182,11 @@ func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err er
 		moved += l.frameSize()
 		return s.move(h, buf[:l.frameSize()], l)
 	})
-	if err != nil {
-		return 0, err
-	}
-	// The moved blocks must be durable before the pack goes. That the index still
-	// names the pack after a crash does no harm: Open finds the blocks where they
-	// are, and forgets the rest.
-	if err := s.Sync(ctx); err != nil {
-		return 0, err
-	}
+	return moved, err
+}
+
+// removePack removes a pack whose blocks are elsewhere, and gives its size.
+func (s *Store) removePack(ctx context.Context, id uint32) (size int64, err error) {
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	if p := s.index.packs[id]; p.live != 0 {
@@ -151,19 +195,22 @@ func (s *Store) compactPack(ctx context.Context, id uint32) (freed int64, err er
 	if err := s.index.sound(); err != nil {
 		return 0, err
 	}
+	if s.remote != nil {
+		return s.condemn(ctx, id)
+	}
 	c := s.index.change()
 	if err := errors.Join(c.dropPack(id), c.commit()); err != nil {
 		return 0, err
 	}
 	s.mu.Lock()
-	size := s.sizes[id]
+	size = s.sizes[id]
 	delete(s.sizes, id)
 	s.mu.Unlock()
 	s.files.forget(id)
 	if err := os.Remove(s.packPath(id)); err != nil && !errors.Is(err, iofs.ErrNotExist) {
 		return 0, err
 	}
-	return size - moved, nil
+	return size, nil
 }
 
 // move appends a frame that lies at old, if it still does.

@@ -45,6 +45,12 @@ func (s *Store) putFrame(ctx context.Context, id flox.CID, encode func(buf *[]by
 	if err != nil || there {
 		return err
 	}
+	if s.remote != nil {
+		// Nothing piles up here while the bucket is away.
+		if err := s.remote.ready(); err != nil {
+			return fmt.Errorf("block store %s: put block %s: %w", s.cfg.Dir, id, err)
+		}
+	}
 	buf := frameBuffers.Get().(*[]byte)
 	defer frameBuffers.Put(buf)
 	h := encode(buf)
@@ -64,9 +70,15 @@ func (s *Store) has(id flox.CID) (bool, error) {
 	if _, ok := s.pending[id]; ok {
 		return true, nil
 	}
-	_, err := s.index.find(id)
+	l, err := s.index.find(id)
 	if errors.Is(err, flox.ErrNotFound) {
 		return false, nil
+	}
+	if err == nil && s.remote != nil {
+		// What is about to be removed is not counted on.
+		if p, ok := s.index.remotePack(l.pack); ok && !p.Condemned.IsZero() {
+			return false, nil
+		}
 	}
 	if errors.Is(err, flox.ErrCorrupt) && len(s.pending) < 4*maxPending {
 		return false, nil // it comes twice at worst
@@ -118,7 +130,9 @@ func (s *Store) append(h header, frame []byte, synced uint64) (due bool, err err
 
 // write is append behind its checks; mu is held.
 func (s *Store) write(h header, frame []byte) (due bool, err error) {
-	if s.active != nil && s.size+int64(len(frame)) > s.cfg.PackSize && s.size > int64(len(fileMagic)) {
+	full := s.active != nil && s.size+int64(len(frame)) > s.cfg.PackSize && s.size > int64(len(fileMagic))
+	// The index of a pack in the bucket is read at once.
+	if full || s.remote != nil && s.active != nil && len(s.pending) >= maxPending {
 		s.seal()
 		due = true
 	}
@@ -167,7 +181,7 @@ func (s *Store) seal() {
 
 // newPack begins a pack; mu is held.
 func (s *Store) newPack() error {
-	path := s.packPath(s.activeID + 1)
+	path := s.packPath(s.lastID + 1)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return err
@@ -180,7 +194,8 @@ func (s *Store) newPack() error {
 		return errors.Join(err, f.Close(), os.Remove(path))
 	}
 	s.active, s.size, s.syncedSize = f, int64(len(fileMagic)), 0
-	s.activeID++
+	s.lastID++
+	s.activeID = s.lastID
 	return nil
 }
 
@@ -194,7 +209,8 @@ func syncDir(dir string) error {
 }
 
 // Sync makes everything durable that was put before the call. Concurrent calls
-// share one fsync.
+// share one fsync. With a bucket that is when the bucket has it; while that takes
+// nothing the error says since when and why, and what was put waits for a later Sync.
 func (s *Store) Sync(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -211,16 +227,29 @@ func (s *Store) Sync(ctx context.Context) error {
 	done := s.synced >= want
 	err = s.usable()
 	s.mu.RUnlock()
+	// What was put by others, or before this start, may be counted on as well.
+	if done && s.remote != nil {
+		done = len(s.unplaced()) == 0
+	}
 	if done || err != nil {
 		// Somebody who came later than our Puts synced meanwhile.
 		return err
 	}
-	return s.flush()
+	if err := s.flush(); err != nil || s.remote == nil {
+		return err
+	}
+	if err := s.place(ctx); err != nil {
+		return fmt.Errorf("block store %s: %w", s.cfg.Dir, err)
+	}
+	return nil
 }
 
 // flush makes durable and indexes what is pending; writing is held.
 func (s *Store) flush() error {
 	s.mu.Lock()
+	if s.remote != nil && s.active != nil && s.broken == nil && s.size > int64(len(fileMagic)) {
+		s.seal() // what is in the bucket does not grow
+	}
 	if s.broken != nil || len(s.pending) == 0 && len(s.unsynced) == 0 {
 		defer s.mu.Unlock()
 		return s.broken

@@ -1,0 +1,206 @@
+package pack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/floxctl/flox"
+)
+
+// refresh looks through the bucket: packs of other servers, or of this one before
+// its disk was lost, come into the index, and those that are gone leave it; writing
+// is held.
+func (s *Store) refresh(ctx context.Context) error {
+	if err := s.index.sound(); err != nil {
+		return err
+	}
+	r := s.remote
+	condemned := make(map[string]time.Time)
+	err := r.Bucket.List(ctx, condemnedPrefix, func(name string, _ int64, at time.Time) error {
+		condemned[strings.TrimPrefix(name, condemnedPrefix)] = at
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	known := make(map[string]uint32)
+	for id, p := range s.index.remotes() {
+		known[p.Name] = id
+	}
+	seen := make(map[string]bool)
+	var fresh []string
+	began := time.Now()
+	err = r.Bucket.List(ctx, indexPrefix, func(name string, _ int64, _ time.Time) error {
+		name = strings.TrimPrefix(name, indexPrefix)
+		seen[name] = true
+		if _, ok := known[name]; !ok {
+			fresh = append(fresh, name)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, name := range fresh {
+		if err := s.discover(ctx, name, condemned[name]); err != nil {
+			return err
+		}
+	}
+	var l lost
+	for name, id := range known {
+		p, _ := s.index.remotePack(id)
+		switch at, isCondemned := condemned[name]; {
+		case !seen[name]:
+			if err := s.vanished(id, &l); err != nil {
+				return err
+			}
+		case isCondemned && p.Condemned.IsZero():
+			p.Condemned = at
+			if err := s.index.setRemote(id, &p); err != nil {
+				return err
+			}
+		}
+	}
+	if len(l.ids) > 0 {
+		if err := s.findAgain(ctx); err != nil {
+			return err
+		}
+		s.report(&l)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.refreshed = began
+	return nil
+}
+
+// discover takes up a pack that the bucket has.
+func (s *Store) discover(ctx context.Context, name string, condemned time.Time) error {
+	id, ours := s.remote.numberOf(name)
+	if !ours {
+		s.mu.Lock()
+		s.lastID++
+		id = s.lastID
+		s.mu.Unlock()
+	} else {
+		s.mu.Lock()
+		s.lastID = max(s.lastID, id)
+		s.mu.Unlock()
+	}
+	err := s.indexRemote(ctx, s.index, id, remotePack{Name: name, Condemned: condemned})
+	if errors.Is(err, flox.ErrNotFound) {
+		return nil // removed meanwhile
+	}
+	if errors.Is(err, flox.ErrCorrupt) {
+		s.log.Error("pack in the bucket passed over", "pack", name, "error", err)
+		return nil
+	}
+	return err
+}
+
+// indexRemote brings the frames of a pack in the bucket into x, unless they are in a
+// better place: here, or in a pack of this server.
+func (s *Store) indexRemote(ctx context.Context, x *index, id uint32, p remotePack) error {
+	entries, size, err := s.remote.entries(ctx, p.Name, id)
+	if err != nil {
+		return err
+	}
+	p.Size = size
+	if s.hasLocal(id) || !p.Condemned.IsZero() {
+		// The frames are known, or were moved before it was condemned.
+		return x.setRemote(id, &p)
+	}
+	c := x.change()
+	for _, e := range entries {
+		at, err := c.find(e.id)
+		if err == nil {
+			better, isRemote := x.remotePack(at.pack)
+			if at.pack == id || !isRemote || better.Condemned.IsZero() && s.remote.owns(better.Name) {
+				continue
+			}
+		} else if !errors.Is(err, flox.ErrNotFound) {
+			return errors.Join(err, c.batch.Close())
+		}
+		if err := c.set(e.id, e.loc); err != nil {
+			return errors.Join(err, c.batch.Close())
+		}
+	}
+	c.indexed(id, size)
+	if err := c.commit(); err != nil {
+		return err
+	}
+	return x.setRemote(id, &p)
+}
+
+// vanished lets a pack go that the bucket no longer has; one that is here whole is
+// uploaded again.
+func (s *Store) vanished(id uint32, l *lost) error {
+	p, _ := s.index.remotePack(id)
+	if s.hasLocal(id) && p.Condemned.IsZero() {
+		s.log.Error("pack is gone from the bucket, uploading it again", "pack", p.Name)
+		s.remote.cache.forgetPack(id)
+		return s.index.setRemote(id, nil)
+	}
+	if err := s.dropLost(id, 0, l); err != nil {
+		return err
+	}
+	s.dropLocal(id)
+	s.remote.cache.forgetPack(id)
+	return s.index.setRemote(id, nil)
+}
+
+// findAgain looks for blocks whose pack is gone in the others.
+func (s *Store) findAgain(ctx context.Context) error {
+	for id, p := range s.index.remotes() {
+		if err := s.indexRemote(ctx, s.index, id, p); err != nil && !errors.Is(err, flox.ErrNotFound) && !errors.Is(err, flox.ErrCorrupt) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Refresh looks at once what is in the bucket, as Run does now and then. Errors:
+// ErrUnreachable, ErrDenied; ErrBadInput without a bucket.
+func (s *Store) Refresh(ctx context.Context) error {
+	if s.remote == nil {
+		return fmt.Errorf("block store %s has no bucket: %w", s.cfg.Dir, flox.ErrBadInput)
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if err := s.refresh(ctx); err != nil {
+		return fmt.Errorf("block store %s: %w", s.cfg.Dir, err)
+	}
+	return nil
+}
+
+// openRemote brings the index up to the bucket at Open. With a bucket that is away
+// a store that knew it before goes on with what it knew.
+func (s *Store) openRemote() error {
+	ctx, cancel := context.WithTimeout(context.Background(), bucketTime)
+	defer cancel()
+	if err := s.refresh(ctx); err != nil {
+		if len(s.index.remotes()) == 0 {
+			return fmt.Errorf("block store %s: what is in the bucket is not known yet: %w", s.cfg.Dir, err)
+		}
+		s.log.Error("bucket is away, going on with what is known of it", "bucket", s.remote.Bucket.String(), "error", err)
+	}
+	for id := range s.index.remotes() {
+		if size, ok := s.sizes[id]; ok {
+			s.remote.cache.addPack(id, size)
+		}
+	}
+	return nil
+}
+
+// tend is what Run does for the bucket now and then.
+func (s *Store) tend(ctx context.Context) {
+	err := s.Refresh(ctx)
+	if err == nil && len(s.unplaced()) > 0 {
+		err = s.Sync(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
+		s.log.Warn("bucket", "error", err)
+	}
+}
