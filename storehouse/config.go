@@ -55,6 +55,8 @@ type Config struct {
 	// ReserveBytes is kept free on the disk of StateDir, so that facts can still
 	// be written and reads go on when it fills up. Default 256 MiB.
 	ReserveBytes uint64 `json:"reserve_bytes"`
+	// Watermarks say from how full a disk on less is taken in.
+	Watermarks Watermarks `json:"watermarks"`
 	// NoMDNS turns multicast discovery on the LAN off.
 	NoMDNS bool `json:"no_mdns"`
 	// Version is the program's version, told to callers. Default "dev".
@@ -82,6 +84,10 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if c.Watermarks, err = c.Watermarks.withDefaults(); err != nil {
+		return c, err
 	}
 	dir, err := flox.ParseStoreDir(string(c.StoreDir))
 	if err != nil {

@@ -30,6 +30,9 @@ func (s *Server) Publish(ctx context.Context, info *flox.PathInfo, nar io.Reader
 	if err := s.checkInfo(ctx, info); err != nil {
 		return nil, false, err
 	}
+	if nar, err = s.disk.upload(ctx, nar); err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
 	session := s.packs.Session()
 	defer session.Close()
 	got, err := content.Ingest(ctx, nar, session, content.IngestOptions{})
@@ -45,6 +48,9 @@ func (s *Server) PublishSource(ctx context.Context, name string, nar io.Reader, 
 	// The name alone may be wrong: said before the NAR is read.
 	if _, err := nix.SourcePath(s.cfg.StoreDir, name, [32]byte{}, nil, false); err != nil {
 		return nil, false, err
+	}
+	if nar, err = s.disk.upload(ctx, nar); err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", name, err)
 	}
 	session := s.packs.Session()
 	defer session.Close()

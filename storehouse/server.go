@@ -33,6 +33,7 @@ type Server struct {
 	id      *identity
 	node    *cluster.Node
 	packs   *pack.Store
+	disk    *gauge
 	swarm   *p2p.Host
 	web     net.Listener // nil = no HTTP
 	batch   *batcher
@@ -96,6 +97,7 @@ func (s *Server) open() (err error) {
 	s.closers = append(s.closers, s.node.Close)
 	s.node.Register(pathsKind, paths{})
 	s.node.Register(tracesKind, traces{})
+	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
 	s.packs, err = pack.Open(pack.Config{
 		Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs"),
 	})

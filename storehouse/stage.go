@@ -338,6 +338,10 @@ func (s *Server) Stage(ctx context.Context, publisher, key string, nar io.Reader
 	if err := s.staging.room(publisher, key); err != nil {
 		return nil, fmt.Errorf("stage %s: %w", key, err)
 	}
+	nar, err := s.disk.upload(ctx, nar)
+	if err != nil {
+		return nil, fmt.Errorf("stage %s: %w", key, err)
+	}
 	session := s.packs.Session()
 	got, err := content.Ingest(ctx, nar, session, content.IngestOptions{})
 	st := Staged{Key: key, Publisher: publisher, At: time.Now()}
@@ -381,6 +385,10 @@ func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, pu
 	}
 	if missing != nil {
 		return nil, false, missing
+	}
+	// Its bytes are here: it is taken in for as long as anything is.
+	if _, err := s.disk.admit(Essential(ctx)); err != nil {
+		return nil, false, fmt.Errorf("commit %s: %w", info.Path, err)
 	}
 	if err := s.checkInfo(ctx, info); err != nil {
 		return nil, false, err
