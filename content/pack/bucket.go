@@ -149,12 +149,9 @@ func (r *remote) numberOf(name string) (uint32, bool) {
 // owns says whether a pack is this server's to remove.
 func (r *remote) owns(name string) bool { return strings.HasPrefix(name, r.Server+"/") }
 
-// bucketTime is how long one call of the bucket may take, minBucketRate how slowly
-// bytes may go.
-const (
-	bucketTime    = time.Minute
-	minBucketRate = 128 << 10
-)
+// bucketTime is how long the bucket may take for a call, or without taking or
+// giving a byte.
+const bucketTime = time.Minute
 
 // get reads a range of a pack.
 func (r *remote) get(ctx context.Context, name string, off, n int64) ([]byte, error) {
@@ -173,12 +170,22 @@ func (r *remote) get(ctx context.Context, name string, off, n int64) ([]byte, er
 	return b, err
 }
 
-// put stores an object of so many bytes.
-func (r *remote) put(ctx context.Context, name string, in io.Reader, size int64) error {
-	ctx, cancel := context.WithTimeout(ctx, bucketTime+time.Duration(size/minBucketRate)*time.Second)
+// put stores an object, and gives up when the bucket takes nothing of it any more.
+func (r *remote) put(ctx context.Context, name string, in io.Reader) error {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	return r.Bucket.Put(ctx, name, in)
+	stalled := time.AfterFunc(bucketTime, cancel)
+	defer stalled.Stop()
+	return r.Bucket.Put(ctx, name, readerFunc(func(b []byte) (int, error) {
+		stalled.Reset(bucketTime)
+		return in.Read(b)
+	}))
 }
+
+type readerFunc func([]byte) (int, error)
+
+// Read implements io.Reader.
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
 // ready refuses what needs the bucket while it is away and was asked just now.
 func (r *remote) ready() error {

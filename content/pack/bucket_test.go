@@ -264,6 +264,26 @@ func TestBucketShared(t *testing.T) {
 		}
 	}
 	noBadBlocks(t, b)
+	// What a forgot and b made live again is still in a pack of a: it is found there.
+	put(t, a, 200, 230)
+	if err := b.Refresh(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for i := 200; i < 220; i++ {
+		live[mustBlock(i)] = true
+	}
+	if _, err := a.Sweep(ctx, isLive); err != nil {
+		t.Fatal(err)
+	}
+	put(t, b, 225, 226)
+	live[mustBlock(225)] = true
+	if _, err := a.Get(ctx, mustBlock(225)); !errors.Is(err, flox.ErrNotFound) {
+		t.Fatalf("block 225 was not forgotten: %v", err)
+	}
+	if there, err := a.Find(ctx, []flox.CID{mustBlock(225), mustBlock(210), {1}}); err != nil || !there[0] || !there[1] || there[2] {
+		t.Fatalf("found %v: %v", there, err)
+	}
+	wantBlocks(t, a, 225, 226)
 	// The same from an empty disk.
 	wantLive := open(t, onBucket(t, openURL(t, url), "a"))
 	for id := range live {

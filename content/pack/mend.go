@@ -223,14 +223,20 @@ func (s *Store) mend(ctx context.Context) (err error) {
 		s.closeOld(old)
 		return os.RemoveAll(old.dir)
 	case <-ctx.Done():
-		return ctx.Err() // somebody still reads it; the next Open removes it
+		// Somebody still reads it: Close closes it, the next Open removes it.
+		s.mu.Lock()
+		s.retired = append(s.retired, old)
+		s.mu.Unlock()
+		return ctx.Err()
 	}
 }
 
 // goOver brings next up to the packs and makes it the index in use.
 func (s *Store) goOver(ctx context.Context, next *index, l *lost) (old *indexDB, err error) {
-	s.writing.Lock()
-	defer s.writing.Unlock()
+	if err := s.writing.lock(ctx); err != nil {
+		return nil, err
+	}
+	defer s.writing.unlock()
 	if err := s.flush(); err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@
 package pack
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -91,8 +92,8 @@ type Store struct {
 	// rot is told when damage of the index is found.
 	rot chan struct{}
 
-	// writing serializes those who fsync packs and change the index.
-	writing sync.Mutex
+	// writing serializes those who fsync packs, upload them and change the index.
+	writing gate
 
 	mu       sync.RWMutex
 	closed   bool
@@ -110,9 +111,24 @@ type Store struct {
 	synced     uint64           // of those, in the index
 	checked    int64            // bytes appended since the free space was looked at
 	sessions   map[*Session]struct{}
+	retired    []*indexDB // no longer in use, but not closed yet
 	// lingering holds one for each sweep: what sessions closed during it count on.
 	lingering map[*Session]struct{}
 }
+
+// gate is a mutex for which one waits with a context.
+type gate chan struct{}
+
+func (g gate) lock(ctx context.Context) error {
+	select {
+	case g <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (g gate) unlock() { <-g }
 
 // sealed is a pack that is full but not yet durable.
 type sealed struct {
@@ -135,7 +151,7 @@ func Open(cfg Config) (s *Store, err error) {
 	s = &Store{
 		cfg: cfg, log: cfg.Log, sizes: make(map[uint32]int64),
 		pending: make(map[flox.CID]loc), sessions: make(map[*Session]struct{}), lingering: make(map[*Session]struct{}),
-		rot: make(chan struct{}, 1),
+		rot: make(chan struct{}, 1), writing: make(gate, 1),
 		// The first Put looks at the free space.
 		checked: checkSpace,
 	}
@@ -212,8 +228,8 @@ func (s *Store) Close() error {
 	}
 	s.closed = true
 	s.mu.Unlock()
-	s.writing.Lock()
-	defer s.writing.Unlock()
+	s.writing <- struct{}{} // an upload ends in bounded time
+	defer s.writing.unlock()
 	err := s.flush()
 	// Saves the next Open some reading. On a full disk Pebble would try for ever.
 	if done, flushErr := s.index.db.AsyncFlush(); flushErr == nil {
@@ -235,6 +251,9 @@ func (s *Store) release() error {
 		} else {
 			errs = append(errs, err)
 		}
+	}
+	for _, old := range s.retired {
+		s.closeOld(old)
 	}
 	for _, p := range s.unsynced {
 		errs = append(errs, p.file.Close())

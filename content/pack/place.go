@@ -161,12 +161,12 @@ func (s *Store) upload(ctx context.Context, id uint32) error {
 		s.log.Error("damaged frames passed over", "pack", path, "bytes", skipped)
 	}
 	name := r.nameOf(id)
-	if err := r.put(ctx, packPrefix+name, bufio.NewReaderSize(io.NewSectionReader(f, 0, st.Size()), 1<<20), st.Size()); err != nil {
+	if err := r.put(ctx, packPrefix+name, bufio.NewReaderSize(io.NewSectionReader(f, 0, st.Size()), 1<<20)); err != nil {
 		return err
 	}
 	// Now the pack is there for everybody.
 	b := encodeEntries(entries, st.Size())
-	if err := r.put(ctx, indexPrefix+name, bytes.NewReader(b), int64(len(b))); err != nil {
+	if err := r.put(ctx, indexPrefix+name, bytes.NewReader(b)); err != nil {
 		return err
 	}
 	if err := s.index.setRemote(id, &remotePack{Name: name, Size: st.Size()}); err != nil {

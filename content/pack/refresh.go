@@ -161,14 +161,67 @@ func (s *Store) findAgain(ctx context.Context) error {
 	return nil
 }
 
+// Find looks for blocks that are not in the index in every pack of the bucket, and
+// says which are there now: one that this server's sweep forgot while another made
+// it live again may still lie in a pack. It reads every pack's index.
+func (s *Store) Find(ctx context.Context, ids []flox.CID) ([]bool, error) {
+	if s.remote == nil {
+		return s.Has(ctx, ids)
+	}
+	wanted := make(map[flox.CID]bool, len(ids))
+	for _, id := range ids {
+		wanted[id] = true
+	}
+	if err := s.findWanted(ctx, wanted); err != nil {
+		return nil, fmt.Errorf("block store %s: find %d blocks: %w", s.cfg.Dir, len(ids), err)
+	}
+	return s.Has(ctx, ids)
+}
+
+func (s *Store) findWanted(ctx context.Context, wanted map[flox.CID]bool) error {
+	if err := s.writing.lock(ctx); err != nil {
+		return err
+	}
+	defer s.writing.unlock()
+	if err := s.refresh(ctx); err != nil {
+		return err
+	}
+	for id, p := range s.index.remotes() {
+		if !p.Condemned.IsZero() {
+			continue
+		}
+		entries, _, err := s.remote.entries(ctx, p.Name, id)
+		if errors.Is(err, flox.ErrNotFound) || errors.Is(err, flox.ErrCorrupt) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		c := s.index.change()
+		for _, e := range entries {
+			if _, err := c.find(e.id); wanted[e.id] && errors.Is(err, flox.ErrNotFound) {
+				if err := c.set(e.id, e.loc); err != nil {
+					return errors.Join(err, c.batch.Close())
+				}
+			}
+		}
+		if err := c.commit(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Refresh looks at once what is in the bucket, as Run does now and then. Errors:
 // ErrUnreachable, ErrDenied; ErrBadInput without a bucket.
 func (s *Store) Refresh(ctx context.Context) error {
 	if s.remote == nil {
 		return fmt.Errorf("block store %s has no bucket: %w", s.cfg.Dir, flox.ErrBadInput)
 	}
-	s.writing.Lock()
-	defer s.writing.Unlock()
+	if err := s.writing.lock(ctx); err != nil {
+		return err
+	}
+	defer s.writing.unlock()
 	if err := s.refresh(ctx); err != nil {
 		return fmt.Errorf("block store %s: %w", s.cfg.Dir, err)
 	}

@@ -187,8 +187,10 @@ func (s *Store) movePack(ctx context.Context, id uint32) (moved int64, err error
 
 // removePack removes a pack whose blocks are elsewhere, and gives its size.
 func (s *Store) removePack(ctx context.Context, id uint32) (size int64, err error) {
-	s.writing.Lock()
-	defer s.writing.Unlock()
+	if err := s.writing.lock(ctx); err != nil {
+		return 0, err
+	}
+	defer s.writing.unlock()
 	if p := s.index.packs[id]; p.live != 0 {
 		return 0, fmt.Errorf("pack %d still has %d bytes of blocks: %w", id, p.live, flox.ErrCorrupt)
 	}

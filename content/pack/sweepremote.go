@@ -55,7 +55,7 @@ func (s *Store) condemn(ctx context.Context, id uint32) (size int64, err error) 
 	}
 	p.Condemned = time.Now()
 	text := p.Condemned.UTC().Format(time.RFC3339) + "\n"
-	if err := s.remote.put(ctx, condemnedPrefix+p.Name, strings.NewReader(text), int64(len(text))); err != nil {
+	if err := s.remote.put(ctx, condemnedPrefix+p.Name, strings.NewReader(text)); err != nil {
 		return 0, err
 	}
 	c := s.index.change()
@@ -88,9 +88,11 @@ func (s *Store) removeCondemned(ctx context.Context, live func(flox.CID) bool) (
 				return freed, err
 			}
 		}
-		s.writing.Lock()
+		if err := s.writing.lock(ctx); err != nil {
+			return freed, err
+		}
 		err = s.index.setRemote(id, nil)
-		s.writing.Unlock()
+		s.writing.unlock()
 		if err != nil {
 			return freed, err
 		}

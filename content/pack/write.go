@@ -221,8 +221,10 @@ func (s *Store) Sync(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.writing.Lock()
-	defer s.writing.Unlock()
+	if err := s.writing.lock(ctx); err != nil {
+		return err
+	}
+	defer s.writing.unlock()
 	s.mu.RLock()
 	done := s.synced >= want
 	err = s.usable()
@@ -353,8 +355,10 @@ func (s *Store) forget(ctx context.Context, ids []flox.CID, keep func(flox.CID) 
 	if err := s.Sync(ctx); err != nil {
 		return 0, err
 	}
-	s.writing.Lock()
-	defer s.writing.Unlock()
+	if err := s.writing.lock(ctx); err != nil {
+		return 0, err
+	}
+	defer s.writing.unlock()
 	// Who decides by has that a block need not be put holds mu too.
 	s.mu.Lock()
 	defer s.mu.Unlock()
