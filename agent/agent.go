@@ -248,6 +248,9 @@ func (a *Agent) prepareNetwork() {
 	a.readers = newReadAhead(life, a.ahead)
 	a.starts = a.newStarts()
 	a.resolver.book = a.starts.book
+	a.resolver.root = func(ctx context.Context, id flox.CID, data []byte) {
+		a.fetcher.store(ctx, piece{chunk: flox.Chunk{ID: id}}, data)
+	}
 }
 
 // openNetwork takes its time: keys, certificates, sockets.

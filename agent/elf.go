@@ -191,10 +191,10 @@ type touched struct {
 }
 
 // touched begins with the first instructions: of the program, and what the loader
-// calls in it.
+// calls in it at the start and at the end.
 func (d *elfDynamic) touched() *touched {
 	t := &touched{d, make(map[int64]struct{})}
-	for _, addr := range []uint64{d.head.entry, d.tags[elf.DT_INIT]} {
+	for _, addr := range []uint64{d.head.entry, d.tags[elf.DT_INIT], d.tags[elf.DT_FINI]} {
 		if addr != 0 {
 			t.page(addr)
 		}
@@ -210,12 +210,12 @@ func (t *touched) page(addr uint64) {
 }
 
 // relocations adds the pages that a table of Elf64_Rela changes, and those of the
-// constructors it makes pointers to.
+// constructors and destructors it makes pointers to.
 func (t *touched) relocations(table []byte) {
 	for ; len(table) >= 24; table = table[24:] {
 		addr, value := binary.LittleEndian.Uint64(table), binary.LittleEndian.Uint64(table[16:])
 		t.page(addr)
-		for _, tag := range []elf.DynTag{elf.DT_INIT_ARRAY, elf.DT_PREINIT_ARRAY} {
+		for _, tag := range []elf.DynTag{elf.DT_INIT_ARRAY, elf.DT_PREINIT_ARRAY, elf.DT_FINI_ARRAY} {
 			if from, ok := t.d.tags[tag]; ok && addr >= from && addr-from < t.d.tags[elfSizes[tag]] {
 				t.page(value)
 			}

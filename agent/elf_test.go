@@ -23,6 +23,7 @@ const (
 	madeChanged = 0x30000  // behind madeData: changed by a relocation
 	madeRelr    = 0x50000  // the same, by a relative one
 	madeInit    = 0x20000  // behind madeText: a constructor
+	madeFini    = 0x68000  // the same: called at the end
 	madeEntry   = 0x10000  // the same: the first instruction
 	madeCold    = 0x1e0000 // in the file: touched by nobody
 )
@@ -80,6 +81,7 @@ func madeELF(seed byte, interp string, needed []string, runpath string) []byte {
 	const initArray = madeData + madeShift + 0x800
 	tag(elf.DT_INIT_ARRAY, initArray)
 	tag(elf.DT_INIT_ARRAYSZ, 8)
+	tag(elf.DT_FINI, madeText+madeFini)
 	tag(elf.DT_RELA, madeTables+0x2000)
 	tag(elf.DT_RELASZ, 2*24)
 	for i, r := range [][2]uint64{{madeData + madeShift + madeChanged, 7}, {initArray, madeText + madeInit}} {
@@ -125,7 +127,7 @@ func TestWhatALoaderReads(t *testing.T) {
 	touched.relative(b[d.relative.off:d.relative.end])
 	page := func(off int64) part { return part{off, off + elfPage} }
 	pages := []part{
-		page(madeText + madeEntry), page(madeText + madeInit), page(madeData), page(madeData + madeChanged), page(madeData + madeRelr - 0x1000),
+		page(madeText + madeEntry), page(madeText + madeInit), page(madeText + madeFini), page(madeData), page(madeData + madeChanged), page(madeData + madeRelr - 0x1000),
 	}
 	if diff := cmp.Diff(pages, touched.parts(), cmp.AllowUnexported(part{})); diff != "" {
 		t.Errorf("pages (-want +got):\n%s", diff)

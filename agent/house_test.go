@@ -37,24 +37,26 @@ type house struct {
 	invite *api.Invite
 	lists  [][]byte
 
-	mu      sync.Mutex
-	blocks  map[flox.CID][]byte
-	infos   map[string]*floxv1.PathInfo
-	index   uint64
-	events  []*floxv1.WatchEvent
-	changed chan struct{}                                                                                        // closed and replaced with every change
-	hold    bool                                                                                                 // a stream's first message is sent, what follows is not
-	hangUp  chan struct{}                                                                                        // closed and replaced to end all streams
-	told    [][]byte                                                                                             // keys of the last Announce
-	added   []string                                                                                             // names of AddPath
-	asked   int                                                                                                  // calls of Paths
-	broken  error                                                                                                // what Paths answers
-	asks    int                                                                                                  // calls of ListPaths
-	list    func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
-	served  func(flox.CID)                                                                                       // told of every block that is served; nil = nobody
-	traces  map[string]*floxv1.StartTrace
-	wanted  int // calls of Paths that asked for traces
-	given   int // blocks given
+	mu       sync.Mutex
+	blocks   map[flox.CID][]byte
+	infos    map[string]*floxv1.PathInfo
+	index    uint64
+	events   []*floxv1.WatchEvent
+	changed  chan struct{}                                                                                        // closed and replaced with every change
+	hold     bool                                                                                                 // a stream's first message is sent, what follows is not
+	hangUp   chan struct{}                                                                                        // closed and replaced to end all streams
+	told     [][]byte                                                                                             // keys of the last Announce
+	added    []string                                                                                             // names of AddPath
+	asked    int                                                                                                  // calls of Paths
+	broken   error                                                                                                // what Paths answers
+	asks     int                                                                                                  // calls of ListPaths
+	list     func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
+	served   func(flox.CID)                                                                                       // told of every block that is served; nil = nobody
+	traces   map[string]*floxv1.StartTrace
+	wanted   int    // calls of Paths that asked for traces
+	rootless bool   // an older one, that sends no root blocks
+	lie      []byte // a root block that is sent instead of the right one
+	given    int    // blocks given
 }
 
 // Put implements flox.BlockSink.
@@ -312,6 +314,17 @@ func (h *house) Paths(_ context.Context, req *connect.Request[floxv1.PathsReques
 			}
 		}
 		seen[hash] = true
+	}
+	if req.Msg.GetRoots() && !h.rootless {
+		for _, hash := range req.Msg.GetHashParts() {
+			if m, ok := h.infos[hash]; ok {
+				root := h.blocks[flox.CID(m.GetManifest())]
+				if h.lie != nil {
+					root = h.lie
+				}
+				out.Roots = append(out.Roots, root)
+			}
+		}
 	}
 	if req.Msg.GetTraces() {
 		h.wanted++

@@ -28,7 +28,7 @@ func linkedPaths(t *testing.T, h *house) (app, lib *flox.PathInfo, files map[str
 }
 
 // loaderNeeds are places of a file of madeELF that the loader reads whatever it does.
-var loaderNeeds = []int64{0, madeTables, madeTables + 0x2000, madeText + madeEntry, madeText + madeInit, madeData, madeData + madeChanged, madeData + madeRelr - 0x1000}
+var loaderNeeds = []int64{0, madeTables, madeTables + 0x2000, madeText + madeEntry, madeText + madeInit, madeText + madeFini, madeData, madeData + madeChanged, madeData + madeRelr - 0x1000}
 
 // A program's first read brings what its loader will read of it and of everything
 // it is linked to, and nothing of what it will not.

@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"errors"
+	"path"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,6 +46,9 @@ const (
 	// away. There the bytes behind it cost less than another round trip.
 	farWait  = 5 * time.Millisecond
 	farBytes = 64 << 10
+	// besideBytes is how many bytes of small files of its directory come with one
+	// that is far away, once another one of the tree had to be waited for.
+	besideBytes = 512 << 10
 )
 
 // readAhead watches what is read and fetches what comes next.
@@ -58,6 +63,8 @@ type readAhead struct {
 	clock   uint64
 	streams map[fileKey]*stream
 	walks   map[flox.CID]*walk
+	missed  map[flox.CID]uint32  // a small file of a tree that was waited for
+	beside  map[fileKey]struct{} // directories whose small files were asked for
 }
 
 // stream is a file that is being read.
@@ -82,6 +89,7 @@ func newReadAhead(life context.Context, p *prefetcher) *readAhead {
 	return &readAhead{
 		p: p, life: life, slots: make(chan struct{}, maxAhead),
 		streams: make(map[fileKey]*stream), walks: make(map[flox.CID]*walk),
+		missed: make(map[flox.CID]uint32), beside: make(map[fileKey]struct{}),
 	}
 }
 
@@ -274,11 +282,78 @@ func (r *readAhead) waited(d time.Duration) {
 	r.wait.Store(was + (int64(d)-was)/8) // of two at once one may be lost: it is an average
 }
 
-// behind fetches the bytes behind a read that had to wait, if round trips are long.
+// behind fetches the bytes behind a read that had to wait, if round trips are long;
+// where the file ends there, small files of its directory.
 func (r *readAhead) behind(t *tree, index uint32, e *flox.Entry, end int64) {
-	if r.p.off || time.Duration(r.wait.Load()) < farWait || end >= int64(e.Size) {
+	if r.p.off || time.Duration(r.wait.Load()) < farWait {
 		return
 	}
 	entry := *e
+	if end >= int64(e.Size) {
+		if e.Size <= smallFile && r.another(t.ID(), index) {
+			r.spawn(func(ctx context.Context) { r.besides(ctx, t, index) })
+		}
+		return
+	}
 	r.spawn(func(ctx context.Context) { r.part(ctx, t, index, entry, end, min(end+farBytes, int64(entry.Size))) })
+}
+
+// another reports whether a file other than this one was waited for in a tree before.
+func (r *readAhead) another(manifest flox.CID, index uint32) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	first, ok := r.missed[manifest]
+	if !ok {
+		if len(r.missed) >= maxReaders {
+			clear(r.missed)
+		}
+		r.missed[manifest] = index
+	}
+	return ok && first != index
+}
+
+// besides fetches small files of the directory an entry lies in, from that entry
+// on and around; once, as long as the directory is remembered.
+func (r *readAhead) besides(ctx context.Context, t *tree, index uint32) {
+	at, err := t.Path(ctx, index)
+	if err != nil {
+		return
+	}
+	dir, _, err := t.Find(ctx, strings.TrimPrefix(path.Dir("/"+at), "/"))
+	if err != nil || !r.fresh(fileKey{t.ID(), dir}) {
+		return
+	}
+	var pieces []piece
+	size, seen := int64(0), 0
+	take := func(i uint32, e flox.Entry) bool {
+		if e.Kind == flox.Regular && e.Size > uint64(t.Params().InlineLimit) && e.Size <= smallFile {
+			had := len(pieces)
+			pieces, err = t.missing(ctx, i, &e, 0, int64(e.Size), pieces)
+			size += int64(sizeOf(pieces[had:])) //nolint:gosec // some MiB
+		}
+		seen++
+		return err == nil && size < besideBytes && seen < maxWalked
+	}
+	failed := t.Children(ctx, dir, index+1, take)
+	if failed == nil && err == nil {
+		failed = t.Children(ctx, dir, 0, func(i uint32, e flox.Entry) bool { return i < index && take(i, e) })
+	}
+	if err = errors.Join(err, failed); err == nil {
+		err = r.p.fetch(ctx, aheadDirectory, pieces, t.a.hints(t.path), nil)
+	}
+	r.failed(t, err)
+}
+
+// fresh reports whether a directory's small files were not asked for yet.
+func (r *readAhead) fresh(dir fileKey) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, ok := r.beside[dir]; ok {
+		return false
+	}
+	if len(r.beside) >= maxReaders {
+		clear(r.beside)
+	}
+	r.beside[dir] = struct{}{}
+	return true
 }

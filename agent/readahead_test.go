@@ -228,3 +228,48 @@ func TestTheCapHoldsFetchesBack(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestSmallFilesFarAwayComeWithTheirDirectory: who reads a second small file of a
+// tree over a long line gets its neighbours with it, in whatever order they are
+// read; over a short one nothing comes that was not asked for.
+func TestSmallFilesFarAwayComeWithTheirDirectory(t *testing.T) {
+	h := newHouse(t)
+	files := smallFiles(150) // three directories of fifty
+	info := h.make(t, "far", nil, files...)
+	h.publish(info)
+	for _, far := range []bool{true, false} {
+		a, _ := runAgent(t, h, nil, nil)
+		following(t, a)
+		ctx := within(t, time.Minute)
+		tr := treeOf(ctx, t, a, info.Path).(*tree)
+		here := func() (out [3]int) {
+			for i, f := range files {
+				if tr.here(ctx, entryOf(ctx, t, tr, f.name), make([]byte, 1), 0) > 0 {
+					out[i/50]++
+				}
+			}
+			return out
+		}
+		read := func(i int) {
+			if far {
+				a.readers.wait.Store(int64(50 * time.Millisecond))
+			} else {
+				a.readers.wait.Store(1)
+			}
+			readIn(ctx, t, tr, entryOf(ctx, t, tr, files[i].name), files[i].data, 0, 1)
+			a.readers.work.Wait()
+		}
+		read(20)
+		if got := here(); got != [3]int{1, 0, 0} {
+			t.Errorf("far %v: one file was read, %v are here", far, got)
+		}
+		read(70)
+		want := [3]int{1, 1, 0}
+		if far {
+			want = [3]int{1, 50, 0}
+		}
+		if got := here(); got != want {
+			t.Errorf("far %v: two were read, %v are here, want %v", far, got, want)
+		}
+	}
+}

@@ -13,6 +13,7 @@ import (
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/p2p"
 )
 
@@ -48,7 +49,9 @@ type resolver struct {
 	house     p2p.PeerID
 	traffic   *traffic
 	book      *traceBook // nil = traces are not asked for
-	log       *slog.Logger
+	// root keeps the root block of a manifest that came with facts; nil = none are asked for.
+	root func(ctx context.Context, id flox.CID, data []byte)
+	log  *slog.Logger
 
 	life   context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
 	places chan struct{}
@@ -251,7 +254,7 @@ func (r *resolver) askStorehouse(ctx context.Context, p flox.StorePath) (*flox.P
 // ask puts one question to one machine and stores what can be verified.
 func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, closure bool) (*flox.PathInfo, *floxv1.PathsResponse, error) {
 	request := connect.NewRequest(&floxv1.PathsRequest{
-		HashParts: []string{p.HashPart()}, Closure: closure, Traces: closure && r.book != nil,
+		HashParts: []string{p.HashPart()}, Closure: closure, Traces: closure && r.book != nil, Roots: closure && r.root != nil,
 	})
 	trip := r.traffic.trips.next()
 	response, err := r.calls.facts(peer).Paths(ctx, request)
@@ -281,6 +284,11 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 	if err := r.facts.put(infos...); err != nil {
 		return nil, nil, err
 	}
+	for _, info := range infos {
+		if closure && info.Path == p && r.root != nil {
+			r.took(ctx, info, response.Msg.GetRoots())
+		}
+	}
 	if closure {
 		r.book.found(p, response.Msg)
 	}
@@ -299,6 +307,18 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 		return nil, nil, err
 	}
 	return nil, response.Msg, nil
+}
+
+// took keeps the root block of a path's manifest, if it came with the facts.
+func (r *resolver) took(ctx context.Context, info *flox.PathInfo, roots [][]byte) {
+	for _, b := range roots[:min(len(roots), 1)] { // one path was asked for
+		if content.Hash(b) != info.Manifest {
+			r.log.Warn("root block refused: it is not what the signed manifest is", "path", string(info.Path))
+			return
+		}
+		r.traffic.block(len(b), p2p.Source{Tier: p2p.TierStorehouse, Wire: len(b)}, true)
+		r.root(ctx, info.Manifest, b)
+	}
 }
 
 // askPeers asks connected peers, nearest first, and those that announced the

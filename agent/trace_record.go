@@ -37,9 +37,9 @@ const (
 	// second: on a machine that starts more, some starts are not seen.
 	maxMeets = 200
 	// maxAsks is how often the warden is asked about one start before it is over:
-	// after firstAsk, and whenever the start is a quarter older. So what a process
-	// uses in the last fifth of a short life may be missed, and little else.
-	maxAsks, firstAsk = 20, time.Millisecond
+	// after firstAsk, and whenever the start is an eighth older. So what a process
+	// uses in the last ninth of a short life may be missed, and little else.
+	maxAsks, firstAsk = 48, time.Millisecond
 	// readAround is how many bytes before and behind a page the kernel reads with it
 	// when the page is missing: half its read-ahead. Where a page was warm, none of
 	// that was needed; where it is not, the read waits for it.
@@ -271,7 +271,7 @@ func (r *startRecorder) question(ctx context.Context, rec *recording, now time.T
 		return
 	}
 	rec.asks++
-	rec.nextAsk = now.Add(firstAsk + now.Sub(rec.began)/4)
+	rec.nextAsk = now.Add(firstAsk + now.Sub(rec.began)/8)
 	r.complete(ctx, rec)
 }
 

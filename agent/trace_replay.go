@@ -21,6 +21,10 @@ const (
 	bundleWindow = 32 << 20
 	// aboutPage is the usual size of a manifest's page.
 	aboutPage = 64 << 10
+	// maxBundleRoots is of how many paths of the closure the root blocks come with a
+	// bundle, whether the trace has them or not: what was warm where it was recorded
+	// is missing in it, and each look-up there would be a round trip.
+	maxBundleRoots = 128
 )
 
 // errLiar ends the replay of a trace that says what is not so.
@@ -96,6 +100,14 @@ func (b *bundle) plan(ctx context.Context, trace *floxv1.StartTrace) []piece {
 			if one, ok := b.chunk(ctx, tree, c); ok {
 				chunks = append(chunks, one)
 				ranks = append(ranks, c.GetRank())
+			}
+		}
+	}
+	if len(closure) <= maxBundleRoots && len(chunks) > 0 {
+		for p, info := range closure {
+			if b.trees[p] == nil {
+				b.trees[p] = &bundleTree{info: info, held: make(map[flox.CID][]byte)}
+				manifests = append(manifests, b.manifests(b.trees[p], nil)...)
 			}
 		}
 	}

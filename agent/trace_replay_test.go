@@ -138,8 +138,8 @@ func TestReplay(t *testing.T) {
 	if m.GetTraceBytes() < 2_600_000 || m.GetStartsReplayed() != 1 || !m.GetTraces() {
 		t.Errorf("%v", m)
 	}
-	// Facts, the program's manifest, the bundle.
-	if trips := a.traffic.trips.done.Load(); trips > 3 {
+	// Facts with the program's root block, the bundle.
+	if trips := a.traffic.trips.done.Load(); trips > 2 {
 		t.Errorf("readers waited for %d round trips one after the other", trips)
 	}
 	// What is here costs nothing, even when it is due again.
@@ -387,5 +387,25 @@ func TestRoundTripsAreCountedInSequence(t *testing.T) {
 	c.waited(first)
 	if n := c.done.Load(); n != 2 {
 		t.Errorf("one more is %d in all, want 2", n)
+	}
+}
+
+// What was warm where a start was recorded is not in its trace, but the root blocks
+// of its manifests come with the bundle: a look-up there waits for nothing.
+func TestABundleBringsTheRootsOfItsClosure(t *testing.T) {
+	w := newStartWorld(t)
+	short := proto.CloneOf(w.trace)
+	short.Trees = slices.DeleteFunc(short.GetTrees(), func(t *floxv1.TraceTree) bool { return t.GetPath() != string(w.app.Path) })
+	w.serve(short)
+	a, _ := runAgent(t, w.house, nil, nil)
+	following(t, a)
+	ctx := within(t, 40*time.Second)
+	w.execs(ctx, t, a)
+	until(t, "the start was replayed", func() bool { return a.starts.replayed.Load() == 1 })
+	if !a.cache.Has([]flox.CID{w.lib.Manifest})[0] {
+		t.Error("the root block of a library's manifest is not here")
+	}
+	if n := a.traffic.total(); n > 1_500_000 {
+		t.Errorf("%d bytes came, want the program's and roots only", n)
 	}
 }

@@ -18,6 +18,7 @@ import (
 const (
 	maxHashParts = 1024
 	maxAnswers   = 8192
+	maxRootBytes = 1 << 20 // of root blocks
 )
 
 // read calls f with the facts as of now.
@@ -66,6 +67,7 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		}
 	}
 	out := &floxv1.PathsResponse{}
+	valid := 0 // of what was asked for, first in out.Found
 	err := s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 		out.Index = r.Index()
 		seen := make(map[string]bool, len(asked))
@@ -79,6 +81,7 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		for _, h := range asked {
 			add(h)
 		}
+		first := len(queue)
 		for i := 0; i < len(queue); i++ {
 			if len(out.Found)+len(out.Invalid) >= maxAnswers {
 				out.Truncated = true
@@ -93,6 +96,9 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 				return err
 			}
 			out.Found = append(out.Found, m)
+			if i < first {
+				valid = len(out.GetFound())
+			}
 			if req.GetClosure() {
 				for _, ref := range m.GetReferences() {
 					add(flox.StorePath(ref).HashPart())
@@ -102,9 +108,33 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		return nil
 	})
 	if err == nil && req.GetTraces() {
-		out.Traces = s.answerTraces(ctx, out.GetFound()[:min(len(out.GetFound()), len(asked))])
+		out.Traces = s.answerTraces(ctx, out.GetFound()[:valid])
+	}
+	if err == nil && req.GetRoots() {
+		out.Roots = s.answerRoots(ctx, out.GetFound()[:valid])
 	}
 	return out, err
+}
+
+// answerRoots gives the root blocks of the manifests of valid paths. It saves who
+// asks a round trip; what cannot be read is left out, and asked for as any block.
+func (s *Server) answerRoots(ctx context.Context, paths []*floxv1.PathInfo) (roots [][]byte) {
+	size := 0
+	for _, p := range paths {
+		if len(p.GetManifest()) != flox.CIDSize {
+			continue
+		}
+		b, err := s.packs.Get(ctx, flox.CID(p.GetManifest()))
+		if err != nil {
+			s.cfg.Log.Debug("root block not sent with the facts", "path", p.GetPath(), "error", err)
+			continue
+		}
+		if size += len(b); size > maxRootBytes {
+			break
+		}
+		roots = append(roots, b)
+	}
+	return roots
 }
 
 // trustLists gives the trust lists above version have, oldest first.

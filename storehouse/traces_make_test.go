@@ -15,6 +15,7 @@ import (
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -287,5 +288,28 @@ func TestRefusedReportsCostNoCheck(t *testing.T) {
 	}
 	if n := len(s.checks); n != 0 {
 		t.Errorf("%d checks are never over", n)
+	}
+}
+
+// Root blocks are sent to who asks for them: of the paths asked for, not of what
+// those refer to, nor of one that is not valid.
+func TestRootsAreServed(t *testing.T) {
+	s, _ := start(t, testConfig(t.TempDir()))
+	lib := publish(t, s, makePath(t, "lib", 100_000))
+	app := publish(t, s, makePath(t, "app", 100_000, lib.Path))
+	nowhere := makePath(t, "nowhere", 1).info.Path
+	for _, roots := range []bool{true, false} {
+		got, err := s.answerPaths(within(t), &floxv1.PathsRequest{
+			HashParts: []string{nowhere.HashPart(), app.Path.HashPart()}, Closure: true, Roots: roots,
+		})
+		if err != nil || len(got.GetFound()) != 2 {
+			t.Fatalf("%d facts, %v", len(got.GetFound()), err)
+		}
+		switch {
+		case !roots && len(got.GetRoots()) > 0:
+			t.Error("root blocks for who did not ask")
+		case roots && (len(got.GetRoots()) != 1 || content.Hash(got.GetRoots()[0]) != app.Manifest):
+			t.Errorf("%d root blocks, want that of %s", len(got.GetRoots()), app.Path)
+		}
 	}
 }

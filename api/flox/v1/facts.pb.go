@@ -30,7 +30,10 @@ type PathsRequest struct {
 	// server; truncated says so).
 	Closure bool `protobuf:"varint,2,opt,name=closure,proto3" json:"closure,omitempty"`
 	// Also send the start traces of the paths asked for (not of their closures).
-	Traces        bool `protobuf:"varint,3,opt,name=traces,proto3" json:"traces,omitempty"`
+	Traces bool `protobuf:"varint,3,opt,name=traces,proto3" json:"traces,omitempty"`
+	// Also send the root blocks of the manifests of the paths asked for (not of
+	// their closures): who asks reads them next.
+	Roots         bool `protobuf:"varint,4,opt,name=roots,proto3" json:"roots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -86,6 +89,13 @@ func (x *PathsRequest) GetTraces() bool {
 	return false
 }
 
+func (x *PathsRequest) GetRoots() bool {
+	if x != nil {
+		return x.Roots
+	}
+	return false
+}
+
 type PathsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Found []*PathInfo            `protobuf:"bytes,1,rep,name=found,proto3" json:"found,omitempty"`
@@ -96,7 +106,10 @@ type PathsResponse struct {
 	Truncated bool   `protobuf:"varint,4,opt,name=truncated,proto3" json:"truncated,omitempty"`
 	// Accepted start traces, only from a storehouse: hints what to fetch. Every
 	// byte is checked as without them.
-	Traces        []*StartTrace `protobuf:"bytes,5,rep,name=traces,proto3" json:"traces,omitempty"`
+	Traces []*StartTrace `protobuf:"bytes,5,rep,name=traces,proto3" json:"traces,omitempty"`
+	// Root blocks that were asked for, only from a storehouse, as far as they fit
+	// (1 MiB in all). Each is checked by its CID.
+	Roots         [][]byte `protobuf:"bytes,6,rep,name=roots,proto3" json:"roots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -162,6 +175,13 @@ func (x *PathsResponse) GetTruncated() bool {
 func (x *PathsResponse) GetTraces() []*StartTrace {
 	if x != nil {
 		return x.Traces
+	}
+	return nil
+}
+
+func (x *PathsResponse) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
 	}
 	return nil
 }
@@ -1302,18 +1322,20 @@ var File_flox_v1_facts_proto protoreflect.FileDescriptor
 
 const file_flox_v1_facts_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"_\n" +
+	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"u\n" +
 	"\fPathsRequest\x12\x1d\n" +
 	"\n" +
 	"hash_parts\x18\x01 \x03(\tR\thashParts\x12\x18\n" +
 	"\aclosure\x18\x02 \x01(\bR\aclosure\x12\x16\n" +
-	"\x06traces\x18\x03 \x01(\bR\x06traces\"\xb3\x01\n" +
+	"\x06traces\x18\x03 \x01(\bR\x06traces\x12\x14\n" +
+	"\x05roots\x18\x04 \x01(\bR\x05roots\"\xc9\x01\n" +
 	"\rPathsResponse\x12'\n" +
 	"\x05found\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05found\x12\x18\n" +
 	"\ainvalid\x18\x02 \x03(\tR\ainvalid\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x1c\n" +
 	"\ttruncated\x18\x04 \x01(\bR\ttruncated\x12+\n" +
-	"\x06traces\x18\x05 \x03(\v2\x13.flox.v1.StartTraceR\x06traces\"J\n" +
+	"\x06traces\x18\x05 \x03(\v2\x13.flox.v1.StartTraceR\x06traces\x12\x14\n" +
+	"\x05roots\x18\x06 \x03(\fR\x05roots\"J\n" +
 	"\n" +
 	"StartTrace\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12(\n" +

@@ -1,0 +1,49 @@
+package agent
+
+import (
+	"bytes"
+	"testing"
+	"time"
+
+	flox "github.com/floxctl/flox"
+)
+
+// The root block of a path's manifest comes with its facts: opening the tree asks
+// for nothing more. One that is not what was signed is no harm.
+func TestRootsComeWithFacts(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer func(h *house)
+		served int
+	}{
+		"sent":         {func(*house) {}, 0},
+		"an older one": {func(h *house) { h.rootless = true }, 1},
+		"a wrong one":  {func(h *house) { h.lie = []byte("not the root") }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHouse(t)
+			lib := h.make(t, "lib", nil, testFile{name: "lib/x", data: randomBytes(1, 100_000)})
+			app := h.make(t, "app", []flox.StorePath{lib.Path}, testFile{name: "bin/app", data: randomBytes(2, 100_000)})
+			h.publish(lib, app)
+			h.set(func() { c.answer(h) })
+			a, _ := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil)
+			following(t, a)
+			ctx := within(t, 20*time.Second)
+			treeOf(ctx, t, a, app.Path)
+			h.mu.Lock()
+			served, root := h.given, h.blocks[app.Manifest]
+			h.mu.Unlock()
+			if served != c.served {
+				t.Errorf("%d blocks were asked for, want %d", served, c.served)
+			}
+			if got, err := a.cache.Get(ctx, app.Manifest); err != nil || !bytes.Equal(got, root) {
+				t.Errorf("the root block in the cache: %d bytes of %d, %v", len(got), len(root), err)
+			}
+			if here := a.cache.Has([]flox.CID{lib.Manifest})[0]; here {
+				t.Error("the root block of what it refers to came as well")
+			}
+			if m := a.traffic.message(0); m.GetManifestBytes() != uint64(len(root)) {
+				t.Errorf("%d bytes of manifests counted, want %d", m.GetManifestBytes(), len(root))
+			}
+		})
+	}
+}
