@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -105,13 +106,19 @@ func TestKillLosesNothing(t *testing.T) {
 	}
 }
 
-// cluster is three servers over loopback.
+// cluster is some servers over loopback, three at first.
 type cluster struct {
 	t     *testing.T
-	nodes [3]*Node
-	stop  [3]func() error
-	cfg   [3]Config
-	away  [3]bool
+	nodes []*Node
+	stop  []func() error
+	cfg   []Config
+	away  []bool
+}
+
+// spare makes room for one more server and gives its number.
+func (c *cluster) spare(cfg Config) int {
+	c.nodes, c.stop, c.cfg, c.away = append(c.nodes, nil), append(c.stop, nil), append(c.cfg, cfg), append(c.away, true)
+	return len(c.cfg) - 1
 }
 
 func (c *cluster) listen(i int) {
@@ -138,8 +145,8 @@ func (c *cluster) start(i int) {
 // newCluster starts three servers that agree.
 func newCluster(t *testing.T, edit func(*Config)) *cluster {
 	c := &cluster{t: t}
-	for i := range c.cfg {
-		c.cfg[i] = Config{Dir: t.TempDir(), ID: fmt.Sprint("n", i), Bootstrap: i == 0, ReserveBytes: 1, Heartbeat: 200 * time.Millisecond}
+	for i := range 3 {
+		c.spare(Config{Dir: t.TempDir(), ID: fmt.Sprint("n", i), Bootstrap: i == 0, ReserveBytes: 1, Heartbeat: 600 * time.Millisecond, PromoteAfter: 80 * time.Millisecond})
 		if edit != nil {
 			edit(&c.cfg[i])
 		}
@@ -149,11 +156,37 @@ func newCluster(t *testing.T, edit func(*Config)) *cluster {
 		t.Fatal(err)
 	}
 	for i := 1; i < 3; i++ {
-		if err := c.nodes[0].AddVoter(within(t), c.cfg[i].ID, c.cfg[i].Address); err != nil {
+		if err := c.nodes[0].AddServer(within(t), c.cfg[i].ID, c.cfg[i].Address, true); err != nil {
 			t.Fatal(err)
 		}
 	}
+	c.until("three voters", func(s []ServerStatus) bool {
+		return len(s) == 3 && !slices.ContainsFunc(s, func(m ServerStatus) bool { return !m.Voter || !m.Healthy })
+	})
 	return c
+}
+
+// until waits until the leader's list of the servers is as it should be.
+func (c *cluster) until(what string, ok func([]ServerStatus) bool) {
+	c.t.Helper()
+	ctx := within(c.t)
+	var last []ServerStatus
+	for ctx.Err() == nil {
+		for i, n := range c.nodes {
+			if c.away[i] {
+				continue
+			}
+			if s, err := n.Servers(ctx); err == nil {
+				last = s
+			}
+			break
+		}
+		if ok(last) {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	c.t.Fatalf("waiting for %s: %+v", what, last)
 }
 
 // leader waits for one of the running servers to lead and gives its number.
@@ -162,7 +195,7 @@ func (c *cluster) leader() int {
 	ctx := within(c.t)
 	for ctx.Err() == nil {
 		for i, n := range c.nodes {
-			if n.Status().State == "leader" {
+			if !c.away[i] && n.Status().State == "leader" {
 				if _, err := n.ReadIndex(ctx); err == nil {
 					return i
 				}
@@ -254,7 +287,12 @@ func (c *cluster) propose(ctx context.Context, session string, sequence uint64) 
 // A server that was away for longer than the log reaches back gets a snapshot
 // over the wire, and the log goes on behind it, also after a restart.
 func TestSnapshotToLaggingServer(t *testing.T) {
-	c := newCluster(t, func(cfg *Config) { cfg.KeepEntries = 8; cfg.SnapshotEvery = 1 << 30; cfg.segmentBytes = 4096 })
+	c := newCluster(t, func(cfg *Config) {
+		cfg.KeepEntries = 8
+		cfg.SnapshotEvery = 1 << 30
+		cfg.Heartbeat = time.Second
+		cfg.segmentBytes = 4096
+	})
 	leader := c.leader()
 	away := (leader + 1) % 3
 	if err := c.stop[away](); err != nil {

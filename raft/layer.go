@@ -218,12 +218,54 @@ func (n *Node) connect() (raft.Transport, func() error) {
 		Timeout: rpcTimeout,
 		Logger:  newRaftLog(n.cfg.Log),
 	})
-	return t, func() error {
+	return standing{t, n}, func() error {
 		cancel()
 		p.close()
 		t.CloseStreams()
 		return t.Close() // closes layer
 	}
+}
+
+// standing is the transport of a server that may be drained: it then asks
+// nobody for a vote, and so stays a follower.
+type standing struct {
+	*raft.NetworkTransport
+	node *Node
+}
+
+var _ raft.WithPreVote = standing{}
+
+var errDrained = fmt.Errorf("this server is drained and does not stand for election: %w", flox.ErrDenied)
+
+// RequestVote is raft.Transport.
+func (s standing) RequestVote(id raft.ServerID, target raft.ServerAddress, q *raft.RequestVoteRequest, a *raft.RequestVoteResponse) error {
+	// A leader that hands over knows better: this server may not have heard yet
+	// that it is drained no more.
+	if !q.LeadershipTransfer && !s.node.mayStand() {
+		return errDrained
+	}
+	return s.NetworkTransport.RequestVote(id, target, q, a)
+}
+
+// RequestPreVote is raft.WithPreVote.
+func (s standing) RequestPreVote(id raft.ServerID, target raft.ServerAddress, q *raft.RequestPreVoteRequest, a *raft.RequestPreVoteResponse) error {
+	if !s.node.mayStand() {
+		return errDrained
+	}
+	return s.NetworkTransport.RequestPreVote(id, target, q, a)
+}
+
+// mayStand reports whether this server may become the leader: it is not
+// drained, or nobody else did for long.
+func (n *Node) mayStand() bool {
+	if !n.drained.Load() {
+		return true
+	}
+	last := n.started
+	if r := n.raft.Load(); r != nil && r.LastContact().After(last) {
+		last = r.LastContact()
+	}
+	return time.Since(last) > 10*n.cfg.Heartbeat
 }
 
 // logAt writes one line of a library, whose words are not ours to choose.

@@ -22,6 +22,8 @@ type machine struct {
 	snapshots  *snapshots
 	processors map[uint32]Processor // fixed before the first entry
 
+	members func() error // called when the members' part of the state may have changed; nil while opening
+
 	time int64 // Unix milliseconds of the last entry in the state
 
 	// stopped is why this node applies nothing more; closed is closed with it.
@@ -132,7 +134,10 @@ func (m *machine) applyEntry(l *raft.Log) (outcome, error) {
 	m.mu.Lock()
 	m.index = l.Index
 	m.mu.Unlock()
-	return o, nil
+	if e.Kind == memberKind {
+		err = m.members()
+	}
+	return o, err
 }
 
 // applyOnce hands the command to its processor unless its session has the
@@ -216,6 +221,9 @@ func (m *machine) load() error {
 	m.index = index
 	m.mu.Unlock()
 	m.notify()
+	if m.members != nil {
+		return m.members()
+	}
 	return nil
 }
 

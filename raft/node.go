@@ -29,6 +29,13 @@ type Node struct {
 	lastTime atomic.Int64              // Unix milliseconds of the newest proposal
 	readTerm atomic.Uint64             // term in which all entries of former leaders are applied
 
+	probes   probes
+	lookNow  chan struct{} // holds one
+	changing chan struct{} // holds one: who changes the members
+	level    atomic.Uint32
+	drained  atomic.Bool
+	started  time.Time // of Run
+
 	fresh       freshness
 	leadership  leadership
 	peers       atomic.Pointer[peers] // set while Run runs with a Layer
@@ -52,6 +59,7 @@ func Open(cfg Config) (*Node, error) {
 	}
 	n := &Node{
 		cfg: cfg, slots: make(chan struct{}, cfg.MaxInFlight), served: make(chan struct{}, cfg.MaxInFlight),
+		lookNow: make(chan struct{}, 1), changing: make(chan struct{}, 1),
 		bytes: semaphore.NewWeighted(maxBytesInFlight), servedBytes: semaphore.NewWeighted(maxBytesInFlight),
 	}
 	if err := n.open(); err != nil {
@@ -79,7 +87,8 @@ func (n *Node) open() error {
 		return err
 	}
 	n.closers = append(n.closers, state.close)
-	n.machine = &machine{state: state, snapshots: n.snapshots, processors: map[uint32]Processor{}, closed: make(chan struct{})}
+	n.machine = &machine{state: state, snapshots: n.snapshots, closed: make(chan struct{})}
+	n.machine.processors = map[uint32]Processor{memberKind: members{n.cfg.Level}}
 
 	w, err := openLog(filepath.Join(n.cfg.Dir, "log"), n.cfg)
 	if err != nil {
@@ -148,11 +157,13 @@ func (n *Node) reconcile() error {
 			n.cfg.Dir, n.machine.applied(), have, flox.ErrCorrupt)
 	}
 	n.lastTime.Store(n.machine.time)
-	return nil
+	n.machine.members = n.learnMembers
+	return n.learnMembers()
 }
 
 // Register makes p apply the commands of a kind. It must be called before Run,
-// with the same kinds on every server; kinds are never reused.
+// with the same kinds on every server; kinds are never reused. Kind 0 is the
+// Node's own: Run refuses to start with another Processor for it.
 func (n *Node) Register(kind uint32, p Processor) {
 	n.machine.processors[kind] = p
 }
@@ -170,6 +181,7 @@ func (n *Node) config() *raft.Config {
 	c.TrailingLogs = n.cfg.KeepEntries
 	c.NoSnapshotRestoreOnStart = true // the state is on disk already
 	c.NoLegacyTelemetry = true
+	c.ShutdownOnRemove = false
 	c.Logger = newRaftLog(n.cfg.Log)
 	return c
 }
@@ -181,6 +193,10 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		return fmt.Errorf("raft: run twice: %w", flox.ErrBusy)
 	}
 	defer func() { err = errors.Join(err, n.closeAll()) }()
+	if n.machine.processors[memberKind] != (members{n.cfg.Level}) {
+		return fmt.Errorf("raft: kind %d is the node's own, register another: %w", memberKind, flox.ErrBadInput)
+	}
+	n.started = time.Now()
 
 	transport, disconnect := n.connect()
 	defer func() {
@@ -202,11 +218,15 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	n.raft.Store(r)
 	stopWatching := n.watchLeader(r)
+	looking, stopLooking := context.WithCancel(context.Background())
+	n.work.Go(func() { n.look(looking, r) })
 	select {
 	case <-ctx.Done():
+		n.handOver(r)
 	case <-n.machine.closed:
 	}
 	n.raft.Store(nil)
+	stopLooking()
 	stopWatching()
 	n.drain()
 	if err := r.Shutdown().Error(); err != nil {
@@ -217,6 +237,19 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	}
 	n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed)) // ends everybody's waiting
 	return nil
+}
+
+// handOver gives leadership away before a planned end, so that nobody waits for
+// an election.
+func (n *Node) handOver(r *raft.Raft) {
+	if r.State() != raft.Leader {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 4*n.cfg.Heartbeat)
+	defer cancel()
+	if err := n.transferHere(ctx, ""); err != nil {
+		n.cfg.Log.Debug("no hand-over before the end", "error", err)
+	}
 }
 
 // drain waits until what was proposed is answered: raft drops what it has

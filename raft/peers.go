@@ -110,6 +110,17 @@ func (p *peers) get(address string) (*peer, error) {
 	return c, nil
 }
 
+// drop gives up the connection to address: something is wrong with it.
+func (p *peers) drop(address string) {
+	p.mu.Lock()
+	c := p.open[address]
+	delete(p.open, address)
+	p.mu.Unlock()
+	if c != nil {
+		c.end(fmt.Errorf("no answer in time: %w", flox.ErrUnreachable))
+	}
+}
+
 // run dials and then moves frames until the connection ends.
 func (p *peers) run(c *peer) error {
 	conn, err := p.layer.dial(c.address, tagCalls, dialTimeout)

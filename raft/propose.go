@@ -29,6 +29,9 @@ type ProposeOptions struct {
 	// Sequence numbers the session's commands from 1; the first must be answered
 	// before others are proposed, and at most KeptReplies may be under way.
 	Sequence uint64
+	// Level the command belongs to: it is refused with ErrLevel until every member
+	// of the cluster knows it; 0 = every server always did.
+	Level uint32
 }
 
 // Propose puts a command into the log and waits until it is applied here. Any
@@ -37,7 +40,7 @@ type ProposeOptions struct {
 // is visible. A refusal wraps ErrRefused. Other errors: ErrUnknownOutcome
 // (without Session, at once; with one, when ctx ended: propose again with the
 // same options), ErrNotLeader (ctx ended and it was not proposed), ErrFull,
-// ErrBusy (not proposed), ErrBadInput.
+// ErrBusy and ErrLevel (not proposed), ErrBadInput.
 func (n *Node) Propose(ctx context.Context, kind uint32, command []byte, opt ProposeOptions) (reply []byte, index uint64, err error) {
 	reply, index, _, err = n.propose(ctx, kind, command, opt)
 	return reply, index, err
@@ -53,7 +56,7 @@ func (n *Node) propose(ctx context.Context, kind uint32, command []byte, opt Pro
 	}
 	defer n.bytes.Release(int64(len(command)))
 	a, unknown, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_Propose{Propose: &floxv1.ProposeCall{
-		Session: opt.Session, Sequence: opt.Sequence, Kind: kind, Command: command,
+		Session: opt.Session, Sequence: opt.Sequence, Kind: kind, Command: command, Level: opt.Level,
 	}}}, opt.Session != "")
 	if err != nil && (a == nil || a.Index == 0) {
 		return nil, 0, unknown, err
@@ -86,6 +89,9 @@ func (n *Node) proposeHere(ctx context.Context, c *floxv1.ProposeCall) (*floxv1.
 	}
 	if err := n.acceptable(c.Kind, c.Command); err != nil {
 		return nil, err
+	}
+	if c.Level > n.level.Load() {
+		return nil, n.tooNew(r, c.Level)
 	}
 	free, err := freeBytes(n.cfg.Dir)
 	if err != nil {
@@ -121,6 +127,25 @@ func (n *Node) proposeHere(ctx context.Context, c *floxv1.ProposeCall) (*floxv1.
 		return &floxv1.ClusterAnswer{Index: f.Index()}, a.refused
 	}
 	return &floxv1.ClusterAnswer{Reply: a.reply, Index: f.Index()}, nil
+}
+
+// tooNew says which server keeps the cluster from a level.
+func (n *Node) tooNew(r *raft.Raft, level uint32) error {
+	who := "this leader has not yet heard from every server"
+	if n.cfg.Level < level {
+		who = fmt.Sprintf("the leader %s knows level %d (version %q): upgrade it", n.cfg.ID, n.cfg.Level, n.cfg.Version)
+	}
+	for _, s := range r.GetConfiguration().Configuration().Servers {
+		id := string(s.ID)
+		switch p := n.probes.get(id); {
+		case id == n.cfg.ID:
+		case p.heard.IsZero():
+			who = fmt.Sprintf("server %s has not been heard since the leader started", id)
+		case p.level < level:
+			who = fmt.Sprintf("server %s knows level %d (version %q): upgrade it", id, p.level, p.version)
+		}
+	}
+	return fmt.Errorf("propose: a command of level %d while the cluster is at level %d; %s: %w", level, n.level.Load(), who, ErrLevel)
 }
 
 // now is the clock of proposals: the machine's, but never going back.
@@ -208,6 +233,11 @@ func (s *Session) begin() { s.name, s.next = rand.Text(), 1 }
 // Propose is Node.Propose with this session: it is repeated until the outcome is
 // known or ctx ends, whoever leads meanwhile. Errors as there.
 func (s *Session) Propose(ctx context.Context, kind uint32, command []byte) (reply []byte, index uint64, err error) {
+	return s.ProposeAt(ctx, 0, kind, command)
+}
+
+// ProposeAt is Propose for a command of a level, see ProposeOptions.
+func (s *Session) ProposeAt(ctx context.Context, level, kind uint32, command []byte) (reply []byte, index uint64, err error) {
 	select {
 	case <-s.turn:
 	case <-ctx.Done():
@@ -217,7 +247,7 @@ func (s *Session) Propose(ctx context.Context, kind uint32, command []byte) (rep
 	for {
 		sequence, unknown := s.next, false
 		s.next++
-		reply, index, unknown, err = s.node.propose(ctx, kind, command, ProposeOptions{Session: s.name, Sequence: sequence})
+		reply, index, unknown, err = s.node.propose(ctx, kind, command, ProposeOptions{Session: s.name, Sequence: sequence, Level: level})
 		switch {
 		case err == nil:
 		case errors.Is(err, ErrSessionExpired) && unknown:

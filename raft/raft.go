@@ -37,6 +37,9 @@ var (
 	// ErrUnknownCommand is what a Processor returns for a command it cannot
 	// decode or does not know. The node stops before it differs from the others.
 	ErrUnknownCommand = errors.New("unknown command")
+	// ErrLevel: a server of the cluster runs a program that does not know such
+	// commands yet; the message names it.
+	ErrLevel = errors.New("a server is too old")
 	// ErrSessionExpired: the session was not used for SessionTTL of log time, or
 	// never existed; its replies are forgotten.
 	ErrSessionExpired = fmt.Errorf("session expired: %w", flox.ErrClosed)
@@ -97,10 +100,22 @@ type Config struct {
 	MaxInFlight int
 	// CacheBytes is Pebble's block cache. Default 64 MiB.
 	CacheBytes int64
+	// Level is the newest level of commands this program knows; a level is raised
+	// when a program can apply commands that former ones cannot. Default 1.
+	Level uint32
+	// Version names the program, for people.
+	Version string
+	// PromoteAfter is how long a new server must be healthy before it gets a vote.
+	// Default 10 s.
+	PromoteAfter time.Duration
+	// DeadAfter is how long a server must be away before one that came later
+	// replaces it. Default 1 min.
+	DeadAfter time.Duration
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger
 
-	segmentBytes int // of a file of the log; a hook of the tests, 0 = the library's default
+	probeEvery   time.Duration // how often the other members are asked how they are
+	segmentBytes int           // of a file of the log; a hook of the tests, 0 = the library's default
 }
 
 // withDefaults checks c and fills in what is zero.
@@ -108,7 +123,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Dir == "" || c.ID == "" {
 		return c, fmt.Errorf("raft: Dir and ID must be set: %w", flox.ErrBadInput)
 	}
-	if c.Heartbeat < 0 || c.SnapshotCheck < 0 || c.MaxInFlight < 0 || c.CacheBytes < 0 {
+	if c.Heartbeat < 0 || c.SnapshotCheck < 0 || c.PromoteAfter < 0 || c.DeadAfter < 0 || c.MaxInFlight < 0 || c.CacheBytes < 0 {
 		return c, fmt.Errorf("raft: a negative duration or number in the configuration: %w", flox.ErrBadInput)
 	}
 	if c.Heartbeat == 0 {
@@ -132,6 +147,10 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.ReserveBytes, 128<<20)
 	setDefault(&c.MaxInFlight, 4096)
 	setDefault(&c.CacheBytes, 64<<20)
+	setDefault(&c.Level, firstLevel)
+	setDefault(&c.PromoteAfter, 10*time.Second)
+	setDefault(&c.DeadAfter, time.Minute)
+	c.probeEvery = max(20*time.Millisecond, min(c.PromoteAfter/4, time.Second))
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}

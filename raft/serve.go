@@ -126,6 +126,18 @@ func (n *Node) carryOut(ctx context.Context, q *floxv1.ClusterCall) (*floxv1.Clu
 	case *floxv1.ClusterCall_ReadIndex:
 		index, err := n.readIndexHere(ctx)
 		return &floxv1.ClusterAnswer{Index: index}, err
+	case *floxv1.ClusterCall_Hello:
+		return &floxv1.ClusterAnswer{Hello: n.hello()}, nil
+	case *floxv1.ClusterCall_AddServer:
+		return &floxv1.ClusterAnswer{}, n.addHere(ctx, c.AddServer)
+	case *floxv1.ClusterCall_RemoveServer:
+		return &floxv1.ClusterAnswer{}, n.removeHere(ctx, c.RemoveServer)
+	case *floxv1.ClusterCall_Transfer:
+		return &floxv1.ClusterAnswer{}, n.transferAlone(ctx, c.Transfer.To)
+	case *floxv1.ClusterCall_Drain:
+		return &floxv1.ClusterAnswer{}, n.drainHere(ctx, c.Drain)
+	case *floxv1.ClusterCall_Servers:
+		return n.serversHere()
 	}
 	return nil, fmt.Errorf("a call this program does not know: upgrade this server: %w", flox.ErrBadInput)
 }

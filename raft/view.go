@@ -6,7 +6,6 @@ import (
 
 	"github.com/hashicorp/raft"
 
-	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
@@ -149,39 +148,4 @@ func (n *Node) Status() Status {
 		s.Members = append(s.Members, Member{string(m.ID), string(m.Address), m.Suffrage == raft.Voter})
 	}
 	return s
-}
-
-// AddVoter makes a server a voting member, on the leader. The server must run
-// without Bootstrap.
-func (n *Node) AddVoter(ctx context.Context, id, address string) error {
-	return n.change(ctx, "add server "+id, func(r *raft.Raft) raft.Future {
-		return r.AddVoter(raft.ServerID(id), raft.ServerAddress(address), 0, enqueueTimeout)
-	})
-}
-
-// RemoveServer takes a server out of the cluster, on the leader.
-func (n *Node) RemoveServer(ctx context.Context, id string) error {
-	return n.change(ctx, "remove server "+id, func(r *raft.Raft) raft.Future {
-		return r.RemoveServer(raft.ServerID(id), 0, enqueueTimeout)
-	})
-}
-
-// Transfer hands leadership to the server that is furthest.
-func (n *Node) Transfer(ctx context.Context) error {
-	return n.change(ctx, "transfer leadership", func(r *raft.Raft) raft.Future { return r.LeadershipTransfer() })
-}
-
-// change carries out a change of the members.
-func (n *Node) change(ctx context.Context, what string, start func(*raft.Raft) raft.Future) error {
-	r, err := n.active()
-	if err != nil {
-		return err
-	}
-	if r.State() != raft.Leader {
-		return fmt.Errorf("%s: %w", what, ErrNotLeader)
-	}
-	if err := n.wait(ctx, start(r)); err != nil {
-		return fmt.Errorf("%s: %w: %w", what, err, flox.ErrUnreachable)
-	}
-	return nil
 }

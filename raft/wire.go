@@ -73,7 +73,7 @@ func readHead(r io.Reader) (id uint64, size int, err error) {
 // refusals: refusalKinds first, then these from firstFailure on. Never renumbered.
 const firstFailure = 64
 
-var failureKinds = []error{ErrUnknownOutcome, ErrNotLeader, ErrUnknownCommand} // in the order in which they are looked for
+var failureKinds = []error{ErrUnknownOutcome, ErrNotLeader, ErrUnknownCommand, ErrLevel} // in the order in which they are looked for
 
 // encodeFailure gives what another server needs to know of err.
 func encodeFailure(err error) *floxv1.ClusterFailure {

@@ -23,7 +23,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// ClusterCall is a question of one server to another. All but Hello are for the leader.
+// ClusterCall is a question of one server to another. All but HelloCall are for the leader.
 type ClusterCall struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How long the caller waits. The answerer gives up then, too.
@@ -32,6 +32,12 @@ type ClusterCall struct {
 	//
 	//	*ClusterCall_Propose
 	//	*ClusterCall_ReadIndex
+	//	*ClusterCall_Hello
+	//	*ClusterCall_AddServer
+	//	*ClusterCall_RemoveServer
+	//	*ClusterCall_Transfer
+	//	*ClusterCall_Drain
+	//	*ClusterCall_Servers
 	Call          isClusterCall_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -99,6 +105,60 @@ func (x *ClusterCall) GetReadIndex() *ReadIndexCall {
 	return nil
 }
 
+func (x *ClusterCall) GetHello() *HelloCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_Hello); ok {
+			return x.Hello
+		}
+	}
+	return nil
+}
+
+func (x *ClusterCall) GetAddServer() *AddServerCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_AddServer); ok {
+			return x.AddServer
+		}
+	}
+	return nil
+}
+
+func (x *ClusterCall) GetRemoveServer() *RemoveServerCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_RemoveServer); ok {
+			return x.RemoveServer
+		}
+	}
+	return nil
+}
+
+func (x *ClusterCall) GetTransfer() *TransferCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_Transfer); ok {
+			return x.Transfer
+		}
+	}
+	return nil
+}
+
+func (x *ClusterCall) GetDrain() *DrainCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_Drain); ok {
+			return x.Drain
+		}
+	}
+	return nil
+}
+
+func (x *ClusterCall) GetServers() *ServersCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_Servers); ok {
+			return x.Servers
+		}
+	}
+	return nil
+}
+
 type isClusterCall_Call interface {
 	isClusterCall_Call()
 }
@@ -111,9 +171,45 @@ type ClusterCall_ReadIndex struct {
 	ReadIndex *ReadIndexCall `protobuf:"bytes,3,opt,name=read_index,json=readIndex,proto3,oneof"`
 }
 
+type ClusterCall_Hello struct {
+	Hello *HelloCall `protobuf:"bytes,4,opt,name=hello,proto3,oneof"`
+}
+
+type ClusterCall_AddServer struct {
+	AddServer *AddServerCall `protobuf:"bytes,5,opt,name=add_server,json=addServer,proto3,oneof"`
+}
+
+type ClusterCall_RemoveServer struct {
+	RemoveServer *RemoveServerCall `protobuf:"bytes,6,opt,name=remove_server,json=removeServer,proto3,oneof"`
+}
+
+type ClusterCall_Transfer struct {
+	Transfer *TransferCall `protobuf:"bytes,7,opt,name=transfer,proto3,oneof"`
+}
+
+type ClusterCall_Drain struct {
+	Drain *DrainCall `protobuf:"bytes,8,opt,name=drain,proto3,oneof"`
+}
+
+type ClusterCall_Servers struct {
+	Servers *ServersCall `protobuf:"bytes,9,opt,name=servers,proto3,oneof"`
+}
+
 func (*ClusterCall_Propose) isClusterCall_Call() {}
 
 func (*ClusterCall_ReadIndex) isClusterCall_Call() {}
+
+func (*ClusterCall_Hello) isClusterCall_Call() {}
+
+func (*ClusterCall_AddServer) isClusterCall_Call() {}
+
+func (*ClusterCall_RemoveServer) isClusterCall_Call() {}
+
+func (*ClusterCall_Transfer) isClusterCall_Call() {}
+
+func (*ClusterCall_Drain) isClusterCall_Call() {}
+
+func (*ClusterCall_Servers) isClusterCall_Call() {}
 
 // ProposeCall puts a command into the log. The leader adds its clock.
 type ProposeCall struct {
@@ -122,6 +218,7 @@ type ProposeCall struct {
 	Sequence      uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Kind          uint32                 `protobuf:"varint,3,opt,name=kind,proto3" json:"kind,omitempty"`
 	Command       []byte                 `protobuf:"bytes,4,opt,name=command,proto3" json:"command,omitempty"`
+	Level         uint32                 `protobuf:"varint,5,opt,name=level,proto3" json:"level,omitempty"` // refused while a server knows less
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -184,6 +281,13 @@ func (x *ProposeCall) GetCommand() []byte {
 	return nil
 }
 
+func (x *ProposeCall) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 // ReadIndexCall asks for an index whose state holds all that was answered before.
 type ReadIndexCall struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -221,19 +325,294 @@ func (*ReadIndexCall) Descriptor() ([]byte, []int) {
 	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{2}
 }
 
+// HelloCall asks a server how it is.
+type HelloCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HelloCall) Reset() {
+	*x = HelloCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HelloCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HelloCall) ProtoMessage() {}
+
+func (x *HelloCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HelloCall.ProtoReflect.Descriptor instead.
+func (*HelloCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{3}
+}
+
+type AddServerCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Voter         bool                   `protobuf:"varint,3,opt,name=voter,proto3" json:"voter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddServerCall) Reset() {
+	*x = AddServerCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddServerCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddServerCall) ProtoMessage() {}
+
+func (x *AddServerCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddServerCall.ProtoReflect.Descriptor instead.
+func (*AddServerCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AddServerCall) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AddServerCall) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *AddServerCall) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
+}
+
+type RemoveServerCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveServerCall) Reset() {
+	*x = RemoveServerCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveServerCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveServerCall) ProtoMessage() {}
+
+func (x *RemoveServerCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveServerCall.ProtoReflect.Descriptor instead.
+func (*RemoveServerCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RemoveServerCall) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type TransferCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	To            string                 `protobuf:"bytes,1,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransferCall) Reset() {
+	*x = TransferCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransferCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransferCall) ProtoMessage() {}
+
+func (x *TransferCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransferCall.ProtoReflect.Descriptor instead.
+func (*TransferCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *TransferCall) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+type DrainCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	On            bool                   `protobuf:"varint,2,opt,name=on,proto3" json:"on,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainCall) Reset() {
+	*x = DrainCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainCall) ProtoMessage() {}
+
+func (x *DrainCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainCall.ProtoReflect.Descriptor instead.
+func (*DrainCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *DrainCall) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DrainCall) GetOn() bool {
+	if x != nil {
+		return x.On
+	}
+	return false
+}
+
+type ServersCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServersCall) Reset() {
+	*x = ServersCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServersCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServersCall) ProtoMessage() {}
+
+func (x *ServersCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServersCall.ProtoReflect.Descriptor instead.
+func (*ServersCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{8}
+}
+
 // ClusterAnswer answers a ClusterCall.
 type ClusterAnswer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Failure       *ClusterFailure        `protobuf:"bytes,1,opt,name=failure,proto3" json:"failure,omitempty"` // absent = done
 	Reply         []byte                 `protobuf:"bytes,2,opt,name=reply,proto3" json:"reply,omitempty"`
 	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // of the log, where the call has one
+	Hello         *HelloAnswer           `protobuf:"bytes,4,opt,name=hello,proto3" json:"hello,omitempty"`
+	Servers       []*RaftServer          `protobuf:"bytes,5,rep,name=servers,proto3" json:"servers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ClusterAnswer) Reset() {
 	*x = ClusterAnswer{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[3]
+	mi := &file_flox_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -245,7 +624,7 @@ func (x *ClusterAnswer) String() string {
 func (*ClusterAnswer) ProtoMessage() {}
 
 func (x *ClusterAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[3]
+	mi := &file_flox_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -258,7 +637,7 @@ func (x *ClusterAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterAnswer.ProtoReflect.Descriptor instead.
 func (*ClusterAnswer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ClusterAnswer) GetFailure() *ClusterFailure {
@@ -282,6 +661,20 @@ func (x *ClusterAnswer) GetIndex() uint64 {
 	return 0
 }
 
+func (x *ClusterAnswer) GetHello() *HelloAnswer {
+	if x != nil {
+		return x.Hello
+	}
+	return nil
+}
+
+func (x *ClusterAnswer) GetServers() []*RaftServer {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
 // ClusterFailure says why not.
 type ClusterFailure struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -294,7 +687,7 @@ type ClusterFailure struct {
 
 func (x *ClusterFailure) Reset() {
 	*x = ClusterFailure{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[4]
+	mi := &file_flox_v1_cluster_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -306,7 +699,7 @@ func (x *ClusterFailure) String() string {
 func (*ClusterFailure) ProtoMessage() {}
 
 func (x *ClusterFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[4]
+	mi := &file_flox_v1_cluster_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -319,7 +712,7 @@ func (x *ClusterFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterFailure.ProtoReflect.Descriptor instead.
 func (*ClusterFailure) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ClusterFailure) GetRefused() bool {
@@ -343,32 +736,731 @@ func (x *ClusterFailure) GetMessage() string {
 	return ""
 }
 
+type HelloAnswer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Level         uint32                 `protobuf:"varint,2,opt,name=level,proto3" json:"level,omitempty"`     // newest commands its program knows
+	Version       string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`  // of its program, for people
+	Applied       uint64                 `protobuf:"varint,4,opt,name=applied,proto3" json:"applied,omitempty"` // log index of its state
+	Leads         bool                   `protobuf:"varint,5,opt,name=leads,proto3" json:"leads,omitempty"`     // and its state holds all that was answered
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HelloAnswer) Reset() {
+	*x = HelloAnswer{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HelloAnswer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HelloAnswer) ProtoMessage() {}
+
+func (x *HelloAnswer) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HelloAnswer.ProtoReflect.Descriptor instead.
+func (*HelloAnswer) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *HelloAnswer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *HelloAnswer) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *HelloAnswer) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *HelloAnswer) GetApplied() uint64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
+func (x *HelloAnswer) GetLeads() bool {
+	if x != nil {
+		return x.Leads
+	}
+	return false
+}
+
+// RaftServer is one member as the leader sees it.
+type RaftServer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Leader        bool                   `protobuf:"varint,3,opt,name=leader,proto3" json:"leader,omitempty"`
+	Voter         bool                   `protobuf:"varint,4,opt,name=voter,proto3" json:"voter,omitempty"`
+	State         *ServerFacts           `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
+	Level         uint32                 `protobuf:"varint,6,opt,name=level,proto3" json:"level,omitempty"`
+	Version       string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	Applied       uint64                 `protobuf:"varint,8,opt,name=applied,proto3" json:"applied,omitempty"`
+	ContactMs     int64                  `protobuf:"varint,9,opt,name=contact_ms,json=contactMs,proto3" json:"contact_ms,omitempty"`  // Unix milliseconds, 0 = never
+	HealthyMs     int64                  `protobuf:"varint,10,opt,name=healthy_ms,json=healthyMs,proto3" json:"healthy_ms,omitempty"` // since when, 0 = it is not
+	RttUs         uint32                 `protobuf:"varint,11,opt,name=rtt_us,json=rttUs,proto3" json:"rtt_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RaftServer) Reset() {
+	*x = RaftServer{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RaftServer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RaftServer) ProtoMessage() {}
+
+func (x *RaftServer) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RaftServer.ProtoReflect.Descriptor instead.
+func (*RaftServer) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RaftServer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RaftServer) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *RaftServer) GetLeader() bool {
+	if x != nil {
+		return x.Leader
+	}
+	return false
+}
+
+func (x *RaftServer) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
+}
+
+func (x *RaftServer) GetState() *ServerFacts {
+	if x != nil {
+		return x.State
+	}
+	return nil
+}
+
+func (x *RaftServer) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *RaftServer) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *RaftServer) GetApplied() uint64 {
+	if x != nil {
+		return x.Applied
+	}
+	return 0
+}
+
+func (x *RaftServer) GetContactMs() int64 {
+	if x != nil {
+		return x.ContactMs
+	}
+	return 0
+}
+
+func (x *RaftServer) GetHealthyMs() int64 {
+	if x != nil {
+		return x.HealthyMs
+	}
+	return 0
+}
+
+func (x *RaftServer) GetRttUs() uint32 {
+	if x != nil {
+		return x.RttUs
+	}
+	return 0
+}
+
+// ServersCommand is a command of the log about the members themselves.
+type ServersCommand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Command:
+	//
+	//	*ServersCommand_Level
+	//	*ServersCommand_Add
+	//	*ServersCommand_Drain
+	//	*ServersCommand_Down
+	//	*ServersCommand_Forget
+	Command       isServersCommand_Command `protobuf_oneof:"command"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServersCommand) Reset() {
+	*x = ServersCommand{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServersCommand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServersCommand) ProtoMessage() {}
+
+func (x *ServersCommand) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServersCommand.ProtoReflect.Descriptor instead.
+func (*ServersCommand) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ServersCommand) GetCommand() isServersCommand_Command {
+	if x != nil {
+		return x.Command
+	}
+	return nil
+}
+
+func (x *ServersCommand) GetLevel() uint32 {
+	if x != nil {
+		if x, ok := x.Command.(*ServersCommand_Level); ok {
+			return x.Level
+		}
+	}
+	return 0
+}
+
+func (x *ServersCommand) GetAdd() *ServerAdd {
+	if x != nil {
+		if x, ok := x.Command.(*ServersCommand_Add); ok {
+			return x.Add
+		}
+	}
+	return nil
+}
+
+func (x *ServersCommand) GetDrain() *ServerDrain {
+	if x != nil {
+		if x, ok := x.Command.(*ServersCommand_Drain); ok {
+			return x.Drain
+		}
+	}
+	return nil
+}
+
+func (x *ServersCommand) GetDown() *ServerDown {
+	if x != nil {
+		if x, ok := x.Command.(*ServersCommand_Down); ok {
+			return x.Down
+		}
+	}
+	return nil
+}
+
+func (x *ServersCommand) GetForget() *ServerForget {
+	if x != nil {
+		if x, ok := x.Command.(*ServersCommand_Forget); ok {
+			return x.Forget
+		}
+	}
+	return nil
+}
+
+type isServersCommand_Command interface {
+	isServersCommand_Command()
+}
+
+type ServersCommand_Level struct {
+	Level uint32 `protobuf:"varint,1,opt,name=level,proto3,oneof"` // every member knows the commands of this level
+}
+
+type ServersCommand_Add struct {
+	Add *ServerAdd `protobuf:"bytes,2,opt,name=add,proto3,oneof"`
+}
+
+type ServersCommand_Drain struct {
+	Drain *ServerDrain `protobuf:"bytes,3,opt,name=drain,proto3,oneof"`
+}
+
+type ServersCommand_Down struct {
+	Down *ServerDown `protobuf:"bytes,4,opt,name=down,proto3,oneof"`
+}
+
+type ServersCommand_Forget struct {
+	Forget *ServerForget `protobuf:"bytes,5,opt,name=forget,proto3,oneof"`
+}
+
+func (*ServersCommand_Level) isServersCommand_Command() {}
+
+func (*ServersCommand_Add) isServersCommand_Command() {}
+
+func (*ServersCommand_Drain) isServersCommand_Command() {}
+
+func (*ServersCommand_Down) isServersCommand_Command() {}
+
+func (*ServersCommand_Forget) isServersCommand_Command() {}
+
+type ServerAdd struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Voter         bool                   `protobuf:"varint,2,opt,name=voter,proto3" json:"voter,omitempty"` // wanted as one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerAdd) Reset() {
+	*x = ServerAdd{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerAdd) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerAdd) ProtoMessage() {}
+
+func (x *ServerAdd) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerAdd.ProtoReflect.Descriptor instead.
+func (*ServerAdd) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ServerAdd) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ServerAdd) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
+}
+
+type ServerDrain struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	On            bool                   `protobuf:"varint,2,opt,name=on,proto3" json:"on,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerDrain) Reset() {
+	*x = ServerDrain{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerDrain) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerDrain) ProtoMessage() {}
+
+func (x *ServerDrain) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerDrain.ProtoReflect.Descriptor instead.
+func (*ServerDrain) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ServerDrain) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ServerDrain) GetOn() bool {
+	if x != nil {
+		return x.On
+	}
+	return false
+}
+
+type ServerDown struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Down          bool                   `protobuf:"varint,2,opt,name=down,proto3" json:"down,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerDown) Reset() {
+	*x = ServerDown{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerDown) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerDown) ProtoMessage() {}
+
+func (x *ServerDown) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerDown.ProtoReflect.Descriptor instead.
+func (*ServerDown) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ServerDown) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ServerDown) GetDown() bool {
+	if x != nil {
+		return x.Down
+	}
+	return false
+}
+
+type ServerForget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ReplacedBy    string                 `protobuf:"bytes,2,opt,name=replaced_by,json=replacedBy,proto3" json:"replaced_by,omitempty"` // "" = by nobody
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerForget) Reset() {
+	*x = ServerForget{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerForget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerForget) ProtoMessage() {}
+
+func (x *ServerForget) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerForget.ProtoReflect.Descriptor instead.
+func (*ServerForget) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ServerForget) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ServerForget) GetReplacedBy() string {
+	if x != nil {
+		return x.ReplacedBy
+	}
+	return ""
+}
+
+// ServerFacts is what the state keeps of a member.
+type ServerFacts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	WantsVote     bool                   `protobuf:"varint,2,opt,name=wants_vote,json=wantsVote,proto3" json:"wants_vote,omitempty"`
+	Drained       bool                   `protobuf:"varint,3,opt,name=drained,proto3" json:"drained,omitempty"`
+	AddedMs       int64                  `protobuf:"varint,4,opt,name=added_ms,json=addedMs,proto3" json:"added_ms,omitempty"` // log time, 0 = it was there from the first
+	DownMs        int64                  `protobuf:"varint,5,opt,name=down_ms,json=downMs,proto3" json:"down_ms,omitempty"`    // since when it is away, 0 = it is not
+	Replaced      string                 `protobuf:"bytes,6,opt,name=replaced,proto3" json:"replaced,omitempty"`               // the server it replaced
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerFacts) Reset() {
+	*x = ServerFacts{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerFacts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerFacts) ProtoMessage() {}
+
+func (x *ServerFacts) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerFacts.ProtoReflect.Descriptor instead.
+func (*ServerFacts) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ServerFacts) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ServerFacts) GetWantsVote() bool {
+	if x != nil {
+		return x.WantsVote
+	}
+	return false
+}
+
+func (x *ServerFacts) GetDrained() bool {
+	if x != nil {
+		return x.Drained
+	}
+	return false
+}
+
+func (x *ServerFacts) GetAddedMs() int64 {
+	if x != nil {
+		return x.AddedMs
+	}
+	return 0
+}
+
+func (x *ServerFacts) GetDownMs() int64 {
+	if x != nil {
+		return x.DownMs
+	}
+	return 0
+}
+
+func (x *ServerFacts) GetReplaced() string {
+	if x != nil {
+		return x.Replaced
+	}
+	return ""
+}
+
 var File_flox_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_flox_v1_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\x15flox/v1/cluster.proto\x12\aflox.v1\"\x9f\x01\n" +
+	"\x15flox/v1/cluster.proto\x12\aflox.v1\"\xd9\x03\n" +
 	"\vClusterCall\x12\x1d\n" +
 	"\n" +
 	"timeout_ms\x18\x01 \x01(\rR\ttimeoutMs\x120\n" +
 	"\apropose\x18\x02 \x01(\v2\x14.flox.v1.ProposeCallH\x00R\apropose\x127\n" +
 	"\n" +
-	"read_index\x18\x03 \x01(\v2\x16.flox.v1.ReadIndexCallH\x00R\treadIndexB\x06\n" +
-	"\x04call\"q\n" +
+	"read_index\x18\x03 \x01(\v2\x16.flox.v1.ReadIndexCallH\x00R\treadIndex\x12*\n" +
+	"\x05hello\x18\x04 \x01(\v2\x12.flox.v1.HelloCallH\x00R\x05hello\x127\n" +
+	"\n" +
+	"add_server\x18\x05 \x01(\v2\x16.flox.v1.AddServerCallH\x00R\taddServer\x12@\n" +
+	"\rremove_server\x18\x06 \x01(\v2\x19.flox.v1.RemoveServerCallH\x00R\fremoveServer\x123\n" +
+	"\btransfer\x18\a \x01(\v2\x15.flox.v1.TransferCallH\x00R\btransfer\x12*\n" +
+	"\x05drain\x18\b \x01(\v2\x12.flox.v1.DrainCallH\x00R\x05drain\x120\n" +
+	"\aservers\x18\t \x01(\v2\x14.flox.v1.ServersCallH\x00R\aserversB\x06\n" +
+	"\x04call\"\x87\x01\n" +
 	"\vProposeCall\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\rR\x04kind\x12\x18\n" +
-	"\acommand\x18\x04 \x01(\fR\acommand\"\x0f\n" +
-	"\rReadIndexCall\"n\n" +
+	"\acommand\x18\x04 \x01(\fR\acommand\x12\x14\n" +
+	"\x05level\x18\x05 \x01(\rR\x05level\"\x0f\n" +
+	"\rReadIndexCall\"\v\n" +
+	"\tHelloCall\"O\n" +
+	"\rAddServerCall\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05voter\x18\x03 \x01(\bR\x05voter\"\"\n" +
+	"\x10RemoveServerCall\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x1e\n" +
+	"\fTransferCall\x12\x0e\n" +
+	"\x02to\x18\x01 \x01(\tR\x02to\"+\n" +
+	"\tDrainCall\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
+	"\x02on\x18\x02 \x01(\bR\x02on\"\r\n" +
+	"\vServersCall\"\xc9\x01\n" +
 	"\rClusterAnswer\x121\n" +
 	"\afailure\x18\x01 \x01(\v2\x17.flox.v1.ClusterFailureR\afailure\x12\x14\n" +
 	"\x05reply\x18\x02 \x01(\fR\x05reply\x12\x14\n" +
-	"\x05index\x18\x03 \x01(\x04R\x05index\"X\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12*\n" +
+	"\x05hello\x18\x04 \x01(\v2\x14.flox.v1.HelloAnswerR\x05hello\x12-\n" +
+	"\aservers\x18\x05 \x03(\v2\x13.flox.v1.RaftServerR\aservers\"X\n" +
 	"\x0eClusterFailure\x12\x18\n" +
 	"\arefused\x18\x01 \x01(\bR\arefused\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessageB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\amessage\x18\x03 \x01(\tR\amessage\"}\n" +
+	"\vHelloAnswer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05level\x18\x02 \x01(\rR\x05level\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\x18\n" +
+	"\aapplied\x18\x04 \x01(\x04R\aapplied\x12\x14\n" +
+	"\x05leads\x18\x05 \x01(\bR\x05leads\"\xaf\x02\n" +
+	"\n" +
+	"RaftServer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
+	"\x06leader\x18\x03 \x01(\bR\x06leader\x12\x14\n" +
+	"\x05voter\x18\x04 \x01(\bR\x05voter\x12*\n" +
+	"\x05state\x18\x05 \x01(\v2\x14.flox.v1.ServerFactsR\x05state\x12\x14\n" +
+	"\x05level\x18\x06 \x01(\rR\x05level\x12\x18\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12\x18\n" +
+	"\aapplied\x18\b \x01(\x04R\aapplied\x12\x1d\n" +
+	"\n" +
+	"contact_ms\x18\t \x01(\x03R\tcontactMs\x12\x1d\n" +
+	"\n" +
+	"healthy_ms\x18\n" +
+	" \x01(\x03R\thealthyMs\x12\x15\n" +
+	"\x06rtt_us\x18\v \x01(\rR\x05rttUs\"\xe5\x01\n" +
+	"\x0eServersCommand\x12\x16\n" +
+	"\x05level\x18\x01 \x01(\rH\x00R\x05level\x12&\n" +
+	"\x03add\x18\x02 \x01(\v2\x12.flox.v1.ServerAddH\x00R\x03add\x12,\n" +
+	"\x05drain\x18\x03 \x01(\v2\x14.flox.v1.ServerDrainH\x00R\x05drain\x12)\n" +
+	"\x04down\x18\x04 \x01(\v2\x13.flox.v1.ServerDownH\x00R\x04down\x12/\n" +
+	"\x06forget\x18\x05 \x01(\v2\x15.flox.v1.ServerForgetH\x00R\x06forgetB\t\n" +
+	"\acommand\"1\n" +
+	"\tServerAdd\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05voter\x18\x02 \x01(\bR\x05voter\"-\n" +
+	"\vServerDrain\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
+	"\x02on\x18\x02 \x01(\bR\x02on\"0\n" +
+	"\n" +
+	"ServerDown\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04down\x18\x02 \x01(\bR\x04down\"?\n" +
+	"\fServerForget\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +
+	"\vreplaced_by\x18\x02 \x01(\tR\n" +
+	"replacedBy\"\xa6\x01\n" +
+	"\vServerFacts\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
+	"\n" +
+	"wants_vote\x18\x02 \x01(\bR\twantsVote\x12\x18\n" +
+	"\adrained\x18\x03 \x01(\bR\adrained\x12\x19\n" +
+	"\badded_ms\x18\x04 \x01(\x03R\aaddedMs\x12\x17\n" +
+	"\adown_ms\x18\x05 \x01(\x03R\x06downMs\x12\x1a\n" +
+	"\breplaced\x18\x06 \x01(\tR\breplacedB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_cluster_proto_rawDescOnce sync.Once
@@ -382,23 +1474,50 @@ func file_flox_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_flox_v1_cluster_proto_rawDescData
 }
 
-var file_flox_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_flox_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_flox_v1_cluster_proto_goTypes = []any{
-	(*ClusterCall)(nil),    // 0: flox.v1.ClusterCall
-	(*ProposeCall)(nil),    // 1: flox.v1.ProposeCall
-	(*ReadIndexCall)(nil),  // 2: flox.v1.ReadIndexCall
-	(*ClusterAnswer)(nil),  // 3: flox.v1.ClusterAnswer
-	(*ClusterFailure)(nil), // 4: flox.v1.ClusterFailure
+	(*ClusterCall)(nil),      // 0: flox.v1.ClusterCall
+	(*ProposeCall)(nil),      // 1: flox.v1.ProposeCall
+	(*ReadIndexCall)(nil),    // 2: flox.v1.ReadIndexCall
+	(*HelloCall)(nil),        // 3: flox.v1.HelloCall
+	(*AddServerCall)(nil),    // 4: flox.v1.AddServerCall
+	(*RemoveServerCall)(nil), // 5: flox.v1.RemoveServerCall
+	(*TransferCall)(nil),     // 6: flox.v1.TransferCall
+	(*DrainCall)(nil),        // 7: flox.v1.DrainCall
+	(*ServersCall)(nil),      // 8: flox.v1.ServersCall
+	(*ClusterAnswer)(nil),    // 9: flox.v1.ClusterAnswer
+	(*ClusterFailure)(nil),   // 10: flox.v1.ClusterFailure
+	(*HelloAnswer)(nil),      // 11: flox.v1.HelloAnswer
+	(*RaftServer)(nil),       // 12: flox.v1.RaftServer
+	(*ServersCommand)(nil),   // 13: flox.v1.ServersCommand
+	(*ServerAdd)(nil),        // 14: flox.v1.ServerAdd
+	(*ServerDrain)(nil),      // 15: flox.v1.ServerDrain
+	(*ServerDown)(nil),       // 16: flox.v1.ServerDown
+	(*ServerForget)(nil),     // 17: flox.v1.ServerForget
+	(*ServerFacts)(nil),      // 18: flox.v1.ServerFacts
 }
 var file_flox_v1_cluster_proto_depIdxs = []int32{
-	1, // 0: flox.v1.ClusterCall.propose:type_name -> flox.v1.ProposeCall
-	2, // 1: flox.v1.ClusterCall.read_index:type_name -> flox.v1.ReadIndexCall
-	4, // 2: flox.v1.ClusterAnswer.failure:type_name -> flox.v1.ClusterFailure
-	3, // [3:3] is the sub-list for method output_type
-	3, // [3:3] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	1,  // 0: flox.v1.ClusterCall.propose:type_name -> flox.v1.ProposeCall
+	2,  // 1: flox.v1.ClusterCall.read_index:type_name -> flox.v1.ReadIndexCall
+	3,  // 2: flox.v1.ClusterCall.hello:type_name -> flox.v1.HelloCall
+	4,  // 3: flox.v1.ClusterCall.add_server:type_name -> flox.v1.AddServerCall
+	5,  // 4: flox.v1.ClusterCall.remove_server:type_name -> flox.v1.RemoveServerCall
+	6,  // 5: flox.v1.ClusterCall.transfer:type_name -> flox.v1.TransferCall
+	7,  // 6: flox.v1.ClusterCall.drain:type_name -> flox.v1.DrainCall
+	8,  // 7: flox.v1.ClusterCall.servers:type_name -> flox.v1.ServersCall
+	10, // 8: flox.v1.ClusterAnswer.failure:type_name -> flox.v1.ClusterFailure
+	11, // 9: flox.v1.ClusterAnswer.hello:type_name -> flox.v1.HelloAnswer
+	12, // 10: flox.v1.ClusterAnswer.servers:type_name -> flox.v1.RaftServer
+	18, // 11: flox.v1.RaftServer.state:type_name -> flox.v1.ServerFacts
+	14, // 12: flox.v1.ServersCommand.add:type_name -> flox.v1.ServerAdd
+	15, // 13: flox.v1.ServersCommand.drain:type_name -> flox.v1.ServerDrain
+	16, // 14: flox.v1.ServersCommand.down:type_name -> flox.v1.ServerDown
+	17, // 15: flox.v1.ServersCommand.forget:type_name -> flox.v1.ServerForget
+	16, // [16:16] is the sub-list for method output_type
+	16, // [16:16] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_cluster_proto_init() }
@@ -409,6 +1528,19 @@ func file_flox_v1_cluster_proto_init() {
 	file_flox_v1_cluster_proto_msgTypes[0].OneofWrappers = []any{
 		(*ClusterCall_Propose)(nil),
 		(*ClusterCall_ReadIndex)(nil),
+		(*ClusterCall_Hello)(nil),
+		(*ClusterCall_AddServer)(nil),
+		(*ClusterCall_RemoveServer)(nil),
+		(*ClusterCall_Transfer)(nil),
+		(*ClusterCall_Drain)(nil),
+		(*ClusterCall_Servers)(nil),
+	}
+	file_flox_v1_cluster_proto_msgTypes[13].OneofWrappers = []any{
+		(*ServersCommand_Level)(nil),
+		(*ServersCommand_Add)(nil),
+		(*ServersCommand_Drain)(nil),
+		(*ServersCommand_Down)(nil),
+		(*ServersCommand_Forget)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -416,7 +1548,7 @@ func file_flox_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_cluster_proto_rawDesc), len(file_flox_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

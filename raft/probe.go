@@ -1,0 +1,154 @@
+package raft
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+)
+
+// probe is what this server last heard from another one.
+type probe struct {
+	heard   time.Time // zero = never
+	rtt     time.Duration
+	level   uint32
+	version string
+	applied uint64
+	healthy time.Time // since when it answers and keeps up; zero = it does not
+}
+
+// probes are the other members as this server sees them.
+type probes struct {
+	mu   sync.Mutex
+	byID map[string]probe
+}
+
+// get gives a copy of what is known of a server.
+func (p *probes) get(id string) probe {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.byID[id]
+}
+
+// edit changes what is known of a server.
+func (p *probes) edit(id string, f func(*probe)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	q := p.byID[id]
+	f(&q)
+	p.byID[id] = q
+}
+
+// keep forgets all servers but these.
+func (p *probes) keep(servers []raft.Server) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	kept := make(map[string]probe, len(servers))
+	for _, s := range servers {
+		if q, ok := p.byID[string(s.ID)]; ok {
+			kept[string(s.ID)] = q
+		}
+	}
+	p.byID = kept
+}
+
+// maxTrailing is how many entries a server may be behind and still keep up.
+const maxTrailing = 250
+
+// look asks every other member how it is, at regular intervals until ctx ends.
+// The leader then does what follows from the answers.
+func (n *Node) look(ctx context.Context, r *raft.Raft) {
+	tick := time.NewTicker(n.cfg.probeEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-n.lookNow:
+		case <-ctx.Done():
+			return
+		}
+		servers := r.GetConfiguration().Configuration().Servers
+		n.probes.keep(servers)
+		n.greetAll(ctx, servers)
+		if r.State() == raft.Leader && ctx.Err() == nil {
+			if err := n.tend(ctx, r); err != nil && ctx.Err() == nil && !errors.Is(err, ErrNotLeader) {
+				n.cfg.Log.Warn("tending the members", "error", err)
+			}
+		}
+	}
+}
+
+// greetAll asks all other members at once.
+func (n *Node) greetAll(ctx context.Context, servers []raft.Server) {
+	ctx, cancel := context.WithTimeout(ctx, max(n.cfg.probeEvery, 4*n.cfg.Heartbeat))
+	defer cancel()
+	var all sync.WaitGroup
+	for _, s := range servers {
+		if string(s.ID) == n.cfg.ID {
+			continue
+		}
+		all.Go(func() {
+			asked := time.Now()
+			a, err := n.greet(ctx, string(s.Address))
+			if err != nil || a.Id != string(s.ID) {
+				n.probes.edit(string(s.ID), func(p *probe) { n.judge(p, asked) })
+				return
+			}
+			if a.Leads {
+				n.fresh.note(asked, a.Applied, n.machine.applied())
+			}
+			n.probes.edit(string(s.ID), func(p *probe) {
+				rtt := time.Since(asked)
+				if p.rtt > 0 {
+					rtt = (7*p.rtt + rtt) / 8
+				}
+				p.heard, p.rtt, p.level, p.version, p.applied = time.Now(), rtt, a.Level, a.Version, a.Applied
+				n.judge(p, asked)
+			})
+		})
+	}
+	all.Wait()
+}
+
+// judge says whether a server is healthy: it answered since it was asked, and keeps up.
+func (n *Node) judge(p *probe, asked time.Time) {
+	switch ok := !p.heard.Before(asked) && p.applied+maxTrailing >= n.machine.applied(); {
+	case !ok && time.Since(p.heard) > 2*n.cfg.probeEvery+4*n.cfg.Heartbeat:
+		p.healthy = time.Time{} // one lost answer is none of its fault
+	case !ok && !p.heard.Before(asked):
+		p.healthy = time.Time{}
+	case ok && p.healthy.IsZero():
+		p.healthy = time.Now()
+	}
+}
+
+// greet asks the server at address how it is.
+func (n *Node) greet(ctx context.Context, address string) (*floxv1.HelloAnswer, error) {
+	p := n.peers.Load()
+	if p == nil {
+		return nil, errNoPeers
+	}
+	a, err := p.call(ctx, address, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_Hello{Hello: &floxv1.HelloCall{}}}, nil)
+	if errors.Is(err, context.DeadlineExceeded) {
+		p.drop(address) // it may have gone without a word
+	}
+	if err != nil {
+		return nil, err
+	}
+	return a.GetHello(), nil
+}
+
+// hello is the answer to greet.
+func (n *Node) hello() *floxv1.HelloAnswer {
+	a := &floxv1.HelloAnswer{Id: n.cfg.ID, Level: n.cfg.Level, Version: n.cfg.Version}
+	if r := n.raft.Load(); r != nil {
+		// Not before what former leaders answered is applied, see readIndexHere.
+		a.Leads = r.State() == raft.Leader && n.readTerm.Load() == r.CurrentTerm()
+	}
+	a.Applied = n.machine.applied()
+	return a
+}
