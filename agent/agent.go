@@ -248,9 +248,7 @@ func (a *Agent) prepareNetwork() {
 	a.readers = newReadAhead(life, a.ahead)
 	a.starts = a.newStarts()
 	a.resolver.book = a.starts.book
-	a.resolver.root = func(ctx context.Context, id flox.CID, data []byte) {
-		a.fetcher.store(ctx, piece{chunk: flox.Chunk{ID: id}}, data)
-	}
+	a.resolver.root = a.keepRoot
 }
 
 // openNetwork takes its time: keys, certificates, sockets.

@@ -53,10 +53,10 @@ type house struct {
 	list     func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
 	served   func(flox.CID)                                                                                       // told of every block that is served; nil = nobody
 	traces   map[string]*floxv1.StartTrace
-	wanted   int    // calls of Paths that asked for traces
-	rootless bool   // an older one, that sends no root blocks
-	lie      []byte // a root block that is sent instead of the right one
-	given    int    // blocks given
+	wanted   int      // calls of Paths that asked for traces
+	rootless bool     // an older one, that sends no root blocks
+	lie      [][]byte // blocks that are sent instead of the right ones, nil = the right one
+	given    int      // blocks given
 }
 
 // Put implements flox.BlockSink.
@@ -318,11 +318,14 @@ func (h *house) Paths(_ context.Context, req *connect.Request[floxv1.PathsReques
 	if req.Msg.GetRoots() && !h.rootless {
 		for _, hash := range req.Msg.GetHashParts() {
 			if m, ok := h.infos[hash]; ok {
-				root := h.blocks[flox.CID(m.GetManifest())]
-				if h.lie != nil {
-					root = h.lie
+				out.Roots = append(out.Roots, h.blocks[flox.CID(m.GetManifest())])
+				for i, b := range h.lie {
+					if i < len(out.GetRoots()) && b != nil {
+						out.Roots[i] = b
+					} else if b != nil {
+						out.Roots = append(out.Roots, b)
+					}
 				}
-				out.Roots = append(out.Roots, root)
 			}
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -49,8 +50,9 @@ type resolver struct {
 	house     p2p.PeerID
 	traffic   *traffic
 	book      *traceBook // nil = traces are not asked for
-	// root keeps the root block of a manifest that came with facts; nil = none are asked for.
-	root func(ctx context.Context, id flox.CID, data []byte)
+	// root keeps a block of a manifest that came with facts, and gives the pages of
+	// the manifest if it is its root; nil = none are asked for.
+	root func(ctx context.Context, id flox.CID, data []byte) (pages []flox.CID)
 	log  *slog.Logger
 
 	life   context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
@@ -309,15 +311,20 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 	return nil, response.Msg, nil
 }
 
-// took keeps the root block of a path's manifest, if it came with the facts.
-func (r *resolver) took(ctx context.Context, info *flox.PathInfo, roots [][]byte) {
-	for _, b := range roots[:min(len(roots), 1)] { // one path was asked for
-		if content.Hash(b) != info.Manifest {
-			r.log.Warn("root block refused: it is not what the signed manifest is", "path", string(info.Path))
+// took keeps the root block of a path's manifest, and pages of it, if they came
+// with the facts. What is neither is dropped.
+func (r *resolver) took(ctx context.Context, info *flox.PathInfo, blocks [][]byte) {
+	want := []flox.CID{info.Manifest}
+	for i, b := range blocks[:min(len(blocks), maxTracePages)] { // one path was asked for
+		id := content.Hash(b)
+		if !slices.Contains(want, id) {
+			r.log.Warn("block beside facts refused: it is not of the signed manifest", "path", string(info.Path))
 			return
 		}
 		r.traffic.block(len(b), p2p.Source{Tier: p2p.TierStorehouse, Wire: len(b)}, true)
-		r.root(ctx, info.Manifest, b)
+		if pages := r.root(ctx, id, b); i == 0 {
+			want = pages
+		}
 	}
 }
 

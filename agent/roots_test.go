@@ -17,7 +17,8 @@ func TestRootsComeWithFacts(t *testing.T) {
 	}{
 		"sent":         {func(*house) {}, 0},
 		"an older one": {func(h *house) { h.rootless = true }, 1},
-		"a wrong one":  {func(h *house) { h.lie = []byte("not the root") }, 1},
+		"a wrong one":  {func(h *house) { h.lie = [][]byte{[]byte("not the root")} }, 1},
+		"with a page":  {func(h *house) { h.lie = [][]byte{nil, []byte("no page of it")} }, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHouse(t)
@@ -45,5 +46,26 @@ func TestRootsComeWithFacts(t *testing.T) {
 				t.Errorf("%d bytes of manifests counted, want %d", m.GetManifestBytes(), len(root))
 			}
 		})
+	}
+}
+
+// Pages of the manifest that come with its root are kept as well.
+func TestPagesComeWithRoots(t *testing.T) {
+	w := newStartWorld(t)
+	pages := w.tree(t, w.lib).GetPages()
+	w.set(func() {
+		w.lie = [][]byte{nil}
+		for _, p := range pages {
+			w.lie = append(w.lie, w.blocks[flox.CID(p)])
+		}
+	})
+	a, _ := runAgent(t, w.house, func(c *Config) { c.NoPrefetch = true }, nil)
+	following(t, a)
+	ctx := within(t, 20*time.Second)
+	served := w.blocksServed()
+	tr := treeOf(ctx, t, a, w.lib.Path)
+	entryOf(ctx, t, tr, "zz/small")
+	if n := w.blocksServed() - served; n != 0 || len(pages) < 2 {
+		t.Errorf("%d blocks were asked for besides %d pages that came", n, len(pages))
 	}
 }

@@ -25,6 +25,16 @@ func (a *Agent) localManifest(ctx context.Context, id flox.CID) (*content.Manife
 	return a.pages.Open(ctx, id, a.cache)
 }
 
+// keepRoot stores a block of a manifest and gives the manifest's pages if it is its root.
+func (a *Agent) keepRoot(ctx context.Context, id flox.CID, data []byte) []flox.CID {
+	a.fetcher.store(ctx, piece{chunk: flox.Chunk{ID: id}}, data)
+	m, err := a.localManifest(ctx, id)
+	if err != nil {
+		return nil
+	}
+	return m.Pages()
+}
+
 // localClosure gives everything p refers to, as far as its facts are here.
 func (a *Agent) localClosure(p flox.StorePath) map[flox.StorePath]*flox.PathInfo {
 	found := make(map[flox.StorePath]*flox.PathInfo)

@@ -405,6 +405,11 @@ func TestABundleBringsTheRootsOfItsClosure(t *testing.T) {
 	if !a.cache.Has([]flox.CID{w.lib.Manifest})[0] {
 		t.Error("the root block of a library's manifest is not here")
 	}
+	for i, page := range w.tree(t, w.lib).GetPages() {
+		if !a.cache.Has([]flox.CID{flox.CID(page)})[0] {
+			t.Errorf("page %d of it is not here", i)
+		}
+	}
 	if n := a.traffic.total(); n > 1_500_000 {
 		t.Errorf("%d bytes came, want the program's and roots only", n)
 	}

@@ -111,28 +111,41 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		out.Traces = s.answerTraces(ctx, out.GetFound()[:valid])
 	}
 	if err == nil && req.GetRoots() {
-		out.Roots = s.answerRoots(ctx, out.GetFound()[:valid])
+		out.Roots = s.answerRoots(ctx, out.GetFound()[:valid], out.GetTraces())
 	}
 	return out, err
 }
 
-// answerRoots gives the root blocks of the manifests of valid paths. It saves who
-// asks a round trip; what cannot be read is left out, and asked for as any block.
-func (s *Server) answerRoots(ctx context.Context, paths []*floxv1.PathInfo) (roots [][]byte) {
+// answerRoots gives the root blocks of the manifests of valid paths, and of each
+// the pages that a start needs. It saves who asks a round trip; what cannot be read
+// is left out, and asked for as any block.
+func (s *Server) answerRoots(ctx context.Context, paths []*floxv1.PathInfo, traces []*floxv1.StartTrace) (roots [][]byte) {
 	size := 0
 	for _, p := range paths {
-		if len(p.GetManifest()) != flox.CIDSize {
-			continue
+		ids := [][]byte{p.GetManifest()}
+		for _, t := range traces {
+			for _, tree := range t.GetTrees() {
+				if t.GetPath() == p.GetPath() && tree.GetPath() == p.GetPath() {
+					ids = append(ids, tree.GetPages()...)
+				}
+			}
 		}
-		b, err := s.packs.Get(ctx, flox.CID(p.GetManifest()))
-		if err != nil {
-			s.cfg.Log.Debug("root block not sent with the facts", "path", p.GetPath(), "error", err)
-			continue
+		sent := make(map[flox.CID]bool)
+		for _, id := range ids {
+			if len(id) != flox.CIDSize || sent[flox.CID(id)] {
+				continue
+			}
+			sent[flox.CID(id)] = true
+			b, err := s.packs.Get(ctx, flox.CID(id))
+			if err != nil {
+				s.cfg.Log.Debug("manifest not sent with the facts", "path", p.GetPath(), "error", err)
+				break
+			}
+			if size += len(b); size > maxRootBytes {
+				return roots
+			}
+			roots = append(roots, b)
 		}
-		if size += len(b); size > maxRootBytes {
-			break
-		}
-		roots = append(roots, b)
 	}
 	return roots
 }

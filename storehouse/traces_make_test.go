@@ -313,3 +313,21 @@ func TestRootsAreServed(t *testing.T) {
 		}
 	}
 }
+
+// With its root block come the pages that a path's trace names, of that path only,
+// each once.
+func TestPagesAreServedWithRoots(t *testing.T) {
+	s, _ := start(t, testConfig(t.TempDir()))
+	lib := publish(t, s, makePath(t, "lib", 100_000))
+	app := publish(t, s, makePath(t, "app", 100_000, lib.Path))
+	other := publish(t, s, makePath(t, "other", 100_000))
+	// Any block will do for a page here.
+	trace := &floxv1.StartTrace{Path: string(app.Path), Trees: []*floxv1.TraceTree{
+		{Path: string(lib.Path), Pages: [][]byte{other.Manifest[:]}},
+		{Path: string(app.Path), Pages: [][]byte{app.Manifest[:], lib.Manifest[:], lib.Manifest[:]}},
+	}}
+	got := s.answerRoots(within(t), []*floxv1.PathInfo{{Path: string(app.Path), Manifest: app.Manifest[:]}}, []*floxv1.StartTrace{trace})
+	if len(got) != 2 || content.Hash(got[0]) != app.Manifest || content.Hash(got[1]) != lib.Manifest {
+		t.Errorf("%d blocks, want the root and one page", len(got))
+	}
+}

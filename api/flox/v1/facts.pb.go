@@ -107,8 +107,9 @@ type PathsResponse struct {
 	// Accepted start traces, only from a storehouse: hints what to fetch. Every
 	// byte is checked as without them.
 	Traces []*StartTrace `protobuf:"bytes,5,rep,name=traces,proto3" json:"traces,omitempty"`
-	// Root blocks that were asked for, only from a storehouse, as far as they fit
-	// (1 MiB in all). Each is checked by its CID.
+	// Root blocks that were asked for, each followed by the pages of that manifest
+	// that the path's trace names; only from a storehouse, as far as they fit (1 MiB
+	// in all). Each is checked by its CID.
 	Roots         [][]byte `protobuf:"bytes,6,rep,name=roots,proto3" json:"roots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
