@@ -55,6 +55,13 @@ type Config struct {
 	// ReserveBytes is kept free on the disk of StateDir, so that facts can still
 	// be written and reads go on when it fills up. Default 256 MiB.
 	ReserveBytes uint64 `json:"reserve_bytes"`
+	// Bucket is the URL of a bucket in which content lives, shared by all servers:
+	// s3://NAME?region=R&endpoint=URL&use_path_style=true or file:///DIRECTORY. Its keys
+	// come from where the AWS tools look for them. "" = content lives in StateDir. What
+	// is there already is uploaded.
+	Bucket string `json:"bucket"`
+	// BucketCache bounds in bytes what of the bucket is kept in StateDir. Default 10 GiB.
+	BucketCache uint64 `json:"bucket_cache"`
 	// Watermarks say from how full a disk on less is taken in.
 	Watermarks Watermarks `json:"watermarks"`
 	// NoMDNS turns multicast discovery on the LAN off.
@@ -78,6 +85,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.StageTTL, 24*time.Hour)
 	setDefault(&c.MaxStaged, 256)
 	setDefault(&c.ReserveBytes, 256<<20)
+	setDefault(&c.BucketCache, 10<<30)
 	setDefault(&c.Version, "dev")
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"0.0.0.0:7781"}
@@ -99,8 +107,8 @@ func (c Config) withDefaults() (Config, error) {
 			return bad("http_listen %q: want host:port or %q", c.HTTPListen, noHTTP)
 		}
 	}
-	if c.StageTTL < 0 || c.MaxStaged < 0 || c.ReserveBytes > 1<<60 {
-		return bad("stage_ttl, max_staged and reserve_bytes must not be negative")
+	if c.StageTTL < 0 || c.MaxStaged < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
+		return bad("stage_ttl, max_staged, reserve_bytes and bucket_cache must not be negative")
 	}
 	if strings.ContainsAny(c.Name, ": \t\n/") || len(c.Name) > 64 {
 		return bad("name %q: want at most 64 characters without spaces, colons and slashes", c.Name)

@@ -20,6 +20,7 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/content/pack"
+	"github.com/floxctl/flox/content/pack/bucket"
 	"github.com/floxctl/flox/p2p"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -98,10 +99,7 @@ func (s *Server) open() (err error) {
 	s.node.Register(pathsKind, paths{})
 	s.node.Register(tracesKind, traces{})
 	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
-	s.packs, err = pack.Open(pack.Config{
-		Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs"),
-	})
-	if err != nil {
+	if s.packs, err = s.openPacks(); err != nil {
 		return err
 	}
 	s.closers = append(s.closers, s.packs.Close)
@@ -111,6 +109,20 @@ func (s *Server) open() (err error) {
 	s.closers = append(s.closers, s.staging.close)
 	s.batch, s.starts = newBatcher(s.node), s.node.NewSession()
 	return s.listen()
+}
+
+// openPacks opens the content, and the bucket it may live in.
+func (s *Server) openPacks() (*pack.Store, error) {
+	cfg := pack.Config{Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs")}
+	if s.cfg.Bucket != "" {
+		b, err := bucket.Open(context.Background(), s.cfg.Bucket)
+		if err != nil {
+			return nil, err
+		}
+		s.closers = append(s.closers, b.Close)
+		cfg.Bucket = &pack.BucketConfig{Bucket: b, Server: string(s.id.peer), CacheBytes: int64(s.cfg.BucketCache)}
+	}
+	return pack.Open(cfg)
 }
 
 // listen binds the doors to the outside.

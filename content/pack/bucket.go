@@ -36,8 +36,8 @@ type Bucket interface {
 // BucketConfig says where packs live if not on the local disk.
 type BucketConfig struct {
 	Bucket Bucket
-	// Server is this server's name in the bucket, which no other has: 1 to 64 of a-z,
-	// 0-9 and "-".
+	// Server is this server's name in the bucket, which no other has: 1 to 64 letters,
+	// digits and "-".
 	Server string
 	// CacheBytes bounds what is kept on the local disk of what the bucket has;
 	// default 10 GiB.
@@ -50,11 +50,11 @@ type BucketConfig struct {
 	Refresh time.Duration
 }
 
-var serverName = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
+var serverName = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
 
 func (c *BucketConfig) check() error {
 	if c.Bucket == nil || !serverName.MatchString(c.Server) {
-		return fmt.Errorf("block store: a bucket wants a Bucket and a Server name of 1 to 64 of a-z, 0-9 and \"-\", not %q: %w", c.Server, flox.ErrBadInput)
+		return fmt.Errorf("block store: a bucket wants a Bucket and a Server name of 1 to 64 letters, digits and \"-\", not %q: %w", c.Server, flox.ErrBadInput)
 	}
 	setDefault(&c.CacheBytes, 10<<30)
 	setDefault(&c.Grace, 24*time.Hour)
@@ -99,8 +99,18 @@ const (
 	maxWait = 30 * time.Second
 )
 
-func (s *Store) openBucket(cfg *BucketConfig) error {
-	epoch, err := loadEpoch(filepath.Join(s.cfg.Dir, "epoch"))
+// epochName is the file that holds the epoch: a store that has one had a bucket.
+const epochName = "epoch"
+
+func (s *Store) openBucket() error {
+	cfg, path := s.cfg.Bucket, filepath.Join(s.cfg.Dir, epochName)
+	if cfg == nil {
+		if _, err := os.Stat(path); err == nil {
+			return fmt.Errorf("block store %s keeps its packs in a bucket, and none is configured: configure the same one: %w", s.cfg.Dir, flox.ErrBadInput)
+		}
+		return nil
+	}
+	epoch, err := loadEpoch(path)
 	if err != nil {
 		return fmt.Errorf("block store: %w", err)
 	}

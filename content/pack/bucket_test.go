@@ -110,6 +110,11 @@ func TestBucketEmptyDisk(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
+	local := cfg
+	local.Bucket = nil
+	if _, err := Open(local); !errors.Is(err, flox.ErrBadInput) {
+		t.Fatalf("without its bucket: %v", err)
+	}
 	// With its disk it needs none of it.
 	b.bytes.Store(0)
 	s = open(t, cfg)

@@ -168,10 +168,8 @@ func Open(cfg Config) (s *Store, err error) {
 	if err := s.openCodecs(); err != nil {
 		return s, fmt.Errorf("block store %s: %w", cfg.Dir, err)
 	}
-	if cfg.Bucket != nil {
-		if err := s.openBucket(cfg.Bucket); err != nil {
-			return s, err
-		}
+	if err := s.openBucket(); err != nil {
+		return s, err
 	}
 	if err := s.loadIndex(); err != nil {
 		return s, diskError(err, "open "+cfg.Dir)

@@ -63,6 +63,8 @@ type StorehouseConfig struct {
 	TokenFile string   `toml:"token-file" help:"file of the upload token, made at the first start (default: upload-token in its state)"`
 	StageTTL  Duration `toml:"stage-ttl" help:"how long an uploaded NAR waits for its path info"`
 	Reserve   Size     `toml:"reserve" help:"what stays free on its disk; uploads are refused below"`
+	Bucket    string   `toml:"bucket" help:"URL of a bucket in which content lives, s3://NAME?region=R&endpoint=URL or file:///DIRECTORY (default: its own disk)"`
+	BucketMax Size     `toml:"bucket-cache" help:"how much of the bucket is kept on its disk"`
 }
 
 // DefaultConfig is what holds where nothing was said.
@@ -77,7 +79,7 @@ func DefaultConfig() *Config {
 		Storehouse: StorehouseConfig{
 			HTTP:   fmt.Sprintf("127.0.0.1:%d", cli.DefaultHTTPPort),
 			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultStorehousePort)}, MDNS: true,
-			StageTTL: Duration(24 * time.Hour), Reserve: 256 << 20,
+			StageTTL: Duration(24 * time.Hour), Reserve: 256 << 20, BucketMax: 10 << 30,
 		},
 	}
 }
@@ -121,6 +123,8 @@ mdns       = true
 token-file = ""
 stage-ttl  = "24h"
 reserve    = "256MiB"
+bucket     = ""                # content in a bucket: s3://NAME?region=R&endpoint=URL; its keys as the AWS tools find them
+bucket-cache = "10GiB"
 `
 
 // ReadConfig reads a configuration file over cfg, strictly. A missing file is
