@@ -1,4 +1,4 @@
-// Package pack keeps blocks on a local disk: append-only pack files with
+// Package pack keeps blocks on a local disk, or in a bucket: append-only pack files with
 // checksummed frames, and a Pebble index that can be rebuilt from them.
 //
 // It must not know what a block means (chunk, page, manifest) nor who may have it.
