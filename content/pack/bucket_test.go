@@ -421,6 +421,7 @@ func TestBucketKills(t *testing.T) {
 			t.Fatal(err)
 		}
 		stop, end := 3+rng.IntN(10), 20+rng.IntN(5)
+		away := false
 		for in, seen := bufio.NewScanner(out), 0; in.Scan(); {
 			word, rest, _ := strings.Cut(in.Text(), " ")
 			switch word {
@@ -431,6 +432,10 @@ func TestBucketKills(t *testing.T) {
 				seen++
 			case "refused":
 				killed["uploads refused"]++
+				if away {
+					away = false
+					s3.Restart()
+				}
 			default:
 				t.Errorf("child: %s", in.Text())
 				_ = cmd.Process.Kill()
@@ -439,7 +444,10 @@ func TestBucketKills(t *testing.T) {
 				stop = -1
 				killed["server"]++
 				s3.Kill()
-				s3.Restart()
+				// In some rounds it stays away until an upload is refused.
+				if away = round%4 == 0; !away {
+					s3.Restart()
+				}
 			}
 			if seen == end {
 				killed["us"]++
@@ -452,7 +460,7 @@ func TestBucketKills(t *testing.T) {
 		wantBlocks(t, open(t, fresh), 0, synced+1)
 	}
 	t.Logf("%d blocks acknowledged, %v", synced+1, killed)
-	if synced < 50 || killed["server"] < 3 || killed["us"] < 8 {
+	if synced < 50 || killed["server"] < 4 || killed["us"] < 8 || killed["uploads refused"] < 2 {
 		t.Fatalf("%d blocks acknowledged, %v: the test proves nothing", synced+1, killed)
 	}
 }
