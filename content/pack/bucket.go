@@ -192,6 +192,18 @@ func (r *remote) put(ctx context.Context, name string, in io.Reader) error {
 	}))
 }
 
+// list is Bucket.List, and gives up when nothing comes any more.
+func (r *remote) list(ctx context.Context, prefix string, f func(name string, at time.Time) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stalled := time.AfterFunc(bucketTime, cancel)
+	defer stalled.Stop()
+	return r.Bucket.List(ctx, prefix, func(name string, _ int64, at time.Time) error {
+		stalled.Reset(bucketTime)
+		return f(strings.TrimPrefix(name, prefix), at)
+	})
+}
+
 type readerFunc func([]byte) (int, error)
 
 // Read implements io.Reader.

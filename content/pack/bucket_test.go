@@ -188,6 +188,12 @@ func TestBucketAway(t *testing.T) {
 		t.Fatalf("a start with nothing known: %v", err)
 	}
 
+	// A pack that somebody takes away before the bucket has it does not hold up others.
+	lost := false
+	s.cfg.Lost = func(id flox.CID) { lost = lost || id == mustBlock(50) }
+	if err := os.Remove(s.packPath(s.unplaced()[0])); err != nil {
+		t.Fatal(err)
+	}
 	s3.Restart()
 	for err = s.Sync(ctx); err != nil; err = s.Sync(ctx) {
 		if !errors.Is(err, flox.ErrUnreachable) {
@@ -198,7 +204,10 @@ func TestBucketAway(t *testing.T) {
 	if st := s.Stat(); st.Unplaced != 0 {
 		t.Fatalf("%d packs still wait", st.Unplaced)
 	}
-	put(t, s, 51, 60)
+	if !lost {
+		t.Fatal("nobody was told that block 50 is lost")
+	}
+	put(t, s, 50, 60)
 	if err := other.Refresh(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -509,7 +518,7 @@ func FuzzDecodeEntries(f *testing.F) {
 	f.Add(encodeEntries([]packEntry{{id, loc{off: 8, plain: 100, stored: 50, enc: encodingZstd}}}, 1000))
 	f.Add(encodeEntries(nil, 0))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		entries, size, err := decodeEntries(b, 0)
+		entries, size, err := decodeEntries(b)
 		if err != nil {
 			if !errors.Is(err, flox.ErrCorrupt) {
 				t.Fatal(err)

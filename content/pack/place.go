@@ -56,8 +56,8 @@ func encodeEntries(entries []packEntry, size int64) []byte {
 	return binary.LittleEndian.AppendUint64(b, uint64(crc32.Checksum(b, castagnoli)))
 }
 
-// decodeEntries checks an index object; the entries are of pack id.
-func decodeEntries(b []byte, id uint32) (entries []packEntry, size int64, err error) {
+// decodeEntries checks an index object. Which number the pack has here is not in it.
+func decodeEntries(b []byte) (entries []packEntry, size int64, err error) {
 	body := len(b) - len(indexMagic) - 16
 	if body < 0 || body%entrySize != 0 || string(b[:len(indexMagic)]) != indexMagic ||
 		uint64(crc32.Checksum(b[:len(b)-8], castagnoli)) != binary.LittleEndian.Uint64(b[len(b)-8:]) {
@@ -67,7 +67,7 @@ func decodeEntries(b []byte, id uint32) (entries []packEntry, size int64, err er
 	for at := len(indexMagic); at < len(b)-16; at += entrySize {
 		e := packEntry{id: flox.CID(b[at : at+flox.CIDSize])}
 		u := func(i int) uint32 { return binary.LittleEndian.Uint32(b[at+flox.CIDSize+i:]) }
-		e.loc = loc{pack: id, off: u(0), plain: u(4), stored: u(8), enc: encoding(b[at+flox.CIDSize+12])}
+		e.loc = loc{off: u(0), plain: u(4), stored: u(8), enc: encoding(b[at+flox.CIDSize+12])}
 		if int64(e.off)+e.frameSize() > size || e.plain > content.MaxBlock || e.stored > e.plain || size > math.MaxUint32 {
 			return nil, 0, fmt.Errorf("a pack's index has a frame at %d of %d: %w", e.off, size, flox.ErrCorrupt)
 		}
@@ -79,24 +79,37 @@ func decodeEntries(b []byte, id uint32) (entries []packEntry, size int64, err er
 // maxIndexObject bounds an index object; a pack is closed long before.
 const maxIndexObject = 4 * maxPending * entrySize
 
-// entries fetches the index object of a pack.
-func (r *remote) entries(ctx context.Context, name string, id uint32) ([]packEntry, int64, error) {
+// packFrames is what a pack in the bucket has.
+type packFrames struct {
+	entries []packEntry
+	size    int64 // of the pack
+}
+
+// of gives the entries of the pack that has this number here.
+func (f packFrames) of(id uint32) []packEntry {
+	for i := range f.entries {
+		f.entries[i].pack = id
+	}
+	return f.entries
+}
+
+// frames fetches the index object of a pack.
+func (r *remote) frames(ctx context.Context, name string) (f packFrames, err error) {
 	ctx, cancel := context.WithTimeout(ctx, bucketTime)
 	defer cancel()
 	in, err := r.Bucket.Get(ctx, indexPrefix+name, 0, -1)
 	if err != nil {
-		return nil, 0, err
+		return f, err
 	}
 	defer in.Close()
 	b, err := io.ReadAll(io.LimitReader(in, maxIndexObject))
 	if err != nil {
-		return nil, 0, err
+		return f, err
 	}
-	entries, size, err := decodeEntries(b, id)
-	if err != nil {
+	if f.entries, f.size, err = decodeEntries(b); err != nil {
 		err = fmt.Errorf("bucket %s: %s: %w", r.Bucket, indexPrefix+name, err)
 	}
-	return entries, size, err
+	return f, err
 }
 
 // place uploads every pack that the bucket does not have; writing is held, and what
@@ -141,6 +154,9 @@ func (s *Store) unplaced() []uint32 {
 func (s *Store) upload(ctx context.Context, id uint32) error {
 	r, path := s.remote, s.packPath(id)
 	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return s.lostLocal(id)
+	}
 	if err != nil {
 		return err
 	}
@@ -173,6 +189,22 @@ func (s *Store) upload(ctx context.Context, id uint32) error {
 		return err
 	}
 	r.cache.addPack(id, st.Size())
+	return nil
+}
+
+// lostLocal forgets a pack that somebody removed before the bucket had it.
+func (s *Store) lostLocal(id uint32) error {
+	var l lost
+	if err := s.index.sound(); err != nil {
+		return err
+	}
+	if err := s.dropLost(id, 0, &l); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	delete(s.sizes, id)
+	s.mu.Unlock()
+	s.report(&l)
 	return nil
 }
 

@@ -4,7 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/floxctl/flox"
@@ -19,8 +20,8 @@ func (s *Store) refresh(ctx context.Context) error {
 	}
 	r := s.remote
 	condemned := make(map[string]time.Time)
-	err := r.Bucket.List(ctx, condemnedPrefix, func(name string, _ int64, at time.Time) error {
-		condemned[strings.TrimPrefix(name, condemnedPrefix)] = at
+	err := r.list(ctx, condemnedPrefix, func(name string, at time.Time) error {
+		condemned[name] = at
 		return nil
 	})
 	if err != nil {
@@ -33,8 +34,7 @@ func (s *Store) refresh(ctx context.Context) error {
 	seen := make(map[string]bool)
 	var fresh []string
 	began := time.Now()
-	err = r.Bucket.List(ctx, indexPrefix, func(name string, _ int64, _ time.Time) error {
-		name = strings.TrimPrefix(name, indexPrefix)
+	err = r.list(ctx, indexPrefix, func(name string, _ time.Time) error {
 		seen[name] = true
 		if _, ok := known[name]; !ok {
 			fresh = append(fresh, name)
@@ -44,10 +44,8 @@ func (s *Store) refresh(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range fresh {
-		if err := s.discover(ctx, name, condemned[name]); err != nil {
-			return err
-		}
+	if err := s.discoverAll(ctx, fresh, condemned); err != nil {
+		return err
 	}
 	var l lost
 	for name, id := range known {
@@ -76,8 +74,37 @@ func (s *Store) refresh(ctx context.Context) error {
 	return nil
 }
 
+// discoverBatch is how many index objects are fetched at once.
+const discoverBatch = 16
+
+// discoverAll takes up packs that the bucket has.
+func (s *Store) discoverAll(ctx context.Context, names []string, condemned map[string]time.Time) error {
+	for batch := range slices.Chunk(names, discoverBatch) {
+		frames, errs := make([]packFrames, len(batch)), make([]error, len(batch))
+		var wg sync.WaitGroup
+		for i, name := range batch {
+			wg.Go(func() { frames[i], errs[i] = s.remote.frames(ctx, name) })
+		}
+		wg.Wait()
+		for i, name := range batch {
+			switch err := errs[i]; {
+			case errors.Is(err, flox.ErrNotFound): // removed meanwhile
+			case errors.Is(err, flox.ErrCorrupt):
+				s.log.Error("pack in the bucket passed over", "pack", name, "error", err)
+			case err != nil:
+				return err
+			default:
+				if err := s.discover(name, condemned[name], frames[i]); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
 // discover takes up a pack that the bucket has.
-func (s *Store) discover(ctx context.Context, name string, condemned time.Time) error {
+func (s *Store) discover(name string, condemned time.Time, frames packFrames) error {
 	id, ours := s.remote.numberOf(name)
 	if !ours {
 		s.mu.Lock()
@@ -89,25 +116,21 @@ func (s *Store) discover(ctx context.Context, name string, condemned time.Time) 
 		s.lastID = max(s.lastID, id)
 		s.mu.Unlock()
 	}
-	err := s.indexRemote(ctx, s.index, id, remotePack{Name: name, Condemned: condemned})
-	if errors.Is(err, flox.ErrNotFound) {
-		return nil // removed meanwhile
-	}
-	if errors.Is(err, flox.ErrCorrupt) {
-		s.log.Error("pack in the bucket passed over", "pack", name, "error", err)
-		return nil
-	}
-	return err
+	return s.indexEntries(s.index, id, remotePack{Name: name, Size: frames.size, Condemned: condemned}, frames.of(id))
 }
 
 // indexRemote brings the frames of a pack in the bucket into x, unless they are in a
 // better place: here, or in a pack of this server.
 func (s *Store) indexRemote(ctx context.Context, x *index, id uint32, p remotePack) error {
-	entries, size, err := s.remote.entries(ctx, p.Name, id)
+	frames, err := s.remote.frames(ctx, p.Name)
 	if err != nil {
 		return err
 	}
-	p.Size = size
+	return s.indexEntries(x, id, p, frames.of(id))
+}
+
+// indexEntries is indexRemote with the frames at hand.
+func (s *Store) indexEntries(x *index, id uint32, p remotePack, entries []packEntry) error {
 	if s.hasLocal(id) || !p.Condemned.IsZero() {
 		// The frames are known, or were moved before it was condemned.
 		return x.setRemote(id, &p)
@@ -127,7 +150,7 @@ func (s *Store) indexRemote(ctx context.Context, x *index, id uint32, p remotePa
 			return errors.Join(err, c.batch.Close())
 		}
 	}
-	c.indexed(id, size)
+	c.indexed(id, p.Size)
 	if err := c.commit(); err != nil {
 		return err
 	}
@@ -190,7 +213,7 @@ func (s *Store) findWanted(ctx context.Context, wanted map[flox.CID]bool) error 
 		if !p.Condemned.IsZero() {
 			continue
 		}
-		entries, _, err := s.remote.entries(ctx, p.Name, id)
+		frames, err := s.remote.frames(ctx, p.Name)
 		if errors.Is(err, flox.ErrNotFound) || errors.Is(err, flox.ErrCorrupt) {
 			continue
 		}
@@ -198,7 +221,7 @@ func (s *Store) findWanted(ctx context.Context, wanted map[flox.CID]bool) error 
 			return err
 		}
 		c := s.index.change()
-		for _, e := range entries {
+		for _, e := range frames.of(id) {
 			if _, err := c.find(e.id); wanted[e.id] && errors.Is(err, flox.ErrNotFound) {
 				if err := c.set(e.id, e.loc); err != nil {
 					return errors.Join(err, c.batch.Close())
@@ -231,9 +254,8 @@ func (s *Store) Refresh(ctx context.Context) error {
 // openRemote brings the index up to the bucket at Open. With a bucket that is away
 // a store that knew it before goes on with what it knew.
 func (s *Store) openRemote() error {
-	ctx, cancel := context.WithTimeout(context.Background(), bucketTime)
-	defer cancel()
-	if err := s.refresh(ctx); err != nil {
+	// Every call of the bucket is bounded; all of them may take long.
+	if err := s.refresh(context.Background()); err != nil {
 		if len(s.index.remotes()) == 0 {
 			return fmt.Errorf("block store %s: what is in the bucket is not known yet: %w", s.cfg.Dir, err)
 		}

@@ -75,11 +75,11 @@ func (s *Store) removeCondemned(ctx context.Context, live func(flox.CID) bool) (
 		if p.Condemned.IsZero() || !s.remote.owns(p.Name) || time.Since(p.Condemned) < s.remote.Grace {
 			continue
 		}
-		entries, _, err := s.remote.entries(ctx, p.Name, id)
+		frames, err := s.remote.frames(ctx, p.Name)
 		if err != nil && !errors.Is(err, flox.ErrNotFound) {
 			return freed, err
 		}
-		if err := s.rescue(ctx, p, entries, live); err != nil {
+		if err := s.rescue(ctx, p, frames.of(id), live); err != nil {
 			return freed, err
 		}
 		// The index first: a pack without one is not there.
@@ -150,9 +150,10 @@ func (s *Store) removeOrphans(ctx context.Context) error {
 		known[s.remote.nameOf(id)] = true
 	}
 	var orphans []string
-	err := s.remote.Bucket.List(ctx, packPrefix+s.remote.Server+"/", func(name string, _ int64, at time.Time) error {
-		if !known[strings.TrimPrefix(name, packPrefix)] && time.Since(at) > s.remote.Grace {
-			orphans = append(orphans, name)
+	own := s.remote.Server + "/"
+	err := s.remote.list(ctx, packPrefix+own, func(name string, at time.Time) error {
+		if !known[own+name] && time.Since(at) > s.remote.Grace {
+			orphans = append(orphans, packPrefix+own+name)
 		}
 		return nil
 	})
