@@ -360,17 +360,22 @@ func scrubbed(t *testing.T, s *Store) map[flox.CID]error {
 
 func flip(t *testing.T, path string, at int64, bit byte) {
 	t.Helper()
+	if err := tryFlip(path, at, bit); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func tryFlip(path string, at int64, bit byte) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	defer f.Close()
 	var b [1]byte
 	if _, err := f.ReadAt(b[:], at); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	b[0] ^= bit
-	if _, err := f.WriteAt(b[:], at); err != nil {
-		t.Fatal(err)
-	}
+	_, err = f.WriteAt(b[:], at)
+	return err
 }
