@@ -187,14 +187,19 @@ func (d *elfDynamic) tables() []part {
 // touched gathers the pages of a file that the loader changes or jumps to, by their offset.
 type touched struct {
 	d     *elfDynamic
+	ends  bool // also what is called when the program ends
 	pages map[int64]struct{}
 }
 
 // touched begins with the first instructions: of the program, and what the loader
-// calls in it at the start and at the end.
-func (d *elfDynamic) touched() *touched {
-	t := &touched{d, make(map[int64]struct{})}
-	for _, addr := range []uint64{d.head.entry, d.tags[elf.DT_INIT], d.tags[elf.DT_FINI]} {
+// calls in it at the start and, if that is wanted, at the end.
+func (d *elfDynamic) touched(ends bool) *touched {
+	t := &touched{d, ends, make(map[int64]struct{})}
+	addrs := []uint64{d.head.entry, d.tags[elf.DT_INIT]}
+	if ends {
+		addrs = append(addrs, d.tags[elf.DT_FINI])
+	}
+	for _, addr := range addrs {
 		if addr != 0 {
 			t.page(addr)
 		}
@@ -216,7 +221,7 @@ func (t *touched) relocations(table []byte) {
 		addr, value := binary.LittleEndian.Uint64(table), binary.LittleEndian.Uint64(table[16:])
 		t.page(addr)
 		for _, tag := range []elf.DynTag{elf.DT_INIT_ARRAY, elf.DT_PREINIT_ARRAY, elf.DT_FINI_ARRAY} {
-			if from, ok := t.d.tags[tag]; ok && addr >= from && addr-from < t.d.tags[elfSizes[tag]] {
+			if from, ok := t.d.tags[tag]; ok && (t.ends || tag != elf.DT_FINI_ARRAY) && addr >= from && addr-from < t.d.tags[elfSizes[tag]] {
 				t.page(value)
 			}
 		}

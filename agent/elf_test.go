@@ -120,7 +120,7 @@ func TestWhatALoaderReads(t *testing.T) {
 	if diff := cmp.Diff(tables, d.tables(), cmp.AllowUnexported(part{})); diff != "" {
 		t.Errorf("tables (-want +got):\n%s", diff)
 	}
-	touched := d.touched()
+	touched := d.touched(true)
 	for _, p := range d.relocations {
 		touched.relocations(b[p.off:p.end])
 	}
@@ -180,7 +180,7 @@ func FuzzELF(f *testing.F) {
 		for _, p := range append(d.tables(), d.strings, d.relative) {
 			inside(p)
 		}
-		pages := d.touched()
+		pages := d.touched(true)
 		for _, p := range d.relocations {
 			inside(p)
 			pages.relocations(table)

@@ -49,6 +49,7 @@ type object struct {
 	e     flox.Entry
 	dir   string // where it lies
 	parts []part // needed next
+	ends  bool   // also what the program's end needs
 	head  *elfHead
 	dyn   *elfDynamic
 }
@@ -96,6 +97,7 @@ func (l *loading) object(ctx context.Context, level []*object, t *tree, i uint32
 	}
 	return append(level, &object{
 		t: t, i: i, e: e, dir: path.Join(l.a.cfg.StoreDir.Join(t.path), path.Dir(at)), parts: []part{{0, elfHeadBytes}},
+		ends: !l.ahead, // ahead of a start nobody waits for that yet
 	})
 }
 
@@ -183,7 +185,7 @@ func (o *object) dynamics(ctx context.Context) error {
 }
 
 func (o *object) relocations(ctx context.Context) error {
-	t := o.dyn.touched()
+	t := o.dyn.touched(o.ends)
 	for _, p := range o.dyn.relocations {
 		if table, ok := o.read(ctx, p); ok {
 			t.relocations(table)
