@@ -41,12 +41,13 @@ func (h *Host) Listen(protocolID string) (net.Listener, error) {
 
 // Dial opens a stream of a protocol to a member, connecting if need be.
 // Errors: ErrUnreachable, ErrDenied if one side does not take the other for a
-// member.
+// member, with words for the person at this machine.
 func (h *Host) Dial(ctx context.Context, id PeerID, protocolID string) (net.Conn, error) {
 	pid, err := id.decode()
 	if err != nil {
 		return nil, err
 	}
+	h.forgetBackoff(pid) // a caller wants to hear what is, not what was a moment ago
 	if err := h.reach(ctx, pid); err != nil {
 		return nil, err
 	}

@@ -15,7 +15,6 @@ import (
 	golog "github.com/ipfs/go-log/v2"
 	"github.com/libp2p/go-libp2p"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
-	"github.com/libp2p/go-libp2p/core/control"
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -116,10 +115,10 @@ func (c *Config) check() error {
 	switch {
 	case len(c.Key) != ed25519.PrivateKeySize:
 		return bad("a machine key is needed")
-	case len(c.Secret) == 0 && c.Allowed == nil:
+	case len(c.Secret) == 0 && c.Secrets == nil && c.Allowed == nil:
 		return bad("the secret of an invite is needed, or a member list")
-	case len(c.Secret) > 0 && len(c.Secret) < 16:
-		return bad("the secret has %d bytes, want at least 16", len(c.Secret))
+	case len(c.Secret) > 0 && len(c.Secret) < minSecret:
+		return bad("the secret has %d bytes, want at least %d", len(c.Secret), minSecret)
 	case len(c.Site) > 128:
 		return bad("the site label has %d bytes, want at most 128", len(c.Site))
 	case c.Role > Storehouse:
@@ -183,9 +182,9 @@ func (h *Host) startLibp2p(key crypto.PrivKey, announce []multiaddr.Multiaddr) e
 		libp2p.NoListenAddrs,
 		// Without port reuse: it would let a second program share our port unnoticed.
 		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer)),
-		libp2p.Security(string(securityID), newProof(h.cfg.Secret)),
+		libp2p.Security(string(securityID), newProofOf(h.cfg.membership())),
 		libp2p.Muxer(yamux.ID, muxer()),
-		libp2p.ConnectionGater(gater{h.cfg.Allowed}),
+		libp2p.ConnectionGater(gater{h.cfg.membership()}),
 		libp2p.ResourceManager(resources),
 		libp2p.ConnectionManager(conns),
 		libp2p.UserAgent("flox"),
@@ -303,23 +302,12 @@ func (h *Host) AddPeer(p PeerAddr) error {
 		return err
 	}
 	h.net.Peerstore().AddAddrs(info.ID, info.Addrs, time.Hour)
+	h.forgetBackoff(info.ID) // there is news of it
 	select {
 	case h.found <- info:
 	default: // the maintenance loop is behind; it finds the peer by the site key
 	}
 	return nil
-}
-
-// Kick closes the connections of every peer that Config.Allowed no longer allows.
-func (h *Host) Kick() {
-	if h.cfg.Allowed == nil {
-		return
-	}
-	for _, id := range h.net.Network().Peers() {
-		if !h.cfg.Allowed(PeerID(id.String())) {
-			h.hangUp(id)
-		}
-	}
 }
 
 // Holding tells that the Holder now also has ids, so that peers hear of them
@@ -334,19 +322,4 @@ func (h *Host) connect(ctx context.Context, info peer.AddrInfo) error {
 	ctx, cancel := context.WithTimeout(ctx, h.cfg.Limits.DialTimeout)
 	defer cancel()
 	return h.net.Connect(ctx, info)
-}
-
-// gater refuses peers that the member list does not hold. Their identity is
-// proven by TLS when InterceptSecured is asked.
-type gater struct{ allowed func(PeerID) bool }
-
-func (g gater) member(id peer.ID) bool { return g.allowed == nil || g.allowed(PeerID(id.String())) }
-
-func (g gater) InterceptPeerDial(id peer.ID) bool                               { return g.member(id) }
-func (g gater) InterceptAddrDial(peer.ID, multiaddr.Multiaddr) bool             { return true }
-func (g gater) InterceptAccept(network.ConnMultiaddrs) bool                     { return true }
-func (g gater) InterceptUpgraded(network.Conn) (bool, control.DisconnectReason) { return true, 0 }
-
-func (g gater) InterceptSecured(_ network.Direction, id peer.ID, _ network.ConnMultiaddrs) bool {
-	return g.member(id)
 }

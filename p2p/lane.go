@@ -303,8 +303,8 @@ func (h *Host) reach(ctx context.Context, id peer.ID) error {
 	if h.net.Network().Connectedness(id) == network.Connected {
 		return nil
 	}
-	if allowed := h.cfg.Allowed; allowed != nil && !allowed(PeerID(id.String())) {
-		return fmt.Errorf("peer %s is no member: %w", id, flox.ErrDenied)
+	if !h.cfg.membership().member(id) {
+		return fmt.Errorf("peer %s: %w", id, noMember)
 	}
 	h.clearBackoff(id)
 	if len(h.net.Peerstore().Addrs(id)) == 0 {
@@ -312,12 +312,9 @@ func (h *Host) reach(ctx context.Context, id peer.ID) error {
 		if err != nil {
 			return fmt.Errorf("no address of peer %s is known: %w: %w", id, flox.ErrUnreachable, err)
 		}
-		return h.net.Connect(ctx, info)
+		return dialError(id, h.net.Connect(ctx, info))
 	}
-	if err := h.net.Connect(ctx, peer.AddrInfo{ID: id}); err != nil {
-		return fmt.Errorf("peer %s: %w: %w", id, dialError(err), err)
-	}
-	return nil
+	return dialError(id, h.net.Connect(ctx, peer.AddrInfo{ID: id}))
 }
 
 // clearBackoff lets a bootstrap peer be dialed again at once. libp2p would
@@ -328,17 +325,28 @@ func (h *Host) clearBackoff(id peer.ID) {
 	r := h.peers.remotes[id]
 	fixed := r != nil && r.fixed
 	h.peers.mu.Unlock()
-	if net, ok := h.net.Network().(*swarm.Swarm); ok && fixed {
+	if fixed {
+		h.forgetBackoff(id)
+	}
+}
+
+// forgetBackoff lets any peer be dialed again at once.
+func (h *Host) forgetBackoff(id peer.ID) {
+	if net, ok := h.net.Network().(*swarm.Swarm); ok {
 		net.Backoff().Clear(id)
 	}
 }
 
 // dialError tells a peer that refused us, or that we refuse, from one that is away.
-func dialError(err error) error {
-	if errors.Is(err, flox.ErrDenied) {
-		return flox.ErrDenied
+func dialError(id peer.ID, err error) error {
+	var no refusal
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &no):
+		return fmt.Errorf("peer %s: %w", id, no) // the rest says only how libp2p got there
 	}
-	return flox.ErrUnreachable
+	return fmt.Errorf("peer %s: %w: %w", id, flox.ErrUnreachable, err)
 }
 
 // dialed remembers how connecting to r went.

@@ -1,6 +1,7 @@
 package p2p
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,7 +20,10 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+	manet "github.com/multiformats/go-multiaddr/net"
+	mss "github.com/multiformats/go-multistream"
 
 	"github.com/floxctl/flox"
 )
@@ -109,7 +113,8 @@ func TestWrongSecretIsDenied(t *testing.T) {
 	}
 }
 
-// Who is taken off the member list is cut off, and comes back when on it again.
+// Who is taken off the member list is cut off before Kick returns, is told why
+// when it comes back, and is let in when it is on the list again.
 func TestMemberList(t *testing.T) {
 	var out atomic.Bool
 	bID := idOf(t, 321)
@@ -124,15 +129,241 @@ func TestMemberList(t *testing.T) {
 	join(t, b, a)
 	out.Store(true)
 	a.Kick()
-	eventually(t, "cut off", func() bool { return len(a.Peers()) == 0 && len(b.Peers()) == 0 })
-	// The dialer learns of the refusal after its own handshake: give it a stream to fail on.
-	if c, err := b.Dial(within(t, 3*time.Second), a.ID(), "/flox/rpc/1"); err == nil {
-		if _, err := io.ReadAll(c); err == nil {
-			t.Fatal("a stream to who does not allow us")
-		}
+	if left := a.Peers(); len(left) != 0 {
+		t.Fatalf("connected after Kick: %+v", left)
+	}
+	eventually(t, "the other side sees it", func() bool { return len(b.Peers()) == 0 })
+	_, err := b.Dial(within(t, 10*time.Second), a.ID(), "/flox/rpc/1")
+	if !errors.Is(err, flox.ErrDenied) || !strings.Contains(fmt.Sprint(err), string(refusedMember)) {
+		t.Fatalf("dial of who was removed: %v", err)
+	}
+	if _, err := a.Dial(within(t, 10*time.Second), b.ID(), "/flox/rpc/1"); !errors.Is(err, flox.ErrDenied) {
+		t.Fatalf("dial of one we removed: %v", err)
 	}
 	out.Store(false)
 	join(t, b, a)
+}
+
+// A transfer and a call end at once on both sides when one side is removed.
+func TestKickEndsWhatIsInFlight(t *testing.T) {
+	var out atomic.Bool
+	bID := idOf(t, 323)
+	blocks := randomBlocks(322, 20, 100_000)
+	held, asked := newMemory(blocks...), make(chan struct{}, len(blocks))
+	held.get = func(ctx context.Context, _ flox.CID, data []byte) ([]byte, error) {
+		asked <- struct{}{}
+		<-ctx.Done() // a disk that takes its time
+		return data, ctx.Err()
+	}
+	a := start(t, 322, func(c *Config) {
+		c.Blocks = held
+		c.Allowed = func(id PeerID) bool { return id != bID || !out.Load() }
+	})
+	b := start(t, 323, nil)
+	l, err := a.Listen("/flox/rpc/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	join(t, b, a)
+	call, err := b.Dial(within(t, 10*time.Second), a.ID(), "/flox/rpc/1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := call.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	served, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(served, make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	fetched := make(chan error, 1)
+	go func() {
+		fetched <- b.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, func(int, []byte, Source) {})
+	}()
+	<-asked
+	out.Store(true)
+	a.Kick()
+	if _, err := served.Write([]byte("secret")); err == nil {
+		t.Error("a call of a removed machine still takes an answer after Kick")
+	}
+	if got, err := io.ReadAll(call); err == nil || len(got) > 0 {
+		t.Errorf("the removed machine's call ended with %q, %v", got, err)
+	}
+	if err := <-fetched; err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("the removed machine's transfer ended with %v", err)
+	}
+}
+
+// A secret is rotated with an overlap: whoever has one in common talks.
+func TestSecretsOverlap(t *testing.T) {
+	older, old, recent := []byte("the secret before the last one"), []byte("the secret until now, of course"), []byte("the secret from now on, surely")
+	knows := func(n int, secrets ...[]byte) *Host {
+		return start(t, n, func(c *Config) {
+			c.Secret = nil
+			c.Secrets = func() [][]byte { return secrets }
+		})
+	}
+	var rotated atomic.Bool
+	server := start(t, 340, func(c *Config) {
+		c.Secret = older
+		c.Secrets = func() [][]byte {
+			if rotated.Load() {
+				return [][]byte{recent, old}
+			}
+			return [][]byte{old}
+		}
+	})
+	late, slow, quick := knows(341, older), knows(342, old), knows(343, recent)
+	join(t, late, server)
+	join(t, slow, server)
+	if err := quick.AddPeer(addrOf(server)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := quick.Dial(within(t, 10*time.Second), server.ID(), "/flox/rpc/1"); !errors.Is(err, flox.ErrDenied) {
+		t.Fatalf("a secret that is not valid yet: %v", err)
+	}
+	rotated.Store(true)
+	join(t, quick, server)
+	if err := slow.AddPeer(addrOf(quick)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := slow.Dial(within(t, 10*time.Second), quick.ID(), "/flox/rpc/1"); !errors.Is(err, flox.ErrDenied) {
+		t.Fatalf("nothing in common: %v", err)
+	}
+}
+
+// The handshake works over any connection, and each end learns what is wrong.
+func TestHandshake(t *testing.T) {
+	one, two := []byte("one secret, long enough"), []byte("two secrets are longer")
+	secrets := func(s ...[]byte) func() [][]byte { return func() [][]byte { return s } }
+	nobody := func(PeerID) bool { return false }
+	for name, c := range map[string]struct {
+		dialer, listener membership
+		atDialer         error
+		atListener       error // nil with a refusal at the dialer: it only sees the connection end
+	}{
+		"the same":                 {dialer: membership{secrets: secrets(one)}, listener: membership{secrets: secrets(one)}},
+		"in another order":         {dialer: membership{secrets: secrets(two, one)}, listener: membership{secrets: secrets(one, two)}},
+		"the last of eight":        {dialer: membership{secrets: secrets(two)}, listener: membership{secrets: secrets(one, one, one, one, one, one, one, two)}},
+		"different":                {membership{secrets: secrets(one)}, membership{secrets: secrets(two)}, refusedSecret, refusedSecret},
+		"the listener has none":    {membership{secrets: secrets(one)}, membership{secrets: secrets()}, refusedSecret, refusedSecret},
+		"the dialer has none":      {membership{secrets: secrets()}, membership{secrets: secrets(one)}, refusedSecret, refusedSecret},
+		"neither has one":          {membership{secrets: secrets()}, membership{secrets: secrets()}, refusedSecret, refusedSecret},
+		"the dialer is no member":  {membership{secrets: secrets(one)}, membership{secrets: secrets(one), allowed: nobody}, refusedMember, noMember},
+		"the listener is none":     {membership{secrets: secrets(one), allowed: nobody}, membership{secrets: secrets(one)}, noMember, nil},
+		"no member and no secret":  {membership{secrets: secrets(two)}, membership{secrets: secrets(one), allowed: nobody}, refusedMember, noMember},
+		"an empty one is a secret": {membership{secrets: secrets(nil)}, membership{secrets: secrets(one)}, refusedSecret, refusedSecret},
+	} {
+		t.Run(name, func(t *testing.T) {
+			atDialer, atListener := shake(t, c.dialer, c.listener)
+			if !errors.Is(atDialer, c.atDialer) || (c.atDialer == nil) != (atDialer == nil) {
+				t.Errorf("dialer: %v, want %v", atDialer, c.atDialer)
+			}
+			if c.atListener != nil && !errors.Is(atListener, c.atListener) || (c.atDialer == nil) != (atListener == nil) {
+				t.Errorf("listener: %v, want %v", atListener, c.atListener)
+			}
+			if atDialer != nil && !errors.Is(atDialer, flox.ErrDenied) {
+				t.Errorf("dialer: %v is not ErrDenied", atDialer)
+			}
+		})
+	}
+}
+
+// shake runs one handshake over a plain TCP connection.
+func shake(t *testing.T, dialer, listener membership) (atDialer, atListener error) {
+	t.Helper()
+	key := func(n int) (crypto.PrivKey, peer.ID) {
+		k, err := crypto.UnmarshalEd25519PrivateKey(seededKey(n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := peer.IDFromPrivateKey(k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k, id
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dialing, _ := key(350)
+	listening, id := key(351)
+	ended := make(chan error, 1)
+	go func() {
+		raw, err := l.Accept()
+		if err != nil {
+			ended <- err
+			return
+		}
+		defer raw.Close()
+		proof, err := newProofOf(listener)(securityID, listening, nil)
+		if err == nil {
+			_, err = proof.SecureInbound(context.Background(), raw, "")
+		}
+		ended <- err
+	}()
+	raw, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	proof, err := newProofOf(dialer)(securityID, dialing, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, atDialer = proof.SecureOutbound(within(t, 10*time.Second), raw, id)
+	if atDialer != nil {
+		raw.Close()
+	}
+	atListener = <-ended
+	raw.Close()
+	return atDialer, atListener
+}
+
+// Whoever speaks an older or a newer version, or is something unheard of, is told so.
+func TestHandshakeVersion(t *testing.T) {
+	a := start(t, 352, nil)
+	k, err := crypto.UnmarshalEd25519PrivateKey(seededKey(353))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := libp2ptls.New(securityID, k, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr, err := manet.ToNetAddr(mustInfo(t, addrOf(a)).Addrs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, first := range [][]byte{{1, 0}, {proofVersion + 1, asMember}, {proofVersion, 77}} {
+		raw, err := net.Dial("tcp", addr.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer raw.Close()
+		if _, err := mss.SelectOneOf([]protocol.ID{securityID}, raw); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := plain.SecureOutbound(within(t, 10*time.Second), raw, a.self)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write(append(first, make([]byte, nonceSize)...)); err != nil {
+			t.Fatal(err)
+		}
+		answer := make([]byte, 2)
+		if _, err := io.ReadFull(conn, answer); err != nil || answer[1] != verdictVersion {
+			t.Errorf("%v is answered %v, %v", first, answer, err)
+		}
+		if _, err := (&proving{}).readAnswer(bytes.NewReader(answer)); !errors.Is(err, refusedVersion) {
+			t.Errorf("the answer means %v", err)
+		}
+		conn.Close()
+	}
 }
 
 // Streams are good enough for an HTTP server, which sees the proven machine.

@@ -83,8 +83,8 @@ type Holder interface {
 	Each(yield func(flox.CID) bool)
 }
 
-// Config says how a Host takes part. Key and one of Secret and Allowed are
-// needed; every other zero value is the default.
+// Config says how a Host takes part. Key and one of Secret, Secrets and
+// Allowed are needed; every other zero value is the default.
 type Config struct {
 	// Key is the machine's identity; see LoadOrCreateKey.
 	Key ed25519.PrivateKey
@@ -97,8 +97,15 @@ type Config struct {
 	// Secret is shared by all members, at least 16 bytes. Both ends of a
 	// connection prove that they know it before any protocol runs.
 	Secret []byte
-	// Allowed, if set, is asked for every connection whether that peer is a
-	// member now. It must not block. Kick closes connections after a change.
+	// Secrets, if set, gives the secrets that are valid now, newest first, for a
+	// secret that changes: a connection is made if both ends have one in common.
+	// It is asked for every connection and must not block. Secrets shorter than
+	// 16 bytes and those beyond the first 8 are passed over; Secret, if set, is
+	// the oldest of them.
+	Secrets func() [][]byte
+	// Allowed, if set, is asked on both ends of every connection whether that
+	// peer is a member now; who is not is told so and gets ErrDenied. It must not
+	// block. Kick closes connections after a change.
 	Allowed func(PeerID) bool
 	// Site is the label of the place this machine is at, at most 128 bytes; "" = none.
 	Site string

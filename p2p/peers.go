@@ -122,6 +122,11 @@ func (t *peerTable) Listen(network.Network, multiaddr.Multiaddr)      {}
 func (t *peerTable) ListenClose(network.Network, multiaddr.Multiaddr) {}
 
 func (t *peerTable) Connected(_ network.Network, c network.Conn) {
+	if id := c.RemotePeer(); !t.h.cfg.membership().member(id) {
+		// Removed since the handshake, maybe before Kick could see the connection.
+		t.h.spawn(func() { t.h.hangUp(id) })
+		return
+	}
 	near := sameSubnet(c.RemoteMultiaddr())
 	t.mu.Lock()
 	r := t.get(c.RemotePeer())
@@ -137,12 +142,17 @@ func (t *peerTable) Connected(_ network.Network, c network.Conn) {
 }
 
 func (t *peerTable) Disconnected(n network.Network, c network.Conn) {
-	if n.Connectedness(c.RemotePeer()) == network.Connected {
+	t.disconnected(n, c.RemotePeer())
+}
+
+// disconnected ends what was asked of id, if there is no connection to it.
+func (t *peerTable) disconnected(n network.Network, id peer.ID) {
+	if n.Connectedness(id) == network.Connected {
 		return
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	r := t.remotes[c.RemotePeer()]
+	r := t.remotes[id]
 	if r == nil {
 		return
 	}

@@ -4,9 +4,12 @@ import (
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
+	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -26,29 +29,55 @@ import (
 const securityID = protocol.ID("/flox/tls/1")
 
 const (
-	proofVersion = 1
+	proofVersion = 2
 	nonceSize    = 32
 	macSize      = 32
 	proofTimeout = 5 * time.Second
 )
 
-// proofTransport is libp2p's TLS 1.3 followed by a mutual proof of the shared
-// secret. It stands in the handshake, below the multiplexer, so no protocol
-// (identify and the DHT included) ever runs with a peer that has not proven it.
+// What a machine says it is, in the dialer's first message.
+const asMember = 0
+
+// Verdicts. Codes are part of the protocol; one that is not known is a refusal.
+const (
+	verdictOK = iota
+	verdictMember
+	verdictSecret
+	verdictVersion
+)
+
+// verdicts are what a refusal means to the one that is refused.
+var verdicts = map[byte]refusal{
+	verdictMember:  refusedMember,
+	verdictSecret:  refusedSecret,
+	verdictVersion: refusedVersion,
+}
+
+// proofTransport is libp2p's TLS 1.3 followed by a mutual proof of membership.
+// It stands in the handshake, below the multiplexer, so no protocol (identify
+// and the DHT included) ever runs with a peer that has not proven it. It needs
+// no libp2p host: any net.Conn will do.
 //
 // TLS has authenticated both peer IDs by then. Each side answers the other's
-// fresh nonce with a MAC over its own direction, both IDs and both nonces, so a
-// proof can be neither replayed nor passed on by a third party.
+// fresh nonce with a MAC over its own direction, both IDs, both nonces and a
+// value only the two ends of this TLS channel know, so a proof can be neither
+// replayed nor passed on by a third party. Who is refused is told why.
 type proofTransport struct {
-	tls  *libp2ptls.Transport
-	self peer.ID
-	key  [32]byte
+	tls     *libp2ptls.Transport
+	self    peer.ID
+	members membership
 }
 
 var _ sec.SecureTransport = (*proofTransport)(nil)
 
-// newProof gives the constructor libp2p.Security wants.
+// newProof gives the constructor libp2p.Security wants, for one secret that
+// never changes.
 func newProof(secret []byte) func(protocol.ID, crypto.PrivKey, []upgrader.StreamMuxer) (*proofTransport, error) {
+	return newProofOf(membership{secrets: func() [][]byte { return [][]byte{secret} }})
+}
+
+// newProofOf is newProof with secrets that change and a member list.
+func newProofOf(m membership) func(protocol.ID, crypto.PrivKey, []upgrader.StreamMuxer) (*proofTransport, error) {
 	return func(id protocol.ID, key crypto.PrivKey, muxers []upgrader.StreamMuxer) (*proofTransport, error) {
 		inner, err := libp2ptls.New(id, key, muxers)
 		if err != nil {
@@ -58,9 +87,7 @@ func newProof(secret []byte) func(protocol.ID, crypto.PrivKey, []upgrader.Stream
 		if err != nil {
 			return nil, err
 		}
-		t := &proofTransport{tls: inner, self: self}
-		blake3.DeriveKey("flox 2026-01 membership proof", secret, t.key[:])
-		return t, nil
+		return &proofTransport{tls: inner, self: self, members: m}, nil
 	}
 }
 
@@ -101,62 +128,171 @@ func (t *proofTransport) prove(conn sec.SecureConn, run func(sec.SecureConn) err
 	return conn, nil
 }
 
-// offer is the dialing side: nonce out; nonce and proof in; proof out.
+// offer is the dialing side: nonce out; nonce and proofs in; proof out.
 func (t *proofTransport) offer(conn sec.SecureConn) error {
-	mine := make([]byte, 1+nonceSize)
-	mine[0] = proofVersion
-	rand.Read(mine[1:])
-	if _, err := conn.Write(mine); err != nil {
+	if !t.members.member(conn.RemotePeer()) {
+		return noMember
+	}
+	p, err := t.newProving(conn, t.self, conn.RemotePeer())
+	if err != nil {
 		return err
 	}
-	theirs := make([]byte, 1+nonceSize+macSize)
-	if _, err := io.ReadFull(conn, theirs); err != nil {
+	rand.Read(p.dialed[:])
+	if _, err := conn.Write(append([]byte{proofVersion, asMember}, p.dialed[:]...)); err != nil {
 		return err
 	}
-	if theirs[0] != proofVersion {
-		return fmt.Errorf("it speaks version %d, want %d: %w", theirs[0], proofVersion, flox.ErrDenied)
+	theirs, err := p.readAnswer(conn)
+	if err != nil {
+		return err
 	}
-	nonces := [2][]byte{mine[1:], theirs[1 : 1+nonceSize]}
-	if !hmac.Equal(theirs[1+nonceSize:], t.mac("accept", t.self, conn.RemotePeer(), nonces)) {
-		return fmt.Errorf("it does not know this swarm's secret (another invite?): %w", flox.ErrDenied)
+	for _, key := range p.keys {
+		i := slices.IndexFunc(theirs, func(mac []byte) bool { return hmac.Equal(mac, p.mac("accept", key)) })
+		if i < 0 {
+			continue
+		}
+		_, err := conn.Write(append([]byte{verdictOK, byte(i)}, p.mac("offer", key)...))
+		return err
 	}
-	_, err := conn.Write(t.mac("offer", t.self, conn.RemotePeer(), nonces))
-	return err
+	_, err = conn.Write([]byte{verdictSecret})
+	return errors.Join(refusedSecret, err)
+}
+
+// readAnswer takes the listener's verdict, nonce and proofs.
+func (p *proving) readAnswer(conn io.Reader) ([][]byte, error) {
+	head := make([]byte, 2)
+	if _, err := io.ReadFull(conn, head); err != nil {
+		return nil, err
+	}
+	// The verdict stands at the same place in every version.
+	if err := verdict(head[1]); err != nil {
+		return nil, err
+	}
+	if head[0] != proofVersion {
+		return nil, refusedVersion
+	}
+	var count [1]byte
+	if _, err := io.ReadFull(conn, p.accepted[:]); err != nil {
+		return nil, err
+	}
+	if _, err := io.ReadFull(conn, count[:]); err != nil {
+		return nil, err
+	}
+	if count[0] == 0 || count[0] > maxSecrets {
+		return nil, fmt.Errorf("it offers %d proofs, want 1 to %d: %w", count[0], maxSecrets, flox.ErrCorrupt)
+	}
+	macs := make([]byte, int(count[0])*macSize)
+	if _, err := io.ReadFull(conn, macs); err != nil {
+		return nil, err
+	}
+	return slices.Collect(slices.Chunk(macs, macSize)), nil
 }
 
 // accept is the listening side.
 func (t *proofTransport) accept(conn sec.SecureConn) error {
-	theirs := make([]byte, 1+nonceSize)
-	if _, err := io.ReadFull(conn, theirs); err != nil {
+	head := make([]byte, 2)
+	if _, err := io.ReadFull(conn, head); err != nil {
 		return err
 	}
-	if theirs[0] != proofVersion {
-		return fmt.Errorf("it speaks version %d, want %d: %w", theirs[0], proofVersion, flox.ErrDenied)
-	}
-	mine := make([]byte, 1+nonceSize, 1+nonceSize+macSize)
-	mine[0] = proofVersion
-	rand.Read(mine[1:])
-	nonces := [2][]byte{theirs[1:], mine[1 : 1+nonceSize]}
-	if _, err := conn.Write(append(mine, t.mac("accept", conn.RemotePeer(), t.self, nonces)...)); err != nil {
+	p, err := t.newProving(conn, conn.RemotePeer(), t.self)
+	if err != nil {
 		return err
 	}
-	proof := make([]byte, macSize)
+	if head[0] != proofVersion || head[1] != asMember {
+		return refuse(conn, refusedVersion, verdictVersion)
+	}
+	if _, err := io.ReadFull(conn, p.dialed[:]); err != nil {
+		return err
+	}
+	switch {
+	case !t.members.member(conn.RemotePeer()):
+		return refuse(conn, noMember, verdictMember)
+	case len(p.keys) == 0:
+		return refuse(conn, refusedSecret, verdictSecret)
+	}
+	rand.Read(p.accepted[:])
+	answer := append([]byte{proofVersion, verdictOK}, p.accepted[:]...)
+	answer = append(answer, byte(len(p.keys)))
+	for _, key := range p.keys {
+		answer = append(answer, p.mac("accept", key)...)
+	}
+	if _, err := conn.Write(answer); err != nil {
+		return err
+	}
+	return p.readProof(conn)
+}
+
+// readProof takes the dialer's last word.
+func (p *proving) readProof(conn io.Reader) error {
+	head := make([]byte, 1)
+	if _, err := io.ReadFull(conn, head); err != nil {
+		return err
+	}
+	if err := verdict(head[0]); err != nil {
+		return err
+	}
+	proof := make([]byte, 1+macSize)
 	if _, err := io.ReadFull(conn, proof); err != nil {
 		return err
 	}
-	if !hmac.Equal(proof, t.mac("offer", conn.RemotePeer(), t.self, nonces)) {
-		return fmt.Errorf("it does not know this swarm's secret (another invite?): %w", flox.ErrDenied)
+	if i := int(proof[0]); i >= len(p.keys) || !hmac.Equal(proof[1:], p.mac("offer", p.keys[i])) {
+		return refusedSecret // it was never proven, whatever the peer says
 	}
 	return nil
 }
 
-// mac is keyed BLAKE3. Every part but the last has a fixed length or is preceded by it.
-func (t *proofTransport) mac(side string, dialer, listener peer.ID, nonces [2][]byte) []byte {
-	h, err := blake3.NewKeyed(t.key[:])
+// verdict is the error the other side's verdict stands for.
+func verdict(code byte) error {
+	if code == verdictOK {
+		return nil
+	}
+	if no, ok := verdicts[code]; ok {
+		return no
+	}
+	return refusedOther
+}
+
+// refuse is the listener's last word. It takes in what the dialer still sends,
+// because closing before would make the system throw the word away.
+func refuse(conn io.ReadWriter, why error, code byte) error {
+	if _, err := conn.Write([]byte{proofVersion, code}); err != nil {
+		return errors.Join(why, err)
+	}
+	_, _ = io.CopyN(io.Discard, conn, 4096) // ends with the dialer or the time for a proof
+	return why
+}
+
+// proving is one handshake: what goes into its MACs.
+type proving struct {
+	keys             [][32]byte // one for each secret, newest first
+	dialer, listener peer.ID
+	dialed, accepted [nonceSize]byte
+	channel          []byte // known to the ends of this TLS channel only
+}
+
+func (t *proofTransport) newProving(conn sec.SecureConn, dialer, listener peer.ID) (*proving, error) {
+	p := &proving{dialer: dialer, listener: listener}
+	for _, secret := range t.members.secrets() {
+		var key [32]byte
+		blake3.DeriveKey("flox 2026-01 membership proof", secret, key[:])
+		p.keys = append(p.keys, key)
+	}
+	channel, ok := conn.(interface{ ConnectionState() tls.ConnectionState })
+	if !ok {
+		return nil, fmt.Errorf("%T is no TLS connection", conn)
+	}
+	state := channel.ConnectionState()
+	var err error
+	p.channel, err = state.ExportKeyingMaterial("EXPORTER-flox-membership", nil, 32)
+	return p, err
+}
+
+// mac is keyed BLAKE3. Every part is preceded by its length.
+func (p *proving) mac(side string, key [32]byte) []byte {
+	h, err := blake3.NewKeyed(key[:])
 	if err != nil {
 		panic(err) // the key has 32 bytes
 	}
-	for _, part := range []string{side, string(dialer), string(listener), string(nonces[0]), string(nonces[1])} {
+	for _, part := range []string{side, string(p.dialer), string(p.listener), string(p.dialed[:]), string(p.accepted[:]), string(p.channel)} {
 		_, _ = h.Write([]byte{byte(len(part))}) // a hash gives no error
 		_, _ = h.WriteString(part)
 	}
