@@ -218,7 +218,11 @@ func (n *Node) connect() (raft.Transport, func() error) {
 		Timeout: rpcTimeout,
 		Logger:  newRaftLog(n.cfg.Log),
 	})
-	return standing{t, n}, func() error {
+	var transport raft.Transport = standing{t, n}
+	if n.rejoining.Load() {
+		transport = newForgetful(standing{t, n}, ctx.Done())
+	}
+	return transport, func() error {
 		cancel()
 		p.close()
 		t.CloseStreams()
@@ -241,7 +245,7 @@ var errDrained = fmt.Errorf("this server is drained and does not stand for elect
 func (s standing) RequestVote(id raft.ServerID, target raft.ServerAddress, q *raft.RequestVoteRequest, a *raft.RequestVoteResponse) error {
 	// A leader that hands over knows better: this server may not have heard yet
 	// that it is drained no more.
-	if !q.LeadershipTransfer && !s.node.mayStand() {
+	if s.node.rejoining.Load() || (!q.LeadershipTransfer && !s.node.mayStand()) {
 		return errDrained
 	}
 	return s.NetworkTransport.RequestVote(id, target, q, a)
@@ -258,6 +262,9 @@ func (s standing) RequestPreVote(id raft.ServerID, target raft.ServerAddress, q 
 // mayStand reports whether this server may become the leader: it is not
 // drained, or nobody else did for long.
 func (n *Node) mayStand() bool {
+	if n.rejoining.Load() {
+		return false
+	}
 	if !n.drained.Load() {
 		return true
 	}

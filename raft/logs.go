@@ -6,6 +6,7 @@ import (
 	"io"
 	stdlog "log"
 	"log/slog"
+	"runtime"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -78,8 +79,11 @@ func (w lineWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// pebbleLog shows a logger to Pebble.
-type pebbleLog struct{ log *slog.Logger }
+// pebbleLog shows a logger to Pebble. Fatal is told when Pebble gives up.
+type pebbleLog struct {
+	log   *slog.Logger
+	fatal func(error)
+}
 
 func (l pebbleLog) Infof(format string, args ...any) {
 	if l.log.Enabled(nil, slog.LevelDebug-4) { //nolint:staticcheck // handlers may not need a context
@@ -92,8 +96,10 @@ func (l pebbleLog) Errorf(format string, args ...any) {
 }
 
 // Fatalf must not return: Pebble calls it when its own state may no longer be
-// believed, for example after a failed write of its log. Nothing is lost by
-// stopping here, since the replicated log holds all that was acknowledged.
+// believed, for example after a failed write of its log. It ends the server, not
+// the process. Nothing is lost, since the replicated log holds all that was
+// acknowledged.
 func (l pebbleLog) Fatalf(format string, args ...any) {
-	panic("state database: " + fmt.Sprintf(format, args...))
+	l.fatal(fmt.Errorf(format, args...)) //nolint:err113 // the library's words
+	runtime.Goexit()
 }

@@ -309,3 +309,39 @@ func testCensus(healthy string) *census {
 	}
 	return c
 }
+
+// A slow network makes servers more patient, within bounds, and a fast one
+// brings them back to what is configured.
+func TestPatience(t *testing.T) {
+	ms := time.Millisecond
+	for _, c := range []struct{ configured, rtt, want time.Duration }{
+		{200 * ms, 0, 200 * ms},
+		{200 * ms, 15 * ms, 200 * ms},
+		{200 * ms, 60 * ms, 600 * ms},
+		{200 * ms, 2 * time.Second, heartbeatMost},
+		{8 * time.Second, 2 * time.Second, 8 * time.Second},
+	} {
+		if got := patience(c.configured, c.rtt); got != c.want {
+			t.Errorf("%v with round trips of %v: %v, want %v", c.configured, c.rtt, got, c.want)
+		}
+	}
+	c := newCluster(t, nil)
+	n := c.nodes[(c.leader()+1)%3]
+	r := n.raft.Load()
+	far := probe{rtt: 200 * ms, healthy: time.Now()}
+	n.probes.mu.Lock()
+	n.probes.byID = map[string]probe{"far": far}
+	n.probes.mu.Unlock()
+	n.tune(r)
+	if got := r.ReloadableConfig().HeartbeatTimeout; got < 1900*ms {
+		t.Errorf("heartbeat %v with round trips of 200 ms, want about 2 s", got)
+	}
+	far.rtt = ms
+	n.probes.mu.Lock()
+	n.probes.byID = map[string]probe{"far": far}
+	n.probes.mu.Unlock()
+	n.tune(r)
+	if got := r.ReloadableConfig().HeartbeatTimeout; got != c.cfg[0].Heartbeat {
+		t.Errorf("heartbeat %v with short round trips, want %v", got, c.cfg[0].Heartbeat)
+	}
+}

@@ -36,6 +36,8 @@ type Node struct {
 	drained  atomic.Bool
 	started  time.Time // of Run
 
+	rejoining atomic.Bool // it lost its state, see Discard
+
 	fresh       freshness
 	leadership  leadership
 	peers       atomic.Pointer[peers] // set while Run runs with a Layer
@@ -78,6 +80,9 @@ func (n *Node) open() error {
 		return err
 	}
 	n.closers = append(n.closers, unlock)
+	if err := n.findRejoin(); err != nil {
+		return err
+	}
 
 	if n.snapshots, err = openSnapshots(filepath.Join(n.cfg.Dir, "snapshots"), n.cfg.Log); err != nil {
 		return err
@@ -94,22 +99,23 @@ func (n *Node) open() error {
 	if err != nil {
 		return err
 	}
-	n.log = &logStore{w, n.snapshots}
+	n.log = &logStore{WAL: w, snapshots: n.snapshots}
 	n.closers = append(n.closers, n.log.Close)
 	return n.reconcile()
 }
 
 // openLog opens the log. The libraries below may panic on a file that is none of theirs.
 func openLog(dir string, cfg Config) (w *wal.WAL, err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("open log %s: %v: %w", dir, r, flox.ErrCorrupt)
-		}
-	}()
 	if err := makeDir(dir); err != nil {
 		return nil, err
 	}
-	w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)), wal.WithSegmentSize(cfg.segmentBytes))
+	err = checkMeta(filepath.Join(dir, "wal-meta.db"))
+	if err == nil {
+		err = guarded(func() (err error) {
+			w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)), wal.WithSegmentSize(cfg.segmentBytes))
+			return err
+		})
+	}
 	if isFull(err) {
 		return nil, fmt.Errorf("open log %s: %w: %w", dir, err, flox.ErrFull)
 	}
@@ -174,8 +180,8 @@ func (n *Node) config() *raft.Config {
 	c.LocalID = raft.ServerID(n.cfg.ID)
 	c.HeartbeatTimeout = n.cfg.Heartbeat
 	c.ElectionTimeout = n.cfg.Heartbeat
-	c.LeaderLeaseTimeout = n.cfg.Heartbeat / 2
-	c.CommitTimeout = max(n.cfg.Heartbeat/10, 5*time.Millisecond)
+	c.LeaderLeaseTimeout = n.cfg.Heartbeat
+	c.CommitTimeout = max(n.cfg.Heartbeat/20, 5*time.Millisecond) // how late a follower hears of the last commit
 	c.SnapshotThreshold = n.cfg.SnapshotEvery
 	c.SnapshotInterval = n.cfg.SnapshotCheck
 	c.TrailingLogs = n.cfg.KeepEntries
@@ -204,7 +210,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 		n.work.Wait()
 	}()
 	c := n.config()
-	if n.cfg.Bootstrap {
+	if n.cfg.Bootstrap && !n.rejoining.Load() {
 		err := raft.BootstrapCluster(c, n.log, n.log, n.snapshots, transport, raft.Configuration{Servers: []raft.Server{{
 			ID: c.LocalID, Address: raft.ServerAddress(n.cfg.Address),
 		}}})
@@ -212,31 +218,57 @@ func (n *Node) Run(ctx context.Context) (err error) {
 			return fmt.Errorf("begin a new log: %w", err)
 		}
 	}
-	r, err := raft.NewRaft(c, n.machine, n.log, n.log, n.snapshots, transport)
+	r, err := n.begin(c, transport)
 	if err != nil {
-		return fmt.Errorf("start raft: %w", err)
+		return err
 	}
 	n.raft.Store(r)
 	stopWatching := n.watchLeader(r)
 	looking, stopLooking := context.WithCancel(context.Background())
 	n.work.Go(func() { n.look(looking, r) })
+	n.work.Go(func() { n.rejoin(looking) })
+	crashed := func() {}
 	select {
 	case <-ctx.Done():
 		n.handOver(r)
+		n.raft.Store(nil)
+		n.drain()
 	case <-n.machine.closed:
+		n.raft.Store(nil)
+		n.drain()
+	case crashed = <-n.cfg.crash:
 	}
 	n.raft.Store(nil)
 	stopLooking()
 	stopWatching()
-	n.drain()
 	if err := r.Shutdown().Error(); err != nil {
 		return fmt.Errorf("stop raft: %w", err)
 	}
+	crashed()
 	if why := n.machine.stopped.Load(); why != nil {
 		return *why
 	}
 	n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed)) // ends everybody's waiting
 	return nil
+}
+
+// begin starts raft. Damage of the log that it finds then, or later, ends the
+// server.
+func (n *Node) begin(c *raft.Config, transport raft.Transport) (r *raft.Raft, err error) {
+	rotten := n.machine.stop
+	n.machine.state.rotten.Store(&rotten)
+	n.log.rotten = n.machine.stop
+	err = guarded(func() (err error) { // may be ended by logStore.rot
+		r, err = raft.NewRaft(c, n.machine, n.log, n.log, n.snapshots, transport)
+		return err
+	})
+	if why := n.machine.stopped.Load(); why != nil && r == nil {
+		return nil, *why
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start raft: %w", err)
+	}
+	return r, nil
 }
 
 // handOver gives leadership away before a planned end, so that nobody waits for

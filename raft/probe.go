@@ -74,6 +74,7 @@ func (n *Node) look(ctx context.Context, r *raft.Raft) {
 		servers := r.GetConfiguration().Configuration().Servers
 		n.probes.keep(servers)
 		n.greetAll(ctx, servers)
+		n.tune(r)
 		if r.State() == raft.Leader && ctx.Err() == nil {
 			if err := n.tend(ctx, r); err != nil && ctx.Err() == nil && !errors.Is(err, ErrNotLeader) {
 				n.cfg.Log.Warn("tending the members", "error", err)
@@ -112,6 +113,43 @@ func (n *Node) greetAll(ctx context.Context, servers []raft.Server) {
 		})
 	}
 	all.Wait()
+}
+
+// heartbeatMost bounds what round trips raise the heartbeat to.
+const heartbeatMost = 5 * time.Second
+
+// patience is how long to wait for a leader when the slowest round trip to
+// another server takes rtt: ten of them, but not less than configured.
+func patience(configured, rtt time.Duration) time.Duration {
+	return max(configured, min(10*rtt, heartbeatMost))
+}
+
+// tune makes this server wait longer for its leader when the network is slow.
+// Small changes are let be.
+func (n *Node) tune(r *raft.Raft) {
+	want := patience(n.cfg.Heartbeat, n.probes.slowest())
+	c := r.ReloadableConfig()
+	if want > c.HeartbeatTimeout*4/5 && want < c.HeartbeatTimeout*5/4 && (want > n.cfg.Heartbeat || want == c.HeartbeatTimeout) {
+		return
+	}
+	c.HeartbeatTimeout, c.ElectionTimeout = want, want
+	if err := r.ReloadConfig(c); err != nil {
+		n.cfg.Log.Warn("setting the heartbeat", "heartbeat", want, "error", err)
+		return
+	}
+	n.cfg.Log.Debug("heartbeat follows the round trips", "heartbeat", want)
+}
+
+// slowest gives the longest round trip to a server that answers.
+func (p *probes) slowest() (rtt time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, q := range p.byID {
+		if !q.healthy.IsZero() {
+			rtt = max(rtt, q.rtt)
+		}
+	}
+	return rtt
 }
 
 // judge says whether a server is healthy: it answered since it was asked, and keeps up.

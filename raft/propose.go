@@ -181,6 +181,13 @@ func (n *Node) await(ctx context.Context, f raft.Future) error {
 	select {
 	case err := <-done:
 		return err
+	case <-n.machine.closed: // raft itself may not answer any more
+		select {
+		case err := <-done:
+			return err
+		default:
+			return fmt.Errorf("%w: %w", *n.machine.stopped.Load(), ErrUnknownOutcome)
+		}
 	case <-ctx.Done():
 		return fmt.Errorf("%w: %w", ctx.Err(), ErrUnknownOutcome)
 	}

@@ -82,7 +82,9 @@ type Config struct {
 	// Without it an empty server waits to be added by a leader.
 	Bootstrap bool
 	// Heartbeat is how long a follower waits for its leader before it stands for
-	// election; the lease of a leader is half of it. Default 500 ms, and 50 ms
+	// election, and a leader for a majority before it steps down. Followers wait
+	// longer, up to 5 s, while ten round trips to the other servers take longer.
+	// Set it where one takes more than half of it. Default 200 ms, and 50 ms
 	// without Layer, where it only delays the start.
 	Heartbeat time.Duration
 	// SnapshotEvery is how many entries go into the log between snapshots. Default 8192.
@@ -114,8 +116,11 @@ type Config struct {
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger
 
-	probeEvery   time.Duration // how often the other members are asked how they are
-	segmentBytes int           // of a file of the log; a hook of the tests, 0 = the library's default
+	probeEvery time.Duration // how often the other members are asked how they are
+	// crash is a hook of the tests: what it brings runs when raft has stopped, and
+	// nothing is handed over, waited for or written out before.
+	crash        chan func()
+	segmentBytes int // of a file of the log; a hook of the tests, 0 = the library's default
 }
 
 // withDefaults checks c and fills in what is zero.
@@ -127,7 +132,7 @@ func (c Config) withDefaults() (Config, error) {
 		return c, fmt.Errorf("raft: a negative duration or number in the configuration: %w", flox.ErrBadInput)
 	}
 	if c.Heartbeat == 0 {
-		c.Heartbeat = 500 * time.Millisecond
+		c.Heartbeat = 200 * time.Millisecond
 		if c.Layer == nil {
 			c.Heartbeat = 50 * time.Millisecond
 		}

@@ -136,6 +136,8 @@ func (n *Node) carryOut(ctx context.Context, q *floxv1.ClusterCall) (*floxv1.Clu
 		return &floxv1.ClusterAnswer{}, n.transferAlone(ctx, c.Transfer.To)
 	case *floxv1.ClusterCall_Drain:
 		return &floxv1.ClusterAnswer{}, n.drainHere(ctx, c.Drain)
+	case *floxv1.ClusterCall_Rejoin:
+		return n.rejoinHere(ctx, c.Rejoin)
 	case *floxv1.ClusterCall_Servers:
 		return n.serversHere()
 	}

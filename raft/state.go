@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
@@ -40,6 +41,8 @@ type database struct {
 	mu     sync.Mutex
 	refs   int
 	remove bool // and delete the directory
+
+	broken atomic.Bool // Pebble gave up: nothing in it may be called any more
 }
 
 // release gives one reference back.
@@ -49,8 +52,8 @@ func (d *database) release() error {
 	last := d.refs == 0
 	remove := d.remove
 	d.mu.Unlock()
-	if !last {
-		return nil
+	if !last || d.broken.Load() {
+		return nil // a broken database might wait for itself for ever
 	}
 	err := d.DB.Close()
 	if remove {
@@ -66,9 +69,19 @@ type state struct {
 	cache int64
 	log   *slog.Logger
 
+	rotten atomic.Pointer[func(error)] // told when the files turn out to be damaged
+
 	mu     sync.Mutex
 	cur    *database
 	number uint64
+}
+
+// rot tells that the files in dir are damaged.
+func (s *state) rot(dir string, err error) {
+	s.log.Error("state is damaged", "dir", dir, "error", err)
+	if f := s.rotten.Load(); f != nil {
+		(*f)(fmt.Errorf("state %s: %w: %w", dir, err, flox.ErrCorrupt))
+	}
 }
 
 // openState opens the state in dir, making an empty one if there is none. What
@@ -127,34 +140,36 @@ func (s *state) removeOthers(all bool) error {
 }
 
 // openDB opens one database. A panic of Pebble on a damaged file is an error.
-func (s *state) openDB(dir string) (d *database, err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = fmt.Errorf("open state %s: %v: %w", dir, r, flox.ErrCorrupt)
-		}
-	}()
+func (s *state) openDB(dir string) (*database, error) {
+	d := &database{dir: dir, refs: 1}
 	cache := pebble.NewCache(s.cache)
 	defer cache.Unref()
 	opts := &pebble.Options{
 		Cache:              cache,
 		FormatMajorVersion: stateFormat,
 		MemTableSize:       16 << 20,
-		Logger:             pebbleLog{s.log},
+		Logger:             pebbleLog{s.log, func(err error) { d.broken.Store(true); s.rot(dir, err) }},
 		FS:                 vfs.Default, // without the watch for slow disks, whose goroutine outlives a failed Open
 	}
+	// Pebble's own answer to a damaged file ends the process.
+	opts.EventListener = &pebble.EventListener{DataCorruption: func(i pebble.DataCorruptionInfo) {
+		s.rot(dir, fmt.Errorf("%s: %w", i.Path, i.Details))
+	}}
 	for i := range opts.Levels {
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
-	db, err := pebble.Open(dir, opts)
+	err := guarded(func() (err error) {
+		d.DB, err = pebble.Open(dir, opts)
+		return err
+	})
 	if err != nil {
 		kind := flox.ErrCorrupt
 		if isFull(err) {
 			kind = flox.ErrFull
 		}
-		err = fmt.Errorf("%w: %w", err, kind)
-		return nil, fmt.Errorf("open state %s: %w", dir, err)
+		return nil, fmt.Errorf("open state %s: %w: %w", dir, err, kind)
 	}
-	return &database{DB: db, dir: dir, refs: 1}, nil
+	return d, nil
 }
 
 // acquire gives the database in force; release it.

@@ -36,10 +36,18 @@ func get(r reader, key []byte) ([]byte, error) {
 		return nil, flox.ErrNotFound
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read state: %w", err)
+		return nil, readError(err)
 	}
 	defer closer.Close()
 	return bytes.Clone(value), nil
+}
+
+// readError says what is wrong with the state.
+func readError(err error) error {
+	if errors.Is(err, pebble.ErrCorruption) {
+		return fmt.Errorf("read state: %w: %w", err, flox.ErrCorrupt)
+	}
+	return fmt.Errorf("read state: %w", err)
 }
 
 // iterate calls yield with the pairs under space+prefix from space+from on.
@@ -51,17 +59,17 @@ func iterate(r reader, space, prefix, from []byte, yield func(key, value []byte)
 	}
 	it, err := r.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
 	if err != nil {
-		return fmt.Errorf("read state: %w", err)
+		return readError(err)
 	}
 	defer func() {
 		if e := it.Close(); e != nil && err == nil {
-			err = fmt.Errorf("read state: %w", e)
+			err = readError(e)
 		}
 	}()
 	for ok := it.First(); ok; ok = it.Next() {
 		value, err := it.ValueAndErr()
 		if err != nil {
-			return fmt.Errorf("read state: %w", err)
+			return readError(err)
 		}
 		if !yield(it.Key()[len(space):], value) {
 			break

@@ -38,6 +38,7 @@ type ClusterCall struct {
 	//	*ClusterCall_Transfer
 	//	*ClusterCall_Drain
 	//	*ClusterCall_Servers
+	//	*ClusterCall_Rejoin
 	Call          isClusterCall_Call `protobuf_oneof:"call"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -159,6 +160,15 @@ func (x *ClusterCall) GetServers() *ServersCall {
 	return nil
 }
 
+func (x *ClusterCall) GetRejoin() *RejoinCall {
+	if x != nil {
+		if x, ok := x.Call.(*ClusterCall_Rejoin); ok {
+			return x.Rejoin
+		}
+	}
+	return nil
+}
+
 type isClusterCall_Call interface {
 	isClusterCall_Call()
 }
@@ -195,6 +205,10 @@ type ClusterCall_Servers struct {
 	Servers *ServersCall `protobuf:"bytes,9,opt,name=servers,proto3,oneof"`
 }
 
+type ClusterCall_Rejoin struct {
+	Rejoin *RejoinCall `protobuf:"bytes,10,opt,name=rejoin,proto3,oneof"`
+}
+
 func (*ClusterCall_Propose) isClusterCall_Call() {}
 
 func (*ClusterCall_ReadIndex) isClusterCall_Call() {}
@@ -210,6 +224,8 @@ func (*ClusterCall_Transfer) isClusterCall_Call() {}
 func (*ClusterCall_Drain) isClusterCall_Call() {}
 
 func (*ClusterCall_Servers) isClusterCall_Call() {}
+
+func (*ClusterCall_Rejoin) isClusterCall_Call() {}
 
 // ProposeCall puts a command into the log. The leader adds its clock.
 type ProposeCall struct {
@@ -598,6 +614,51 @@ func (*ServersCall) Descriptor() ([]byte, []int) {
 	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
+// RejoinCall says that a server lost its state: its vote is taken away first.
+type RejoinCall struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejoinCall) Reset() {
+	*x = RejoinCall{}
+	mi := &file_flox_v1_cluster_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejoinCall) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejoinCall) ProtoMessage() {}
+
+func (x *RejoinCall) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_cluster_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejoinCall.ProtoReflect.Descriptor instead.
+func (*RejoinCall) Descriptor() ([]byte, []int) {
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RejoinCall) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 // ClusterAnswer answers a ClusterCall.
 type ClusterAnswer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -612,7 +673,7 @@ type ClusterAnswer struct {
 
 func (x *ClusterAnswer) Reset() {
 	*x = ClusterAnswer{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[9]
+	mi := &file_flox_v1_cluster_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +685,7 @@ func (x *ClusterAnswer) String() string {
 func (*ClusterAnswer) ProtoMessage() {}
 
 func (x *ClusterAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[9]
+	mi := &file_flox_v1_cluster_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +698,7 @@ func (x *ClusterAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterAnswer.ProtoReflect.Descriptor instead.
 func (*ClusterAnswer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ClusterAnswer) GetFailure() *ClusterFailure {
@@ -687,7 +748,7 @@ type ClusterFailure struct {
 
 func (x *ClusterFailure) Reset() {
 	*x = ClusterFailure{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[10]
+	mi := &file_flox_v1_cluster_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +760,7 @@ func (x *ClusterFailure) String() string {
 func (*ClusterFailure) ProtoMessage() {}
 
 func (x *ClusterFailure) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[10]
+	mi := &file_flox_v1_cluster_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +773,7 @@ func (x *ClusterFailure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterFailure.ProtoReflect.Descriptor instead.
 func (*ClusterFailure) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ClusterFailure) GetRefused() bool {
@@ -749,7 +810,7 @@ type HelloAnswer struct {
 
 func (x *HelloAnswer) Reset() {
 	*x = HelloAnswer{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[11]
+	mi := &file_flox_v1_cluster_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -761,7 +822,7 @@ func (x *HelloAnswer) String() string {
 func (*HelloAnswer) ProtoMessage() {}
 
 func (x *HelloAnswer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[11]
+	mi := &file_flox_v1_cluster_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -774,7 +835,7 @@ func (x *HelloAnswer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HelloAnswer.ProtoReflect.Descriptor instead.
 func (*HelloAnswer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *HelloAnswer) GetId() string {
@@ -832,7 +893,7 @@ type RaftServer struct {
 
 func (x *RaftServer) Reset() {
 	*x = RaftServer{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[12]
+	mi := &file_flox_v1_cluster_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +905,7 @@ func (x *RaftServer) String() string {
 func (*RaftServer) ProtoMessage() {}
 
 func (x *RaftServer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[12]
+	mi := &file_flox_v1_cluster_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +918,7 @@ func (x *RaftServer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RaftServer.ProtoReflect.Descriptor instead.
 func (*RaftServer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RaftServer) GetId() string {
@@ -954,7 +1015,7 @@ type ServersCommand struct {
 
 func (x *ServersCommand) Reset() {
 	*x = ServersCommand{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[13]
+	mi := &file_flox_v1_cluster_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -966,7 +1027,7 @@ func (x *ServersCommand) String() string {
 func (*ServersCommand) ProtoMessage() {}
 
 func (x *ServersCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[13]
+	mi := &file_flox_v1_cluster_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -979,7 +1040,7 @@ func (x *ServersCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServersCommand.ProtoReflect.Descriptor instead.
 func (*ServersCommand) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ServersCommand) GetCommand() isServersCommand_Command {
@@ -1078,7 +1139,7 @@ type ServerAdd struct {
 
 func (x *ServerAdd) Reset() {
 	*x = ServerAdd{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[14]
+	mi := &file_flox_v1_cluster_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1151,7 @@ func (x *ServerAdd) String() string {
 func (*ServerAdd) ProtoMessage() {}
 
 func (x *ServerAdd) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[14]
+	mi := &file_flox_v1_cluster_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1164,7 @@ func (x *ServerAdd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerAdd.ProtoReflect.Descriptor instead.
 func (*ServerAdd) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ServerAdd) GetId() string {
@@ -1130,7 +1191,7 @@ type ServerDrain struct {
 
 func (x *ServerDrain) Reset() {
 	*x = ServerDrain{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[15]
+	mi := &file_flox_v1_cluster_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1203,7 @@ func (x *ServerDrain) String() string {
 func (*ServerDrain) ProtoMessage() {}
 
 func (x *ServerDrain) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[15]
+	mi := &file_flox_v1_cluster_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1216,7 @@ func (x *ServerDrain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerDrain.ProtoReflect.Descriptor instead.
 func (*ServerDrain) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ServerDrain) GetId() string {
@@ -1182,7 +1243,7 @@ type ServerDown struct {
 
 func (x *ServerDown) Reset() {
 	*x = ServerDown{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[16]
+	mi := &file_flox_v1_cluster_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1255,7 @@ func (x *ServerDown) String() string {
 func (*ServerDown) ProtoMessage() {}
 
 func (x *ServerDown) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[16]
+	mi := &file_flox_v1_cluster_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1268,7 @@ func (x *ServerDown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerDown.ProtoReflect.Descriptor instead.
 func (*ServerDown) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ServerDown) GetId() string {
@@ -1234,7 +1295,7 @@ type ServerForget struct {
 
 func (x *ServerForget) Reset() {
 	*x = ServerForget{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[17]
+	mi := &file_flox_v1_cluster_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1307,7 @@ func (x *ServerForget) String() string {
 func (*ServerForget) ProtoMessage() {}
 
 func (x *ServerForget) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[17]
+	mi := &file_flox_v1_cluster_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1320,7 @@ func (x *ServerForget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerForget.ProtoReflect.Descriptor instead.
 func (*ServerForget) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ServerForget) GetId() string {
@@ -1291,7 +1352,7 @@ type ServerFacts struct {
 
 func (x *ServerFacts) Reset() {
 	*x = ServerFacts{}
-	mi := &file_flox_v1_cluster_proto_msgTypes[18]
+	mi := &file_flox_v1_cluster_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1364,7 @@ func (x *ServerFacts) String() string {
 func (*ServerFacts) ProtoMessage() {}
 
 func (x *ServerFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_cluster_proto_msgTypes[18]
+	mi := &file_flox_v1_cluster_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1377,7 @@ func (x *ServerFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerFacts.ProtoReflect.Descriptor instead.
 func (*ServerFacts) Descriptor() ([]byte, []int) {
-	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_cluster_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ServerFacts) GetId() string {
@@ -1365,7 +1426,7 @@ var File_flox_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_flox_v1_cluster_proto_rawDesc = "" +
 	"\n" +
-	"\x15flox/v1/cluster.proto\x12\aflox.v1\"\xd9\x03\n" +
+	"\x15flox/v1/cluster.proto\x12\aflox.v1\"\x88\x04\n" +
 	"\vClusterCall\x12\x1d\n" +
 	"\n" +
 	"timeout_ms\x18\x01 \x01(\rR\ttimeoutMs\x120\n" +
@@ -1378,7 +1439,9 @@ const file_flox_v1_cluster_proto_rawDesc = "" +
 	"\rremove_server\x18\x06 \x01(\v2\x19.flox.v1.RemoveServerCallH\x00R\fremoveServer\x123\n" +
 	"\btransfer\x18\a \x01(\v2\x15.flox.v1.TransferCallH\x00R\btransfer\x12*\n" +
 	"\x05drain\x18\b \x01(\v2\x12.flox.v1.DrainCallH\x00R\x05drain\x120\n" +
-	"\aservers\x18\t \x01(\v2\x14.flox.v1.ServersCallH\x00R\aserversB\x06\n" +
+	"\aservers\x18\t \x01(\v2\x14.flox.v1.ServersCallH\x00R\aservers\x12-\n" +
+	"\x06rejoin\x18\n" +
+	" \x01(\v2\x13.flox.v1.RejoinCallH\x00R\x06rejoinB\x06\n" +
 	"\x04call\"\x87\x01\n" +
 	"\vProposeCall\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x1a\n" +
@@ -1399,7 +1462,10 @@ const file_flox_v1_cluster_proto_rawDesc = "" +
 	"\tDrainCall\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
 	"\x02on\x18\x02 \x01(\bR\x02on\"\r\n" +
-	"\vServersCall\"\xc9\x01\n" +
+	"\vServersCall\"\x1c\n" +
+	"\n" +
+	"RejoinCall\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xc9\x01\n" +
 	"\rClusterAnswer\x121\n" +
 	"\afailure\x18\x01 \x01(\v2\x17.flox.v1.ClusterFailureR\afailure\x12\x14\n" +
 	"\x05reply\x18\x02 \x01(\fR\x05reply\x12\x14\n" +
@@ -1474,7 +1540,7 @@ func file_flox_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_flox_v1_cluster_proto_rawDescData
 }
 
-var file_flox_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_flox_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_flox_v1_cluster_proto_goTypes = []any{
 	(*ClusterCall)(nil),      // 0: flox.v1.ClusterCall
 	(*ProposeCall)(nil),      // 1: flox.v1.ProposeCall
@@ -1485,16 +1551,17 @@ var file_flox_v1_cluster_proto_goTypes = []any{
 	(*TransferCall)(nil),     // 6: flox.v1.TransferCall
 	(*DrainCall)(nil),        // 7: flox.v1.DrainCall
 	(*ServersCall)(nil),      // 8: flox.v1.ServersCall
-	(*ClusterAnswer)(nil),    // 9: flox.v1.ClusterAnswer
-	(*ClusterFailure)(nil),   // 10: flox.v1.ClusterFailure
-	(*HelloAnswer)(nil),      // 11: flox.v1.HelloAnswer
-	(*RaftServer)(nil),       // 12: flox.v1.RaftServer
-	(*ServersCommand)(nil),   // 13: flox.v1.ServersCommand
-	(*ServerAdd)(nil),        // 14: flox.v1.ServerAdd
-	(*ServerDrain)(nil),      // 15: flox.v1.ServerDrain
-	(*ServerDown)(nil),       // 16: flox.v1.ServerDown
-	(*ServerForget)(nil),     // 17: flox.v1.ServerForget
-	(*ServerFacts)(nil),      // 18: flox.v1.ServerFacts
+	(*RejoinCall)(nil),       // 9: flox.v1.RejoinCall
+	(*ClusterAnswer)(nil),    // 10: flox.v1.ClusterAnswer
+	(*ClusterFailure)(nil),   // 11: flox.v1.ClusterFailure
+	(*HelloAnswer)(nil),      // 12: flox.v1.HelloAnswer
+	(*RaftServer)(nil),       // 13: flox.v1.RaftServer
+	(*ServersCommand)(nil),   // 14: flox.v1.ServersCommand
+	(*ServerAdd)(nil),        // 15: flox.v1.ServerAdd
+	(*ServerDrain)(nil),      // 16: flox.v1.ServerDrain
+	(*ServerDown)(nil),       // 17: flox.v1.ServerDown
+	(*ServerForget)(nil),     // 18: flox.v1.ServerForget
+	(*ServerFacts)(nil),      // 19: flox.v1.ServerFacts
 }
 var file_flox_v1_cluster_proto_depIdxs = []int32{
 	1,  // 0: flox.v1.ClusterCall.propose:type_name -> flox.v1.ProposeCall
@@ -1505,19 +1572,20 @@ var file_flox_v1_cluster_proto_depIdxs = []int32{
 	6,  // 5: flox.v1.ClusterCall.transfer:type_name -> flox.v1.TransferCall
 	7,  // 6: flox.v1.ClusterCall.drain:type_name -> flox.v1.DrainCall
 	8,  // 7: flox.v1.ClusterCall.servers:type_name -> flox.v1.ServersCall
-	10, // 8: flox.v1.ClusterAnswer.failure:type_name -> flox.v1.ClusterFailure
-	11, // 9: flox.v1.ClusterAnswer.hello:type_name -> flox.v1.HelloAnswer
-	12, // 10: flox.v1.ClusterAnswer.servers:type_name -> flox.v1.RaftServer
-	18, // 11: flox.v1.RaftServer.state:type_name -> flox.v1.ServerFacts
-	14, // 12: flox.v1.ServersCommand.add:type_name -> flox.v1.ServerAdd
-	15, // 13: flox.v1.ServersCommand.drain:type_name -> flox.v1.ServerDrain
-	16, // 14: flox.v1.ServersCommand.down:type_name -> flox.v1.ServerDown
-	17, // 15: flox.v1.ServersCommand.forget:type_name -> flox.v1.ServerForget
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	9,  // 8: flox.v1.ClusterCall.rejoin:type_name -> flox.v1.RejoinCall
+	11, // 9: flox.v1.ClusterAnswer.failure:type_name -> flox.v1.ClusterFailure
+	12, // 10: flox.v1.ClusterAnswer.hello:type_name -> flox.v1.HelloAnswer
+	13, // 11: flox.v1.ClusterAnswer.servers:type_name -> flox.v1.RaftServer
+	19, // 12: flox.v1.RaftServer.state:type_name -> flox.v1.ServerFacts
+	15, // 13: flox.v1.ServersCommand.add:type_name -> flox.v1.ServerAdd
+	16, // 14: flox.v1.ServersCommand.drain:type_name -> flox.v1.ServerDrain
+	17, // 15: flox.v1.ServersCommand.down:type_name -> flox.v1.ServerDown
+	18, // 16: flox.v1.ServersCommand.forget:type_name -> flox.v1.ServerForget
+	17, // [17:17] is the sub-list for method output_type
+	17, // [17:17] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_cluster_proto_init() }
@@ -1534,8 +1602,9 @@ func file_flox_v1_cluster_proto_init() {
 		(*ClusterCall_Transfer)(nil),
 		(*ClusterCall_Drain)(nil),
 		(*ClusterCall_Servers)(nil),
+		(*ClusterCall_Rejoin)(nil),
 	}
-	file_flox_v1_cluster_proto_msgTypes[13].OneofWrappers = []any{
+	file_flox_v1_cluster_proto_msgTypes[14].OneofWrappers = []any{
 		(*ServersCommand_Level)(nil),
 		(*ServersCommand_Add)(nil),
 		(*ServersCommand_Drain)(nil),
@@ -1548,7 +1617,7 @@ func file_flox_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_cluster_proto_rawDesc), len(file_flox_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
