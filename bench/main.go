@@ -22,6 +22,7 @@ type Row = scenario.Row
 
 // benchmarks are what `make bench BENCH=name` names.
 var benchmarks = map[string]func(context.Context) ([]Row, error){
+	"cluster": clusterBench,
 	"content": contentBench,
 	"demo":    demoBench,
 	"fuse":    fuseBench,

@@ -24,7 +24,8 @@ type machine struct {
 
 	members func() error // called when the members' part of the state may have changed; nil while opening
 
-	time int64 // Unix milliseconds of the last entry in the state
+	time   int64 // Unix milliseconds of the last entry in the state
+	oldest int64 // see sessions
 
 	// stopped is why this node applies nothing more; closed is closed with it.
 	stopped atomic.Pointer[error]
@@ -144,7 +145,7 @@ func (m *machine) applyEntry(l *raft.Log) (outcome, error) {
 // answer already, and fills batch with what follows.
 func (m *machine) applyOnce(batch *pebble.Batch, p Processor, e *floxv1.Envelope, at int64, index uint64) (outcome, error) {
 	own := &Tx{batch: batch, space: []byte{ownSpace}}
-	table := sessions{own}
+	table := sessions{own, &m.oldest}
 	if e.Session != "" {
 		done, err := table.check(e.Session, e.Sequence, at)
 		if err != nil || done != nil {
@@ -216,7 +217,7 @@ func (m *machine) load() error {
 	if err != nil {
 		return err
 	}
-	m.time = at
+	m.time, m.oldest = at, 0
 	m.mu.Lock()
 	m.index = index
 	m.mu.Unlock()

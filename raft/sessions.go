@@ -121,7 +121,12 @@ func decodeOutcome(b []byte) (outcome, error) {
 }
 
 // sessions is the session table inside a Tx over ownSpace.
-type sessions struct{ tx *Tx }
+type sessions struct {
+	tx *Tx
+	// oldest is no later than any session's last use, 0 = unknown. It only saves
+	// looking: the first keys by last use are mostly deleted ones.
+	oldest *int64
+}
 
 func nameKey(kind byte, name string) []byte {
 	return append(append([]byte{kind}, name...), 0)
@@ -233,19 +238,25 @@ func (s sessions) remember(name string, sequence uint64, at int64, o outcome) er
 
 // expire forgets a few sessions that nobody used for SessionTTL.
 func (s sessions) expire(at int64) error {
+	if *s.oldest != 0 && at-*s.oldest <= SessionTTL.Milliseconds() {
+		return nil
+	}
 	type old struct {
 		name    string
 		lastUse int64
 	}
 	var gone []old
-	err := s.tx.Iterate([]byte{expiryKey}, nil, func(key, _ []byte) bool {
+	next := at // all that come are used later
+	err := s.tx.Iterate([]byte{expiryKey}, expiresKey(*s.oldest, ""), func(key, _ []byte) bool {
 		lastUse := int64(binary.BigEndian.Uint64(key[1:9]))
 		if at-lastUse <= SessionTTL.Milliseconds() || len(gone) == expirePerEntry {
+			next = lastUse
 			return false
 		}
 		gone = append(gone, old{string(key[9:]), lastUse})
 		return true
 	})
+	*s.oldest = next
 	for _, g := range gone {
 		err = errors.Join(err, s.forget(g.name, g.lastUse))
 	}
