@@ -228,12 +228,25 @@ func (s sessions) remember(name string, sequence uint64, at int64, o outcome) er
 		if before > KeptReplies {
 			first = before - KeptReplies
 		}
-		err = errors.Join(err, s.tx.DeleteRange(seqKey(name, first), seqKey(name, r.highest-KeptReplies+1)))
+		err = errors.Join(err, s.dropReplies(name, first, r.highest-KeptReplies))
 	}
 	return errors.Join(err,
 		s.tx.Set(seqKey(name, sequence), o.encode()),
 		s.tx.Set(nameKey(sessionKey, name), r.encode()),
 		s.tx.Set(expiresKey(at, name), nil))
+}
+
+// dropReplies deletes the replies of the sequences from first to last. One by
+// one if they are few: a range that is deleted makes every later read slower.
+func (s sessions) dropReplies(name string, first, last uint64) error {
+	if last-first > KeptReplies {
+		return s.tx.DeleteRange(seqKey(name, first), seqKey(name, last+1))
+	}
+	var err error
+	for sequence := first; sequence <= last; sequence++ {
+		err = errors.Join(err, s.tx.Delete(seqKey(name, sequence)))
+	}
+	return err
 }
 
 // expire forgets a few sessions that nobody used for SessionTTL.
