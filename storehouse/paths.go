@@ -2,6 +2,7 @@ package storehouse
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -64,8 +65,10 @@ var stable = proto.MarshalOptions{Deterministic: true}
 
 // paths is the processor of PathsCommand. All state is in the transaction.
 type paths struct {
-	// changes overrides maxChanges in tests; it must be equal on every server.
-	changes uint64
+	// changes overrides maxChanges, and touchEvery its constant, in tests; they must
+	// be equal on every server.
+	changes    uint64
+	touchEvery time.Duration
 }
 
 var _ cluster.Processor = paths{}
@@ -81,20 +84,11 @@ func (p paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64)
 		most = maxChanges
 	}
 	a := &applying{tx: tx, at: at, most: most, index: index, reply: &floxv1.PathsReply{Index: index}, event: &floxv1.WatchEvent{Index: index}}
+	a.touchEvery = cmp.Or(p.touchEvery, touchEvery)
 	if err := a.load(); err != nil {
 		return nil, err
 	}
-	var err error
-	switch c := c.GetCommand().(type) {
-	case *floxv1.PathsCommand_Add:
-		err = a.add(c.Add)
-	case *floxv1.PathsCommand_Remove:
-		err = a.remove(c.Remove)
-	case *floxv1.PathsCommand_Trust:
-		err = a.trust(c.Trust.GetList())
-	default:
-		err = fmt.Errorf("paths: no command inside: %w", cluster.ErrUnknownCommand)
-	}
+	err := a.command(c)
 	if err == nil {
 		err = a.finish()
 	}
@@ -102,6 +96,29 @@ func (p paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64)
 		return nil, err
 	}
 	return stable.Marshal(a.reply)
+}
+
+// command carries out what is inside.
+func (a *applying) command(c *floxv1.PathsCommand) error {
+	switch c := c.GetCommand().(type) {
+	case *floxv1.PathsCommand_Add:
+		return a.add(c.Add)
+	case *floxv1.PathsCommand_Remove:
+		if c.Remove.GetCondemned() != nil {
+			return a.removeCondemned(c.Remove.GetPaths(), c.Remove.GetCondemned())
+		}
+		return a.remove(c.Remove)
+	case *floxv1.PathsCommand_Trust:
+		return a.trust(c.Trust.GetList())
+	case *floxv1.PathsCommand_Condemn:
+		return a.condemn(c.Condemn)
+	case *floxv1.PathsCommand_Keep:
+		return a.keep(c.Keep)
+	case *floxv1.PathsCommand_Roots:
+		return a.setRoots(c.Roots)
+	default:
+		return fmt.Errorf("paths: no command inside: %w", cluster.ErrUnknownCommand)
+	}
 }
 
 // decodeCommand reads a command of the log. What this program does not
@@ -202,18 +219,24 @@ type applying struct {
 	index  uint64
 	most   uint64 // changes kept
 	counts factCounts
-	reply  *floxv1.PathsReply
-	event  *floxv1.WatchEvent
+	marks  markCounts
+	// touchEvery is the constant of that name, or a test's.
+	touchEvery time.Duration
+	reply      *floxv1.PathsReply
+	event      *floxv1.WatchEvent
 }
 
 func (a *applying) load() (err error) {
-	a.counts, err = readCounts(a.tx)
+	if a.counts, err = readCounts(a.tx); err != nil {
+		return err
+	}
+	a.marks, err = readMarks(a.tx)
 	return err
 }
 
 // finish records the change for watchers and the counters.
 func (a *applying) finish() error {
-	if e := a.event; len(e.GetAdded())+len(e.GetRemoved())+len(e.GetTrustList()) > 0 {
+	if e := a.event; len(e.GetAdded())+len(e.GetRemoved())+len(e.GetTrustList()) > 0 || e.GetCondemned() {
 		b, err := stable.Marshal(e)
 		if err != nil {
 			return err
@@ -270,7 +293,7 @@ func (a *applying) add(c *floxv1.AddPaths) error {
 		if err != nil {
 			return err
 		}
-		if err := a.addOne(info, c.GetPublisher()); err != nil {
+		if err := a.addOne(info, c); err != nil {
 			return err
 		}
 	}
@@ -283,15 +306,19 @@ func (a *applying) add(c *floxv1.AddPaths) error {
 }
 
 // addOne makes one path valid unless it is.
-func (a *applying) addOne(info *flox.PathInfo, publisher string) error {
+func (a *applying) addOne(info *flox.PathInfo, c *floxv1.AddPaths) error {
 	valid, err := readInfo(a.tx, info.Path.HashPart())
 	switch {
 	case err == nil && valid.GetPath() != string(info.Path):
 		return fmt.Errorf("%s: the hash part belongs to %s already: %w", info.Path, valid.GetPath(), flox.ErrBadInput)
 	case err == nil && !bytes.Equal(valid.GetNarHash(), info.NarHash[:]):
-		return a.differ(info, valid, publisher)
+		return a.differ(info, valid, c.GetPublisher())
 	case err == nil:
-		return nil
+		if c.GetTouch() {
+			err = a.touch(valid)
+		}
+		_, failed := a.revive(info.Path.HashPart())
+		return errors.Join(err, failed)
 	case !errors.Is(err, flox.ErrNotFound):
 		return err
 	}
@@ -302,6 +329,9 @@ func (a *applying) addOne(info *flox.PathInfo, publisher string) error {
 		m, err := readInfo(a.tx, ref.HashPart())
 		if errors.Is(err, flox.ErrNotFound) || (err == nil && m.GetPath() != string(ref)) {
 			return missingReference(info.Path, ref)
+		}
+		if err == nil {
+			_, err = a.revive(ref.HashPart())
 		}
 		if err == nil {
 			err = a.tx.Set(referrer(ref, info.Path), nil)
@@ -369,14 +399,7 @@ func (a *applying) remove(c *floxv1.RemovePaths) error {
 }
 
 func (a *applying) removeOne(p flox.StorePath, info *floxv1.PathInfo, going map[string]bool) error {
-	prefix := hashKey(referrerKey, p.HashPart())
-	keeps := ""
-	err := a.tx.Iterate(prefix, nil, func(key, _ []byte) bool {
-		if by := string(key[len(prefix):]); !going[by] {
-			keeps = by
-		}
-		return keeps == ""
-	})
+	keeps, err := firstReferrer(a.tx, p, going)
 	if err != nil {
 		return err
 	}
@@ -386,7 +409,8 @@ func (a *applying) removeOne(p flox.StorePath, info *floxv1.PathInfo, going map[
 	for _, ref := range info.GetReferences() {
 		err = errors.Join(err, a.tx.Delete(referrer(flox.StorePath(ref), p)))
 	}
-	err = errors.Join(err, a.removeFiles(p))
+	_, failed := a.revive(p.HashPart())
+	err = errors.Join(err, failed, a.removeFiles(p), a.tx.Delete(hashKey(touchedKey, p.HashPart())))
 	a.counts.paths--
 	a.counts.narBytes -= info.GetNarSize()
 	a.event.Removed = append(a.event.Removed, string(p))

@@ -725,6 +725,7 @@ type WatchEvent struct {
 	Removed       []string               `protobuf:"bytes,4,rep,name=removed,proto3" json:"removed,omitempty"`                      // base names
 	TrustList     []byte                 `protobuf:"bytes,5,opt,name=trust_list,json=trustList,proto3" json:"trust_list,omitempty"` // set when it changed
 	Heartbeat     bool                   `protobuf:"varint,6,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`                 // nothing changed; index is current
+	Condemned     bool                   `protobuf:"varint,7,opt,name=condemned,proto3" json:"condemned,omitempty"`                 // a collection will remove paths: who holds on to some says so now
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -797,6 +798,13 @@ func (x *WatchEvent) GetTrustList() []byte {
 func (x *WatchEvent) GetHeartbeat() bool {
 	if x != nil {
 		return x.Heartbeat
+	}
+	return false
+}
+
+func (x *WatchEvent) GetCondemned() bool {
+	if x != nil {
+		return x.Condemned
 	}
 	return false
 }
@@ -1370,7 +1378,7 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x05taken\x18\x01 \x01(\rR\x05taken\"/\n" +
 	"\fWatchRequest\x12\x1f\n" +
 	"\vafter_index\x18\x01 \x01(\x04R\n" +
-	"afterIndex\"\xa5\x01\n" +
+	"afterIndex\"\xc3\x01\n" +
 	"\n" +
 	"WatchEvent\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
@@ -1379,7 +1387,8 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\aremoved\x18\x04 \x03(\tR\aremoved\x12\x1d\n" +
 	"\n" +
 	"trust_list\x18\x05 \x01(\fR\ttrustList\x12\x1c\n" +
-	"\theartbeat\x18\x06 \x01(\bR\theartbeat\"5\n" +
+	"\theartbeat\x18\x06 \x01(\bR\theartbeat\x12\x1c\n" +
+	"\tcondemned\x18\a \x01(\bR\tcondemned\"5\n" +
 	"\rWhoHasRequest\x12\x12\n" +
 	"\x04keys\x18\x01 \x03(\fR\x04keys\x12\x10\n" +
 	"\x03max\x18\x02 \x01(\rR\x03max\"A\n" +

@@ -262,13 +262,18 @@ func (*PathsCommand_Keep) isPathsCommand_Command() {}
 func (*PathsCommand_Roots) isPathsCommand_Command() {}
 
 // CondemnPaths announces that paths will be removed: the first half of a
-// collection. Whoever wants one meanwhile revives it.
+// collection. They stay valid and readable; whoever wants one meanwhile takes its
+// mark back, as every command does that names it as wanted (AddPaths also by a
+// reference). Left out: what is not valid, kept, marked already, used since, or in
+// a machine's set that changed behind as_of.
 type CondemnPaths struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`    // base names
-	Revive        bool                   `protobuf:"varint,2,opt,name=revive,proto3" json:"revive,omitempty"` // take the announcement back
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Paths             []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`                                                       // base names
+	Revive            bool                   `protobuf:"varint,2,opt,name=revive,proto3" json:"revive,omitempty"`                                                    // take the announcement back
+	AsOf              uint64                 `protobuf:"varint,3,opt,name=as_of,json=asOf,proto3" json:"as_of,omitempty"`                                            // log index of the state that they were found unused in
+	UnusedSinceUnixMs int64                  `protobuf:"varint,4,opt,name=unused_since_unix_ms,json=unusedSinceUnixMs,proto3" json:"unused_since_unix_ms,omitempty"` // one registered or used after this stays; 0 = none does for that
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *CondemnPaths) Reset() {
@@ -315,10 +320,24 @@ func (x *CondemnPaths) GetRevive() bool {
 	return false
 }
 
-// KeepPaths makes paths roots of the global store, or takes that back.
+func (x *CondemnPaths) GetAsOf() uint64 {
+	if x != nil {
+		return x.AsOf
+	}
+	return 0
+}
+
+func (x *CondemnPaths) GetUnusedSinceUnixMs() int64 {
+	if x != nil {
+		return x.UnusedSinceUnixMs
+	}
+	return 0
+}
+
+// KeepPaths makes valid paths roots of the global store, or takes that back.
 type KeepPaths struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"` // base names
 	Undo          bool                   `protobuf:"varint,2,opt,name=undo,proto3" json:"undo,omitempty"`
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	By            string                 `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
@@ -384,21 +403,90 @@ func (x *KeepPaths) GetBy() string {
 	return ""
 }
 
+// KeptPath is what the state knows of a kept path.
+type KeptPath struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // base name
+	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	By            string                 `protobuf:"bytes,3,opt,name=by,proto3" json:"by,omitempty"`
+	TimeUnixMs    int64                  `protobuf:"varint,4,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptPath) Reset() {
+	*x = KeptPath{}
+	mi := &file_flox_v1_log_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptPath) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptPath) ProtoMessage() {}
+
+func (x *KeptPath) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptPath.ProtoReflect.Descriptor instead.
+func (*KeptPath) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *KeptPath) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *KeptPath) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *KeptPath) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *KeptPath) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
+}
+
 // SetRootSet says which paths a machine holds on to: one set per machine,
 // stored once per content. An empty set forgets the machine.
 type SetRootSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
-	Set           []byte                 `protobuf:"bytes,2,opt,name=set,proto3" json:"set,omitempty"`     // CID of the sorted base names
-	Paths         []string               `protobuf:"bytes,3,rep,name=paths,proto3" json:"paths,omitempty"` // the set itself; empty = it is known already
-	SeenUnixMs    int64                  `protobuf:"varint,4,opt,name=seen_unix_ms,json=seenUnixMs,proto3" json:"seen_unix_ms,omitempty"`
+	Set           []byte                 `protobuf:"bytes,2,opt,name=set,proto3" json:"set,omitempty"`                                    // CID of the set (content.RootSet); empty = forget the machine
+	SeenUnixMs    int64                  `protobuf:"varint,4,opt,name=seen_unix_ms,json=seenUnixMs,proto3" json:"seen_unix_ms,omitempty"` // forget it only if it was not seen after this; 0 = in any case
+	Hashes        []byte                 `protobuf:"bytes,5,opt,name=hashes,proto3" json:"hashes,omitempty"`                              // the set itself; empty = it is known already
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SetRootSet) Reset() {
 	*x = SetRootSet{}
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -410,7 +498,7 @@ func (x *SetRootSet) String() string {
 func (*SetRootSet) ProtoMessage() {}
 
 func (x *SetRootSet) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -423,7 +511,7 @@ func (x *SetRootSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRootSet.ProtoReflect.Descriptor instead.
 func (*SetRootSet) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SetRootSet) GetPeer() string {
@@ -440,16 +528,85 @@ func (x *SetRootSet) GetSet() []byte {
 	return nil
 }
 
-func (x *SetRootSet) GetPaths() []string {
+func (x *SetRootSet) GetSeenUnixMs() int64 {
 	if x != nil {
-		return x.Paths
+		return x.SeenUnixMs
+	}
+	return 0
+}
+
+func (x *SetRootSet) GetHashes() []byte {
+	if x != nil {
+		return x.Hashes
 	}
 	return nil
 }
 
-func (x *SetRootSet) GetSeenUnixMs() int64 {
+// MachineRoots is what the state knows of a machine's set.
+type MachineRoots struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	Set           []byte                 `protobuf:"bytes,2,opt,name=set,proto3" json:"set,omitempty"`                                        // CID
+	SeenUnixMs    int64                  `protobuf:"varint,3,opt,name=seen_unix_ms,json=seenUnixMs,proto3" json:"seen_unix_ms,omitempty"`     // log time of its last SetRootSet
+	ChangedIndex  uint64                 `protobuf:"varint,4,opt,name=changed_index,json=changedIndex,proto3" json:"changed_index,omitempty"` // log index at which the set became another
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachineRoots) Reset() {
+	*x = MachineRoots{}
+	mi := &file_flox_v1_log_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachineRoots) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachineRoots) ProtoMessage() {}
+
+func (x *MachineRoots) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachineRoots.ProtoReflect.Descriptor instead.
+func (*MachineRoots) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *MachineRoots) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *MachineRoots) GetSet() []byte {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
+func (x *MachineRoots) GetSeenUnixMs() int64 {
 	if x != nil {
 		return x.SeenUnixMs
+	}
+	return 0
+}
+
+func (x *MachineRoots) GetChangedIndex() uint64 {
+	if x != nil {
+		return x.ChangedIndex
 	}
 	return 0
 }
@@ -469,13 +626,15 @@ type AddPaths struct {
 	PlacedOn []string `protobuf:"bytes,4,rep,name=placed_on,json=placedOn,proto3" json:"placed_on,omitempty"`
 	// The content lies in the storehouse's bucket.
 	PlacedInBucket bool `protobuf:"varint,5,opt,name=placed_in_bucket,json=placedInBucket,proto3" json:"placed_in_bucket,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Those that are valid already count as used now; noted once in a while only.
+	Touch         bool `protobuf:"varint,6,opt,name=touch,proto3" json:"touch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AddPaths) Reset() {
 	*x = AddPaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -487,7 +646,7 @@ func (x *AddPaths) String() string {
 func (*AddPaths) ProtoMessage() {}
 
 func (x *AddPaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -500,7 +659,7 @@ func (x *AddPaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPaths.ProtoReflect.Descriptor instead.
 func (*AddPaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *AddPaths) GetPaths() []*PathInfo {
@@ -538,6 +697,13 @@ func (x *AddPaths) GetPlacedInBucket() bool {
 	return false
 }
 
+func (x *AddPaths) GetTouch() bool {
+	if x != nil {
+		return x.Touch
+	}
+	return false
+}
+
 // NarFile: under which name a path's NAR was uploaded to the binary cache. Stock Nix
 // remembers the narinfo it wrote and reads from there later. Ignored if the path is
 // not valid with this NAR.
@@ -552,7 +718,7 @@ type NarFile struct {
 
 func (x *NarFile) Reset() {
 	*x = NarFile{}
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +730,7 @@ func (x *NarFile) String() string {
 func (*NarFile) ProtoMessage() {}
 
 func (x *NarFile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +743,7 @@ func (x *NarFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NarFile.ProtoReflect.Descriptor instead.
 func (*NarFile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NarFile) GetName() string {
@@ -604,14 +770,15 @@ func (x *NarFile) GetNarHash() []byte {
 // RemovePaths makes paths invalid. Refused while something outside the list refers to one.
 type RemovePaths struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"` // base names; for a collection, referrers first
+	Condemned     *RemoveCondemned       `protobuf:"bytes,2,opt,name=condemned,proto3" json:"condemned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RemovePaths) Reset() {
 	*x = RemovePaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -623,7 +790,7 @@ func (x *RemovePaths) String() string {
 func (*RemovePaths) ProtoMessage() {}
 
 func (x *RemovePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -636,7 +803,7 @@ func (x *RemovePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemovePaths.ProtoReflect.Descriptor instead.
 func (*RemovePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RemovePaths) GetPaths() []string {
@@ -644,6 +811,67 @@ func (x *RemovePaths) GetPaths() []string {
 		return x.Paths
 	}
 	return nil
+}
+
+func (x *RemovePaths) GetCondemned() *RemoveCondemned {
+	if x != nil {
+		return x.Condemned
+	}
+	return nil
+}
+
+// RemoveCondemned removes, one after the other, only what is condemned, has been for
+// long enough, and is referred to by nothing valid; the rest is left alone.
+type RemoveCondemned struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`                    // condemned at this log index or before
+	GraceMs       uint64                 `protobuf:"varint,2,opt,name=grace_ms,json=graceMs,proto3" json:"grace_ms,omitempty"` // for at least so long, in log time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveCondemned) Reset() {
+	*x = RemoveCondemned{}
+	mi := &file_flox_v1_log_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveCondemned) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveCondemned) ProtoMessage() {}
+
+func (x *RemoveCondemned) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveCondemned.ProtoReflect.Descriptor instead.
+func (*RemoveCondemned) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RemoveCondemned) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *RemoveCondemned) GetGraceMs() uint64 {
+	if x != nil {
+		return x.GraceMs
+	}
+	return 0
 }
 
 // SetTrustList replaces the trust list by a newer one (canonical JSON, see content.TrustList).
@@ -656,7 +884,7 @@ type SetTrustList struct {
 
 func (x *SetTrustList) Reset() {
 	*x = SetTrustList{}
-	mi := &file_flox_v1_log_proto_msgTypes[8]
+	mi := &file_flox_v1_log_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -668,7 +896,7 @@ func (x *SetTrustList) String() string {
 func (*SetTrustList) ProtoMessage() {}
 
 func (x *SetTrustList) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[8]
+	mi := &file_flox_v1_log_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -681,7 +909,7 @@ func (x *SetTrustList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTrustList.ProtoReflect.Descriptor instead.
 func (*SetTrustList) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SetTrustList) GetList() []byte {
@@ -698,13 +926,14 @@ type PathsReply struct {
 	Index         uint64        `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
 	Added         []string      `protobuf:"bytes,2,rep,name=added,proto3" json:"added,omitempty"`
 	Differences   []*Difference `protobuf:"bytes,3,rep,name=differences,proto3" json:"differences,omitempty"`
+	Done          []uint32      `protobuf:"varint,4,rep,packed,name=done,proto3" json:"done,omitempty"` // positions of the paths that were condemned, revived or removed
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[9]
+	mi := &file_flox_v1_log_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +945,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[9]
+	mi := &file_flox_v1_log_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +958,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PathsReply) GetIndex() uint64 {
@@ -753,6 +982,13 @@ func (x *PathsReply) GetDifferences() []*Difference {
 	return nil
 }
 
+func (x *PathsReply) GetDone() []uint32 {
+	if x != nil {
+		return x.Done
+	}
+	return nil
+}
+
 // Difference: a second, different NAR was offered for a valid path.
 type Difference struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -767,7 +1003,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_flox_v1_log_proto_msgTypes[10]
+	mi := &file_flox_v1_log_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -779,7 +1015,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[10]
+	mi := &file_flox_v1_log_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -792,7 +1028,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Difference) GetPath() string {
@@ -849,7 +1085,7 @@ type PathInfo struct {
 
 func (x *PathInfo) Reset() {
 	*x = PathInfo{}
-	mi := &file_flox_v1_log_proto_msgTypes[11]
+	mi := &file_flox_v1_log_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +1097,7 @@ func (x *PathInfo) String() string {
 func (*PathInfo) ProtoMessage() {}
 
 func (x *PathInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[11]
+	mi := &file_flox_v1_log_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +1110,7 @@ func (x *PathInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathInfo.ProtoReflect.Descriptor instead.
 func (*PathInfo) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PathInfo) GetPath() string {
@@ -961,7 +1197,7 @@ type TracesCommand struct {
 
 func (x *TracesCommand) Reset() {
 	*x = TracesCommand{}
-	mi := &file_flox_v1_log_proto_msgTypes[12]
+	mi := &file_flox_v1_log_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1209,7 @@ func (x *TracesCommand) String() string {
 func (*TracesCommand) ProtoMessage() {}
 
 func (x *TracesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[12]
+	mi := &file_flox_v1_log_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1222,7 @@ func (x *TracesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesCommand.ProtoReflect.Descriptor instead.
 func (*TracesCommand) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TracesCommand) GetCommand() isTracesCommand_Command {
@@ -1041,7 +1277,7 @@ type MergeStarts struct {
 
 func (x *MergeStarts) Reset() {
 	*x = MergeStarts{}
-	mi := &file_flox_v1_log_proto_msgTypes[13]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1289,7 @@ func (x *MergeStarts) String() string {
 func (*MergeStarts) ProtoMessage() {}
 
 func (x *MergeStarts) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[13]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1302,7 @@ func (x *MergeStarts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeStarts.ProtoReflect.Descriptor instead.
 func (*MergeStarts) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *MergeStarts) GetReports() []*StartReport {
@@ -1092,7 +1328,7 @@ type StartReport struct {
 
 func (x *StartReport) Reset() {
 	*x = StartReport{}
-	mi := &file_flox_v1_log_proto_msgTypes[14]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1104,7 +1340,7 @@ func (x *StartReport) String() string {
 func (*StartReport) ProtoMessage() {}
 
 func (x *StartReport) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[14]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1117,7 +1353,7 @@ func (x *StartReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReport.ProtoReflect.Descriptor instead.
 func (*StartReport) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StartReport) GetPath() string {
@@ -1153,7 +1389,7 @@ type SeenTree struct {
 
 func (x *SeenTree) Reset() {
 	*x = SeenTree{}
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1401,7 @@ func (x *SeenTree) String() string {
 func (*SeenTree) ProtoMessage() {}
 
 func (x *SeenTree) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1414,7 @@ func (x *SeenTree) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenTree.ProtoReflect.Descriptor instead.
 func (*SeenTree) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SeenTree) GetPath() string {
@@ -1209,7 +1445,7 @@ type SeenChunk struct {
 
 func (x *SeenChunk) Reset() {
 	*x = SeenChunk{}
-	mi := &file_flox_v1_log_proto_msgTypes[16]
+	mi := &file_flox_v1_log_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1457,7 @@ func (x *SeenChunk) String() string {
 func (*SeenChunk) ProtoMessage() {}
 
 func (x *SeenChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[16]
+	mi := &file_flox_v1_log_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1470,7 @@ func (x *SeenChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenChunk.ProtoReflect.Descriptor instead.
 func (*SeenChunk) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SeenChunk) GetEntry() uint32 {
@@ -1291,7 +1527,7 @@ type StartState struct {
 
 func (x *StartState) Reset() {
 	*x = StartState{}
-	mi := &file_flox_v1_log_proto_msgTypes[17]
+	mi := &file_flox_v1_log_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1539,7 @@ func (x *StartState) String() string {
 func (*StartState) ProtoMessage() {}
 
 func (x *StartState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[17]
+	mi := &file_flox_v1_log_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1552,7 @@ func (x *StartState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartState.ProtoReflect.Descriptor instead.
 func (*StartState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartState) GetPath() string {
@@ -1351,7 +1587,7 @@ type TracesReply struct {
 
 func (x *TracesReply) Reset() {
 	*x = TracesReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[18]
+	mi := &file_flox_v1_log_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1599,7 @@ func (x *TracesReply) String() string {
 func (*TracesReply) ProtoMessage() {}
 
 func (x *TracesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[18]
+	mi := &file_flox_v1_log_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1612,7 @@ func (x *TracesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesReply.ProtoReflect.Descriptor instead.
 func (*TracesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TracesReply) GetSalt() []byte {
@@ -1413,41 +1649,61 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"\acondemn\x18\x04 \x01(\v2\x15.flox.v1.CondemnPathsH\x00R\acondemn\x12(\n" +
 	"\x04keep\x18\x05 \x01(\v2\x12.flox.v1.KeepPathsH\x00R\x04keep\x12+\n" +
 	"\x05roots\x18\x06 \x01(\v2\x13.flox.v1.SetRootSetH\x00R\x05rootsB\t\n" +
-	"\acommand\"<\n" +
+	"\acommand\"\x82\x01\n" +
 	"\fCondemnPaths\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x16\n" +
-	"\x06revive\x18\x02 \x01(\bR\x06revive\"]\n" +
+	"\x06revive\x18\x02 \x01(\bR\x06revive\x12\x13\n" +
+	"\x05as_of\x18\x03 \x01(\x04R\x04asOf\x12/\n" +
+	"\x14unused_since_unix_ms\x18\x04 \x01(\x03R\x11unusedSinceUnixMs\"]\n" +
 	"\tKeepPaths\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x12\n" +
 	"\x04undo\x18\x02 \x01(\bR\x04undo\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x0e\n" +
-	"\x02by\x18\x04 \x01(\tR\x02by\"j\n" +
+	"\x02by\x18\x04 \x01(\tR\x02by\"h\n" +
+	"\bKeptPath\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x0e\n" +
+	"\x02by\x18\x03 \x01(\tR\x02by\x12 \n" +
+	"\ftime_unix_ms\x18\x04 \x01(\x03R\n" +
+	"timeUnixMs\"r\n" +
 	"\n" +
 	"SetRootSet\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x10\n" +
-	"\x03set\x18\x02 \x01(\fR\x03set\x12\x14\n" +
-	"\x05paths\x18\x03 \x03(\tR\x05paths\x12 \n" +
+	"\x03set\x18\x02 \x01(\fR\x03set\x12 \n" +
 	"\fseen_unix_ms\x18\x04 \x01(\x03R\n" +
-	"seenUnixMs\"\xc7\x01\n" +
+	"seenUnixMs\x12\x16\n" +
+	"\x06hashes\x18\x05 \x01(\fR\x06hashesJ\x04\b\x03\x10\x04\"{\n" +
+	"\fMachineRoots\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x10\n" +
+	"\x03set\x18\x02 \x01(\fR\x03set\x12 \n" +
+	"\fseen_unix_ms\x18\x03 \x01(\x03R\n" +
+	"seenUnixMs\x12#\n" +
+	"\rchanged_index\x18\x04 \x01(\x04R\fchangedIndex\"\xdd\x01\n" +
 	"\bAddPaths\x12'\n" +
 	"\x05paths\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05paths\x12\x1c\n" +
 	"\tpublisher\x18\x02 \x01(\tR\tpublisher\x12-\n" +
 	"\tnar_files\x18\x03 \x03(\v2\x10.flox.v1.NarFileR\bnarFiles\x12\x1b\n" +
 	"\tplaced_on\x18\x04 \x03(\tR\bplacedOn\x12(\n" +
-	"\x10placed_in_bucket\x18\x05 \x01(\bR\x0eplacedInBucket\"L\n" +
+	"\x10placed_in_bucket\x18\x05 \x01(\bR\x0eplacedInBucket\x12\x14\n" +
+	"\x05touch\x18\x06 \x01(\bR\x05touch\"L\n" +
 	"\aNarFile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
-	"\bnar_hash\x18\x03 \x01(\fR\anarHash\"#\n" +
+	"\bnar_hash\x18\x03 \x01(\fR\anarHash\"[\n" +
 	"\vRemovePaths\x12\x14\n" +
-	"\x05paths\x18\x01 \x03(\tR\x05paths\"\"\n" +
+	"\x05paths\x18\x01 \x03(\tR\x05paths\x126\n" +
+	"\tcondemned\x18\x02 \x01(\v2\x18.flox.v1.RemoveCondemnedR\tcondemned\"B\n" +
+	"\x0fRemoveCondemned\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x19\n" +
+	"\bgrace_ms\x18\x02 \x01(\x04R\agraceMs\"\"\n" +
 	"\fSetTrustList\x12\x12\n" +
-	"\x04list\x18\x01 \x01(\fR\x04list\"o\n" +
+	"\x04list\x18\x01 \x01(\fR\x04list\"\x83\x01\n" +
 	"\n" +
 	"PathsReply\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05added\x18\x02 \x03(\tR\x05added\x125\n" +
-	"\vdifferences\x18\x03 \x03(\v2\x13.flox.v1.DifferenceR\vdifferences\"\xb0\x01\n" +
+	"\vdifferences\x18\x03 \x03(\v2\x13.flox.v1.DifferenceR\vdifferences\x12\x12\n" +
+	"\x04done\x18\x04 \x03(\rR\x04done\"\xb0\x01\n" +
 	"\n" +
 	"Difference\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12$\n" +
@@ -1513,48 +1769,52 @@ func file_flox_v1_log_proto_rawDescGZIP() []byte {
 	return file_flox_v1_log_proto_rawDescData
 }
 
-var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_flox_v1_log_proto_goTypes = []any{
-	(*Envelope)(nil),      // 0: flox.v1.Envelope
-	(*PathsCommand)(nil),  // 1: flox.v1.PathsCommand
-	(*CondemnPaths)(nil),  // 2: flox.v1.CondemnPaths
-	(*KeepPaths)(nil),     // 3: flox.v1.KeepPaths
-	(*SetRootSet)(nil),    // 4: flox.v1.SetRootSet
-	(*AddPaths)(nil),      // 5: flox.v1.AddPaths
-	(*NarFile)(nil),       // 6: flox.v1.NarFile
-	(*RemovePaths)(nil),   // 7: flox.v1.RemovePaths
-	(*SetTrustList)(nil),  // 8: flox.v1.SetTrustList
-	(*PathsReply)(nil),    // 9: flox.v1.PathsReply
-	(*Difference)(nil),    // 10: flox.v1.Difference
-	(*PathInfo)(nil),      // 11: flox.v1.PathInfo
-	(*TracesCommand)(nil), // 12: flox.v1.TracesCommand
-	(*MergeStarts)(nil),   // 13: flox.v1.MergeStarts
-	(*StartReport)(nil),   // 14: flox.v1.StartReport
-	(*SeenTree)(nil),      // 15: flox.v1.SeenTree
-	(*SeenChunk)(nil),     // 16: flox.v1.SeenChunk
-	(*StartState)(nil),    // 17: flox.v1.StartState
-	(*TracesReply)(nil),   // 18: flox.v1.TracesReply
+	(*Envelope)(nil),        // 0: flox.v1.Envelope
+	(*PathsCommand)(nil),    // 1: flox.v1.PathsCommand
+	(*CondemnPaths)(nil),    // 2: flox.v1.CondemnPaths
+	(*KeepPaths)(nil),       // 3: flox.v1.KeepPaths
+	(*KeptPath)(nil),        // 4: flox.v1.KeptPath
+	(*SetRootSet)(nil),      // 5: flox.v1.SetRootSet
+	(*MachineRoots)(nil),    // 6: flox.v1.MachineRoots
+	(*AddPaths)(nil),        // 7: flox.v1.AddPaths
+	(*NarFile)(nil),         // 8: flox.v1.NarFile
+	(*RemovePaths)(nil),     // 9: flox.v1.RemovePaths
+	(*RemoveCondemned)(nil), // 10: flox.v1.RemoveCondemned
+	(*SetTrustList)(nil),    // 11: flox.v1.SetTrustList
+	(*PathsReply)(nil),      // 12: flox.v1.PathsReply
+	(*Difference)(nil),      // 13: flox.v1.Difference
+	(*PathInfo)(nil),        // 14: flox.v1.PathInfo
+	(*TracesCommand)(nil),   // 15: flox.v1.TracesCommand
+	(*MergeStarts)(nil),     // 16: flox.v1.MergeStarts
+	(*StartReport)(nil),     // 17: flox.v1.StartReport
+	(*SeenTree)(nil),        // 18: flox.v1.SeenTree
+	(*SeenChunk)(nil),       // 19: flox.v1.SeenChunk
+	(*StartState)(nil),      // 20: flox.v1.StartState
+	(*TracesReply)(nil),     // 21: flox.v1.TracesReply
 }
 var file_flox_v1_log_proto_depIdxs = []int32{
-	5,  // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
-	7,  // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
-	8,  // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
+	7,  // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
+	9,  // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
+	11, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
 	2,  // 3: flox.v1.PathsCommand.condemn:type_name -> flox.v1.CondemnPaths
 	3,  // 4: flox.v1.PathsCommand.keep:type_name -> flox.v1.KeepPaths
-	4,  // 5: flox.v1.PathsCommand.roots:type_name -> flox.v1.SetRootSet
-	11, // 6: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
-	6,  // 7: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
-	10, // 8: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
-	13, // 9: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
-	14, // 10: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
-	15, // 11: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
-	16, // 12: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
-	15, // 13: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	5,  // 5: flox.v1.PathsCommand.roots:type_name -> flox.v1.SetRootSet
+	14, // 6: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
+	8,  // 7: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
+	10, // 8: flox.v1.RemovePaths.condemned:type_name -> flox.v1.RemoveCondemned
+	13, // 9: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
+	16, // 10: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
+	17, // 11: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
+	18, // 12: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
+	19, // 13: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
+	18, // 14: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
+	15, // [15:15] is the sub-list for method output_type
+	15, // [15:15] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_log_proto_init() }
@@ -1570,7 +1830,7 @@ func file_flox_v1_log_proto_init() {
 		(*PathsCommand_Keep)(nil),
 		(*PathsCommand_Roots)(nil),
 	}
-	file_flox_v1_log_proto_msgTypes[12].OneofWrappers = []any{
+	file_flox_v1_log_proto_msgTypes[15].OneofWrappers = []any{
 		(*TracesCommand_Salt)(nil),
 		(*TracesCommand_Merge)(nil),
 	}
@@ -1580,7 +1840,7 @@ func file_flox_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_log_proto_rawDesc), len(file_flox_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

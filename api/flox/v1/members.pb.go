@@ -1700,7 +1700,7 @@ func (x *RenewRootsResponse) GetUnknown() bool {
 
 type SetRootsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	Hashes        []byte                 `protobuf:"bytes,2,opt,name=hashes,proto3" json:"hashes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1735,9 +1735,9 @@ func (*SetRootsRequest) Descriptor() ([]byte, []int) {
 	return file_flox_v1_members_proto_rawDescGZIP(), []int{22}
 }
 
-func (x *SetRootsRequest) GetPaths() []string {
+func (x *SetRootsRequest) GetHashes() []byte {
 	if x != nil {
-		return x.Paths
+		return x.Hashes
 	}
 	return nil
 }
@@ -2236,9 +2236,9 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x11RenewRootsRequest\x12\x10\n" +
 	"\x03set\x18\x01 \x01(\fR\x03set\".\n" +
 	"\x12RenewRootsResponse\x12\x18\n" +
-	"\aunknown\x18\x01 \x01(\bR\aunknown\"'\n" +
-	"\x0fSetRootsRequest\x12\x14\n" +
-	"\x05paths\x18\x01 \x03(\tR\x05paths\"$\n" +
+	"\aunknown\x18\x01 \x01(\bR\aunknown\"/\n" +
+	"\x0fSetRootsRequest\x12\x16\n" +
+	"\x06hashes\x18\x02 \x01(\fR\x06hashesJ\x04\b\x01\x10\x02\"$\n" +
 	"\x10SetRootsResponse\x12\x10\n" +
 	"\x03set\x18\x01 \x01(\fR\x03set\"\"\n" +
 	"\fLeaveRequest\x12\x12\n" +
