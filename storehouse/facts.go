@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -185,10 +186,12 @@ func (s *Server) ensureTrust(ctx context.Context) (flox.CID, error) {
 	if err != nil {
 		return flox.CID{}, err
 	}
-	for _, k := range newest.ManifestKeys {
-		if k == s.id.manifest.Public().String() {
-			return newest.Fingerprint()
-		}
+	have, err := s.id.ring.get()
+	if err != nil {
+		return flox.CID{}, err
+	}
+	if slices.Contains(newest.ManifestKeys, have.manifest[0].Public().String()) {
+		return newest.Fingerprint()
 	}
 	return flox.CID{}, fmt.Errorf("%s/keys/manifest.key is not among the keys of trust list version %d: agents would refuse all it signs; put the right key back: %w",
 		s.cfg.StateDir, newest.Version, flox.ErrUntrusted)

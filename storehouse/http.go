@@ -46,6 +46,7 @@ type backend interface {
 	NarFile(ctx context.Context, name string) (*flox.PathInfo, error)
 	Commit(ctx context.Context, key string, info *flox.PathInfo, publisher string) (*flox.PathInfo, bool, error)
 	CheckToken(token string) (publisher string, err error)
+	PublicKey() string // of our signatures
 }
 
 // httpCache is the binary cache stock Nix speaks to, for reading and writing
@@ -55,7 +56,6 @@ type httpCache struct {
 	backend
 	dir    flox.StoreDir
 	name   string
-	key    string // public key of our signatures
 	blocks flox.Blocks
 	stored content.StoredBlock
 	pages  *content.PageCache
@@ -70,10 +70,10 @@ type httpCache struct {
 }
 
 // newHTTP makes the handler of the binary cache.
-func newHTTP(b backend, cfg Config, key string, blocks flox.Blocks, stored content.StoredBlock) *httpCache {
+func newHTTP(b backend, cfg Config, blocks flox.Blocks, stored content.StoredBlock) *httpCache {
 	mux := http.NewServeMux()
 	c := &httpCache{
-		backend: b, dir: cfg.StoreDir, name: cfg.Name, key: key, blocks: blocks, stored: stored,
+		backend: b, dir: cfg.StoreDir, name: cfg.Name, blocks: blocks, stored: stored,
 		pages: content.NewPageCache(manifestPages), log: cfg.Log,
 		mux: mux, uploads: make(chan struct{}, maxUploads), downloads: make(chan struct{}, maxDownloads),
 		listings: make(chan struct{}, maxListings), maxNar: maxNarBytes, stall: clientStall,
@@ -130,7 +130,7 @@ Read from it with stock Nix:
 Write to it with stock Nix (the token is in the storehouse's state directory, upload-token):
   echo "machine HOST password TOKEN" > netrc
   nix copy --to URL --option netrc-file $PWD/netrc PATH
-`, c.name, c.dir, c.key)
+`, c.name, c.dir, c.PublicKey())
 }
 
 // other answers what a binary cache may have and this one has not.

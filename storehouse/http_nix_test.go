@@ -251,7 +251,7 @@ func TestNixKilled(t *testing.T) {
 	n, s := nixAndServer(t)
 	app := n.build("k", large)
 	started := make(chan *os.Process, 1)
-	cache := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
+	cache := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
 	arrived := make(chan int, 8)
 	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPut && strings.HasPrefix(r.URL.Path, "/nar/") && r.ContentLength > 2<<20 {

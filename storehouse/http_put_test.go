@@ -183,7 +183,7 @@ func TestPutToken(t *testing.T) {
 // client that still listens is told how far it came.
 func TestPutBreaksOff(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
-	c := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
+	c := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
 	c.stall = 200 * time.Millisecond
 	web := httptest.NewServer(c)
 	defer web.Close()
@@ -226,7 +226,7 @@ func TestPutBreaksOff(t *testing.T) {
 // A NAR that unpacks to more than is allowed is refused when it gets there.
 func TestPutBomb(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
-	c := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
+	c := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
 	c.maxNar = 8 << 20
 	web := httptest.NewServer(c)
 	defer web.Close()

@@ -169,7 +169,7 @@ func TestStalledReader(t *testing.T) {
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 48<<20) // more than sockets buffer
 	publish(t, s, p)
-	c := newHTTP(s, s.cfg, s.PublicKey(), s.packs, s.packs.Stored)
+	c := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
 	c.stall = 200 * time.Millisecond
 	c.downloads = make(chan struct{}, 1)
 	web := httptest.NewServer(c)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/nix"
 	"github.com/floxctl/flox/p2p"
@@ -32,48 +32,75 @@ type fixed struct {
 // identity is who this server is and what it signs with.
 type identity struct {
 	fixed
-	machine  ed25519.PrivateKey
-	peer     p2p.PeerID
-	nix      nix.SecretKey // signs Nix's fingerprints
-	manifest nix.SecretKey // signs manifest statements and the next trust list
-	secret   []byte        // of the swarm
-	token    string        // of publishers
+	machine ed25519.PrivateKey
+	peer    p2p.PeerID
+	ring    keyring
+	joined  *api.Invite // what a server that joined others was told; nil = the first one
 }
+
+// joinedName is the file in the state directory that makes its server one of
+// those named in it, instead of the first of a new storehouse.
+const joinedName = "joined.json"
 
 // loadIdentity reads the identity in cfg.StateDir, making what is missing. The
 // caller has the directory for itself.
 func loadIdentity(cfg Config) (*identity, error) {
 	id := &identity{}
+	inv, err := api.LoadInvite(filepath.Join(cfg.StateDir, joinedName))
+	switch {
+	case err == nil:
+		id.joined = inv
+		if cfg.Name == "" {
+			cfg.Name = inv.Name
+		}
+	case !errors.Is(err, os.ErrNotExist) && !errors.Is(err, flox.ErrNotFound):
+		return nil, err
+	}
 	if err := id.loadFixed(cfg); err != nil {
 		return nil, err
 	}
-	keys := filepath.Join(cfg.StateDir, "keys")
-	if err := os.MkdirAll(keys, 0o700); err != nil {
+	dir := filepath.Join(cfg.StateDir, "keys")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make key directory: %w", err)
 	}
-	var err error
-	if id.machine, err = p2p.LoadOrCreateKey(filepath.Join(keys, "machine.key")); err != nil {
+	if id.machine, err = p2p.LoadOrCreateKey(filepath.Join(dir, "machine.key")); err != nil {
 		return nil, err
 	}
 	public, _ := id.machine.Public().(ed25519.PublicKey)
 	if id.peer, err = p2p.IDFromKey(public); err != nil {
 		return nil, err
 	}
-	if id.nix, err = signingKey(filepath.Join(keys, "nix.key"), id.Name+"-1"); err != nil {
+	if id.joined != nil {
+		// The storehouse's keys come through the log.
+		id.ring.set(&keys{swarm: [][]byte{id.joined.Secret}})
+		return id, nil
+	}
+	first, err := ownKeys(cfg, dir, id.Name)
+	id.ring.set(first)
+	return id, err
+}
+
+// ownKeys reads the keys that the first server begins with, making what is missing.
+func ownKeys(cfg Config, dir, name string) (*keys, error) {
+	nixKey, err := signingKey(filepath.Join(dir, "nix.key"), name+"-1")
+	if err != nil {
 		return nil, err
 	}
-	if id.manifest, err = signingKey(filepath.Join(keys, "manifest.key"), id.Name+"-1"); err != nil {
+	manifestKey, err := signingKey(filepath.Join(dir, "manifest.key"), name+"-1")
+	if err != nil {
 		return nil, err
 	}
-	secret, err := secretFile(filepath.Join(keys, "swarm.secret"), rand.Text)
+	secret, err := secretFile(filepath.Join(dir, "swarm.secret"), rand.Text)
 	if err != nil {
 		return nil, err
 	}
 	// The file holds text; its hash gives the members' secret its length.
 	sum := content.Hash([]byte("flox-swarm-1;" + secret))
-	id.secret = sum[:swarmSecretBytes]
-	id.token, err = secretFile(cfg.UploadTokenFile, rand.Text)
-	return id, err
+	token, err := secretFile(cfg.UploadTokenFile, rand.Text)
+	return &keys{
+		nix: []nix.SecretKey{nixKey}, manifest: []nix.SecretKey{manifestKey},
+		swarm: [][]byte{sum[:swarmSecretBytes]}, token: token,
+	}, err
 }
 
 // loadFixed reads storehouse.json or writes the first one, and refuses a
@@ -159,23 +186,19 @@ func secretFile(path string, make func() string) (string, error) {
 	return text, nil
 }
 
-// checkToken gives the publisher a token belongs to.
-func (id *identity) checkToken(token string) (string, error) {
-	if subtle.ConstantTimeCompare([]byte(token), []byte(id.token)) != 1 {
-		return "", fmt.Errorf("the upload token is wrong: the right one is in the file upload-token of the storehouse: %w", flox.ErrDenied)
-	}
-	return "upload-token", nil
-}
-
 // firstTrust is the list a new storehouse begins with.
 func (id *identity) firstTrust() (*content.TrustList, error) {
+	have, err := id.ring.get()
+	if err != nil {
+		return nil, err
+	}
 	list := &content.TrustList{
 		Version: 1, Epoch: 1,
-		NixKeys:      []string{id.nix.Public().String()},
-		ManifestKeys: []string{id.manifest.Public().String()},
+		NixKeys:      []string{have.nix[0].Public().String()},
+		ManifestKeys: []string{have.manifest[0].Public().String()},
 		Voters:       []string{string(id.peer)},
 	}
-	return list, list.Sign(id.manifest)
+	return list, list.Sign(have.manifest[0])
 }
 
 // writeFile writes a file durably, whole or not at all.

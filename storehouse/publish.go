@@ -152,7 +152,11 @@ func (s *Server) validate(ctx context.Context, info *flox.PathInfo, got *content
 	if err := content.Check(info, got); err != nil {
 		return nil, false, err
 	}
-	signed := s.sign(info, got.Manifest)
+	have, err := s.id.ring.get()
+	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
+	signed := have.sign(s.cfg.StoreDir, info, got.Manifest)
 	reply, err := s.batch.add(ctx, signed, narFile, publisher)
 	if err != nil {
 		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
@@ -176,15 +180,6 @@ func (s *Server) differs(info *flox.PathInfo, d *floxv1.Difference, publisher st
 		"valid", valid.String(), "offered", nix.SHA256Hash(info.NarHash).String(), "publisher", publisher)
 	return fmt.Errorf("%s is valid with NAR hash %s; the NAR offered has %s and is not taken, the first one stays: %w",
 		info.Path, valid, nix.SHA256Hash(info.NarHash), flox.ErrBadInput)
-}
-
-// sign gives a copy of info with the manifest and our signatures added.
-func (s *Server) sign(info *flox.PathInfo, manifest flox.CID) *flox.PathInfo {
-	signed := *info
-	signed.Manifest = manifest
-	signed.Signatures = appendNew(slices.Clone(info.Signatures), s.id.nix.Sign([]byte(nix.Fingerprint(s.cfg.StoreDir, &signed))))
-	signed.ManifestSignatures = []string{s.id.manifest.Sign([]byte(content.Statement(s.cfg.StoreDir, &signed)))}
-	return &signed
 }
 
 // appendNew appends a signature unless it is there.

@@ -128,7 +128,7 @@ func (s *Server) openPacks() (*pack.Store, error) {
 // listen binds the doors to the outside.
 func (s *Server) listen() (err error) {
 	s.swarm, err = p2p.New(p2p.Config{
-		Key: s.id.machine, Listen: s.cfg.Listen, Announce: s.cfg.Advertise, Secret: s.id.secret, Site: s.cfg.Site,
+		Key: s.id.machine, Listen: s.cfg.Listen, Announce: s.cfg.Advertise, Secret: s.id.ring.secrets()[0], Site: s.cfg.Site,
 		Role: p2p.Storehouse, NoMDNS: s.cfg.NoMDNS, Blocks: held{s.packs}, Log: s.cfg.Log.With("part", "p2p"),
 	})
 	if err != nil {
@@ -218,7 +218,7 @@ func (s *Server) begin(ctx context.Context) error {
 func (s *Server) writeInvite(trust flox.CID) error {
 	addrs := s.swarm.Addrs()
 	inv := &api.Invite{
-		Version: api.InviteVersion, Name: s.cfg.Name, Secret: s.id.secret,
+		Version: api.InviteVersion, Name: s.cfg.Name, Secret: s.id.ring.secrets()[0],
 		Storehouse: []api.InvitePeer{{ID: string(s.id.peer), Addrs: addrs}},
 		TrustList:  trust, HTTPURL: s.httpURL(addrs), StoreDir: s.cfg.StoreDir, NixKey: s.PublicKey(),
 	}
@@ -262,14 +262,6 @@ func (s *Server) Config() Config { return s.cfg }
 // Invite is what machines need to join, as written to invite.json; nil until Ready.
 func (s *Server) Invite() *api.Invite { return s.invite.Load() }
 
-// PublicKey is the key of our Nix signatures, "name:base64".
-func (s *Server) PublicKey() string { return s.id.nix.Public().String() }
-
-// CheckToken gives the publisher a token belongs to; ErrDenied for any other.
-func (s *Server) CheckToken(token string) (publisher string, err error) {
-	return s.id.checkToken(token)
-}
-
 // Packs is the store of the content.
 func (s *Server) Packs() *pack.Store { return s.packs }
 
@@ -302,7 +294,7 @@ func (s *Server) serveWeb(ctx context.Context) error {
 	if s.web == nil {
 		return nil
 	}
-	handler := newHTTP(s, s.cfg, s.PublicKey(), s.packs.Checksummed(), content.StoredBlock(s.packs.Stored))
+	handler := newHTTP(s, s.cfg, s.packs.Checksummed(), content.StoredBlock(s.packs.Stored))
 	return serve(ctx, s.web, &http.Server{
 		Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: maxWebHeader, ConnState: atMost(maxWebClients),
