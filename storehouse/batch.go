@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
@@ -36,6 +37,7 @@ type addition struct {
 	info      *floxv1.PathInfo
 	file      *floxv1.NarFile // nil = none
 	publisher string
+	placed    []string // servers that hold its blocks
 	done      chan added
 }
 
@@ -50,9 +52,9 @@ func newBatcher(node *cluster.Node) *batcher {
 }
 
 // add makes a path valid and gives the reply of the entry it was in. narFile is
-// the name its NAR was uploaded under, or "".
-func (b *batcher) add(ctx context.Context, info *flox.PathInfo, narFile, publisher string) (*floxv1.PathsReply, error) {
-	a := &addition{info: api.FromPathInfo(info), publisher: publisher, done: make(chan added, 1)}
+// the name its NAR was uploaded under, or ""; placed are the servers that hold it.
+func (b *batcher) add(ctx context.Context, info *flox.PathInfo, narFile, publisher string, placed []string) (*floxv1.PathsReply, error) {
+	a := &addition{info: api.FromPathInfo(info), publisher: publisher, placed: placed, done: make(chan added, 1)}
 	if narFile != "" {
 		a.file = &floxv1.NarFile{Name: narFile, Path: string(info.Path), NarHash: info.NarHash[:]}
 	}
@@ -92,13 +94,13 @@ func (b *batcher) run(ctx context.Context) error {
 	}
 }
 
-// collect takes what waits and fits. An entry names one publisher.
+// collect takes what waits and fits. An entry names one publisher and one set of servers.
 func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
 	size := proto.Size(batch[0].info)
 	for len(batch) < batchPaths && size < batchBytes {
 		select {
 		case a := <-b.queue:
-			if a.publisher != batch[0].publisher {
+			if a.publisher != batch[0].publisher || !slices.Equal(a.placed, batch[0].placed) {
 				return batch, a
 			}
 			batch = append(batch, a)
@@ -114,6 +116,9 @@ func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
 // by one, so that each is answered for itself.
 func (b *batcher) propose(ctx context.Context, batch []*addition) {
 	c := &floxv1.AddPaths{Publisher: batch[0].publisher}
+	if len(batch[0].placed) > 1 {
+		c.PlacedOn = batch[0].placed
+	}
 	for _, a := range batch {
 		c.Paths = append(c.Paths, a.info)
 		if a.file != nil {

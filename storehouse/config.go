@@ -42,6 +42,15 @@ type Config struct {
 	// Advertise are the addresses told to peers and written to the invite.
 	// Default: those of the interfaces listened on.
 	Advertise []string `json:"advertise"`
+	// Consensus is the host:port at which the other servers reach this one for
+	// agreeing, and nobody else. "" = a single server that no other can join.
+	Consensus string `json:"consensus"`
+	// ConsensusAdvertise is the host:port told to the other servers. Default: the
+	// one listened at; needed when that is any address.
+	ConsensusAdvertise string `json:"consensus_advertise"`
+	// CatchUpRate bounds in bytes per second what is fetched of content that the
+	// other servers have and this one lacks. Default 0 = no bound.
+	CatchUpRate uint64 `json:"catch_up_rate"`
 	// Site is the label of the place this server stands at; "" = none.
 	Site string `json:"site"`
 	// UploadTokenFile holds the token a publisher shows. It is made on first
@@ -70,6 +79,8 @@ type Config struct {
 	Version string `json:"-"`
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger `json:"-"`
+
+	promoteAfter time.Duration // a hook of the tests
 }
 
 // withDefaults checks c and fills in what is zero. Name stays "" until the
@@ -107,6 +118,9 @@ func (c Config) withDefaults() (Config, error) {
 			return bad("http_listen %q: want host:port or %q", c.HTTPListen, noHTTP)
 		}
 	}
+	if err := c.checkConsensus(); err != nil {
+		return c, err
+	}
 	if c.StageTTL < 0 || c.MaxStaged < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
 		return bad("stage_ttl, max_staged, reserve_bytes and bucket_cache must not be negative")
 	}
@@ -114,6 +128,26 @@ func (c Config) withDefaults() (Config, error) {
 		return bad("name %q: want at most 64 characters without spaces, colons and slashes", c.Name)
 	}
 	return c, nil
+}
+
+// checkConsensus checks the addresses for other servers: an address that means
+// any of this machine's tells nobody where to go.
+func (c Config) checkConsensus() error {
+	for _, a := range []struct{ key, value string }{{"consensus", c.Consensus}, {"consensus_advertise", c.ConsensusAdvertise}} {
+		if a.value == "" {
+			continue
+		}
+		host, _, err := net.SplitHostPort(a.value)
+		if err != nil {
+			return fmt.Errorf("storehouse: %s %q: want host:port: %w", a.key, a.value, flox.ErrBadInput)
+		}
+		ip := net.ParseIP(host)
+		anyHost := host == "" || ip != nil && ip.IsUnspecified()
+		if anyHost && (a.key == "consensus_advertise" || c.ConsensusAdvertise == "") {
+			return fmt.Errorf("storehouse: %s %q says not at which address the other servers reach this one: set consensus_advertise to host:port: %w", a.key, a.value, flox.ErrBadInput)
+		}
+	}
+	return nil
 }
 
 // setDefault gives *v the value d if it has none.

@@ -34,7 +34,7 @@ type identity struct {
 	fixed
 	machine ed25519.PrivateKey
 	peer    p2p.PeerID
-	ring    keyring
+	ring    *keyring
 	joined  *api.Invite // what a server that joined others was told; nil = the first one
 }
 
@@ -45,7 +45,7 @@ const joinedName = "joined.json"
 // loadIdentity reads the identity in cfg.StateDir, making what is missing. The
 // caller has the directory for itself.
 func loadIdentity(cfg Config) (*identity, error) {
-	id := &identity{}
+	id := &identity{ring: newKeyring()}
 	inv, err := api.LoadInvite(filepath.Join(cfg.StateDir, joinedName))
 	switch {
 	case err == nil:

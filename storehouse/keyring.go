@@ -1,6 +1,7 @@
 package storehouse
 
 import (
+	"context"
 	"crypto/subtle"
 	"fmt"
 	"sync/atomic"
@@ -20,10 +21,35 @@ type keys struct {
 }
 
 // keyring holds the keys in force. They change while the server runs.
-type keyring struct{ now atomic.Pointer[keys] }
+type keyring struct {
+	now     atomic.Pointer[keys]
+	changed chan struct{} // holds one while somebody has not looked yet
+}
+
+func newKeyring() *keyring { return &keyring{changed: make(chan struct{}, 1)} }
 
 // set puts keys in force.
-func (k *keyring) set(next *keys) { k.now.Store(next) }
+func (k *keyring) set(next *keys) {
+	k.now.Store(next)
+	select {
+	case k.changed <- struct{}{}:
+	default:
+	}
+}
+
+// wait waits until get has keys. One goroutine may wait.
+func (k *keyring) wait(ctx context.Context) error {
+	for {
+		if _, err := k.get(); err == nil {
+			return nil
+		}
+		select {
+		case <-k.changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
 
 // get gives the keys in force; ErrUnreachable before a server that joined has
 // heard of them.

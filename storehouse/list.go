@@ -50,31 +50,37 @@ func (s *Server) listPaths(ctx context.Context, after string, limit uint32) (*fl
 	if after == "" {
 		how = cluster.Linearizable
 	}
-	out := &floxv1.ListValidResponse{}
-	err := s.read(ctx, how, func(r *cluster.Reader) error {
-		out.Index = r.Index()
-		var failed error
-		from := hashKey(infoKey, after[:min(len(after), flox.HashPartLen)])
-		err := r.Iterate([]byte{infoKey}, from, func(key, value []byte) bool {
-			name, _, ok := api.PeekPathInfo(value)
-			switch {
-			case !ok:
-				failed = fmt.Errorf("facts of %q: %w", key[1:], flox.ErrCorrupt)
-			case name <= after:
-			case len(out.Paths) == int(limit):
-				out.More = true
-			default:
-				out.Paths = append(out.Paths, name)
-			}
-			return failed == nil && !out.More && ctx.Err() == nil
-		})
-		if err == nil {
-			err = failed
-		}
-		if err == nil {
-			err = ctx.Err()
-		}
+	var out *floxv1.ListValidResponse
+	err := s.read(ctx, how, func(r *cluster.Reader) (err error) {
+		out, err = readNames(ctx, r, after, int(limit))
 		return err
 	})
+	return out, err
+}
+
+// readNames reads a page of names behind after.
+func readNames(ctx context.Context, r *cluster.Reader, after string, limit int) (*floxv1.ListValidResponse, error) {
+	out := &floxv1.ListValidResponse{Index: r.Index()}
+	var failed error
+	from := hashKey(infoKey, after[:min(len(after), flox.HashPartLen)])
+	err := r.Iterate([]byte{infoKey}, from, func(key, value []byte) bool {
+		name, _, ok := api.PeekPathInfo(value)
+		switch {
+		case !ok:
+			failed = fmt.Errorf("facts of %q: %w", key[1:], flox.ErrCorrupt)
+		case name <= after:
+		case len(out.Paths) == limit:
+			out.More = true
+		default:
+			out.Paths = append(out.Paths, name)
+		}
+		return failed == nil && !out.More && ctx.Err() == nil
+	})
+	if err == nil {
+		err = failed
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
 	return out, err
 }

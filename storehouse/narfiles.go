@@ -135,6 +135,6 @@ func (s *Server) addName(ctx context.Context, valid *flox.PathInfo, p *pending, 
 	if _, err := s.NarFile(ctx, name); !errors.Is(err, flox.ErrNotFound) {
 		return err
 	}
-	_, err := s.batch.add(ctx, valid, name, publisher)
+	_, err := s.batch.add(ctx, valid, name, publisher, nil)
 	return err
 }

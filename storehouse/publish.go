@@ -157,7 +157,11 @@ func (s *Server) validate(ctx context.Context, info *flox.PathInfo, got *content
 		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
 	}
 	signed := have.sign(s.cfg.StoreDir, info, got.Manifest)
-	reply, err := s.batch.add(ctx, signed, narFile, publisher)
+	placed, err := s.place(ctx, got.Manifest)
+	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
+	reply, err := s.batch.add(ctx, signed, narFile, publisher, placed)
 	if err != nil {
 		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
 	}

@@ -36,6 +36,7 @@ func (s *Server) serveRPC(ctx context.Context) error {
 	limit := connect.WithReadMaxBytes(maxMessage)
 	mux.Handle(floxv1connect.NewFactsHandler(calls, limit))
 	mux.Handle(floxv1connect.NewStorehouseHandler(calls, limit))
+	mux.Handle(floxv1connect.NewServersHandler(&houses{Server: s, slots: make(chan struct{}, maxPlacing)}, limit))
 	return serve(ctx, l, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
 }
 

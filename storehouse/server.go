@@ -36,6 +36,10 @@ type Server struct {
 	packs   *pack.Store
 	disk    *gauge
 	swarm   *p2p.Host
+	line    *p2p.Line // to the other servers, for consensus; nil = a single server
+	servers *servers
+	held    *holding
+	catchUp *catchUp
 	web     net.Listener // nil = no HTTP
 	batch   *batcher
 	staging *staging
@@ -86,23 +90,19 @@ func (s *Server) open() (err error) {
 		return err
 	}
 	s.cfg.Name = s.id.Name
-	s.node, err = cluster.Open(cluster.Config{
-		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: true,
-		// Less than what content leaves free: facts can be written to the last.
-		ReserveBytes: s.cfg.ReserveBytes / 2,
-		Log:          s.cfg.Log.With("part", "raft"),
-	})
-	if err != nil {
+	if err := s.openLog(); err != nil {
 		return err
 	}
-	s.closers = append(s.closers, s.node.Close)
 	s.node.Register(pathsKind, paths{})
 	s.node.Register(tracesKind, traces{})
 	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
+	s.catchUp = newCatchUp(s)
 	if s.packs, err = s.openPacks(); err != nil {
 		return err
 	}
 	s.closers = append(s.closers, s.packs.Close)
+	s.held = &holding{packs: s.packs}
+	s.closers = append(s.closers, s.held.close)
 	if s.staging, err = openStaging(filepath.Join(s.cfg.StateDir, "staged"), s.cfg); err != nil {
 		return err
 	}
@@ -111,9 +111,37 @@ func (s *Server) open() (err error) {
 	return s.listen()
 }
 
+// openLog opens the facts, and the door to the other servers if there may be any.
+func (s *Server) openLog() (err error) {
+	s.servers = newServers(s.id)
+	cfg := cluster.Config{
+		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: s.id.joined == nil,
+		// Less than what content leaves free: facts can be written to the last.
+		ReserveBytes: s.cfg.ReserveBytes / 2, Version: s.cfg.Version, PromoteAfter: s.cfg.promoteAfter,
+		Log: s.cfg.Log.With("part", "raft"),
+	}
+	if s.cfg.Consensus != "" {
+		s.line, err = p2p.NewLine(p2p.LineConfig{
+			Key: s.id.machine, Listen: s.cfg.Consensus, Announce: s.cfg.ConsensusAdvertise,
+			Secrets: s.id.ring.secrets, Allowed: s.servers.allowed, Log: s.cfg.Log.With("part", "consensus"),
+		})
+		if err != nil {
+			return err
+		}
+		s.closers = append(s.closers, s.line.Close)
+		cfg.Layer = s.line
+	}
+	if s.node, err = cluster.Open(cfg); err != nil {
+		return err
+	}
+	s.closers = append(s.closers, s.node.Close)
+	s.servers.node.Store(s.node)
+	return nil
+}
+
 // openPacks opens the content, and the bucket it may live in.
 func (s *Server) openPacks() (*pack.Store, error) {
-	cfg := pack.Config{Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs")}
+	cfg := pack.Config{Dir: filepath.Join(s.cfg.StateDir, "packs"), Reserve: int64(s.cfg.ReserveBytes), Log: s.cfg.Log.With("part", "packs"), Lost: s.catchUp.lost}
 	if s.cfg.Bucket != "" {
 		b, err := bucket.Open(context.Background(), s.cfg.Bucket)
 		if err != nil {
@@ -134,7 +162,15 @@ func (s *Server) listen() (err error) {
 	if err != nil {
 		return err
 	}
-	s.closers = append(s.closers, s.swarm.Close)
+	s.closers = append(s.closers, s.swarm.Close, s.servers.close)
+	s.servers.dial = s.swarm.Dial
+	if s.id.joined != nil {
+		for _, p := range s.id.joined.Storehouse {
+			if err := s.swarm.AddPeer(p2p.PeerAddr{ID: p2p.PeerID(p.ID), Addrs: p.Addrs}); err != nil {
+				return fmt.Errorf("%s: %w", joinedName, err)
+			}
+		}
+	}
 	if s.cfg.HTTPListen == noHTTP {
 		return nil
 	}
@@ -177,6 +213,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.serveRPC(gctx) })
 	group.Go(func() error { return s.serveWeb(gctx) })
 	group.Go(func() error { return s.packs.Run(gctx) })
+	group.Go(func() error { return s.servers.run(gctx, s.line) })
+	group.Go(func() error { return s.catchUp.run(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
 	err = group.Wait()
@@ -199,7 +237,11 @@ func (s *Server) begin(ctx context.Context) error {
 		}
 		return err
 	}
-	fingerprint, err := s.ensureTrust(ctx)
+	var fingerprint flox.CID
+	err := s.id.ring.wait(ctx)
+	if err == nil {
+		fingerprint, err = s.ensureTrust(ctx)
+	}
 	if err == nil {
 		err = s.writeInvite(fingerprint)
 	}

@@ -248,7 +248,7 @@ func TestBatch(t *testing.T) {
 		if i >= 15 {
 			publisher = "b"
 		}
-		group.Go(func() { replies[i], errs[i] = b.add(within(t), p.info, "", publisher) })
+		group.Go(func() { replies[i], errs[i] = b.add(within(t), p.info, "", publisher, nil) })
 	}
 	for len(b.queue) < n { // all of them wait
 		if within(t).Err() != nil {

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
@@ -110,30 +109,8 @@ func (s *Server) watchNext(ctx context.Context, at uint64, send func(*floxv1.Wat
 // then knows all of them. A heartbeat says that it is current, so this server
 // must know that it still leads.
 func (s *Server) changes(ctx context.Context, at uint64) (events []*floxv1.WatchEvent, upTo uint64, reset bool, err error) {
-	err = s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
-		counts, err := readCounts(r)
-		if err != nil {
-			return err
-		}
-		upTo = r.Index()
-		if reset = at < counts.dropped; reset {
-			return nil
-		}
-		var bad error
-		err = r.Iterate([]byte{changeKey}, indexKey(changeKey, at+1), func(_, value []byte) bool {
-			e := &floxv1.WatchEvent{}
-			if bad = proto.Unmarshal(value, e); bad != nil {
-				return false
-			}
-			if events = append(events, e); len(events) == watchBatch {
-				upTo = e.GetIndex() // the rest comes with the next call
-				return false
-			}
-			return true
-		})
-		if bad != nil {
-			return fmt.Errorf("list of changes: %w: %w", bad, flox.ErrCorrupt)
-		}
+	err = s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
+		events, upTo, reset, err = readChanges(r, at)
 		return err
 	})
 	return events, upTo, reset, err

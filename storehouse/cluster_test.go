@@ -1,0 +1,198 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// house is a storehouse of several servers in this process.
+type house struct {
+	t       *testing.T
+	servers []*Server
+	stops   []func()
+	configs []Config
+}
+
+// clusterConfig is testConfig of one of several servers.
+func clusterConfig(dir string) Config {
+	c := testConfig(dir)
+	c.Consensus, c.promoteAfter = "127.0.0.1:0", 200*time.Millisecond
+	return c
+}
+
+// newHouse starts so many servers and waits until all of them vote.
+func newHouse(t *testing.T, n int) *house {
+	t.Helper()
+	h := &house{t: t}
+	for i := range n {
+		cfg := clusterConfig(t.TempDir())
+		if i > 0 {
+			h.tell(cfg)
+		}
+		h.configs = append(h.configs, cfg)
+		h.servers, h.stops = append(h.servers, nil), append(h.stops, nil)
+		h.start(i)
+	}
+	return h
+}
+
+// tell writes what a server that joins is told of the others.
+func (h *house) tell(cfg Config) {
+	h.t.Helper()
+	inv := *h.servers[0].Invite()
+	inv.Storehouse = nil
+	for _, s := range h.servers {
+		inv.Storehouse = append(inv.Storehouse, api.InvitePeer{ID: string(s.id.peer), Addrs: s.swarm.Addrs()})
+	}
+	if err := inv.Save(filepath.Join(cfg.StateDir, joinedName)); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+// start runs server i, which keeps its ports when it is started again, and has
+// the others take it in.
+func (h *house) start(i int) {
+	h.t.Helper()
+	s, err := New(h.configs[i])
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.servers[i] = s
+	h.configs[i].Consensus = s.line.Addr().String()[len(s.id.peer)+1:]
+	if i > 0 {
+		s.id.ring.set(h.servers[0].id.ring.now.Load())
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- s.Run(ctx) }()
+	done := false
+	h.stops[i] = func() {
+		h.t.Helper()
+		if done {
+			return
+		}
+		done = true
+		cancel()
+		if err := <-result; err != nil {
+			h.t.Errorf("server %d: %v", i, err)
+		}
+	}
+	h.t.Cleanup(h.stops[i])
+	if i > 0 && !h.votes(i) {
+		if err := errors.Join(h.servers[0].servers.admit(s.id.peer), h.servers[0].node.AddServer(within(h.t), string(s.id.peer), s.line.Addr().String(), true)); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	if err := s.Ready(within(h.t)); err != nil {
+		h.t.Fatal(err)
+	}
+	eventually(h.t, "the server votes", func() bool { return h.votes(i) })
+}
+
+// votes reports whether the first server that runs takes server i for a voter.
+func (h *house) votes(i int) bool {
+	return slices.ContainsFunc(h.servers[0].node.Status().Members, func(m cluster.Member) bool {
+		return m.ID == string(h.servers[i].id.peer) && m.Voter
+	})
+}
+
+// eventually waits for something that other goroutines bring about.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 30 s: %s", what)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// whole reports whether every block of a path is on the disk of a server.
+func whole(s *Server, p testPath) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	info, err := s.Info(ctx, p.info.Path.HashPart())
+	if err != nil {
+		return false
+	}
+	d, err := s.hurt(ctx, info, nil)
+	return err == nil && d == nil
+}
+
+func TestServersShareFactsAndContent(t *testing.T) {
+	h := newHouse(t, 3)
+	first := makePath(t, "first", 300_000)
+	publish(t, h.servers[0], first)
+	second := makePath(t, "second", 200_000, first.info.Path)
+	publish(t, h.servers[2], second) // whoever is asked, leader or not
+	for i, s := range h.servers {
+		eventually(t, "a server has all content", func() bool { return whole(s, first) && whole(s, second) })
+		checkWhole(t, s, second)
+		if stat := s.packs.Stat(); stat.Blocks == 0 {
+			t.Errorf("server %d keeps no block of its own", i)
+		}
+	}
+}
+
+func TestPathIsValidOnlyWithItsContentOnAMajority(t *testing.T) {
+	h := newHouse(t, 3)
+	h.stops[2]()
+	away := makePath(t, "away", 400_000)
+	publish(t, h.servers[1], away)
+	if !whole(h.servers[0], away) || !whole(h.servers[1], away) {
+		t.Error("a path is valid and its content not on two of three servers")
+	}
+	// Without a majority nothing becomes valid, and the caller hears of it.
+	h.stops[1]()
+	short, cancel := context.WithTimeout(within(t), 3*time.Second)
+	defer cancel()
+	alone := makePath(t, "alone", 1000)
+	if _, _, err := h.servers[0].Publish(short, alone.info, alone.reader(), "tester"); err == nil {
+		t.Error("a single server of three made a path valid")
+	}
+	// They come back: the one that was away brings what it missed.
+	h.start(1)
+	h.start(2)
+	eventually(t, "the server that was away has the content", func() bool { return whole(h.servers[2], away) })
+	publish(t, h.servers[2], makePath(t, "later", 1000))
+}
+
+func TestServerThatLostItsDiskBringsEverythingAgain(t *testing.T) {
+	h := newHouse(t, 3)
+	var paths []testPath
+	for _, name := range []string{"one", "two", "three"} {
+		paths = append(paths, makePath(t, name, 100_000))
+		publish(t, h.servers[0], paths[len(paths)-1])
+	}
+	has := func(s *Server) bool {
+		return !slices.ContainsFunc(paths, func(p testPath) bool { return !whole(s, p) })
+	}
+	eventually(t, "the third has everything", func() bool { return has(h.servers[2]) })
+	h.stops[2]()
+	if err := os.RemoveAll(stateFile(h.servers[2], "packs")); err != nil {
+		t.Fatal(err)
+	}
+	h.start(2)
+	eventually(t, "the third has everything again", func() bool { return has(h.servers[2]) })
+}
+
+func TestOnlyServersFetchFromServers(t *testing.T) {
+	s, _ := start(t, testConfig(t.TempDir()))
+	calls := &houses{Server: s, slots: make(chan struct{}, 1)}
+	if err := calls.caller("12D3KooWJRSrypvnpHgc6ZAgyCni4KcSmbV7uGRaMw5LgMKT18fq"); !errors.Is(err, flox.ErrDenied) {
+		t.Errorf("a stranger may have a server fetch blocks: %v", err)
+	}
+	if err := calls.caller(string(s.id.peer)); err != nil {
+		t.Errorf("a server may not: %v", err)
+	}
+}
