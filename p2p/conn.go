@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"strings"
 	"sync"
 	"time"
 
@@ -23,8 +22,8 @@ const backlog = 128
 // server's Request.RemoteAddr names the proven machine. The listener ends with
 // the host; a second one for the same protocol is ErrBusy.
 func (h *Host) Listen(protocolID string) (net.Listener, error) {
-	if !strings.HasPrefix(protocolID, "/flox/") {
-		return nil, fmt.Errorf("protocol %q: want /flox/name/version: %w", protocolID, flox.ErrBadInput)
+	if err := checkProtocol(protocolID); err != nil {
+		return nil, err
 	}
 	if h.base.Err() != nil {
 		return nil, fmt.Errorf("listen for %s: %w", protocolID, flox.ErrClosed)

@@ -51,6 +51,8 @@ type Host struct {
 	finds *lookups
 	keys  *announcer
 
+	guests *guestDoor
+
 	// base is the context of work that belongs to the host and not to a
 	// caller: a fetch goes on when one of its callers goes away.
 	base    context.Context
@@ -76,7 +78,7 @@ func New(cfg Config) (*Host, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	h := &Host{cfg: cfg, log: log, found: make(chan peer.AddrInfo, 64), wake: make(chan struct{}, 1)}
+	h := &Host{cfg: cfg, log: log, guests: newGuestDoor(cfg), found: make(chan peer.AddrInfo, 64), wake: make(chan struct{}, 1)}
 	boot := make([]peer.AddrInfo, 0, len(cfg.Bootstrap))
 	for _, p := range cfg.Bootstrap {
 		info, err := p.addrInfo()
@@ -177,14 +179,16 @@ func (h *Host) startLibp2p(key crypto.PrivKey, announce []multiaddr.Multiaddr) e
 	if err != nil {
 		return errors.Join(fmt.Errorf("connection limits: %w", err), resources.Close())
 	}
+	members := h.cfg.membership()
+	members.guests = h.guests
 	opts := []libp2p.Option{
 		libp2p.Identity(key),
 		libp2p.NoListenAddrs,
 		// Without port reuse: it would let a second program share our port unnoticed.
 		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer)),
-		libp2p.Security(string(securityID), newProofOf(h.cfg.membership())),
+		libp2p.Security(string(securityID), newProofOf(members)),
 		libp2p.Muxer(yamux.ID, muxer()),
-		libp2p.ConnectionGater(gater{h.cfg.membership()}),
+		libp2p.ConnectionGater(gater{members}),
 		libp2p.ResourceManager(resources),
 		libp2p.ConnectionManager(conns),
 		libp2p.UserAgent("flox"),
@@ -258,6 +262,7 @@ func (h *Host) Close() error {
 		h.stop()
 		h.spawnMu.Unlock()
 		h.sched.close()
+		h.guests.close() // libp2p waits for them
 		if h.dht != nil {
 			err = h.dht.Close()
 		}

@@ -24,6 +24,7 @@ type membership struct {
 	// None means that nobody can prove anything.
 	secrets func() [][]byte
 	allowed func(PeerID) bool // nil = the secret decides alone
+	guests  *guestDoor        // nil = none are taken
 }
 
 // membership joins the two ways to configure secrets.

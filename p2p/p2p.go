@@ -107,6 +107,13 @@ type Config struct {
 	// peer is a member now; who is not is told so and gets ErrDenied. It must not
 	// block. Kick closes connections after a change.
 	Allowed func(PeerID) bool
+	// Invites, if set, gives the secret (at least 16 bytes) of an invite that may
+	// still be used. Who proves that it knows it may open what ListenGuests
+	// listens for, without being a member. It must not block.
+	Invites func(id string) (secret []byte, ok bool)
+	// Window, if set, says whether guests without an invite are taken now: on a
+	// LAN, while somebody watches. It must not block.
+	Window func() bool
 	// Site is the label of the place this machine is at, at most 128 bytes; "" = none.
 	Site string
 	// Role of this machine. Default Agent.
@@ -138,6 +145,7 @@ type Config struct {
 	stall      time.Duration
 	pongWait   time.Duration
 	patience   time.Duration // the least before a peer is overtaken
+	guestTime  time.Duration
 }
 
 // Limits bound what a Host uses. A zero field is its default.

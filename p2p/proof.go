@@ -36,7 +36,10 @@ const (
 )
 
 // What a machine says it is, in the dialer's first message.
-const asMember = 0
+const (
+	asMember = iota
+	asGuest
+)
 
 // Verdicts. Codes are part of the protocol; one that is not known is a refusal.
 const (
@@ -44,13 +47,21 @@ const (
 	verdictMember
 	verdictSecret
 	verdictVersion
+	verdictInvite
+	verdictWindow
+	verdictDoor
+	verdictGuests
 )
 
 // verdicts are what a refusal means to the one that is refused.
-var verdicts = map[byte]refusal{
+var verdicts = map[byte]error{
 	verdictMember:  refusedMember,
 	verdictSecret:  refusedSecret,
 	verdictVersion: refusedVersion,
+	verdictInvite:  refusedInvite,
+	verdictWindow:  refusedWindow,
+	verdictDoor:    refusedDoor,
+	verdictGuests:  errGuests,
 }
 
 // proofTransport is libp2p's TLS 1.3 followed by a mutual proof of membership.
@@ -133,14 +144,20 @@ func (t *proofTransport) offer(conn sec.SecureConn) error {
 	if !t.members.member(conn.RemotePeer()) {
 		return noMember
 	}
-	p, err := t.newProving(conn, t.self, conn.RemotePeer())
+	p, err := newProving(conn, t.self, conn.RemotePeer())
 	if err != nil {
 		return err
 	}
+	p.keys = keysOf(memberProof, t.members.secrets()...)
 	rand.Read(p.dialed[:])
 	if _, err := conn.Write(append([]byte{proofVersion, asMember}, p.dialed[:]...)); err != nil {
 		return err
 	}
+	return p.answer(conn)
+}
+
+// answer proves to the listener, who has to prove first, what it asks for.
+func (p *proving) answer(conn io.ReadWriter) error {
 	theirs, err := p.readAnswer(conn)
 	if err != nil {
 		return err
@@ -193,22 +210,31 @@ func (t *proofTransport) accept(conn sec.SecureConn) error {
 	if _, err := io.ReadFull(conn, head); err != nil {
 		return err
 	}
-	p, err := t.newProving(conn, conn.RemotePeer(), t.self)
+	p, err := newProving(conn, conn.RemotePeer(), t.self)
 	if err != nil {
 		return err
 	}
-	if head[0] != proofVersion || head[1] != asMember {
+	if head[0] != proofVersion || head[1] > asGuest {
 		return refuse(conn, refusedVersion, verdictVersion)
 	}
 	if _, err := io.ReadFull(conn, p.dialed[:]); err != nil {
 		return err
 	}
+	if head[1] == asGuest {
+		return t.members.guests.welcome(conn, p)
+	}
+	p.keys = keysOf(memberProof, t.members.secrets()...)
 	switch {
 	case !t.members.member(conn.RemotePeer()):
 		return refuse(conn, noMember, verdictMember)
 	case len(p.keys) == 0:
 		return refuse(conn, refusedSecret, verdictSecret)
 	}
+	return p.demand(conn)
+}
+
+// demand proves to the dialer what is known here and asks for its proof.
+func (p *proving) demand(conn io.ReadWriter) error {
 	rand.Read(p.accepted[:])
 	answer := append([]byte{proofVersion, verdictOK}, p.accepted[:]...)
 	answer = append(answer, byte(len(p.keys)))
@@ -266,24 +292,32 @@ type proving struct {
 	keys             [][32]byte // one for each secret, newest first
 	dialer, listener peer.ID
 	dialed, accepted [nonceSize]byte
-	channel          []byte // known to the ends of this TLS channel only
+	channel          []byte   // known to the ends of this TLS channel only
+	claims           []string // of a guest: its invite, and what it wants to speak
 }
 
-func (t *proofTransport) newProving(conn sec.SecureConn, dialer, listener peer.ID) (*proving, error) {
-	p := &proving{dialer: dialer, listener: listener}
-	for _, secret := range t.members.secrets() {
-		var key [32]byte
-		blake3.DeriveKey("flox 2026-01 membership proof", secret, key[:])
-		p.keys = append(p.keys, key)
-	}
+func newProving(conn sec.SecureConn, dialer, listener peer.ID) (*proving, error) {
 	channel, ok := conn.(interface{ ConnectionState() tls.ConnectionState })
 	if !ok {
 		return nil, fmt.Errorf("%T is no TLS connection", conn)
 	}
 	state := channel.ConnectionState()
-	var err error
-	p.channel, err = state.ExportKeyingMaterial("EXPORTER-flox-membership", nil, 32)
-	return p, err
+	value, err := state.ExportKeyingMaterial("EXPORTER-flox-membership", nil, 32)
+	return &proving{dialer: dialer, listener: listener, channel: value}, err
+}
+
+// What a secret is for: proofs of one kind are worth nothing as the other.
+const (
+	memberProof = "flox 2026-01 membership proof"
+	guestProof  = "flox 2026-01 guest proof"
+)
+
+func keysOf(purpose string, secrets ...[]byte) [][32]byte {
+	keys := make([][32]byte, len(secrets))
+	for i, secret := range secrets {
+		blake3.DeriveKey(purpose, secret, keys[i][:])
+	}
+	return keys
 }
 
 // mac is keyed BLAKE3. Every part is preceded by its length.
@@ -292,7 +326,8 @@ func (p *proving) mac(side string, key [32]byte) []byte {
 	if err != nil {
 		panic(err) // the key has 32 bytes
 	}
-	for _, part := range []string{side, string(p.dialer), string(p.listener), string(p.dialed[:]), string(p.accepted[:]), string(p.channel)} {
+	parts := []string{side, string(p.dialer), string(p.listener), string(p.dialed[:]), string(p.accepted[:]), string(p.channel)}
+	for _, part := range append(parts, p.claims...) {
 		_, _ = h.Write([]byte{byte(len(part))}) // a hash gives no error
 		_, _ = h.WriteString(part)
 	}
