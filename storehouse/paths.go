@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
@@ -76,7 +75,7 @@ var _ cluster.Processor = paths{}
 // Apply is raft.Processor.
 func (p paths) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.PathsCommand{}
-	if err := decodeCommand("paths", command, c); err != nil {
+	if err := cluster.DecodeCommand("paths", command, c); err != nil {
 		return nil, err
 	}
 	most := p.changes
@@ -119,39 +118,6 @@ func (a *applying) command(c *floxv1.PathsCommand) error {
 	default:
 		return fmt.Errorf("paths: no command inside: %w", cluster.ErrUnknownCommand)
 	}
-}
-
-// decodeCommand reads a command of the log. What this program does not
-// understand in full must stop the node: another server may.
-func decodeCommand(processor string, command []byte, into proto.Message) error {
-	if err := proto.Unmarshal(command, into); err != nil {
-		return fmt.Errorf("%s: %w: %w", processor, err, cluster.ErrUnknownCommand)
-	}
-	if hasUnknown(into.ProtoReflect()) {
-		return fmt.Errorf("%s: a field this program does not know: %w", processor, cluster.ErrUnknownCommand)
-	}
-	return nil
-}
-
-// hasUnknown reports whether a message holds fields of a newer program, at any depth.
-func hasUnknown(m protoreflect.Message) bool {
-	if len(m.GetUnknown()) > 0 {
-		return true
-	}
-	found := false
-	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
-		switch {
-		case f.Message() == nil || f.IsMap():
-		case f.IsList():
-			for i := range v.List().Len() {
-				found = found || hasUnknown(v.List().Get(i).Message())
-			}
-		default:
-			found = hasUnknown(v.Message())
-		}
-		return !found
-	})
-	return found
 }
 
 // factCounts are kept so that nobody has to count a million paths.

@@ -65,7 +65,7 @@ var _ cluster.Processor = traces{}
 // Apply is raft.Processor.
 func (p traces) Apply(tx *cluster.Tx, command []byte, _ time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.TracesCommand{}
-	if err := decodeCommand("traces", command, c); err != nil {
+	if err := cluster.DecodeCommand("traces", command, c); err != nil {
 		return nil, err
 	}
 	m := &merging{tx: tx, index: index, paths: cmp.Or(p.paths, maxStartPaths), chunks: cmp.Or(p.chunks, maxAllChunks), reply: &floxv1.TracesReply{}}

@@ -207,6 +207,7 @@ type Machine struct {
 	JoinedBy      string                 `protobuf:"bytes,11,opt,name=joined_by,json=joinedBy,proto3" json:"joined_by,omitempty"`              // in words: "invite 7F3K… of alice on s1", "init"
 	ChangedIndex  uint64                 `protobuf:"varint,12,opt,name=changed_index,json=changedIndex,proto3" json:"changed_index,omitempty"` // log index of its last change
 	HttpUrl       string                 `protobuf:"bytes,13,opt,name=http_url,json=httpUrl,proto3" json:"http_url,omitempty"`                 // servers: the binary cache; "" = none
+	Invite        string                 `protobuf:"bytes,14,opt,name=invite,proto3" json:"invite,omitempty"`                                  // ID of the invite it came with
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -332,11 +333,18 @@ func (x *Machine) GetHttpUrl() string {
 	return ""
 }
 
+func (x *Machine) GetInvite() string {
+	if x != nil {
+		return x.Invite
+	}
+	return ""
+}
+
 // Invite as the log knows it: the secret never enters it.
 type InviteRecord struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Verifier      []byte                 `protobuf:"bytes,2,opt,name=verifier,proto3" json:"verifier,omitempty"` // what a server needs to check the proof of the secret; sealed with the cluster key
+	Verifier      []byte                 `protobuf:"bytes,2,opt,name=verifier,proto3" json:"verifier,omitempty"` // 32 bytes derived from the secret, which both ends of a join prove to know
 	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`
 	Uses          uint32                 `protobuf:"varint,4,opt,name=uses,proto3" json:"uses,omitempty"` // how many machines may still join with it
 	ExpiresUnixMs int64                  `protobuf:"varint,5,opt,name=expires_unix_ms,json=expiresUnixMs,proto3" json:"expires_unix_ms,omitempty"`
@@ -1330,10 +1338,12 @@ func (x *SwarmRetire) GetAtUnixMs() int64 {
 }
 
 type MembersReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
-	Machine       *Machine               `protobuf:"bytes,2,opt,name=machine,proto3" json:"machine,omitempty"` // as it is now, of Redeem, Add and Change
-	Removed       []string               `protobuf:"bytes,3,rep,name=removed,proto3" json:"removed,omitempty"` // peers that are no members any more
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Index   uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Machine *Machine               `protobuf:"bytes,2,opt,name=machine,proto3" json:"machine,omitempty"` // as it is now, of Redeem, Add and Change
+	Removed []string               `protobuf:"bytes,3,rep,name=removed,proto3" json:"removed,omitempty"` // peers that are no members any more
+	// Why a Redeem was refused, in words; the refusal itself is in the audit log.
+	Refused       string `protobuf:"bytes,4,opt,name=refused,proto3" json:"refused,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1389,6 +1399,135 @@ func (x *MembersReply) GetRemoved() []string {
 	return nil
 }
 
+func (x *MembersReply) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+// MembersChange is one entry's change of the member list, in the state.
+type MembersChange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Peers         []string               `protobuf:"bytes,2,rep,name=peers,proto3" json:"peers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MembersChange) Reset() {
+	*x = MembersChange{}
+	mi := &file_flox_v1_members_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MembersChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MembersChange) ProtoMessage() {}
+
+func (x *MembersChange) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MembersChange.ProtoReflect.Descriptor instead.
+func (*MembersChange) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *MembersChange) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *MembersChange) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+// Revoked is a key that is never let in again, in the state.
+type Revoked struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	TimeUnixMs    int64                  `protobuf:"varint,4,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Revoked) Reset() {
+	*x = Revoked{}
+	mi := &file_flox_v1_members_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Revoked) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Revoked) ProtoMessage() {}
+
+func (x *Revoked) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Revoked.ProtoReflect.Descriptor instead.
+func (*Revoked) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Revoked) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *Revoked) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Revoked) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Revoked) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
+}
+
 type WatchMembersRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	AfterIndex    uint64                 `protobuf:"varint,1,opt,name=after_index,json=afterIndex,proto3" json:"after_index,omitempty"`
@@ -1398,7 +1537,7 @@ type WatchMembersRequest struct {
 
 func (x *WatchMembersRequest) Reset() {
 	*x = WatchMembersRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[17]
+	mi := &file_flox_v1_members_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1410,7 +1549,7 @@ func (x *WatchMembersRequest) String() string {
 func (*WatchMembersRequest) ProtoMessage() {}
 
 func (x *WatchMembersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[17]
+	mi := &file_flox_v1_members_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1423,7 +1562,7 @@ func (x *WatchMembersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchMembersRequest.ProtoReflect.Descriptor instead.
 func (*WatchMembersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WatchMembersRequest) GetAfterIndex() uint64 {
@@ -1447,7 +1586,7 @@ type MembersEvent struct {
 
 func (x *MembersEvent) Reset() {
 	*x = MembersEvent{}
-	mi := &file_flox_v1_members_proto_msgTypes[18]
+	mi := &file_flox_v1_members_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1598,7 @@ func (x *MembersEvent) String() string {
 func (*MembersEvent) ProtoMessage() {}
 
 func (x *MembersEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[18]
+	mi := &file_flox_v1_members_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1611,7 @@ func (x *MembersEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MembersEvent.ProtoReflect.Descriptor instead.
 func (*MembersEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MembersEvent) GetIndex() uint64 {
@@ -1533,7 +1672,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_flox_v1_members_proto_msgTypes[19]
+	mi := &file_flox_v1_members_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1545,7 +1684,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[19]
+	mi := &file_flox_v1_members_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1558,7 +1697,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Member) GetPeer() string {
@@ -1619,7 +1758,7 @@ type RenewRootsRequest struct {
 
 func (x *RenewRootsRequest) Reset() {
 	*x = RenewRootsRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[20]
+	mi := &file_flox_v1_members_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1770,7 @@ func (x *RenewRootsRequest) String() string {
 func (*RenewRootsRequest) ProtoMessage() {}
 
 func (x *RenewRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[20]
+	mi := &file_flox_v1_members_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1783,7 @@ func (x *RenewRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRootsRequest.ProtoReflect.Descriptor instead.
 func (*RenewRootsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RenewRootsRequest) GetSet() []byte {
@@ -1663,7 +1802,7 @@ type RenewRootsResponse struct {
 
 func (x *RenewRootsResponse) Reset() {
 	*x = RenewRootsResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[21]
+	mi := &file_flox_v1_members_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1675,7 +1814,7 @@ func (x *RenewRootsResponse) String() string {
 func (*RenewRootsResponse) ProtoMessage() {}
 
 func (x *RenewRootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[21]
+	mi := &file_flox_v1_members_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1688,7 +1827,7 @@ func (x *RenewRootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRootsResponse.ProtoReflect.Descriptor instead.
 func (*RenewRootsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RenewRootsResponse) GetUnknown() bool {
@@ -1707,7 +1846,7 @@ type SetRootsRequest struct {
 
 func (x *SetRootsRequest) Reset() {
 	*x = SetRootsRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[22]
+	mi := &file_flox_v1_members_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1858,7 @@ func (x *SetRootsRequest) String() string {
 func (*SetRootsRequest) ProtoMessage() {}
 
 func (x *SetRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[22]
+	mi := &file_flox_v1_members_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1871,7 @@ func (x *SetRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRootsRequest.ProtoReflect.Descriptor instead.
 func (*SetRootsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetRootsRequest) GetHashes() []byte {
@@ -1751,7 +1890,7 @@ type SetRootsResponse struct {
 
 func (x *SetRootsResponse) Reset() {
 	*x = SetRootsResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[23]
+	mi := &file_flox_v1_members_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1763,7 +1902,7 @@ func (x *SetRootsResponse) String() string {
 func (*SetRootsResponse) ProtoMessage() {}
 
 func (x *SetRootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[23]
+	mi := &file_flox_v1_members_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1776,7 +1915,7 @@ func (x *SetRootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRootsResponse.ProtoReflect.Descriptor instead.
 func (*SetRootsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SetRootsResponse) GetSet() []byte {
@@ -1795,7 +1934,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[24]
+	mi := &file_flox_v1_members_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1807,7 +1946,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[24]
+	mi := &file_flox_v1_members_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1820,7 +1959,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LeaveRequest) GetUser() string {
@@ -1838,7 +1977,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[25]
+	mi := &file_flox_v1_members_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1850,7 +1989,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[25]
+	mi := &file_flox_v1_members_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1863,7 +2002,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{27}
 }
 
 type LookRequest struct {
@@ -1874,7 +2013,7 @@ type LookRequest struct {
 
 func (x *LookRequest) Reset() {
 	*x = LookRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[26]
+	mi := &file_flox_v1_members_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1886,7 +2025,7 @@ func (x *LookRequest) String() string {
 func (*LookRequest) ProtoMessage() {}
 
 func (x *LookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[26]
+	mi := &file_flox_v1_members_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1899,7 +2038,7 @@ func (x *LookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LookRequest.ProtoReflect.Descriptor instead.
 func (*LookRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{28}
 }
 
 type LookResponse struct {
@@ -1914,7 +2053,7 @@ type LookResponse struct {
 
 func (x *LookResponse) Reset() {
 	*x = LookResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[27]
+	mi := &file_flox_v1_members_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1926,7 +2065,7 @@ func (x *LookResponse) String() string {
 func (*LookResponse) ProtoMessage() {}
 
 func (x *LookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[27]
+	mi := &file_flox_v1_members_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1939,7 +2078,7 @@ func (x *LookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LookResponse.ProtoReflect.Descriptor instead.
 func (*LookResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *LookResponse) GetName() string {
@@ -1982,7 +2121,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[28]
+	mi := &file_flox_v1_members_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2133,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[28]
+	mi := &file_flox_v1_members_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2146,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *JoinRequest) GetMachine() *Machine {
@@ -2049,7 +2188,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[29]
+	mi := &file_flox_v1_members_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2061,7 +2200,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[29]
+	mi := &file_flox_v1_members_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2074,7 +2213,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *JoinResponse) GetInvite() []byte {
@@ -2112,7 +2251,7 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value\"3\n" +
 	"\tUserGrant\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04role\x18\x02 \x01(\tR\x04role\"\x8c\x03\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\"\xa4\x03\n" +
 	"\aMachine\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -2127,7 +2266,8 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	" \x01(\x03R\fjoinedUnixMs\x12\x1b\n" +
 	"\tjoined_by\x18\v \x01(\tR\bjoinedBy\x12#\n" +
 	"\rchanged_index\x18\f \x01(\x04R\fchangedIndex\x12\x19\n" +
-	"\bhttp_url\x18\r \x01(\tR\ahttpUrl\"\xcc\x02\n" +
+	"\bhttp_url\x18\r \x01(\tR\ahttpUrl\x12\x16\n" +
+	"\x06invite\x18\x0e \x01(\tR\x06invite\"\xcc\x02\n" +
 	"\fInviteRecord\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1a\n" +
 	"\bverifier\x18\x02 \x01(\fR\bverifier\x12\x12\n" +
@@ -2210,11 +2350,21 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\vSwarmRetire\x12\x16\n" +
 	"\x06secret\x18\x01 \x01(\fR\x06secret\x12\x1c\n" +
 	"\n" +
-	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\"j\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\"\x84\x01\n" +
 	"\fMembersReply\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12*\n" +
 	"\amachine\x18\x02 \x01(\v2\x10.flox.v1.MachineR\amachine\x12\x18\n" +
-	"\aremoved\x18\x03 \x03(\tR\aremoved\"6\n" +
+	"\aremoved\x18\x03 \x03(\tR\aremoved\x12\x18\n" +
+	"\arefused\x18\x04 \x01(\tR\arefused\";\n" +
+	"\rMembersChange\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
+	"\x05peers\x18\x02 \x03(\tR\x05peers\"k\n" +
+	"\aRevoked\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12 \n" +
+	"\ftime_unix_ms\x18\x04 \x01(\x03R\n" +
+	"timeUnixMs\"6\n" +
 	"\x13WatchMembersRequest\x12\x1f\n" +
 	"\vafter_index\x18\x01 \x01(\x04R\n" +
 	"afterIndex\"\xb4\x01\n" +
@@ -2283,7 +2433,7 @@ func file_flox_v1_members_proto_rawDescGZIP() []byte {
 	return file_flox_v1_members_proto_rawDescData
 }
 
-var file_flox_v1_members_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_flox_v1_members_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_flox_v1_members_proto_goTypes = []any{
 	(*Actor)(nil),               // 0: flox.v1.Actor
 	(*Label)(nil),               // 1: flox.v1.Label
@@ -2302,19 +2452,21 @@ var file_flox_v1_members_proto_goTypes = []any{
 	(*ClusterSecrets)(nil),      // 14: flox.v1.ClusterSecrets
 	(*SwarmRetire)(nil),         // 15: flox.v1.SwarmRetire
 	(*MembersReply)(nil),        // 16: flox.v1.MembersReply
-	(*WatchMembersRequest)(nil), // 17: flox.v1.WatchMembersRequest
-	(*MembersEvent)(nil),        // 18: flox.v1.MembersEvent
-	(*Member)(nil),              // 19: flox.v1.Member
-	(*RenewRootsRequest)(nil),   // 20: flox.v1.RenewRootsRequest
-	(*RenewRootsResponse)(nil),  // 21: flox.v1.RenewRootsResponse
-	(*SetRootsRequest)(nil),     // 22: flox.v1.SetRootsRequest
-	(*SetRootsResponse)(nil),    // 23: flox.v1.SetRootsResponse
-	(*LeaveRequest)(nil),        // 24: flox.v1.LeaveRequest
-	(*LeaveResponse)(nil),       // 25: flox.v1.LeaveResponse
-	(*LookRequest)(nil),         // 26: flox.v1.LookRequest
-	(*LookResponse)(nil),        // 27: flox.v1.LookResponse
-	(*JoinRequest)(nil),         // 28: flox.v1.JoinRequest
-	(*JoinResponse)(nil),        // 29: flox.v1.JoinResponse
+	(*MembersChange)(nil),       // 17: flox.v1.MembersChange
+	(*Revoked)(nil),             // 18: flox.v1.Revoked
+	(*WatchMembersRequest)(nil), // 19: flox.v1.WatchMembersRequest
+	(*MembersEvent)(nil),        // 20: flox.v1.MembersEvent
+	(*Member)(nil),              // 21: flox.v1.Member
+	(*RenewRootsRequest)(nil),   // 22: flox.v1.RenewRootsRequest
+	(*RenewRootsResponse)(nil),  // 23: flox.v1.RenewRootsResponse
+	(*SetRootsRequest)(nil),     // 24: flox.v1.SetRootsRequest
+	(*SetRootsResponse)(nil),    // 25: flox.v1.SetRootsResponse
+	(*LeaveRequest)(nil),        // 26: flox.v1.LeaveRequest
+	(*LeaveResponse)(nil),       // 27: flox.v1.LeaveResponse
+	(*LookRequest)(nil),         // 28: flox.v1.LookRequest
+	(*LookResponse)(nil),        // 29: flox.v1.LookResponse
+	(*JoinRequest)(nil),         // 30: flox.v1.JoinRequest
+	(*JoinResponse)(nil),        // 31: flox.v1.JoinResponse
 }
 var file_flox_v1_members_proto_depIdxs = []int32{
 	1,  // 0: flox.v1.Machine.labels:type_name -> flox.v1.Label
@@ -2339,22 +2491,22 @@ var file_flox_v1_members_proto_depIdxs = []int32{
 	13, // 19: flox.v1.SealedSecrets.seals:type_name -> flox.v1.Seal
 	15, // 20: flox.v1.ClusterSecrets.retire:type_name -> flox.v1.SwarmRetire
 	3,  // 21: flox.v1.MembersReply.machine:type_name -> flox.v1.Machine
-	19, // 22: flox.v1.MembersEvent.put:type_name -> flox.v1.Member
+	21, // 22: flox.v1.MembersEvent.put:type_name -> flox.v1.Member
 	3,  // 23: flox.v1.JoinRequest.machine:type_name -> flox.v1.Machine
 	3,  // 24: flox.v1.JoinResponse.machine:type_name -> flox.v1.Machine
-	19, // 25: flox.v1.JoinResponse.members:type_name -> flox.v1.Member
-	17, // 26: flox.v1.Membership.WatchMembers:input_type -> flox.v1.WatchMembersRequest
-	20, // 27: flox.v1.Membership.RenewRoots:input_type -> flox.v1.RenewRootsRequest
-	22, // 28: flox.v1.Membership.SetRoots:input_type -> flox.v1.SetRootsRequest
-	24, // 29: flox.v1.Membership.Leave:input_type -> flox.v1.LeaveRequest
-	26, // 30: flox.v1.Join.Look:input_type -> flox.v1.LookRequest
-	28, // 31: flox.v1.Join.Join:input_type -> flox.v1.JoinRequest
-	18, // 32: flox.v1.Membership.WatchMembers:output_type -> flox.v1.MembersEvent
-	21, // 33: flox.v1.Membership.RenewRoots:output_type -> flox.v1.RenewRootsResponse
-	23, // 34: flox.v1.Membership.SetRoots:output_type -> flox.v1.SetRootsResponse
-	25, // 35: flox.v1.Membership.Leave:output_type -> flox.v1.LeaveResponse
-	27, // 36: flox.v1.Join.Look:output_type -> flox.v1.LookResponse
-	29, // 37: flox.v1.Join.Join:output_type -> flox.v1.JoinResponse
+	21, // 25: flox.v1.JoinResponse.members:type_name -> flox.v1.Member
+	19, // 26: flox.v1.Membership.WatchMembers:input_type -> flox.v1.WatchMembersRequest
+	22, // 27: flox.v1.Membership.RenewRoots:input_type -> flox.v1.RenewRootsRequest
+	24, // 28: flox.v1.Membership.SetRoots:input_type -> flox.v1.SetRootsRequest
+	26, // 29: flox.v1.Membership.Leave:input_type -> flox.v1.LeaveRequest
+	28, // 30: flox.v1.Join.Look:input_type -> flox.v1.LookRequest
+	30, // 31: flox.v1.Join.Join:input_type -> flox.v1.JoinRequest
+	20, // 32: flox.v1.Membership.WatchMembers:output_type -> flox.v1.MembersEvent
+	23, // 33: flox.v1.Membership.RenewRoots:output_type -> flox.v1.RenewRootsResponse
+	25, // 34: flox.v1.Membership.SetRoots:output_type -> flox.v1.SetRootsResponse
+	27, // 35: flox.v1.Membership.Leave:output_type -> flox.v1.LeaveResponse
+	29, // 36: flox.v1.Join.Look:output_type -> flox.v1.LookResponse
+	31, // 37: flox.v1.Join.Join:output_type -> flox.v1.JoinResponse
 	32, // [32:38] is the sub-list for method output_type
 	26, // [26:32] is the sub-list for method input_type
 	26, // [26:26] is the sub-list for extension type_name
@@ -2384,7 +2536,7 @@ func file_flox_v1_members_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_members_proto_rawDesc), len(file_flox_v1_members_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
