@@ -115,7 +115,7 @@ func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
 // propose puts a batch into the log. If the batch is refused, its paths go one
 // by one, so that each is answered for itself.
 func (b *batcher) propose(ctx context.Context, batch []*addition) {
-	c := &floxv1.AddPaths{Publisher: batch[0].publisher}
+	c := &floxv1.AddPaths{Publisher: batch[0].publisher, Touch: true}
 	if len(batch[0].placed) > 1 {
 		c.PlacedOn = batch[0].placed
 	}

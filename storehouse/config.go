@@ -73,6 +73,9 @@ type Config struct {
 	BucketCache uint64 `json:"bucket_cache"`
 	// Watermarks say from how full a disk on less is taken in.
 	Watermarks Watermarks `json:"watermarks"`
+	// CollectGrace is how long a condemned path stays before a collection removes it.
+	// It must be longer than anybody works on with an old answer. Default 1 h.
+	CollectGrace time.Duration `json:"collect_grace"`
 	// NoMDNS turns multicast discovery on the LAN off.
 	NoMDNS bool `json:"no_mdns"`
 	// Version is the program's version, told to callers. Default "dev".
@@ -80,7 +83,9 @@ type Config struct {
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger `json:"-"`
 
-	promoteAfter time.Duration // a hook of the tests
+	// Hooks of the tests.
+	promoteAfter time.Duration
+	touchEvery   time.Duration // overrides the constant
 }
 
 // withDefaults checks c and fills in what is zero. Name stays "" until the
@@ -97,6 +102,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.MaxStaged, 256)
 	setDefault(&c.ReserveBytes, 256<<20)
 	setDefault(&c.BucketCache, 10<<30)
+	setDefault(&c.CollectGrace, time.Hour)
 	setDefault(&c.Version, "dev")
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"0.0.0.0:7781"}
@@ -121,8 +127,8 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.checkConsensus(); err != nil {
 		return c, err
 	}
-	if c.StageTTL < 0 || c.MaxStaged < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
-		return bad("stage_ttl, max_staged, reserve_bytes and bucket_cache must not be negative")
+	if c.StageTTL < 0 || c.MaxStaged < 0 || c.CollectGrace < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
+		return bad("stage_ttl, max_staged, collect_grace, reserve_bytes and bucket_cache must not be negative")
 	}
 	if strings.ContainsAny(c.Name, ": \t\n/") || len(c.Name) > 64 {
 		return bad("name %q: want at most 64 characters without spaces, colons and slashes", c.Name)

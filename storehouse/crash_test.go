@@ -21,6 +21,10 @@ import (
 // runChild is a storehouse process of its own. It is killed.
 func runChild(dir string) {
 	cfg := testConfig(dir)
+	collect := os.Getenv("STOREHOUSE_TEST_COLLECT")
+	if collect != "" {
+		cfg = quickGC(dir)
+	}
 	s, err := New(cfg)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -29,6 +33,9 @@ func runChild(dir string) {
 	go func() {
 		if err := s.Ready(context.Background()); err == nil {
 			fmt.Println("ready")
+			if collect != "" {
+				collectAndDie(s, collect)
+			}
 		}
 	}()
 	fmt.Fprintln(os.Stderr, s.Run(context.Background()))

@@ -108,6 +108,9 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		}
 		return nil
 	})
+	if err == nil {
+		err = s.foundUsed(ctx, out.GetFound())
+	}
 	if err == nil && req.GetTraces() {
 		out.Traces = s.answerTraces(ctx, out.GetFound()[:valid])
 	}
@@ -115,6 +118,15 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		out.Roots = s.answerRoots(ctx, out.GetFound()[:valid], out.GetTraces())
 	}
 	return out, err
+}
+
+// foundUsed takes the marks off paths that are told of: who asks will read them.
+func (s *Server) foundUsed(ctx context.Context, found []*floxv1.PathInfo) error {
+	hashParts := make([]string, len(found))
+	for i, p := range found {
+		hashParts[i] = flox.StorePath(p.GetPath()).HashPart()
+	}
+	return s.Used(ctx, hashParts...)
 }
 
 // answerRoots gives the root blocks of the manifests of valid paths, and of each

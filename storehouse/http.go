@@ -47,6 +47,8 @@ type backend interface {
 	Commit(ctx context.Context, key string, info *flox.PathInfo, publisher string) (*flox.PathInfo, bool, error)
 	CheckToken(token string) (publisher string, err error)
 	PublicKey() string // of our signatures
+	Used(ctx context.Context, hashParts ...string) error
+	Reading(ctx context.Context, info *flox.PathInfo) (done func(), err error)
 }
 
 // httpCache is the binary cache stock Nix speaks to, for reading and writing
@@ -159,6 +161,9 @@ func (c *httpCache) getFile(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	info, err := c.Info(r.Context(), hash)
+	if err == nil {
+		err = c.Used(r.Context(), hash)
+	}
 	if err != nil {
 		c.fail(w, r, err)
 		return

@@ -44,6 +44,12 @@ func (c *httpCache) send(w http.ResponseWriter, r *http.Request, info *flox.Path
 	case <-r.Context().Done():
 		return
 	}
+	done, err := c.Reading(r.Context(), info)
+	if err != nil {
+		c.fail(w, r, err)
+		return
+	}
+	defer done()
 	m, err := c.open(r.Context(), info)
 	if err != nil {
 		c.fail(w, r, err)

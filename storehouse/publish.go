@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/nix"
@@ -23,6 +25,12 @@ const maxSignatures = 64
 // in force. ErrBadInput when NAR and info differ, a reference is not valid or
 // another NAR is valid under that name; ErrFull when the disk is full.
 func (s *Server) Publish(ctx context.Context, info *flox.PathInfo, nar io.Reader, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {
+	// What it counts on stays until it is valid, however long its upload takes.
+	release, err := s.Hold(ctx, append(slices.Clone(info.References), info.Path)...)
+	if err != nil {
+		return nil, false, err
+	}
+	defer release()
 	if valid, err = s.known(ctx, info); valid != nil || err != nil {
 		return valid, valid != nil, err
 	}
@@ -71,6 +79,7 @@ func (s *Server) PublishSource(ctx context.Context, name string, nar io.Reader, 
 }
 
 // known gives the info in force if the path is valid with the same NAR already.
+// That counts as publishing it now.
 func (s *Server) known(ctx context.Context, info *flox.PathInfo) (*flox.PathInfo, error) {
 	valid, err := s.Info(ctx, info.Path.HashPart())
 	switch {
@@ -84,7 +93,27 @@ func (s *Server) known(ctx context.Context, info *flox.PathInfo) (*flox.PathInfo
 		// The log is asked all the same: it records the attempt.
 		return nil, nil
 	}
-	return valid, nil
+	return valid, s.touch(ctx, valid)
+}
+
+// touch has the log note that a valid path is published again, unless it did so lately.
+func (s *Server) touch(ctx context.Context, valid *flox.PathInfo) error {
+	lately := false
+	err := s.read(ctx, cluster.Local, func(r *cluster.Reader) error {
+		last, err := lastUse(r, api.FromPathInfo(valid))
+		lately = time.Since(time.UnixMilli(last)) < s.touchEvery()
+		return err
+	})
+	if err != nil || lately {
+		return err
+	}
+	_, err = s.batch.add(ctx, valid, "", "", nil)
+	if errors.Is(err, flox.ErrFull) {
+		// It is valid, which is what was asked; nothing can be condemned either now.
+		s.cfg.Log.Warn("a use of a path is not noted", "path", string(valid.Path), "error", err)
+		return nil
+	}
+	return err
 }
 
 // checkInfo says what is wrong with info whatever its NAR is.

@@ -49,6 +49,12 @@ type Server struct {
 	checks  chan struct{}    // as many reports of starts are checked at once
 	starts  *cluster.Session // puts them into the log
 
+	marker     *cluster.Session // puts roots, and that marks are taken back, into the log
+	holds      *holds
+	reading    *readings
+	moreRoots  []rootSource // beside the storehouse's own
+	collecting sync.Mutex   // held by the collection that runs
+
 	// buildTrace makes a trace; another one in tests.
 	buildTrace func(context.Context, *floxv1.StartState) (*floxv1.StartTrace, error)
 
@@ -68,6 +74,7 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, ready: make(chan struct{}), tracker: newTracker(), made: newTraceMaker(), checks: make(chan struct{}, maxChecks)}
+	s.holds, s.reading = &holds{count: map[string]int{}}, &readings{count: map[flox.CID]int{}}
 	s.buildTrace = s.startTrace
 	if err := s.open(); err != nil {
 		return nil, errors.Join(err, s.Close())
@@ -93,7 +100,7 @@ func (s *Server) open() (err error) {
 	if err := s.openLog(); err != nil {
 		return err
 	}
-	s.node.Register(pathsKind, paths{})
+	s.node.Register(pathsKind, paths{touchEvery: s.cfg.touchEvery})
 	s.node.Register(tracesKind, traces{})
 	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
 	s.catchUp = newCatchUp(s)
@@ -107,7 +114,7 @@ func (s *Server) open() (err error) {
 		return err
 	}
 	s.closers = append(s.closers, s.staging.close)
-	s.batch, s.starts = newBatcher(s.node), s.node.NewSession()
+	s.batch, s.starts, s.marker = newBatcher(s.node), s.node.NewSession(), s.node.NewSession()
 	return s.listen()
 }
 
@@ -217,6 +224,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.catchUp.run(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
+	group.Go(func() error { return s.guard(gctx) })
 	err = group.Wait()
 	stopLog()
 	if logErr := <-logDone; logErr != nil {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -256,6 +257,17 @@ func (s *staging) get(publisher, key string) (*pending, error) {
 	return p, nil
 }
 
+// manifests gives what waits for its path info, or may be asked for again.
+func (s *staging) manifests() []flox.CID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ids := make([]flox.CID, 0, len(s.records))
+	for _, p := range s.records {
+		ids = append(ids, p.Manifest)
+	}
+	return ids
+}
+
 // used notes that a path was made of a record and lets go of its blocks.
 func (s *staging) used(p *pending) {
 	s.mu.Lock()
@@ -369,6 +381,11 @@ func (s *Server) Staged(publisher, key string) (*Staged, error) {
 // Commit makes a path valid whose NAR was staged under key, or is that of a path
 // uploaded under that key before; as Publish, and ErrNotFound when there is none.
 func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {
+	release, err := s.Hold(ctx, append(slices.Clone(info.References), info.Path)...)
+	if err != nil {
+		return nil, false, err
+	}
+	defer release()
 	p, missing := s.staging.get(publisher, key)
 	if errors.Is(missing, flox.ErrNotFound) {
 		p, missing = s.uploaded(ctx, key, missing)

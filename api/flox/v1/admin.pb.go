@@ -1688,6 +1688,7 @@ func (x *RootsRequest) GetPath() string {
 type RootsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Roots         []*Root                `protobuf:"bytes,1,rep,name=roots,proto3" json:"roots,omitempty"`
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1729,10 +1730,17 @@ func (x *RootsResponse) GetRoots() []*Root {
 	return nil
 }
 
+func (x *RootsResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
 type Root struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`                             // keep, recent, machine, profile, channel, upload
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`                             // of the machine, profile, …
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`                             // of the machine, profile, …; of a kept path the reason
 	Path          string                 `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`                             // base name
 	UntilUnix     int64                  `protobuf:"varint,4,opt,name=until_unix,json=untilUnix,proto3" json:"until_unix,omitempty"` // 0 = for ever
 	unknownFields protoimpl.UnknownFields
@@ -3082,9 +3090,10 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\bfinished\x18\b \x01(\bR\bfinished\x12\x14\n" +
 	"\x05paths\x18\t \x03(\tR\x05paths\"\"\n" +
 	"\fRootsRequest\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\"4\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"H\n" +
 	"\rRootsResponse\x12#\n" +
-	"\x05roots\x18\x01 \x03(\v2\r.flox.v1.RootR\x05roots\"a\n" +
+	"\x05roots\x18\x01 \x03(\v2\r.flox.v1.RootR\x05roots\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"a\n" +
 	"\x04Root\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
