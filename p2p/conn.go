@@ -9,13 +9,18 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 
 	"github.com/floxctl/flox"
 )
 
-// backlog is how many accepted streams may wait; further ones are reset.
-const backlog = 128
+// backlog is how many streams may wait to be accepted, and how many of them
+// may be one peer's; further ones are reset.
+const (
+	backlog     = 128
+	peerBacklog = 32
+)
 
 // Listen accepts streams of a protocol ("/flox/rpc/1") from members. The
 // remote address of an accepted connection is the peer's ID, so an HTTP
@@ -33,7 +38,7 @@ func (h *Host) Listen(protocolID string) (net.Listener, error) {
 			return nil, fmt.Errorf("protocol %s is listened for already: %w", protocolID, flox.ErrBusy)
 		}
 	}
-	l := &listener{h: h, id: protocol.ID(protocolID), in: make(chan network.Stream, backlog), done: make(chan struct{})}
+	l := &listener{h: h, id: protocol.ID(protocolID), in: make(chan network.Stream, backlog), waiting: map[peer.ID]int{}, done: make(chan struct{})}
 	h.net.SetStreamHandler(l.id, l.handle)
 	return l, nil
 }
@@ -58,12 +63,13 @@ func (h *Host) Dial(ctx context.Context, id PeerID, protocolID string) (net.Conn
 }
 
 type listener struct {
-	h    *Host
-	id   protocol.ID
-	in   chan network.Stream
-	mu   sync.Mutex // orders handle before Close
-	done chan struct{}
-	once sync.Once
+	h       *Host
+	id      protocol.ID
+	in      chan network.Stream
+	mu      sync.Mutex // orders handle before Close; guards waiting
+	waiting map[peer.ID]int
+	done    chan struct{}
+	once    sync.Once
 }
 
 func (l *listener) handle(s network.Stream) {
@@ -75,22 +81,35 @@ func (l *listener) handle(s network.Stream) {
 		return
 	default:
 	}
-	select {
-	case l.in <- s:
-	default:
+	id := s.Conn().RemotePeer()
+	if l.waiting[id] >= peerBacklog || len(l.in) == cap(l.in) {
 		drop(s)
+		return
 	}
+	l.waiting[id]++
+	l.in <- s // has room: nobody else puts in
+}
+
+// taken counts s out.
+func (l *listener) taken(s network.Stream) net.Conn {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	id := s.Conn().RemotePeer()
+	if l.waiting[id]--; l.waiting[id] <= 0 {
+		delete(l.waiting, id)
+	}
+	return &streamConn{Stream: s, h: l.h}
 }
 
 func (l *listener) Accept() (net.Conn, error) {
 	select {
 	case s := <-l.in:
-		return &streamConn{Stream: s, h: l.h}, nil
+		return l.taken(s), nil
 	default:
 	}
 	select {
 	case s := <-l.in:
-		return &streamConn{Stream: s, h: l.h}, nil
+		return l.taken(s), nil
 	case <-l.done:
 	case <-l.h.base.Done():
 	}

@@ -30,10 +30,11 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// The protocols spoken between members, beside the DHT's "/flox/kad/1.0.0".
+// The protocols spoken between members.
 const (
 	protoHello  = "/flox/hello/1"
 	protoBlocks = "/flox/blocks/1"
+	protoDHT    = dhtPrefix + "/kad/1.0.0"
 )
 
 // Host is one machine's end of the peer network.
@@ -171,7 +172,7 @@ func (h *Host) open() error {
 // startLibp2p makes the host without listening: libp2p.New leaves goroutines
 // behind when it cannot listen.
 func (h *Host) startLibp2p(key crypto.PrivKey, announce []multiaddr.Multiaddr) error {
-	resources, err := resourceManager(h.cfg.Limits.Peers)
+	resources, err := resourceManager(h.cfg.Role, h.cfg.Limits.Peers)
 	if err != nil {
 		return fmt.Errorf("resource limits: %w", err)
 	}
@@ -187,7 +188,7 @@ func (h *Host) startLibp2p(key crypto.PrivKey, announce []multiaddr.Multiaddr) e
 		// Without port reuse: it would let a second program share our port unnoticed.
 		libp2p.Transport(tcp.NewTCPTransport, tcp.DisableReuseport(), tcp.WithDialerForAddr(dialer)),
 		libp2p.Security(string(securityID), newProofOf(members)),
-		libp2p.Muxer(yamux.ID, muxer()),
+		libp2p.Muxer(yamux.ID, muxer(h.cfg.Role)),
 		libp2p.ConnectionGater(gater{members}),
 		libp2p.ResourceManager(resources),
 		libp2p.ConnectionManager(conns),

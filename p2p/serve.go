@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -23,8 +24,12 @@ const (
 	slotWait    = 100 * time.Millisecond
 	readTimeout = 10 * time.Second
 	sendTimeout = 30 * time.Second
-	serveIdle   = 10 * time.Minute
-	minPacked   = 512 // smaller blocks are sent as they are
+	// unread is how long a peer may take nothing of an answer while others wait
+	// for a slot; with sendPiece, 32 KiB/s are enough to keep it.
+	unread    = 2 * time.Second
+	sendPiece = 64 << 10
+	serveIdle = 10 * time.Minute
+	minPacked = 512 // smaller blocks are sent as they are
 )
 
 // server answers /flox/blocks/1.
@@ -34,10 +39,11 @@ type server struct {
 
 	mu      sync.Mutex
 	streams map[peer.ID]int
+	writing map[*upload]time.Time // those with a slot: when the peer last took something
 }
 
 func newServer(h *Host) *server {
-	return &server{h: h, slots: make(chan struct{}, h.cfg.Limits.UploadSlots), streams: map[peer.ID]int{}}
+	return &server{h: h, slots: make(chan struct{}, h.cfg.Limits.UploadSlots), streams: map[peer.ID]int{}, writing: map[*upload]time.Time{}}
 }
 
 // upload is one block stream that a peer opened. Its queue is bounded by the
@@ -45,6 +51,7 @@ func newServer(h *Host) *server {
 type upload struct {
 	srv   *server
 	r     *remote
+	s     network.Stream
 	items chan upItem
 	mu    sync.Mutex
 	off   map[uint32]bool // ids cancelled and not yet answered
@@ -94,12 +101,12 @@ func (v *server) serve(s network.Stream) {
 	if r == nil {
 		return // gone already
 	}
-	up := &upload{srv: v, r: r, items: make(chan upItem, laneItems), off: map[uint32]bool{}, due: map[uint32]struct{}{}}
+	up := &upload{srv: v, r: r, s: s, items: make(chan upItem, laneItems), off: map[uint32]bool{}, due: map[uint32]struct{}{}}
 	done := make(chan struct{})
 	if !v.h.spawn(func() {
 		defer close(done)
 		defer cancel()
-		if err := up.send(ctx, s); err != nil && ctx.Err() == nil {
+		if err := up.send(ctx); err != nil && ctx.Err() == nil {
 			v.h.log.Debug("upload ended", "peer", r.name, "err", err)
 		}
 	}) {
@@ -198,8 +205,8 @@ func (up *upload) cancelled(id uint32) bool {
 }
 
 // send answers items in order.
-func (up *upload) send(ctx context.Context, s network.Stream) error {
-	w := bufio.NewWriterSize(s, 128<<10)
+func (up *upload) send(ctx context.Context) error {
+	w := bufio.NewWriterSize(up, 128<<10)
 	for {
 		var it upItem
 		select {
@@ -214,7 +221,7 @@ func (up *upload) send(ctx context.Context, s network.Stream) error {
 				return ctx.Err()
 			}
 		}
-		if err := s.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
+		if err := up.s.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
 			return err
 		}
 		if err := up.answer(ctx, w, it); err != nil {
@@ -234,8 +241,9 @@ func (up *upload) answer(ctx context.Context, w *bufio.Writer, it upItem) error 
 	case !up.srv.slot(ctx):
 		rep.Status = wire.StatusBusy
 	default:
-		defer func() { <-up.srv.slots }()
+		defer up.srv.release(up)
 		rep, payload = up.load(ctx, it)
+		up.srv.sending(up)
 	}
 	up.settled(it.id)
 	rep.Payload = len(payload)
@@ -251,13 +259,15 @@ func (up *upload) answer(ctx context.Context, w *bufio.Writer, it upItem) error 
 	return nil
 }
 
-// slot waits a moment for an upload slot.
+// slot waits a moment for an upload slot. When there is none, a peer that has
+// one and does not read loses it.
 func (v *server) slot(ctx context.Context) bool {
 	select {
 	case v.slots <- struct{}{}:
 		return true
 	default:
 	}
+	v.evict(time.Now().Add(-unread))
 	wait := time.NewTimer(slotWait)
 	defer wait.Stop()
 	select {
@@ -267,6 +277,62 @@ func (v *server) slot(ctx context.Context) bool {
 	case <-ctx.Done():
 	}
 	return false
+}
+
+func (v *server) release(up *upload) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	delete(v.writing, up)
+	<-v.slots
+}
+
+// sending notes that up, which has a slot, begins to wait for its peer.
+func (v *server) sending(up *upload) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.writing[up] = time.Now()
+}
+
+// progress notes that up's peer has taken something.
+func (v *server) progress(up *upload) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, ok := v.writing[up]; ok {
+		v.writing[up] = time.Now()
+	}
+}
+
+// Write sends p piece by piece, so that a slow peer can be told from one that
+// does not read.
+func (up *upload) Write(p []byte) (int, error) {
+	sent := 0
+	for piece := range slices.Chunk(p, sendPiece) {
+		n, err := up.s.Write(piece)
+		sent += n
+		if err != nil {
+			return sent, err
+		}
+		up.srv.progress(up)
+	}
+	return sent, nil
+}
+
+// evict resets the stream that has waited longest for its peer to read, if that
+// is since before limit. Its asker may ask again.
+func (v *server) evict(limit time.Time) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var slow *upload
+	for up, since := range v.writing {
+		if since.Before(limit) {
+			slow, limit = up, since
+		}
+	}
+	if slow != nil {
+		delete(v.writing, slow)
+		v.h.log.Debug("a peer that does not read makes room for others", "peer", slow.r.name)
+		go drop(slow.s) // may wait for the connection's write lock
+	}
 }
 
 func (up *upload) load(ctx context.Context, it upItem) (wire.Reply, []byte) {
