@@ -3,6 +3,7 @@ package storehouse
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +12,9 @@ import (
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/members"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -68,9 +72,6 @@ func (h *house) start(i int) {
 	}
 	h.servers[i] = s
 	h.configs[i].Consensus = s.line.Addr().String()[len(s.id.peer)+1:]
-	if i > 0 {
-		s.id.ring.set(h.servers[0].id.ring.now.Load())
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	result := make(chan error, 1)
 	go func() { result <- s.Run(ctx) }()
@@ -87,15 +88,28 @@ func (h *house) start(i int) {
 		}
 	}
 	h.t.Cleanup(h.stops[i])
-	if i > 0 && !h.votes(i) {
-		if err := errors.Join(h.servers[0].servers.admit(s.id.peer), h.servers[0].node.AddServer(within(h.t), string(s.id.peer), s.line.Addr().String(), true)); err != nil {
-			h.t.Fatal(err)
-		}
+	if _, there := h.servers[0].roster.machine(s.id.peer); i > 0 && !there {
+		h.admit(s, fmt.Sprint("s", i+1))
 	}
 	if err := s.Ready(within(h.t)); err != nil {
 		h.t.Fatal(err)
 	}
 	eventually(h.t, "the server votes", func() bool { return h.votes(i) })
+}
+
+// admit makes a server that runs a member.
+func (h *house) admit(s *Server, name string) {
+	h.t.Helper()
+	_, public, err := sealKey(s.id.machine)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	_, err = h.servers[0].proposeMembers(within(h.t), &floxv1.MembersCommand{Command: &floxv1.MembersCommand_Add{Add: &floxv1.Machine{
+		Peer: string(s.id.peer), Name: name, Role: members.Server, RaftAddress: s.line.Addr().String(), Addrs: s.swarm.Addrs(), SealKey: public[:],
+	}}})
+	if err != nil {
+		h.t.Fatal(err)
+	}
 }
 
 // votes reports whether the first server that runs takes server i for a voter.
@@ -195,4 +209,33 @@ func TestOnlyServersFetchFromServers(t *testing.T) {
 	if err := calls.caller(string(s.id.peer)); err != nil {
 		t.Errorf("a server may not: %v", err)
 	}
+}
+
+func TestServerThatIsRemovedIsCutOff(t *testing.T) {
+	h := newHouse(t, 3)
+	gone := h.servers[2]
+	version := h.servers[0].sealed.Load()
+	_, err := h.servers[1].proposeMembers(within(t), &floxv1.MembersCommand{Command: &floxv1.MembersCommand_Remove{Remove: &floxv1.RemoveMachine{
+		Peer: string(gone.id.peer), Reason: "stolen", Revoked: true,
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it takes part no more", func() bool { return !h.votes(2) })
+	eventually(t, "the keys are sealed anew", func() bool { return h.servers[0].sealed.Load() > version && h.servers[1].sealed.Load() > version })
+	if _, err := openSecrets(h.servers[0].roster.now.Load().secrets, gone.id.peer, gone.id.machine); !errors.Is(err, flox.ErrDenied) {
+		t.Errorf("the removed server opens the new box: %v", err)
+	}
+	if h.servers[0].servers.allowed(gone.id.peer) {
+		t.Error("the removed server is let in")
+	}
+	eventually(t, "the trust list names those that are left", func() bool {
+		lists, err := h.servers[1].trustLists(within(t), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := content.ParseTrustList(lists[len(lists)-1])
+		return err == nil && len(list.Voters) == 2 && !slices.Contains(list.Voters, string(gone.id.peer))
+	})
+	publish(t, h.servers[1], makePath(t, "after", 1000))
 }

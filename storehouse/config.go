@@ -31,6 +31,8 @@ type Config struct {
 	// Name is what people and keys call this storehouse ("<name>-1" is its first
 	// key). It is fixed when the state directory is made. Default: the host's name.
 	Name string `json:"name"`
+	// ServerName is what this server is called among the machines. Default: Name.
+	ServerName string `json:"server_name"`
 	// HTTPListen is the address of the binary cache. Default 127.0.0.1:7780:
 	// reading needs no token, so it is opened to others by choice. "none" = no HTTP.
 	HTTPListen string `json:"http_listen"`

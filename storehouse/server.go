@@ -21,6 +21,7 @@ import (
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/content/pack"
 	"github.com/floxctl/flox/content/pack/bucket"
+	"github.com/floxctl/flox/members"
 	"github.com/floxctl/flox/p2p"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -30,24 +31,27 @@ const shutdownGrace = 2 * time.Second
 
 // Server is one storehouse.
 type Server struct {
-	cfg     Config
-	id      *identity
-	node    *cluster.Node
-	packs   *pack.Store
-	disk    *gauge
-	swarm   *p2p.Host
-	line    *p2p.Line // to the other servers, for consensus; nil = a single server
-	servers *servers
-	held    *holding
-	catchUp *catchUp
-	web     net.Listener // nil = no HTTP
-	batch   *batcher
-	staging *staging
-	tracker *tracker
-	reports reportCounts
-	made    *traceMaker
-	checks  chan struct{}    // as many reports of starts are checked at once
-	starts  *cluster.Session // puts them into the log
+	cfg       Config
+	id        *identity
+	node      *cluster.Node
+	packs     *pack.Store
+	disk      *gauge
+	swarm     *p2p.Host
+	line      *p2p.Line // to the other servers, for consensus; nil = a single server
+	servers   *servers
+	roster    *roster
+	sealed    atomic.Uint64 // version of the secrets in force; 0 = those of the key files
+	memberLog *cluster.Session
+	held      *holding
+	catchUp   *catchUp
+	web       net.Listener // nil = no HTTP
+	batch     *batcher
+	staging   *staging
+	tracker   *tracker
+	reports   reportCounts
+	made      *traceMaker
+	checks    chan struct{}    // as many reports of starts are checked at once
+	starts    *cluster.Session // puts them into the log
 
 	marker     *cluster.Session // puts roots, and that marks are taken back, into the log
 	holds      *holds
@@ -102,6 +106,7 @@ func (s *Server) open() (err error) {
 	}
 	s.node.Register(pathsKind, paths{touchEvery: s.cfg.touchEvery})
 	s.node.Register(tracesKind, traces{})
+	s.node.Register(members.Kind, members.Processor{})
 	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
 	s.catchUp = newCatchUp(s)
 	if s.packs, err = s.openPacks(); err != nil {
@@ -114,13 +119,16 @@ func (s *Server) open() (err error) {
 		return err
 	}
 	s.closers = append(s.closers, s.staging.close)
-	s.batch, s.starts, s.marker = newBatcher(s.node), s.node.NewSession(), s.node.NewSession()
+	s.batch = newBatcher(s.node)
+	s.starts, s.marker, s.memberLog = s.node.NewSession(), s.node.NewSession(), s.node.NewSession()
 	return s.listen()
 }
 
 // openLog opens the facts, and the door to the other servers if there may be any.
 func (s *Server) openLog() (err error) {
-	s.servers = newServers(s.id)
+	s.roster = newRoster()
+	s.roster.notify(s.openKeys)
+	s.servers = newServers(s.id, s.roster)
 	cfg := cluster.Config{
 		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: s.id.joined == nil,
 		// Less than what content leaves free: facts can be written to the last.
@@ -171,6 +179,7 @@ func (s *Server) listen() (err error) {
 	}
 	s.closers = append(s.closers, s.swarm.Close, s.servers.close)
 	s.servers.dial = s.swarm.Dial
+	s.roster.notify(s.meetServers)
 	if s.id.joined != nil {
 		for _, p := range s.id.joined.Storehouse {
 			if err := s.swarm.AddPeer(p2p.PeerAddr{ID: p2p.PeerID(p.ID), Addrs: p.Addrs}); err != nil {
@@ -220,7 +229,8 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.serveRPC(gctx) })
 	group.Go(func() error { return s.serveWeb(gctx) })
 	group.Go(func() error { return s.packs.Run(gctx) })
-	group.Go(func() error { return s.servers.run(gctx, s.line) })
+	group.Go(func() error { return s.roster.run(gctx, s) })
+	group.Go(func() error { return s.runServers(gctx) })
 	group.Go(func() error { return s.catchUp.run(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
@@ -246,7 +256,10 @@ func (s *Server) begin(ctx context.Context) error {
 		return err
 	}
 	var fingerprint flox.CID
-	err := s.id.ring.wait(ctx)
+	err := s.introduce(ctx)
+	if err == nil {
+		err = s.id.ring.wait(ctx)
+	}
 	if err == nil {
 		fingerprint, err = s.ensureTrust(ctx)
 	}

@@ -11,15 +11,11 @@ import (
 
 	"connectrpc.com/connect"
 
-	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
+	"github.com/floxctl/flox/members"
 	"github.com/floxctl/flox/p2p"
 	cluster "github.com/floxctl/flox/raft"
 )
-
-// admission is how long a server that was let in may take until it is part of
-// the replicated configuration.
-const admission = time.Minute
 
 // servers says which machines are servers of this storehouse, and calls them.
 type servers struct {
@@ -28,17 +24,18 @@ type servers struct {
 	node atomic.Pointer[cluster.Node] // set once it is open; connections come before
 	dial func(ctx context.Context, peer p2p.PeerID, protocol string) (net.Conn, error)
 
-	mu       sync.Mutex
-	admitted map[p2p.PeerID]time.Time // until when
-	clients  map[p2p.PeerID]*http.Client
+	roster *roster
+
+	mu      sync.Mutex
+	clients map[p2p.PeerID]*http.Client
 }
 
 // maxServers bounds what is kept per server: a storehouse has 1, 3 or 5 voters
 // and some that only follow.
 const maxServers = 64
 
-func newServers(id *identity) *servers {
-	s := &servers{self: id.peer, admitted: map[p2p.PeerID]time.Time{}, clients: map[p2p.PeerID]*http.Client{}}
+func newServers(id *identity, list *roster) *servers {
+	s := &servers{self: id.peer, roster: list, clients: map[p2p.PeerID]*http.Client{}}
 	if id.joined != nil {
 		for _, p := range id.joined.Storehouse {
 			s.told = append(s.told, p2p.PeerID(p.ID))
@@ -50,16 +47,14 @@ func newServers(id *identity) *servers {
 // allowed reports whether a machine is a server. What the log says counts, and
 // before there is any of it, what this server was told when it joined.
 func (s *servers) allowed(id p2p.PeerID) bool {
-	members := s.members()
-	if slices.ContainsFunc(members, func(m cluster.Member) bool { return m.ID == string(id) }) {
+	known := s.members()
+	if slices.ContainsFunc(known, func(m cluster.Member) bool { return m.ID == string(id) }) {
 		return true
 	}
-	if len(members) == 0 && slices.Contains(s.told, id) {
+	if len(known) == 0 && slices.Contains(s.told, id) {
 		return true
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return time.Now().Before(s.admitted[id])
+	return s.roster.is(id, members.Server)
 }
 
 // members is the replicated configuration as this server knows it.
@@ -67,23 +62,6 @@ func (s *servers) members() []cluster.Member {
 	if node := s.node.Load(); node != nil {
 		return node.Status().Members
 	}
-	return nil
-}
-
-// admit lets a machine in that is about to become a server. ErrFull if there
-// are too many.
-func (s *servers) admit(id p2p.PeerID) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for old, until := range s.admitted {
-		if time.Now().After(until) {
-			delete(s.admitted, old)
-		}
-	}
-	if len(s.admitted) >= maxServers {
-		return flox.ErrFull
-	}
-	s.admitted[id] = time.Now().Add(admission)
 	return nil
 }
 
@@ -134,20 +112,30 @@ func (s *servers) close() error {
 	return nil
 }
 
-// run cuts removed servers off within a second or two: the consensus door asks
-// who may use it when a connection begins, and here for those that are open.
-func (s *servers) run(ctx context.Context, line *p2p.Line) error {
-	if line == nil {
-		return nil
+// tendEvery is how often the leader compares the member list with who takes part.
+const tendEvery = time.Second
+
+// runServers keeps the servers together until ctx ends.
+func (s *Server) runServers(ctx context.Context) error {
+	if s.Ready(ctx) != nil {
+		return nil // ctx ended
 	}
-	tick := time.NewTicker(time.Second)
+	tick := time.NewTicker(tendEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
-			line.Kick()
 		case <-ctx.Done():
 			return nil
+		}
+		if s.line != nil {
+			s.line.Kick() // who was let in and is no server any more
+		}
+		limited, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := s.tendServers(limited)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("the servers are not yet as the member list says", "error", err)
 		}
 	}
 }
