@@ -1,18 +1,13 @@
 package raft
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/hashicorp/raft"
-
-	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
 // machine is the state machine of the log. Raft calls Apply, Snapshot and
@@ -38,19 +33,6 @@ type machine struct {
 }
 
 var _ raft.BatchingFSM = (*machine)(nil)
-
-// Apply is raft.FSM.
-func (m *machine) Apply(l *raft.Log) any { return m.apply(l) }
-
-// ApplyBatch is raft.BatchingFSM: committed entries in order, some of them not ours.
-func (m *machine) ApplyBatch(logs []*raft.Log) []any {
-	answers := make([]any, len(logs))
-	for i, l := range logs {
-		answers[i] = m.apply(l)
-	}
-	m.notify()
-	return answers
-}
 
 // Snapshot is raft.FSM: it takes a checkpoint, which links files and copies next to nothing.
 func (m *machine) Snapshot() (raft.FSMSnapshot, error) { return m.snapshot() }
@@ -78,105 +60,6 @@ func (m *machine) stop(err error) {
 		m.stopped.Store(&err)
 		close(m.closed)
 	})
-}
-
-// apply carries out one committed entry.
-func (m *machine) apply(l *raft.Log) answer {
-	if err := m.stopped.Load(); err != nil {
-		return answer{err: *err}
-	}
-	if l.Type != raft.LogCommand || l.Index <= m.applied() {
-		return answer{} // a change of members, or replayed after a restart: nobody waits for it
-	}
-	o, err := m.applyEntry(l)
-	if err != nil {
-		err = fmt.Errorf("log entry %d cannot be applied, the state is as before it: %w", l.Index, err)
-		m.stop(err)
-		return answer{err: err}
-	}
-	return answer{outcome: o}
-}
-
-// applyEntry applies one entry in one batch. An error means that nothing of it
-// was written and that the node must stop.
-func (m *machine) applyEntry(l *raft.Log) (outcome, error) {
-	e, err := decodeEntry(l.Data)
-	if err != nil {
-		return outcome{}, err
-	}
-	p := m.processors[e.Kind]
-	if p == nil {
-		return outcome{}, fmt.Errorf("kind %d: %w", e.Kind, ErrUnknownCommand)
-	}
-	db, err := m.state.acquire()
-	if err != nil {
-		return outcome{}, err
-	}
-	defer db.release()
-	batch := db.NewIndexedBatch()
-	defer batch.Close()
-
-	at := max(e.TimeUnixMs, m.time) // whoever led before may have had a faster clock
-	o, err := m.applyOnce(batch, p, e, at, l.Index)
-	if err != nil {
-		return outcome{}, err
-	}
-	err = errors.Join(
-		batch.Set(keyApplied, binary.BigEndian.AppendUint64(nil, l.Index), nil),
-		batch.Set(keyTime, binary.BigEndian.AppendUint64(nil, uint64(at)), nil))
-	if err == nil {
-		// Not synced: the log is, and what the state lost of its end is applied again.
-		err = batch.Commit(pebble.NoSync)
-	}
-	if err != nil {
-		return outcome{}, fmt.Errorf("write state: %w", err)
-	}
-	m.time = at
-	m.mu.Lock()
-	m.index = l.Index
-	m.mu.Unlock()
-	if e.Kind == memberKind {
-		err = m.members()
-	}
-	return o, err
-}
-
-// applyOnce hands the command to its processor unless its session has the
-// answer already, and fills batch with what follows.
-func (m *machine) applyOnce(batch *pebble.Batch, p Processor, e *floxv1.Envelope, at int64, index uint64) (outcome, error) {
-	own := &Tx{batch: batch, space: []byte{ownSpace}}
-	table := sessions{own, &m.oldest}
-	if e.Session != "" {
-		done, err := table.check(e.Session, e.Sequence, at)
-		if err != nil || done != nil {
-			if done == nil {
-				done = &outcome{}
-			}
-			return *done, err
-		}
-	}
-	tx := &Tx{batch: batch, space: kindPrefix(e.Kind)}
-	reply, err := p.Apply(tx, e.Command, time.UnixMilli(at).UTC(), index)
-	o := outcome{reply: reply}
-	switch {
-	case tx.failed != nil:
-		return outcome{}, tx.failed
-	case errors.Is(err, ErrUnknownCommand):
-		return outcome{}, fmt.Errorf("kind %d: %w", e.Kind, err)
-	case err != nil:
-		batch.Reset() // a refused command changes nothing
-		o = refuse(err)
-	}
-	if e.Session != "" {
-		err = table.remember(e.Session, e.Sequence, at, o)
-	} else {
-		err = nil
-	}
-	err = errors.Join(err, table.expire(at))
-	if own.failed != nil {
-		err = own.failed
-	}
-	return o, err
 }
 
 // applied is the index of the last entry in the state.
