@@ -124,6 +124,8 @@ func (c *Config) check() error {
 		return bad("the secret has %d bytes, want at least %d", len(c.Secret), minSecret)
 	case len(c.Site) > 128:
 		return bad("the site label has %d bytes, want at most 128", len(c.Site))
+	case !plain(c.Name):
+		return bad("the name %q has %d bytes or cannot be printed, want at most %d bytes", c.Name, len(c.Name), maxName)
 	case c.Role > Storehouse:
 		return bad("unknown role %d", c.Role)
 	}
@@ -239,6 +241,7 @@ func (h *Host) Run(ctx context.Context) error {
 	group.Go(func() error { return h.announceLoop(ctx) })
 	group.Go(func() error { return h.held.run(ctx, h.log) })
 	group.Go(func() error { return h.discoverLAN(ctx) })
+	group.Go(func() error { return h.advertise(ctx) })
 	group.Go(func() error {
 		select {
 		case <-ctx.Done():

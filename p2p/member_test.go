@@ -425,6 +425,8 @@ func TestConfigErrors(t *testing.T) {
 		"bad bootstrap":   func(c *Config) { c.Bootstrap = []PeerAddr{{ID: "x"}} },
 		"bad address":     func(c *Config) { c.Bootstrap = []PeerAddr{{ID: idOf(t, 1), Addrs: []string{"/ip4/x"}}} },
 		"long site label": func(c *Config) { c.Site = strings.Repeat("x", 200) },
+		"unprintable":     func(c *Config) { c.Name = "a\x1b[31mred" },
+		"long name":       func(c *Config) { c.Name = strings.Repeat("x", 65) },
 		"unknown role":    func(c *Config) { c.Role = 9 },
 	} {
 		c := good()

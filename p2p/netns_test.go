@@ -3,14 +3,19 @@ package p2p
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/libp2p/zeroconf/v2"
 
 	"github.com/floxctl/flox"
 )
@@ -34,6 +39,130 @@ func TestMulticastDiscovery(t *testing.T) {
 	if p := a.Peers()[0]; p.ID != b.ID() || p.Tier != TierLAN {
 		t.Errorf("%+v", p)
 	}
+}
+
+// A machine without an invite finds the storehouses whose windows are open, and
+// only those, and can speak to them as a guest.
+func TestFindStorehouses(t *testing.T) {
+	if os.Getenv("FLOXD_TEST_NETNS") == "" {
+		inNamespace(t)
+		return
+	}
+	command(t, "ip link set lo up")
+	if _, err := FindStorehouses(within(t, 20*time.Second)); !errors.Is(err, flox.ErrUnreachable) {
+		t.Errorf("without a network: %v", err)
+	}
+	command(t, "ip link add v0 type veth peer name v1",
+		"ip addr add 10.9.9.1/24 dev v0",
+		"ip link set v0 up",
+		"ip link set v1 up",
+		"ip route add default dev v0")
+	var open [2]atomic.Bool
+	var stores [2]*Host
+	for i := range stores {
+		stores[i], _ = porch(t, 610+i, open[i].Load, func(c *Config) {
+			c.NoMDNS, c.Listen, c.Name = false, nil, []string{`Büro "\\1"`, "cellar"}[i]
+		})
+	}
+	start(t, 612, func(c *Config) { c.NoMDNS, c.Listen, c.Name = false, nil, "agent" })
+	find := func(want ...int) []Found {
+		t.Helper()
+		var found []Found
+		eventually(t, "the open ones are found", func() bool {
+			var err error
+			if found, err = FindStorehouses(within(t, 20*time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			return len(found) == len(want)
+		})
+		for i, f := range found {
+			if s := stores[want[i]]; f.ID != s.ID() || f.Name != s.cfg.Name || len(f.Addrs) == 0 {
+				t.Errorf("found %+v, want %s", f, s.ID())
+			}
+		}
+		return found
+	}
+	find()
+	open[0].Store(true)
+	f := find(0)[0]
+	if want := "/ip4/10.9.9.1/tcp/"; !strings.HasPrefix(f.Addrs[0], want) {
+		t.Errorf("addresses %v, want %s…", f.Addrs, want)
+	}
+	if _, err := visit(t, 613, PeerAddr{ID: f.ID, Addrs: f.Addrs}, Guest{}); err != nil {
+		t.Errorf("the way it says: %v", err)
+	}
+	// Somebody else's nonsense hides nobody.
+	if junk, err := zeroconf.RegisterProxy("junk", houseService, "local", 1, "junk", []string{"10.9.9.1"},
+		[]string{"id=junk", "name=%1b[31m", "addr=/dns/evil.example/tcp/1"}, nil); err != nil {
+		t.Error(err)
+	} else {
+		defer junk.Shutdown()
+	}
+	open[1].Store(true)
+	find(0, 1)
+	open[0].Store(false)
+	find(1)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := FindStorehouses(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("called off: %v", err)
+	}
+}
+
+// What anybody on the LAN may send.
+func TestAdverts(t *testing.T) {
+	id := "id=" + string(idOf(t, 614))
+	good := advert(idOf(t, 614), "name", []string{"/ip4/10.0.0.1/tcp/1", "/ip6/2001:db8::1/tcp/2"})
+	f, err := parseAdvert(good)
+	if err != nil || f.ID != idOf(t, 614) || f.Name != "name" || len(f.Addrs) != 2 {
+		t.Errorf("%+v, %v", f, err)
+	}
+	for name, texts := range map[string][]string{
+		"nothing":    nil,
+		"no id":      {"addr=/ip4/10.0.0.1/tcp/1"},
+		"bad id":     {"id=x", "addr=/ip4/10.0.0.1/tcp/1"},
+		"no address": {id},
+		"a name":     {id, "addr=/dns4/example.org/tcp/1"},
+		"loopback":   {id, "addr=/ip4/127.0.0.1/tcp/1"},
+		"any":        {id, "addr=/ip6/::/tcp/1"},
+		"multicast":  {id, "addr=/ip4/224.0.0.1/tcp/1"},
+		"link local": {id, "addr=/ip6/fe80::1/tcp/1"},
+		"udp":        {id, "addr=/ip4/10.0.0.1/udp/1"},
+		"more":       {id, "addr=/ip4/10.0.0.1/tcp/1/ws"},
+		"host:port":  {id, "addr=10.0.0.1:1"},
+	} {
+		if f, err := parseAdvert(texts); err == nil {
+			t.Errorf("%s: %+v", name, f)
+		}
+	}
+	many := []string{id, "name=" + strings.Repeat("x", 65)}
+	for n := range 100 {
+		many = append(many, fmt.Sprintf("addr=/ip4/10.0.0.1/tcp/%d", n+1))
+	}
+	if f, err := parseAdvert(many); err != nil || f.Name != "" || len(f.Addrs) != maxAddrs {
+		t.Errorf("%+v, %v", f, err)
+	}
+}
+
+// No advertisement is taken that could harm who reads or dials it.
+func FuzzAdvert(f *testing.F) {
+	f.Add("id=12D3KooWJR4aBUcF92nDAGni5HgFxVEL3uakhUZvNx4swwwUZGmD\nname=x\naddr=/ip4/10.0.0.1/tcp/1")
+	f.Fuzz(func(t *testing.T, texts string) {
+		found, err := parseAdvert(strings.Split(texts, "\n"))
+		if err != nil {
+			return
+		}
+		if _, err := (PeerAddr{ID: found.ID, Addrs: found.Addrs}).addrInfo(); err != nil {
+			t.Errorf("%+v: %v", found, err)
+		}
+		if !plain(found.Name) {
+			t.Errorf("name %q", found.Name)
+		}
+		again, err := parseAdvert(advert(found.ID, found.Name, found.Addrs))
+		if err != nil || again.ID != found.ID || again.Name != found.Name || !slices.Equal(again.Addrs, found.Addrs) {
+			t.Errorf("%+v, again %+v: %v", found, again, err)
+		}
+	})
 }
 
 // A storehouse that vanishes without a word (a pulled cable: no packet comes

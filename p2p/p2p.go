@@ -112,8 +112,11 @@ type Config struct {
 	// listens for, without being a member. It must not block.
 	Invites func(id string) (secret []byte, ok bool)
 	// Window, if set, says whether guests without an invite are taken now: on a
-	// LAN, while somebody watches. It must not block.
+	// LAN, while somebody watches. A storehouse tells the LAN so, for
+	// FindStorehouses. It is asked every second and must not block.
 	Window func() bool
+	// Name is what a storehouse is called on the LAN: printable, at most 64 bytes.
+	Name string
 	// Site is the label of the place this machine is at, at most 128 bytes; "" = none.
 	Site string
 	// Role of this machine. Default Agent.
