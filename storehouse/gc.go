@@ -94,7 +94,7 @@ func (c *collection) run(ctx context.Context) error {
 		return err
 	}
 	c.begin(phaseSweep, 0)
-	freed, err := c.sweep(ctx, c.step)
+	freed, err := c.sweepAll(ctx, c.step)
 	c.now.FreedBytes += uint64(max(freed, 0)) //nolint:gosec // not negative
 	return err
 }

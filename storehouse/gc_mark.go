@@ -15,16 +15,29 @@ import (
 	cluster "github.com/floxctl/flox/raft"
 )
 
-// marking finds what the roots reach, in nine bytes of memory a valid path. A path
-// is known by the first 64 bits of its hash part; should two share them, either
-// keeps both.
+// marking finds what the roots reach, in little more than eight bytes of memory a
+// valid path. A path is known by the first 64 bits of its hash part; should two
+// share them, either keeps both.
 type marking struct {
-	keys  []uint64 // of all valid paths, in the order of their names
-	live  []uint64 // a bit each
-	work  []uint32 // live paths whose references were not looked at
-	asOf  uint64   // log index
-	count uint64   // bits in live
+	keys   []uint64 // of all valid paths, in the order of their names
+	live   []uint64 // a bit each: reached
+	looked []uint64 // a bit each: its references are reached as well
+	asOf   uint64   // log index
+	count  uint64   // bits in live
+
+	// Of what is live and not looked at, all that stands before at in the order of
+	// names is in work, unless overflow.
+	work     []string // hash parts
+	at       int
+	overflow bool
 }
+
+// Reading all facts in order is quicker than one path's at a time as soon as it
+// finds one in so many of them; maxWork bounds the memory of the other way.
+const (
+	scanWorth = 16
+	maxWork   = 1 << 18
+)
 
 // hashDigits is how nix-base32 writes 0 to 31, in the order of the characters.
 const hashDigits = "0123456789abcdfghijklmnpqrsvwxyz"
@@ -48,38 +61,43 @@ func markKey[T string | []byte](hashPart T) (key uint64) {
 	return key<<4 | uint64(hashDigit[hashPart[keyChars]]>>1)
 }
 
-// prefix is what the hash parts of all paths with a key begin with.
-func prefix(key uint64) []byte {
-	b := []byte{infoKey}
-	for i := range keyChars {
-		b = append(b, hashDigits[key>>(4+5*(keyChars-1-i))&31])
-	}
-	return b
-}
-
-// find gives the position of a path; false if it was not valid.
+// find gives the position of a path; false if it was not valid. Hash parts are
+// spread evenly, so that the key says about where it is.
 func (m *marking) find(hashPart string) (int, bool) {
-	if len(hashPart) != flox.HashPartLen {
+	if len(hashPart) != flox.HashPartLen || len(m.keys) == 0 {
 		return 0, false
 	}
-	return slices.BinarySearch(m.keys, markKey(hashPart))
+	key := markKey(hashPart)
+	guess, _ := bits.Mul64(key, uint64(len(m.keys)))
+	low, high := int(guess), int(guess) //nolint:gosec // below the length
+	for step := 16; low > 0 && m.keys[low] >= key; step *= 2 {
+		low = max(low-step, 0)
+	}
+	for step := 16; high < len(m.keys) && m.keys[high] < key; step *= 2 {
+		high = min(high+step, len(m.keys))
+	}
+	i, ok := slices.BinarySearch(m.keys[low:high], key)
+	if i += low; !ok && i < len(m.keys) {
+		ok = m.keys[i] == key
+	}
+	return i, ok
 }
 
-// isLive says whether the path at a position is reached.
-func (m *marking) isLive(i int) bool { return m.live[i/64]&(1<<(i%64)) != 0 }
+func bit(set []uint64, i int) bool { return set[i/64]&(1<<(i%64)) != 0 }
 
 // reach marks a path, if it is valid.
 func (m *marking) reach(hashPart string) {
-	if i, ok := m.find(hashPart); ok {
-		m.reachAt(i)
+	i, ok := m.find(hashPart)
+	if !ok || bit(m.live, i) {
+		return
 	}
-}
-
-func (m *marking) reachAt(i int) {
-	if !m.isLive(i) {
-		m.live[i/64] |= 1 << (i % 64)
-		m.work = append(m.work, uint32(i)) //nolint:gosec // checked by load
-		m.count++
+	m.live[i/64] |= 1 << (i % 64)
+	m.count++
+	if i >= m.at {
+		return // it comes
+	}
+	if m.overflow = m.overflow || len(m.work) == maxWork; !m.overflow {
+		m.work = append(m.work, hashPart)
 	}
 }
 
@@ -113,11 +131,8 @@ func (m *marking) load(ctx context.Context, r *cluster.Reader, since int64) erro
 	if err != nil {
 		return err
 	}
-	if counts.paths > 1<<32-1 {
-		return fmt.Errorf("%d valid paths, at most %d can be looked at: %w", counts.paths, uint32(1<<32-1), flox.ErrFull)
-	}
 	m.keys = make([]uint64, 0, counts.paths)
-	m.live = make([]uint64, (counts.paths+63)/64)
+	m.live, m.looked = make([]uint64, (counts.paths+63)/64), make([]uint64, (counts.paths+63)/64)
 	info := &floxv1.PathInfo{}
 	var failed error
 	err = r.Iterate([]byte{infoKey}, nil, func(key, value []byte) bool {
@@ -129,8 +144,9 @@ func (m *marking) load(ctx context.Context, r *cluster.Reader, since int64) erro
 			return false
 		}
 		m.keys = append(m.keys, markKey(key[1:]))
-		if (info.GetRegisteredUnix()+1)*1000-1 > since {
-			m.reachAt(m.first())
+		if i := m.first(); (info.GetRegisteredUnix()+1)*1000-1 > since && !bit(m.live, i) {
+			m.live[i/64] |= 1 << (i % 64)
+			m.count++
 		}
 		return true
 	})
@@ -155,33 +171,15 @@ func (m *marking) first() int {
 	return i
 }
 
-// follow marks what is reached, until there is nothing left to look at.
+// follow marks what is reached, until there is nothing left to look at: all facts
+// in order as long as that finds much, and what is left one by one.
 func (m *marking) follow(ctx context.Context, r *cluster.Reader, progress func(done, total uint64)) error {
-	info := &floxv1.PathInfo{}
-	for looked := uint64(0); len(m.work) > 0; looked++ {
-		if looked%4096 == 0 {
-			progress(looked, uint64(len(m.keys)))
-			if err := ctx.Err(); err != nil {
-				return err
-			}
+	for again := true; again; {
+		if err := m.scan(ctx, r, progress); err != nil {
+			return err
 		}
-		key := m.keys[m.work[len(m.work)-1]]
-		m.work = m.work[:len(m.work)-1]
-		var failed error
-		err := r.Iterate(prefix(key), nil, func(k, value []byte) bool {
-			if markKey(k[1:]) != key {
-				return true
-			}
-			if failed = proto.Unmarshal(value, info); failed != nil {
-				failed = fmt.Errorf("facts of %q: %w: %w", k[1:], failed, flox.ErrCorrupt)
-				return false
-			}
-			for _, ref := range info.GetReferences() {
-				m.reach(flox.StorePath(ref).HashPart())
-			}
-			return true
-		})
-		if err := errors.Join(err, failed); err != nil {
+		var err error
+		if again, err = m.chase(ctx, r); err != nil {
 			return err
 		}
 	}
@@ -189,11 +187,72 @@ func (m *marking) follow(ctx context.Context, r *cluster.Reader, progress func(d
 	return nil
 }
 
+// scan looks at all paths in order. What is reached before the one it is at is left
+// as work.
+func (m *marking) scan(ctx context.Context, r *cluster.Reader, progress func(done, total uint64)) error {
+	m.work, m.overflow, m.at = m.work[:0], false, 0
+	info := &floxv1.PathInfo{}
+	var failed error
+	seen := 0
+	err := r.Iterate([]byte{infoKey}, nil, func(key, value []byte) bool {
+		if seen%(1<<16) == 0 {
+			progress(uint64(seen), uint64(len(m.keys))) //nolint:gosec // not negative
+			failed = ctx.Err()
+		}
+		seen++
+		i, ok := m.find(string(key[1:]))
+		m.at = i + 1
+		if failed == nil && ok && bit(m.live, i) && !bit(m.looked, i) {
+			m.looked[i/64] |= 1 << (i % 64)
+			failed = m.look(value, info)
+		}
+		return failed == nil
+	})
+	m.at = len(m.keys)
+	return errors.Join(err, failed)
+}
+
+// chase looks at what is left, one by one, and says whether it was better to scan again.
+func (m *marking) chase(ctx context.Context, r *cluster.Reader) (scan bool, err error) {
+	info := &floxv1.PathInfo{}
+	for most := len(m.keys)/scanWorth + 1000; len(m.work) > 0 && !m.overflow; most-- {
+		if most == 0 || len(m.work) > most {
+			return true, nil
+		}
+		hashPart := m.work[len(m.work)-1]
+		m.work = m.work[:len(m.work)-1]
+		i, _ := m.find(hashPart)
+		m.looked[i/64] |= 1 << (i % 64)
+		value, err := r.Get(hashKey(infoKey, hashPart))
+		if err == nil {
+			err = m.look(value, info)
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return false, fmt.Errorf("facts of %s: %w", hashPart, err)
+		}
+	}
+	return m.overflow, nil
+}
+
+// look reaches the references in the facts of a path.
+func (m *marking) look(value []byte, info *floxv1.PathInfo) error {
+	if err := proto.Unmarshal(value, info); err != nil {
+		return fmt.Errorf("facts: %w: %w", err, flox.ErrCorrupt)
+	}
+	for _, ref := range info.GetReferences() {
+		m.reach(flox.StorePath(ref).HashPart())
+	}
+	return nil
+}
+
 // dead says whether a path was valid and is not reached. Of paths that share a key
 // the first one's bit counts.
 func (m *marking) dead(hashPart string) bool {
 	i, ok := m.find(hashPart)
-	return ok && !m.isLive(i)
+	return ok && !bit(m.live, i)
 }
 
 // deadCount is how many paths are not reached, with those that share a key as one.

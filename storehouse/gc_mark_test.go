@@ -116,19 +116,30 @@ func TestMarkReachesTheClosuresOfTheRoots(t *testing.T) {
 	}
 }
 
-// A key leads back to the paths it stands for, and keys sort as names.
+// Keys sort as names, and every one is found where it is.
 func TestMarkKeys(t *testing.T) {
-	var hashParts []string
-	for i := range 2000 {
-		hashParts = append(hashParts, madeUp(i).HashPart())
-	}
-	slices.Sort(hashParts)
-	for i, h := range hashParts {
-		if got := string(prefix(markKey(h))[1:]); got != h[:keyChars] {
-			t.Errorf("%s: prefix %s", h, got)
+	for _, n := range []int{1, 2, 2000} {
+		var hashParts []string
+		m := &marking{}
+		for i := range n {
+			hashParts = append(hashParts, madeUp(i).HashPart())
 		}
-		if i > 0 && markKey(h) < markKey(hashParts[i-1]) {
-			t.Errorf("%s sorts before %s", h, hashParts[i-1])
+		slices.Sort(hashParts)
+		for _, h := range hashParts {
+			m.keys = append(m.keys, markKey(h))
+		}
+		if !slices.IsSorted(m.keys) {
+			t.Error("keys do not sort as names")
+		}
+		for i, h := range hashParts {
+			if at, ok := m.find(h); !ok || at != i {
+				t.Errorf("%s found at %d %v, is at %d", h, at, ok, i)
+			}
+		}
+		for i := range 100 {
+			if at, ok := m.find(madeUp(n + i).HashPart()); ok {
+				t.Errorf("what is not there is found at %d", at)
+			}
 		}
 	}
 }

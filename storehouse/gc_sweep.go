@@ -59,6 +59,10 @@ func (l *liveBlocks) has(id flox.CID) bool {
 // its path info and to nothing that is being read. A path that becomes valid
 // meanwhile is safe by the session that its blocks came in with.
 func (s *Server) sweep(ctx context.Context, progress func(done, total uint64)) (freed int64, err error) {
+	if !s.sweeping.TryLock() {
+		return 0, fmt.Errorf("the packs are being swept already: %w", flox.ErrBusy)
+	}
+	defer s.sweeping.Unlock()
 	if err := s.node.Ready(ctx); err != nil { // else the newest paths are not known
 		return 0, err
 	}

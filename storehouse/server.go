@@ -58,6 +58,7 @@ type Server struct {
 	reading    *readings
 	moreRoots  []rootSource // beside the storehouse's own
 	collecting sync.Mutex   // held by the collection that runs
+	sweeping   sync.Mutex   // held by the sweep of the packs that runs
 
 	// buildTrace makes a trace; another one in tests.
 	buildTrace func(context.Context, *floxv1.StartState) (*floxv1.StartTrace, error)

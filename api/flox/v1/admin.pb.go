@@ -2139,9 +2139,10 @@ type ImportProgress struct {
 	TotalPaths    uint64                 `protobuf:"varint,2,opt,name=total_paths,json=totalPaths,proto3" json:"total_paths,omitempty"`
 	DoneBytes     uint64                 `protobuf:"varint,3,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"` // NAR bytes
 	TotalBytes    uint64                 `protobuf:"varint,4,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
-	Failed        []string               `protobuf:"bytes,5,rep,name=failed,proto3" json:"failed,omitempty"` // in words
+	Failed        []string               `protobuf:"bytes,5,rep,name=failed,proto3" json:"failed,omitempty"` // in words; what failed since the message before
 	Now           string                 `protobuf:"bytes,6,opt,name=now,proto3" json:"now,omitempty"`
 	Finished      bool                   `protobuf:"varint,7,opt,name=finished,proto3" json:"finished,omitempty"`
+	FailedPaths   uint64                 `protobuf:"varint,8,opt,name=failed_paths,json=failedPaths,proto3" json:"failed_paths,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2223,6 +2224,13 @@ func (x *ImportProgress) GetFinished() bool {
 		return x.Finished
 	}
 	return false
+}
+
+func (x *ImportProgress) GetFailedPaths() uint64 {
+	if x != nil {
+		return x.FailedPaths
+	}
+	return 0
 }
 
 type ListKeysRequest struct {
@@ -3120,7 +3128,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x04from\x18\x01 \x01(\tR\x04from\x12\x14\n" +
 	"\x05paths\x18\x02 \x03(\tR\x05paths\x12\x12\n" +
 	"\x04jobs\x18\x03 \x01(\rR\x04jobs\x12\x12\n" +
-	"\x04keys\x18\x04 \x03(\tR\x04keys\"\xd6\x01\n" +
+	"\x04keys\x18\x04 \x03(\tR\x04keys\"\xf9\x01\n" +
 	"\x0eImportProgress\x12\x1d\n" +
 	"\n" +
 	"done_paths\x18\x01 \x01(\x04R\tdonePaths\x12\x1f\n" +
@@ -3132,7 +3140,8 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"totalBytes\x12\x16\n" +
 	"\x06failed\x18\x05 \x03(\tR\x06failed\x12\x10\n" +
 	"\x03now\x18\x06 \x01(\tR\x03now\x12\x1a\n" +
-	"\bfinished\x18\a \x01(\bR\bfinished\"\x11\n" +
+	"\bfinished\x18\a \x01(\bR\bfinished\x12!\n" +
+	"\ffailed_paths\x18\b \x01(\x04R\vfailedPaths\"\x11\n" +
 	"\x0fListKeysRequest\"\x96\x01\n" +
 	"\x10ListKeysResponse\x12%\n" +
 	"\x04keys\x18\x01 \x03(\v2\x11.flox.v1.KeyStateR\x04keys\x12#\n" +
