@@ -100,6 +100,7 @@ type Agent struct {
 	ran       *ran
 	policies  *policies
 	complete  *completer
+	roots     *rootKeeper
 	known     *knownPeers
 	waits     *waits
 	traffic   *traffic
@@ -127,6 +128,7 @@ func New(cfg Config) (*Agent, error) {
 	if err := a.openState(); err != nil {
 		return nil, errors.Join(err, a.Close())
 	}
+	a.roots = newRootKeeper(a)
 	a.prepareNetwork()
 	a.store = &store{a: a, trees: make(map[flox.CID]*tree)}
 	if cfg.Warden != nil {
@@ -233,7 +235,7 @@ func (a *Agent) prepareNetwork() {
 	house := p2p.PeerID(a.cfg.Invite.Storehouse[0].ID)
 	a.late = newLateHost()
 	a.calls = newCalls(a.late.dial)
-	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, log: a.log}
+	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, condemned: a.roots.collects, log: a.log}
 	a.valid = &validNames{
 		calls: a.calls, house: house, state: a.follower.state, patience: min(listPatience, a.cfg.LookupTimeout/2), log: a.log,
 		asking: make(chan struct{}, 1),
@@ -303,6 +305,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.announce(ctx) })
 	group.Go(func() error { return a.rememberPeers(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
+	group.Go(func() error { return a.roots.run(ctx) })
 	group.Go(func() error { return ended(ctx, "calls", a.serveFacts(ctx)) })
 	if a.starts.recorder != nil {
 		group.Go(func() error { return a.starts.recorder.run(ctx) })

@@ -70,6 +70,11 @@ func (c *calls) storehouse(peer p2p.PeerID) floxv1connect.StorehouseClient {
 	return floxv1connect.NewStorehouseClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
 }
 
+// members is a client of the storehouse's word on its members.
+func (c *calls) members(peer p2p.PeerID) floxv1connect.MembershipClient {
+	return floxv1connect.NewMembershipClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
+}
+
 func (c *calls) close() {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -49,6 +49,7 @@ func (c *control) keep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.Ke
 		return nil, err
 	}
 	defer c.a.executed.again()
+	defer c.a.roots.changed()
 	response := &floxv1.KeepResponse{}
 	owned := make(map[string]ownedPolicy, len(infos))
 	for _, info := range infos {
@@ -112,6 +113,7 @@ func (c *control) unkeep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.
 		}
 	}
 	c.a.executed.again()
+	c.a.roots.changed()
 	if err := c.a.policies.drop(gone...); err != nil {
 		return nil, err
 	}

@@ -28,6 +28,7 @@ type follower struct {
 	calls     *calls
 	house     p2p.PeerID
 	log       *slog.Logger
+	condemned func() // told when a collection begins to remove paths
 
 	mu   sync.Mutex
 	link link
@@ -164,6 +165,9 @@ func (f *follower) take(e *floxv1.WatchEvent, starts bool) error {
 		if err := f.facts.accept([][]byte{b}); err != nil {
 			f.log.Warn("trust list refused", "error", err)
 		}
+	}
+	if e.GetCondemned() || e.GetReset_() { // behind a reset there may have been one
+		f.condemned()
 	}
 	first := false
 	f.update(func(l *link) {

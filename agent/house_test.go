@@ -33,6 +33,7 @@ var testSecret = []byte("a secret of the tests, 32 bytes.")
 type house struct {
 	floxv1connect.UnimplementedStorehouseHandler
 	host   *p2p.Host
+	book   rootBook
 	key    nix.SecretKey
 	invite *api.Invite
 	lists  [][]byte
@@ -180,6 +181,7 @@ func newHouse(t *testing.T) *house {
 	mux := http.NewServeMux()
 	mux.Handle(floxv1connect.NewFactsHandler(h))
 	mux.Handle(floxv1connect.NewStorehouseHandler(h))
+	mux.Handle(floxv1connect.NewMembershipHandler(&h.book))
 	ctx, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup
 	group.Go(func() { _ = h.host.Run(ctx) })
