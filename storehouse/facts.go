@@ -24,7 +24,7 @@ const (
 
 // read calls f with the facts as of now.
 func (s *Server) read(ctx context.Context, c cluster.Consistency, f func(*cluster.Reader) error) error {
-	r, err := s.node.View(ctx, pathsKind, c)
+	r, err := s.view(ctx, pathsKind, c)
 	if err != nil {
 		return err
 	}
@@ -215,7 +215,7 @@ func propose(ctx context.Context, session *cluster.Session, c *floxv1.PathsComma
 	if err != nil {
 		return nil, err
 	}
-	answer, _, err := session.Propose(ctx, pathsKind, b)
+	answer, err := enter(ctx, session, pathsKind, b)
 	if err != nil {
 		return nil, err
 	}

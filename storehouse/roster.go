@@ -76,7 +76,7 @@ func (r *roster) notify(f func()) {
 
 // view gives the members' state as this server has it, or as of now.
 func (s *Server) viewMembers(ctx context.Context, c cluster.Consistency, f func(*cluster.Reader) error) error {
-	r, err := s.node.View(ctx, members.Kind, c)
+	r, err := s.view(ctx, members.Kind, c)
 	if err != nil {
 		return err
 	}
@@ -178,7 +178,7 @@ func (s *Server) proposeMembers(ctx context.Context, c *floxv1.MembersCommand) (
 	if err != nil {
 		return nil, err
 	}
-	answer, _, err := s.memberLog.Propose(ctx, members.Kind, b)
+	answer, err := enter(ctx, s.memberLog, members.Kind, b)
 	if err != nil {
 		return nil, err
 	}

@@ -138,7 +138,7 @@ func (s *Server) proposeTraces(ctx context.Context, c *floxv1.TracesCommand) (*f
 	}
 	ctx, cancel := context.WithTimeout(ctx, proposeTimeout)
 	defer cancel()
-	answer, _, err := s.starts.Propose(ctx, tracesKind, b)
+	answer, err := enter(ctx, s.starts, tracesKind, b)
 	if err != nil {
 		return nil, err
 	}

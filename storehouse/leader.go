@@ -1,0 +1,43 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/floxctl/flox"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// How long a caller waits for the servers to agree. An election takes less than
+// a second; longer than these there is no majority, and who waits shall hear why.
+const (
+	readWait    = 10 * time.Second
+	proposeWait = 30 * time.Second
+)
+
+// noMajority says in words what it means that ctx ended before the servers
+// agreed, unless it is the caller's own context that ended.
+func noMajority(caller context.Context, waited time.Duration, err error) error {
+	if err == nil || caller.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return fmt.Errorf("the servers of the storehouse did not agree within %s: no majority of them reaches each other; see: floxctl storehouse servers: %w: %w", waited, err, flox.ErrUnreachable)
+}
+
+// view opens the facts of a kind. It waits for a leader only so long.
+func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (*cluster.Reader, error) {
+	limited, cancel := context.WithTimeout(ctx, readWait)
+	defer cancel()
+	r, err := s.node.View(limited, kind, c)
+	return r, noMajority(ctx, readWait, err)
+}
+
+// enter puts a command into the log. It waits for a majority only so long.
+func enter(ctx context.Context, session *cluster.Session, kind uint32, command []byte) ([]byte, error) {
+	limited, cancel := context.WithTimeout(ctx, proposeWait)
+	defer cancel()
+	answer, _, err := session.Propose(limited, kind, command)
+	return answer, noMajority(ctx, proposeWait, err)
+}
