@@ -237,3 +237,35 @@ func TestServerThatIsRemovedIsCutOff(t *testing.T) {
 	})
 	publish(t, h.servers[1], makePath(t, "after", 1000))
 }
+
+func TestRotIsRepairedFromAnotherServer(t *testing.T) {
+	h := newHouse(t, 3)
+	p := makePath(t, "precious", 2_000_000)
+	publish(t, h.servers[0], p)
+	eventually(t, "the third has it", func() bool { return whole(h.servers[2], p) })
+	h.stops[2]()
+	packs, err := filepath.Glob(stateFile(h.servers[2], "packs/packs/*.pack"))
+	if err != nil || len(packs) == 0 {
+		t.Fatalf("packs %v, %v", packs, err)
+	}
+	for _, f := range packs {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at := 4096; at < len(b); at += 100_000 {
+			b[at] ^= 0x10
+		}
+		if err := os.WriteFile(f, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.configs[2].scrubEvery = 10 * time.Millisecond
+	h.start(2)
+	eventually(t, "what rotted is whole again", func() bool {
+		bad := 0
+		err := h.servers[2].packs.Scrub(within(t), func(flox.CID, error) { bad++ })
+		return err == nil && bad == 0
+	})
+	checkWhole(t, h.servers[2], p)
+}

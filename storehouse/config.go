@@ -87,6 +87,7 @@ type Config struct {
 
 	// Hooks of the tests.
 	promoteAfter time.Duration
+	scrubEvery   time.Duration
 	touchEvery   time.Duration // overrides the constant
 }
 
@@ -106,6 +107,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.BucketCache, 10<<30)
 	setDefault(&c.CollectGrace, time.Hour)
 	setDefault(&c.Version, "dev")
+	setDefault(&c.scrubEvery, scrubEvery)
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"0.0.0.0:7781"}
 	}

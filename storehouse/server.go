@@ -233,6 +233,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.roster.run(gctx, s) })
 	group.Go(func() error { return s.runServers(gctx) })
 	group.Go(func() error { return s.catchUp.run(gctx) })
+	group.Go(func() error { return s.scrubLoop(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
 	group.Go(func() error { return s.guard(gctx) })
