@@ -40,7 +40,7 @@ func (h *houses) Sweep(ctx context.Context, req *connect.Request[floxv1.SweepReq
 // collection: the facts say what is dead.
 func (s *Server) sweepAll(ctx context.Context, progress func(done, total uint64)) (freed int64, err error) {
 	var peers []p2p.PeerID
-	if s.servers != nil && s.cfg.Bucket == "" {
+	if s.servers != nil { // with a bucket too: a server frees what it has put there itself
 		peers, _, _ = s.servers.others()
 	}
 	index := s.node.Applied()

@@ -62,6 +62,7 @@ type StorehouseConfig struct {
 	MDNS      bool     `toml:"mdns" help:"be found on the LAN by multicast"`
 	TokenFile string   `toml:"token-file" help:"file of the upload token, made at the first start (default: upload-token in its state)"`
 	StageTTL  Duration `toml:"stage-ttl" help:"how long an uploaded NAR waits for its path info"`
+	Grace     Duration `toml:"collect-grace" help:"how long a condemned path stays before a collection removes it"`
 	Reserve   Size     `toml:"reserve" help:"what stays free on its disk; uploads are refused below"`
 	Bucket    string   `toml:"bucket" help:"URL of a bucket in which content lives, s3://NAME?region=R&endpoint=URL or file:///DIRECTORY (default: its own disk)"`
 	BucketMax Size     `toml:"bucket-cache" help:"how much of the bucket is kept on its disk"`
@@ -79,7 +80,7 @@ func DefaultConfig() *Config {
 		Storehouse: StorehouseConfig{
 			HTTP:   fmt.Sprintf("127.0.0.1:%d", cli.DefaultHTTPPort),
 			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultStorehousePort)}, MDNS: true,
-			StageTTL: Duration(24 * time.Hour), Reserve: 256 << 20, BucketMax: 10 << 30,
+			StageTTL: Duration(24 * time.Hour), Grace: Duration(time.Hour), Reserve: 256 << 20, BucketMax: 10 << 30,
 		},
 	}
 }
@@ -122,6 +123,7 @@ site       = ""
 mdns       = true
 token-file = ""
 stage-ttl  = "24h"
+collect-grace = "1h"           # how long what nobody wants stays once a collection condemned it
 reserve    = "256MiB"
 bucket     = ""                # content in a bucket: s3://NAME?region=R&endpoint=URL; its keys as the AWS tools find them
 bucket-cache = "10GiB"
@@ -251,6 +253,7 @@ func (c *Config) check() error {
 		{"agent.lookup-timeout", c.Agent.LookupTimeout},
 		{"agent.read-timeout", c.Agent.ReadTimeout},
 		{"storehouse.stage-ttl", c.Storehouse.StageTTL},
+		{"storehouse.collect-grace", c.Storehouse.Grace},
 	} {
 		if d.d <= 0 {
 			return cli.Explain(flox.ErrBadInput, "%s %s: want more than nothing, such as 5s", d.key, d.d)

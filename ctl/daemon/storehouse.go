@@ -105,7 +105,7 @@ func storehouseConfig(cfg *Config, log *slog.Logger) storehouse.Config {
 	return storehouse.Config{
 		StateDir: filepath.Join(cfg.StateDir, storehouseDir), StoreDir: flox.StoreDir(cfg.StoreDir), Name: s.Name,
 		HTTPListen: s.HTTP, HTTPURL: s.HTTPURL, Listen: s.Listen, Advertise: s.Advertise, Site: s.Site,
-		UploadTokenFile: s.TokenFile, StageTTL: time.Duration(s.StageTTL), ReserveBytes: uint64(s.Reserve),
+		UploadTokenFile: s.TokenFile, StageTTL: time.Duration(s.StageTTL), CollectGrace: time.Duration(s.Grace), ReserveBytes: uint64(s.Reserve),
 		Bucket: s.Bucket, BucketCache: uint64(s.BucketMax),
 		NoMDNS: !s.MDNS, Version: cli.ReadVersion().Version, Log: log,
 	}
