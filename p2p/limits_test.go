@@ -220,6 +220,7 @@ func TestBacklogShares(t *testing.T) {
 	if _, err := conn.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "it waits beside them", func() bool { return len(l.(*listener).in) == peerBacklog+1 })
 	for range peerBacklog + 1 {
 		accepted := make(chan net.Conn, 1)
 		go func() {
