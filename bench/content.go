@@ -191,7 +191,7 @@ func timeGet(ctx context.Context, url string, info *flox.PathInfo) (time.Duratio
 
 // startStorehouse runs a real one in this process, on loopback.
 func startStorehouse(ctx context.Context, dir string) (*storehouse.Server, func(), error) {
-	server, err := storehouse.New(storehouse.Config{StateDir: dir, Name: "bench", HTTPListen: "127.0.0.1:0", Listen: []string{"127.0.0.1:0"}, NoMDNS: true})
+	server, err := storehouse.New(storehouse.Config{StateDir: dir, Name: "bench", HTTPListen: "127.0.0.1:0", Listen: []string{"127.0.0.1:0"}, NoMDNS: true, OpenMembership: true})
 	if err != nil {
 		return nil, nil, err
 	}

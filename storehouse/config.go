@@ -80,6 +80,16 @@ type Config struct {
 	CollectGrace time.Duration `json:"collect_grace"`
 	// NoMDNS turns multicast discovery on the LAN off.
 	NoMDNS bool `json:"no_mdns"`
+	// OpenMembership makes every machine that has invite.json, and so the swarm's
+	// secret, a member without being in the member list, unless its key was revoked.
+	// Default false: who connects is in the member list, by way of an invite.
+	OpenMembership bool `json:"open_membership"`
+	// Socket is the unix socket for operators on this machine: root and the account
+	// the server runs as. "" = none.
+	Socket string `json:"socket"`
+	// EphemeralTTL is how long an ephemeral machine stays a member that nobody sees
+	// any more. Default 1 h.
+	EphemeralTTL time.Duration `json:"ephemeral_ttl"`
 	// Version is the program's version, told to callers. Default "dev".
 	Version string `json:"-"`
 	// Log takes what an operator may need; nil = discard.
@@ -102,6 +112,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.HTTPListen, "127.0.0.1:7780")
 	setDefault(&c.UploadTokenFile, filepath.Join(c.StateDir, "upload-token"))
 	setDefault(&c.StageTTL, 24*time.Hour)
+	setDefault(&c.EphemeralTTL, ephemeralTTL)
 	setDefault(&c.MaxStaged, 256)
 	setDefault(&c.ReserveBytes, 256<<20)
 	setDefault(&c.BucketCache, 10<<30)
@@ -131,8 +142,8 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.checkConsensus(); err != nil {
 		return c, err
 	}
-	if c.StageTTL < 0 || c.MaxStaged < 0 || c.CollectGrace < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
-		return bad("stage_ttl, max_staged, collect_grace, reserve_bytes and bucket_cache must not be negative")
+	if c.StageTTL < 0 || c.EphemeralTTL < 0 || c.MaxStaged < 0 || c.CollectGrace < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
+		return bad("stage_ttl, ephemeral_ttl, max_staged, collect_grace, reserve_bytes and bucket_cache must not be negative")
 	}
 	if strings.ContainsAny(c.Name, ": \t\n/") || len(c.Name) > 64 {
 		return bad("name %q: want at most 64 characters without spaces, colons and slashes", c.Name)

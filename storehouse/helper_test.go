@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 func testConfig(dir string) Config {
 	c := Config{
 		StateDir: dir, Name: "test", HTTPListen: "127.0.0.1:0", Listen: []string{"127.0.0.1:0"},
-		NoMDNS: true, ReserveBytes: 1 << 20,
+		NoMDNS: true, OpenMembership: true, ReserveBytes: 1 << 20,
 		// However full the disk of the test machine is.
 		Watermarks: Watermarks{Slow: 100, Essential: 100, ReadOnly: 100},
 	}

@@ -26,16 +26,19 @@ const maxMessage = 4 << 20
 const maxUploads = 16
 
 // serveRPC answers the calls of members until ctx ends.
-func (s *Server) serveRPC(ctx context.Context) error {
+func (s *Server) serveRPC(ctx context.Context, operators *admin) error {
 	l, err := s.swarm.Listen(rpcProtocol)
 	if err != nil {
 		return err
 	}
 	calls := &rpc{Server: s, uploads: make(chan struct{}, maxUploads), watchers: make(chan struct{}, maxWatchers), stop: ctx}
+	calls.memberWatchers = make(chan struct{}, maxWatchers)
 	mux := http.NewServeMux()
 	limit := connect.WithReadMaxBytes(maxMessage)
 	mux.Handle(floxv1connect.NewFactsHandler(calls, limit))
 	mux.Handle(floxv1connect.NewStorehouseHandler(calls, limit))
+	mux.Handle(floxv1connect.NewMembershipHandler(calls, limit))
+	mux.Handle(floxv1connect.NewAdminHandler(operators, limit))
 	mux.Handle(floxv1connect.NewServersHandler(&houses{Server: s, slots: make(chan struct{}, maxPlacing)}, limit))
 	return serve(ctx, l, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
 }
@@ -43,10 +46,12 @@ func (s *Server) serveRPC(ctx context.Context) error {
 // rpc answers calls. The connections it gets are of proven members.
 type rpc struct {
 	floxv1connect.UnimplementedStorehouseHandler
+	floxv1connect.UnimplementedMembershipHandler
 	*Server
-	uploads  chan struct{}
-	watchers chan struct{}
-	stop     context.Context //nolint:containedctx // ends streams that would not end by themselves
+	uploads        chan struct{}
+	watchers       chan struct{}
+	memberWatchers chan struct{}
+	stop           context.Context //nolint:containedctx // ends streams that would not end by themselves
 }
 
 // ready refuses calls before the server knows what it would answer.

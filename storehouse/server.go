@@ -42,6 +42,8 @@ type Server struct {
 	roster    *roster
 	sealed    atomic.Uint64 // version of the secrets in force; 0 = those of the key files
 	memberLog *cluster.Session
+	news      bell      // rings when the member list or the keys changed
+	seen      *seenBook // which machines are there
 	held      *holding
 	catchUp   *catchUp
 	web       net.Listener // nil = no HTTP
@@ -129,6 +131,8 @@ func (s *Server) open() (err error) {
 func (s *Server) openLog() (err error) {
 	s.roster = newRoster()
 	s.roster.notify(s.openKeys)
+	s.roster.notify(s.news.ring)
+	s.seen = newSeenBook()
 	s.servers = newServers(s.id, s.roster)
 	cfg := cluster.Config{
 		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: s.id.joined == nil,
@@ -171,8 +175,13 @@ func (s *Server) openPacks() (*pack.Store, error) {
 
 // listen binds the doors to the outside.
 func (s *Server) listen() (err error) {
+	// Who is a member is known before anybody asks.
+	if err := s.roster.refresh(context.Background(), s); err != nil {
+		return err
+	}
 	s.swarm, err = p2p.New(p2p.Config{
-		Key: s.id.machine, Listen: s.cfg.Listen, Announce: s.cfg.Advertise, Secret: s.id.ring.secrets()[0], Site: s.cfg.Site,
+		Key: s.id.machine, Listen: s.cfg.Listen, Announce: s.cfg.Advertise, Site: s.cfg.Site,
+		Secrets: s.id.ring.secrets, Allowed: s.allowed, Invites: s.inviteProof, Window: s.windowOpen,
 		Role: p2p.Storehouse, NoMDNS: s.cfg.NoMDNS, Blocks: held{s.packs}, Log: s.cfg.Log.With("part", "p2p"),
 	})
 	if err != nil {
@@ -227,11 +236,13 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.batch.run(gctx) })
 	group.Go(func() error { return s.made.run(gctx, s.makeTrace) })
 	group.Go(func() error { return s.begin(gctx) })
-	group.Go(func() error { return s.serveRPC(gctx) })
+	operators := newAdmin(s, gctx)
+	group.Go(func() error { return s.serveRPC(gctx, operators) })
 	group.Go(func() error { return s.serveWeb(gctx) })
 	group.Go(func() error { return s.packs.Run(gctx) })
 	group.Go(func() error { return s.roster.run(gctx, s) })
 	group.Go(func() error { return s.runServers(gctx) })
+	group.Go(func() error { return s.runMembers(gctx, operators) })
 	group.Go(func() error { return s.catchUp.run(gctx) })
 	group.Go(func() error { return s.scrubLoop(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })

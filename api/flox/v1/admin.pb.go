@@ -2837,6 +2837,86 @@ func (x *FetchResponse) GetMissing() []uint32 {
 	return nil
 }
 
+type SeenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peers         []string               `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeenRequest) Reset() {
+	*x = SeenRequest{}
+	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeenRequest) ProtoMessage() {}
+
+func (x *SeenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeenRequest.ProtoReflect.Descriptor instead.
+func (*SeenRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *SeenRequest) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+type SeenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeenResponse) Reset() {
+	*x = SeenResponse{}
+	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeenResponse) ProtoMessage() {}
+
+func (x *SeenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeenResponse.ProtoReflect.Descriptor instead.
+func (*SeenResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{50}
+}
+
 type StateRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2845,7 +2925,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2857,7 +2937,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2870,7 +2950,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 type StateResponse struct {
@@ -2883,7 +2963,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2895,7 +2975,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2908,7 +2988,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StateResponse) GetState() *ServerState {
@@ -2935,7 +3015,7 @@ type SweepRequest struct {
 
 func (x *SweepRequest) Reset() {
 	*x = SweepRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2947,7 +3027,7 @@ func (x *SweepRequest) String() string {
 func (*SweepRequest) ProtoMessage() {}
 
 func (x *SweepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2960,7 +3040,7 @@ func (x *SweepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SweepRequest.ProtoReflect.Descriptor instead.
 func (*SweepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *SweepRequest) GetIndex() uint64 {
@@ -3183,7 +3263,10 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x03ids\x18\x01 \x03(\fR\x03ids\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\tR\x04from\")\n" +
 	"\rFetchResponse\x12\x18\n" +
-	"\amissing\x18\x01 \x03(\rR\amissing\"\x0e\n" +
+	"\amissing\x18\x01 \x03(\rR\amissing\"#\n" +
+	"\vSeenRequest\x12\x14\n" +
+	"\x05peers\x18\x01 \x03(\tR\x05peers\"\x0e\n" +
+	"\fSeenResponse\"\x0e\n" +
 	"\fStateRequest\"i\n" +
 	"\rStateResponse\x12*\n" +
 	"\x05state\x18\x01 \x01(\v2\x14.flox.v1.ServerStateR\x05state\x12,\n" +
@@ -3215,11 +3298,12 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\tImportKey\x12\x19.flox.v1.ImportKeyRequest\x1a\x1a.flox.v1.ImportKeyResponse\x12E\n" +
 	"\n" +
 	"RotateKeys\x12\x1a.flox.v1.RotateKeysRequest\x1a\x1b.flox.v1.RotateKeysResponse\x12;\n" +
-	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\xb5\x01\n" +
+	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\xea\x01\n" +
 	"\aServers\x126\n" +
 	"\x05Fetch\x12\x15.flox.v1.FetchRequest\x1a\x16.flox.v1.FetchResponse\x126\n" +
 	"\x05State\x12\x15.flox.v1.StateRequest\x1a\x16.flox.v1.StateResponse\x12:\n" +
-	"\x05Sweep\x12\x15.flox.v1.SweepRequest\x1a\x18.flox.v1.CollectProgress0\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\x05Sweep\x12\x15.flox.v1.SweepRequest\x1a\x18.flox.v1.CollectProgress0\x01\x123\n" +
+	"\x04Seen\x12\x14.flox.v1.SeenRequest\x1a\x15.flox.v1.SeenResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_admin_proto_rawDescOnce sync.Once
@@ -3233,7 +3317,7 @@ func file_flox_v1_admin_proto_rawDescGZIP() []byte {
 	return file_flox_v1_admin_proto_rawDescData
 }
 
-var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
 var file_flox_v1_admin_proto_goTypes = []any{
 	(*MakeInviteRequest)(nil),     // 0: flox.v1.MakeInviteRequest
 	(*MakeInviteResponse)(nil),    // 1: flox.v1.MakeInviteResponse
@@ -3284,27 +3368,29 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*BackupProgress)(nil),        // 46: flox.v1.BackupProgress
 	(*FetchRequest)(nil),          // 47: flox.v1.FetchRequest
 	(*FetchResponse)(nil),         // 48: flox.v1.FetchResponse
-	(*StateRequest)(nil),          // 49: flox.v1.StateRequest
-	(*StateResponse)(nil),         // 50: flox.v1.StateResponse
-	(*SweepRequest)(nil),          // 51: flox.v1.SweepRequest
-	(*Label)(nil),                 // 52: flox.v1.Label
-	(*UserGrant)(nil),             // 53: flox.v1.UserGrant
-	(*InviteRecord)(nil),          // 54: flox.v1.InviteRecord
-	(*Machine)(nil),               // 55: flox.v1.Machine
-	(*ChangeMachine)(nil),         // 56: flox.v1.ChangeMachine
-	(*AuditRecord)(nil),           // 57: flox.v1.AuditRecord
+	(*SeenRequest)(nil),           // 49: flox.v1.SeenRequest
+	(*SeenResponse)(nil),          // 50: flox.v1.SeenResponse
+	(*StateRequest)(nil),          // 51: flox.v1.StateRequest
+	(*StateResponse)(nil),         // 52: flox.v1.StateResponse
+	(*SweepRequest)(nil),          // 53: flox.v1.SweepRequest
+	(*Label)(nil),                 // 54: flox.v1.Label
+	(*UserGrant)(nil),             // 55: flox.v1.UserGrant
+	(*InviteRecord)(nil),          // 56: flox.v1.InviteRecord
+	(*Machine)(nil),               // 57: flox.v1.Machine
+	(*ChangeMachine)(nil),         // 58: flox.v1.ChangeMachine
+	(*AuditRecord)(nil),           // 59: flox.v1.AuditRecord
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
-	52, // 0: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
-	53, // 1: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
-	54, // 2: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
-	54, // 3: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
+	54, // 0: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
+	55, // 1: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
+	56, // 2: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
+	56, // 3: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
 	8,  // 4: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
-	55, // 5: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
-	56, // 6: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
-	55, // 7: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
-	55, // 8: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
-	57, // 9: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
+	57, // 5: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
+	58, // 6: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
+	57, // 7: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
+	57, // 8: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
+	59, // 9: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
 	17, // 10: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
 	30, // 11: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
 	33, // 12: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
@@ -3334,34 +3420,36 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	43, // 36: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
 	45, // 37: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
 	47, // 38: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	49, // 39: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	51, // 40: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	1,  // 41: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	3,  // 42: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	5,  // 43: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	7,  // 44: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	10, // 45: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	12, // 46: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	14, // 47: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	16, // 48: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	19, // 49: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	21, // 50: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	23, // 51: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	25, // 52: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	27, // 53: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	29, // 54: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	32, // 55: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	35, // 56: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	37, // 57: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	39, // 58: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	42, // 59: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	44, // 60: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	46, // 61: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	48, // 62: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	50, // 63: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	27, // 64: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	41, // [41:65] is the sub-list for method output_type
-	17, // [17:41] is the sub-list for method input_type
+	51, // 39: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	53, // 40: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	49, // 41: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	1,  // 42: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	3,  // 43: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	5,  // 44: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	7,  // 45: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	10, // 46: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	12, // 47: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	14, // 48: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	16, // 49: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	19, // 50: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	21, // 51: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	23, // 52: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	25, // 53: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	27, // 54: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	29, // 55: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	32, // 56: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	35, // 57: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	37, // 58: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	39, // 59: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	42, // 60: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	44, // 61: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	46, // 62: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	48, // 63: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	52, // 64: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	27, // 65: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	50, // 66: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	42, // [42:67] is the sub-list for method output_type
+	17, // [17:42] is the sub-list for method input_type
 	17, // [17:17] is the sub-list for extension type_name
 	17, // [17:17] is the sub-list for extension extendee
 	0,  // [0:17] is the sub-list for field type_name
@@ -3379,7 +3467,7 @@ func file_flox_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_admin_proto_rawDesc), len(file_flox_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   52,
+			NumMessages:   54,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -87,6 +87,8 @@ const (
 	ServersStateProcedure = "/flox.v1.Servers/State"
 	// ServersSweepProcedure is the fully-qualified name of the Servers's Sweep RPC.
 	ServersSweepProcedure = "/flox.v1.Servers/Sweep"
+	// ServersSeenProcedure is the fully-qualified name of the Servers's Seen RPC.
+	ServersSeenProcedure = "/flox.v1.Servers/Seen"
 )
 
 // AdminClient is a client for the flox.v1.Admin service.
@@ -695,6 +697,8 @@ type ServersClient interface {
 	State(context.Context, *connect.Request[v1.StateRequest]) (*connect.Response[v1.StateResponse], error)
 	// Sweep frees what is condemned and removed from the facts up to an index.
 	Sweep(context.Context, *connect.Request[v1.SweepRequest]) (*connect.ServerStreamForClient[v1.CollectProgress], error)
+	// Seen tells the leader which machines watch the members at the caller.
+	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
 }
 
 // NewServersClient constructs a client for the flox.v1.Servers service. By default, it uses the
@@ -726,6 +730,12 @@ func NewServersClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(serversMethods.ByName("Sweep")),
 			connect.WithClientOptions(opts...),
 		),
+		seen: connect.NewClient[v1.SeenRequest, v1.SeenResponse](
+			httpClient,
+			baseURL+ServersSeenProcedure,
+			connect.WithSchema(serversMethods.ByName("Seen")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -734,6 +744,7 @@ type serversClient struct {
 	fetch *connect.Client[v1.FetchRequest, v1.FetchResponse]
 	state *connect.Client[v1.StateRequest, v1.StateResponse]
 	sweep *connect.Client[v1.SweepRequest, v1.CollectProgress]
+	seen  *connect.Client[v1.SeenRequest, v1.SeenResponse]
 }
 
 // Fetch calls flox.v1.Servers.Fetch.
@@ -751,6 +762,11 @@ func (c *serversClient) Sweep(ctx context.Context, req *connect.Request[v1.Sweep
 	return c.sweep.CallServerStream(ctx, req)
 }
 
+// Seen calls flox.v1.Servers.Seen.
+func (c *serversClient) Seen(ctx context.Context, req *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error) {
+	return c.seen.CallUnary(ctx, req)
+}
+
 // ServersHandler is an implementation of the flox.v1.Servers service.
 type ServersHandler interface {
 	// Fetch brings blocks from the caller (or whoever has them) and answers once they are durable here.
@@ -759,6 +775,8 @@ type ServersHandler interface {
 	State(context.Context, *connect.Request[v1.StateRequest]) (*connect.Response[v1.StateResponse], error)
 	// Sweep frees what is condemned and removed from the facts up to an index.
 	Sweep(context.Context, *connect.Request[v1.SweepRequest], *connect.ServerStream[v1.CollectProgress]) error
+	// Seen tells the leader which machines watch the members at the caller.
+	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
 }
 
 // NewServersHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -786,6 +804,12 @@ func NewServersHandler(svc ServersHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(serversMethods.ByName("Sweep")),
 		connect.WithHandlerOptions(opts...),
 	)
+	serversSeenHandler := connect.NewUnaryHandler(
+		ServersSeenProcedure,
+		svc.Seen,
+		connect.WithSchema(serversMethods.ByName("Seen")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Servers/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ServersFetchProcedure:
@@ -794,6 +818,8 @@ func NewServersHandler(svc ServersHandler, opts ...connect.HandlerOption) (strin
 			serversStateHandler.ServeHTTP(w, r)
 		case ServersSweepProcedure:
 			serversSweepHandler.ServeHTTP(w, r)
+		case ServersSeenProcedure:
+			serversSeenHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -813,4 +839,8 @@ func (UnimplementedServersHandler) State(context.Context, *connect.Request[v1.St
 
 func (UnimplementedServersHandler) Sweep(context.Context, *connect.Request[v1.SweepRequest], *connect.ServerStream[v1.CollectProgress]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Sweep is not implemented"))
+}
+
+func (UnimplementedServersHandler) Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Seen is not implemented"))
 }

@@ -1,0 +1,324 @@
+package storehouse
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/members"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+const (
+	defaultInviteTTL = time.Hour
+	maxInviteTTL     = 30 * 24 * time.Hour
+	lanUses          = 256 // machines that join inside one window, unless told otherwise
+	inviteIDLen      = 10  // of base32
+	inviteSecretLen  = 20  // bytes
+	auditPage        = 256 // records of one message
+	maxAuditLimit    = 10_000
+)
+
+// answer makes a reply of what a call gave.
+func answer[T any](m *T, err error) (*connect.Response[T], error) {
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return connect.NewResponse(m), nil
+}
+
+// MakeInvite is floxv1connect.AdminHandler. The secret is in the answer alone.
+func (a *admin) MakeInvite(ctx context.Context, req *connect.Request[floxv1.MakeInviteRequest]) (*connect.Response[floxv1.MakeInviteResponse], error) {
+	who, err := a.may(ctx, req, adminOnly, "invite.make")
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return answer(a.makeInvite(ctx, who, req.Msg))
+}
+
+func (a *admin) makeInvite(ctx context.Context, who *floxv1.Actor, m *floxv1.MakeInviteRequest) (*floxv1.MakeInviteResponse, error) {
+	if m.GetTtlSeconds() > uint64(maxInviteTTL/time.Second) {
+		return nil, fmt.Errorf("an invite of %d s, want at most %v: %w", m.GetTtlSeconds(), maxInviteTTL, flox.ErrBadInput)
+	}
+	ttl := time.Duration(m.GetTtlSeconds()) * time.Second //nolint:gosec // bounded above
+	setDefault(&ttl, defaultInviteTTL)
+	uses := m.GetUses()
+	if m.GetLan() {
+		setDefault(&uses, lanUses)
+	}
+	setDefault(&uses, 1)
+	trust, err := a.s.newestTrust(ctx)
+	if err != nil {
+		return nil, err
+	}
+	text := &api.JoinInvite{
+		ID: rand.Text()[:inviteIDLen], Role: m.GetRole(), Name: a.s.cfg.Name, Storehouse: a.s.whereServersAre(), TrustList: trust,
+		StoreDir: a.s.cfg.StoreDir, Expires: time.Now().Add(ttl).Truncate(time.Second).UTC(), LAN: m.GetLan(),
+	}
+	record := &floxv1.InviteRecord{
+		Id: text.ID, Role: m.GetRole(), Uses: uses, ExpiresUnixMs: text.Expires.UnixMilli(),
+		Labels: m.GetLabels(), Ephemeral: m.GetEphemeral(), User: m.GetUser(), Lan: m.GetLan(),
+	}
+	if !m.GetLan() {
+		text.Secret = make([]byte, inviteSecretLen)
+		_, _ = rand.Read(text.Secret) // never fails
+		if record.Verifier, err = text.Proof(); err != nil {
+			return nil, err
+		}
+	}
+	line, err := text.Encode()
+	if err != nil {
+		return nil, err
+	}
+	_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_MakeInvite{MakeInvite: record}})
+	record.Verifier, record.By = nil, who
+	return &floxv1.MakeInviteResponse{Invite: line, Record: record}, err
+}
+
+// newestTrust is the fingerprint of the trust list in force.
+func (s *Server) newestTrust(ctx context.Context) (flox.CID, error) {
+	lists, err := s.trustLists(ctx, 0)
+	if err != nil || len(lists) == 0 {
+		return flox.CID{}, fmt.Errorf("the storehouse has no trust list yet: %w", orUnreachable(err))
+	}
+	newest, err := content.ParseTrustList(lists[len(lists)-1])
+	if err != nil {
+		return flox.CID{}, err
+	}
+	return newest.Fingerprint()
+}
+
+func orUnreachable(err error) error {
+	if err == nil {
+		return flox.ErrUnreachable
+	}
+	return err
+}
+
+// whereServersAre lists the servers, this one first.
+func (s *Server) whereServersAre() []api.InvitePeer {
+	list := []api.InvitePeer{{ID: string(s.id.peer), Addrs: s.swarm.Addrs()}}
+	for _, m := range s.roster.servers() {
+		if m.GetPeer() != string(s.id.peer) && len(m.GetAddrs()) > 0 && len(list) < maxInvitedTo {
+			list = append(list, api.InvitePeer{ID: m.GetPeer(), Addrs: m.GetAddrs()})
+		}
+	}
+	return list
+}
+
+// maxInvitedTo is how many servers an invite names: it has to be pasted.
+const maxInvitedTo = 5
+
+// ListInvites is floxv1connect.AdminHandler.
+func (a *admin) ListInvites(ctx context.Context, req *connect.Request[floxv1.ListInvitesRequest]) (*connect.Response[floxv1.ListInvitesResponse], error) {
+	out := &floxv1.ListInvitesResponse{}
+	_, err := a.may(ctx, req, adminOnly, "invite.list")
+	if err == nil {
+		err = a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+			now := time.Now().UnixMilli()
+			return members.Invites(r, func(inv *floxv1.InviteRecord) bool {
+				if inv.Verifier = nil; inv.GetExpiresUnixMs() > now {
+					out.Invites = append(out.Invites, inv)
+				}
+				return true
+			})
+		})
+	}
+	return answer(out, err)
+}
+
+// CancelInvite is floxv1connect.AdminHandler.
+func (a *admin) CancelInvite(ctx context.Context, req *connect.Request[floxv1.CancelInviteRequest]) (*connect.Response[floxv1.CancelInviteResponse], error) {
+	who, err := a.may(ctx, req, adminOnly, "invite.cancel")
+	if err == nil {
+		_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_CancelInvite{CancelInvite: req.Msg.GetId()}})
+	}
+	return answer(&floxv1.CancelInviteResponse{}, err)
+}
+
+// ListMachines is floxv1connect.AdminHandler. Every member may ask.
+func (a *admin) ListMachines(ctx context.Context, req *connect.Request[floxv1.ListMachinesRequest]) (*connect.Response[floxv1.ListMachinesResponse], error) {
+	if _, err := a.may(ctx, req, anyMember, "machine.list"); err != nil {
+		return nil, api.ToConnect(err)
+	}
+	out := &floxv1.ListMachinesResponse{}
+	add := func(m *floxv1.Machine) bool {
+		state := &floxv1.MachineState{Machine: m}
+		state.Connected, state.SeenUnixMs = a.s.seen.look(m.GetPeer())
+		if m.GetPeer() == string(a.s.id.peer) {
+			state.Connected, state.SeenUnixMs = true, time.Now().UnixMilli()
+		}
+		out.Machines = append(out.Machines, state)
+		return true
+	}
+	return answer(out, a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		if req.Msg.GetMachine() == "" {
+			return members.Machines(r, add)
+		}
+		m, err := members.Find(r, req.Msg.GetMachine())
+		if err == nil {
+			add(m)
+		}
+		return err
+	}))
+}
+
+// find gives the machine that is meant.
+func (a *admin) find(ctx context.Context, what string) (m *floxv1.Machine, err error) {
+	err = a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
+		m, err = members.Find(r, what)
+		return err
+	})
+	return m, err
+}
+
+// ChangeMachine is floxv1connect.AdminHandler.
+func (a *admin) ChangeMachine(ctx context.Context, req *connect.Request[floxv1.ChangeMachineRequest]) (*connect.Response[floxv1.ChangeMachineResponse], error) {
+	who, err := a.may(ctx, req, adminOnly, "machine.change")
+	var m *floxv1.Machine
+	if err == nil {
+		m, err = a.find(ctx, req.Msg.GetMachine())
+	}
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	change := req.Msg.GetChange()
+	if change == nil {
+		change = &floxv1.ChangeMachine{}
+	}
+	change.Peer = m.GetPeer()
+	reply, err := a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Change{Change: change}})
+	return answer(&floxv1.ChangeMachineResponse{Machine: reply.GetMachine()}, err)
+}
+
+// RemoveMachine is floxv1connect.AdminHandler: it revokes the machine's key.
+// When it answers, this server has cut its connections; the others follow within
+// a second.
+func (a *admin) RemoveMachine(ctx context.Context, req *connect.Request[floxv1.RemoveMachineRequest]) (*connect.Response[floxv1.RemoveMachineResponse], error) {
+	who, err := a.may(ctx, req, adminOnly, "machine.revoke")
+	var m *floxv1.Machine
+	if err == nil {
+		m, err = a.find(ctx, req.Msg.GetMachine())
+	}
+	if err == nil && m.GetPeer() == string(a.s.id.peer) {
+		err = fmt.Errorf("%s is the server that was asked: ask another one to take it out: %w", m.GetName(), flox.ErrBusy)
+	}
+	if err == nil {
+		remove := &floxv1.RemoveMachine{Peer: m.GetPeer(), Reason: req.Msg.GetReason(), Revoked: true}
+		_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: remove}})
+	}
+	if err == nil {
+		err = a.s.roster.refresh(ctx, a.s)
+		a.s.swarm.Kick()
+	}
+	return answer(&floxv1.RemoveMachineResponse{Machine: m}, err)
+}
+
+// Audit is floxv1connect.AdminHandler.
+func (a *admin) Audit(ctx context.Context, req *connect.Request[floxv1.AuditRequest], stream *connect.ServerStream[floxv1.AuditResponse]) error {
+	_, err := a.mayAs(ctx, req.Peer().Addr, req.Header(), adminOnly, "audit.read")
+	if err != nil {
+		return api.ToConnect(err)
+	}
+	select {
+	case a.followers <- struct{}{}:
+		defer func() { <-a.followers }()
+	default:
+		return api.ToConnect(fmt.Errorf("%d follow the audit log already: %w", maxFollowers, flox.ErrFull))
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(a.stop, cancel)()
+	return api.ToConnect(a.audit(ctx, req.Msg, stream.Send))
+}
+
+func (a *admin) audit(ctx context.Context, q *floxv1.AuditRequest, send func(*floxv1.AuditResponse) error) error {
+	if q.GetLimit() > maxAuditLimit {
+		return fmt.Errorf("the newest %d records, want at most %d; 0 = all: %w", q.GetLimit(), maxAuditLimit, flox.ErrBadInput)
+	}
+	at, err := a.auditNewest(ctx, q, send)
+	for err == nil {
+		var records []*floxv1.AuditRecord
+		was := at
+		if records, at, err = a.auditBehind(ctx, at, q); err != nil {
+			return err
+		}
+		if len(records) > 0 {
+			if err := send(&floxv1.AuditResponse{Records: records}); err != nil {
+				return err
+			}
+		}
+		switch {
+		case at > was: // there may be more
+		case !q.GetFollow():
+			return nil
+		default:
+			if _, err := a.s.node.Follow(ctx, a.s.node.Applied()); err != nil {
+				return err
+			}
+		}
+	}
+	return err
+}
+
+// auditNewest sends the newest records if only so many are wanted, and says
+// behind which index to go on.
+func (a *admin) auditNewest(ctx context.Context, q *floxv1.AuditRequest, send func(*floxv1.AuditResponse) error) (uint64, error) {
+	limit := int(q.GetLimit())
+	if limit == 0 {
+		return q.GetAfter(), nil
+	}
+	var newest []*floxv1.AuditRecord
+	at := q.GetAfter()
+	err := a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		return members.Audit(r, at, func(rec *floxv1.AuditRecord) bool {
+			if at = rec.GetIndex(); wanted(rec, q) {
+				if newest = append(newest, rec); len(newest) >= 2*limit {
+					newest = append(newest[:0], newest[len(newest)-limit:]...)
+				}
+			}
+			return ctx.Err() == nil
+		})
+	})
+	newest = newest[max(0, len(newest)-limit):]
+	for err == nil && len(newest) > 0 {
+		n := min(auditPage, len(newest))
+		err = send(&floxv1.AuditResponse{Records: newest[:n]})
+		newest = newest[n:]
+	}
+	return at, err
+}
+
+// auditBehind reads a page of the audit log, and up to which index it went.
+func (a *admin) auditBehind(ctx context.Context, at uint64, q *floxv1.AuditRequest) (page []*floxv1.AuditRecord, upTo uint64, err error) {
+	upTo = at
+	err = a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		return members.Audit(r, at, func(rec *floxv1.AuditRecord) bool {
+			if upTo = rec.GetIndex(); wanted(rec, q) {
+				page = append(page, rec)
+			}
+			return len(page) < auditPage
+		})
+	})
+	return page, upTo, err
+}
+
+// wanted reports whether a record is about or by the machine asked for, and of
+// the actions asked for.
+func wanted(rec *floxv1.AuditRecord, q *floxv1.AuditRequest) bool {
+	if !strings.HasPrefix(rec.GetAction(), q.GetAction()) {
+		return false
+	}
+	m := q.GetMachine()
+	return m == "" || strings.EqualFold(m, rec.GetSubject()) || strings.EqualFold(m, rec.GetActor().GetMachine()) ||
+		m == rec.GetActor().GetPeer() || slices.Contains(strings.Fields(rec.GetDetail()), m)
+}

@@ -1,0 +1,159 @@
+package storehouse
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
+	"github.com/floxctl/flox/members"
+	"github.com/floxctl/flox/p2p"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// JoinProtocol is what guests speak: machines that are no members yet.
+const JoinProtocol = "/flox/join/1"
+
+// maxJoinMessage bounds what a guest sends in bytes, and maxTold how many members
+// the answer names; the rest comes through WatchMembers.
+const (
+	maxJoinMessage = 64 << 10
+	maxTold        = 1000
+)
+
+// guestKey is the context key of who a guest is.
+type guestKey struct{}
+
+// guest is what a guest's connection has proven.
+type guest struct {
+	invite string // "" = within a window
+	peer   p2p.PeerID
+}
+
+// joining answers guests.
+type joining struct{ *Server }
+
+// serveJoin answers guests until ctx ends.
+func (s *Server) serveJoin(ctx context.Context) error {
+	l, err := s.swarm.ListenGuests(JoinProtocol)
+	if err != nil {
+		return err
+	}
+	mux := http.NewServeMux()
+	mux.Handle(floxv1connect.NewJoinHandler(joining{s}, connect.WithReadMaxBytes(maxJoinMessage)))
+	return serve(ctx, l, &http.Server{
+		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 20 * time.Second, MaxHeaderBytes: maxWebHeader,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			invite, peer := p2p.GuestInvite(conn)
+			return context.WithValue(ctx, guestKey{}, guest{invite, peer})
+		},
+	})
+}
+
+// invited gives the invite a guest came with.
+func (j joining) invited(ctx context.Context) (g guest, inv *floxv1.InviteRecord, err error) {
+	g, ok := ctx.Value(guestKey{}).(guest)
+	if !ok || g.peer == "" {
+		return g, nil, fmt.Errorf("join: the connection does not say who it is: %w", flox.ErrDenied)
+	}
+	if g.invite == "" {
+		inv, err = j.window(ctx)
+	} else {
+		err = j.viewMembers(ctx, cluster.Local, func(r *cluster.Reader) error {
+			inv, err = members.Invite(r, g.invite)
+			return err
+		})
+	}
+	if errors.Is(err, flox.ErrNotFound) {
+		err = fmt.Errorf("join: the invite is not valid any more: ask for a new one: %w", flox.ErrDenied)
+	}
+	return g, inv, err
+}
+
+// Look is floxv1connect.JoinHandler.
+func (j joining) Look(ctx context.Context, _ *connect.Request[floxv1.LookRequest]) (*connect.Response[floxv1.LookResponse], error) {
+	_, inv, err := j.invited(ctx)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	trust, err := j.newestTrust(ctx)
+	return answer(&floxv1.LookResponse{Name: j.cfg.Name, StoreDir: string(j.cfg.StoreDir), TrustList: trust[:], Role: inv.GetRole()}, err)
+}
+
+// Join is floxv1connect.JoinHandler. The log decides, so that an invite counts
+// once however many servers are asked at once.
+func (j joining) Join(ctx context.Context, req *connect.Request[floxv1.JoinRequest]) (*connect.Response[floxv1.JoinResponse], error) {
+	out, err := j.join(ctx, req.Msg)
+	return answer(out, err)
+}
+
+func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.JoinResponse, error) {
+	g, inv, err := j.invited(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(req.GetUser()) > maxUserName {
+		return nil, fmt.Errorf("join: a user's name of %d bytes, want at most %d: %w", len(req.GetUser()), maxUserName, flox.ErrBadInput)
+	}
+	asked := req.GetMachine()
+	if asked == nil {
+		asked = &floxv1.Machine{}
+	}
+	asked.Peer = string(g.peer)
+	reply, err := j.proposeMembers(ctx, &floxv1.MembersCommand{
+		Actor:   &floxv1.Actor{Peer: string(g.peer), Machine: asked.GetName(), User: req.GetUser()},
+		Command: &floxv1.MembersCommand_Redeem{Redeem: &floxv1.Redeem{Invite: inv.GetId(), Machine: asked, User: req.GetUser()}},
+	})
+	if err != nil {
+		return nil, err
+	}
+	if reply.GetRefused() != "" {
+		return nil, refusedJoin(reply.GetRefused())
+	}
+	if err := j.roster.refresh(ctx, j.Server); err != nil { // its first connection may come next
+		return nil, err
+	}
+	keep, err := j.inviteFile(ctx)
+	if err != nil {
+		return nil, err
+	}
+	told := j.everybody()
+	return &floxv1.JoinResponse{Invite: keep, Machine: reply.GetMachine(), Members: told[:min(len(told), maxTold)]}, nil
+}
+
+// inviteFile is what a machine that joined keeps.
+func (s *Server) inviteFile(ctx context.Context) ([]byte, error) {
+	trust, err := s.newestTrust(ctx)
+	if err != nil {
+		return nil, err
+	}
+	secrets := s.id.ring.secrets()
+	if len(secrets) == 0 {
+		return nil, fmt.Errorf("this server does not have the storehouse's secret yet: %w", flox.ErrUnreachable)
+	}
+	return json.Marshal(&api.Invite{
+		Version: api.InviteVersion, Name: s.cfg.Name, Secret: secrets[0], Storehouse: s.whereServersAre(),
+		TrustList: trust, HTTPURL: s.httpURL(s.swarm.Addrs()), StoreDir: s.cfg.StoreDir, NixKey: s.PublicKey(),
+	})
+}
+
+// refusedJoin gives a refusal that came through the log its kind back: its words
+// end with it.
+func refusedJoin(words string) error {
+	for _, kind := range []error{flox.ErrBusy, flox.ErrBadInput, flox.ErrFull} {
+		if rest, ok := strings.CutSuffix(words, ": "+kind.Error()); ok {
+			return fmt.Errorf("join: %s: %w", rest, kind)
+		}
+	}
+	return fmt.Errorf("join: %s: %w", strings.TrimSuffix(words, ": "+flox.ErrDenied.Error()), flox.ErrDenied)
+}

@@ -1,0 +1,185 @@
+package storehouse
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
+)
+
+const (
+	// ephemeralTTL is how long an ephemeral machine that nobody sees stays a member.
+	ephemeralTTL = time.Hour
+	// maxSeen bounds the machines whose streams one server tells of at once.
+	maxSeen = maxWatchers
+	// forgetBatch is how many machines one entry of the log forgets.
+	forgetBatch = 64
+)
+
+// seenBook knows which machines are there. It is in memory alone: after a change
+// of the leader all machines count as seen at that moment.
+type seenBook struct {
+	mu   sync.Mutex
+	open map[string]int       // watch streams of a machine at this server
+	last map[string]time.Time // of members only, see forgetUnseen
+}
+
+func newSeenBook() *seenBook {
+	return &seenBook{open: map[string]int{}, last: map[string]time.Time{}}
+}
+
+// enter counts a watch stream of a machine until leave.
+func (b *seenBook) enter(peer string) (leave func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open[peer]++
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.open[peer]--; b.open[peer] == 0 {
+			delete(b.open, peer)
+		}
+		b.last[peer] = time.Now()
+	}
+}
+
+// look says whether a machine is there, and when it last was (Unix
+// milliseconds), 0 = not since this server keeps the book.
+func (b *seenBook) look(peer string) (connected bool, at int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.open[peer] > 0 {
+		return true, time.Now().UnixMilli()
+	}
+	if t, ok := b.last[peer]; ok {
+		return false, t.UnixMilli()
+	}
+	return false, 0
+}
+
+// heard notes machines that another server sees.
+func (b *seenBook) heard(peers []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, p := range peers {
+		b.last[p] = time.Now()
+	}
+}
+
+// here lists the machines with open streams.
+func (b *seenBook) here() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := make([]string, 0, len(b.open))
+	for p := range b.open {
+		if list = append(list, p); len(list) == maxSeen {
+			break
+		}
+	}
+	return list
+}
+
+// unseen gives those of the members that nobody saw for ttl. Members met for the
+// first time count as seen now; who is no member is forgotten.
+func (b *seenBook) unseen(all map[p2p.PeerID]*floxv1.Machine, ttl time.Duration) (peers []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := time.Now()
+	for p := range b.last {
+		if _, ok := all[p2p.PeerID(p)]; !ok {
+			delete(b.last, p)
+		}
+	}
+	for id, m := range all {
+		p := string(id)
+		at, known := b.last[p]
+		switch {
+		case b.open[p] > 0 || !known:
+			b.last[p] = now
+		case m.GetEphemeral() && now.Sub(at) > ttl && len(peers) < forgetBatch:
+			peers = append(peers, p)
+		}
+	}
+	return peers
+}
+
+// restart makes the clocks of all machines start anew.
+func (b *seenBook) restart() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	clear(b.last)
+}
+
+// runSeen forgets ephemeral machines on the leader, and tells the leader of
+// machines on the others, until ctx ends.
+func (s *Server) runSeen(ctx context.Context) error {
+	tick := time.NewTicker(min(s.cfg.EphemeralTTL/8, 30*time.Second))
+	defer tick.Stop()
+	led := uint64(0) // the term this server last led in
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		st := s.node.Status()
+		var err error
+		switch {
+		case st.State != "leader" && st.Leader != "":
+			err = s.tellSeen(ctx, p2p.PeerID(st.Leader))
+		case st.State == "leader" && led != st.Term:
+			led = st.Term
+			s.seen.restart()
+		case st.State == "leader":
+			err = s.forgetUnseen(ctx)
+		}
+		if err != nil && ctx.Err() == nil {
+			s.cfg.Log.Debug("who is there could not be settled", "error", err)
+		}
+	}
+}
+
+// forgetUnseen takes ephemeral machines that left out of the member list.
+func (s *Server) forgetUnseen(ctx context.Context) error {
+	gone := s.seen.unseen(s.roster.now.Load().machines, s.cfg.EphemeralTTL)
+	if len(gone) == 0 {
+		return nil
+	}
+	_, err := s.proposeMembers(ctx, &floxv1.MembersCommand{
+		Actor: s.actor(), Command: &floxv1.MembersCommand_Forget{Forget: &floxv1.ForgetMachines{Peers: gone}},
+	})
+	return err
+}
+
+// tellSeen tells the leader whose streams are open here.
+func (s *Server) tellSeen(ctx context.Context, leader p2p.PeerID) error {
+	here := s.seen.here()
+	if len(here) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	_, err := s.servers.client(leader).Seen(ctx, connect.NewRequest(&floxv1.SeenRequest{Peers: here}))
+	return api.FromConnect(err)
+}
+
+// Seen is floxv1connect.ServersHandler.
+func (h *houses) Seen(_ context.Context, req *connect.Request[floxv1.SeenRequest]) (*connect.Response[floxv1.SeenResponse], error) {
+	if err := h.caller(req.Peer().Addr); err != nil {
+		return nil, api.ToConnect(err)
+	}
+	all := h.roster.now.Load().machines
+	var known []string
+	for _, p := range req.Msg.GetPeers() {
+		if _, ok := all[p2p.PeerID(p)]; ok {
+			known = append(known, p)
+		}
+	}
+	h.seen.heard(known)
+	return connect.NewResponse(&floxv1.SeenResponse{}), nil
+}
