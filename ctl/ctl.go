@@ -1,7 +1,8 @@
 // Package ctl holds floxctl's commands, one file each: newXCmd builds a
 // command, runX does its work.
 //
-// It talks to the local agent over its unix socket and to nothing else. It
+// It talks to the local agent, or on a server to the storehouse, over a unix
+// socket and to nothing else. It
 // must not know how anything is stored, moved or mounted: a program linked
 // with it starts in milliseconds.
 package ctl
@@ -50,6 +51,7 @@ and exact with --json; what goes on over time is JSON lines there.
 	root.AddCommand(
 		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
 		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
+		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g),
 	)
 	return root
 }

@@ -87,7 +87,9 @@ func startScripted(env *testscript.Env) (string, error) {
 		return "", err
 	}
 	mux := http.NewServeMux()
-	mux.Handle(floxv1connect.NewAgentHandler(&scripted{dir: filepath.Join(env.WorkDir, "agent")}))
+	answers := &scripted{dir: filepath.Join(env.WorkDir, "agent")}
+	mux.Handle(floxv1connect.NewAgentHandler(answers))
+	mux.Handle(floxv1connect.NewAdminHandler(&scriptedAdmin{scripted: answers}))
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	done := make(chan struct{})
 	go func() {
@@ -114,6 +116,7 @@ var codes = map[string]connect.Code{
 	"unauthenticated": connect.CodeUnauthenticated, "data_loss": connect.CodeDataLoss, "internal": connect.CodeInternal,
 	"resource_exhausted": connect.CodeResourceExhausted, "aborted": connect.CodeAborted,
 	"deadline_exceeded": connect.CodeDeadlineExceeded, "invalid_argument": connect.CodeInvalidArgument,
+	"unimplemented": connect.CodeUnimplemented,
 }
 
 // asked notes a request for the script to look at.

@@ -2,7 +2,9 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/http"
 
@@ -15,25 +17,49 @@ import (
 // dialled before the first call; a call that cannot dial fails with a
 // *DialError. Done frees idle connections.
 func Agent(socket string) (client floxv1connect.AgentClient, done func()) {
-	transport := &http.Transport{
-		DisableCompression: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			conn, err := d.DialContext(ctx, "unix", socket)
-			if err != nil {
-				return nil, &DialError{Socket: socket, Err: err}
-			}
-			return conn, nil
-		},
-	}
-	// The host of the URL is never looked up. Compressing what a socket of this
-	// machine carries would only cost time.
-	client = floxv1connect.NewAgentClient(&http.Client{Transport: transport}, "http://agent",
-		connect.WithAcceptCompression("gzip", nil, nil))
+	transport := unixTransport(socket)
+	client = floxv1connect.NewAgentClient(&http.Client{Transport: transport}, anyHost, uncompressed())
 	return client, transport.CloseIdleConnections
 }
 
-// DialError says that the agent's control socket could not be opened.
+// Admin gives a client of the storehouse, by way of the first of these unix
+// sockets that can be opened. It is otherwise like Agent.
+func Admin(sockets ...string) (client floxv1connect.AdminClient, done func()) {
+	transport := unixTransport(sockets...)
+	client = floxv1connect.NewAdminClient(&http.Client{Transport: transport}, anyHost, uncompressed())
+	return client, transport.CloseIdleConnections
+}
+
+// anyHost is never looked up.
+const anyHost = "http://agent"
+
+// uncompressed: compressing what a socket of this machine carries would only
+// cost time.
+func uncompressed() connect.ClientOption { return connect.WithAcceptCompression("gzip", nil, nil) }
+
+// unixTransport opens the first socket that can be opened. Of several that
+// cannot, the error is of the first that the user may not open, else of the last.
+func unixTransport(sockets ...string) *http.Transport {
+	return &http.Transport{
+		DisableCompression: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var failed *DialError
+			for _, socket := range sockets {
+				var d net.Dialer
+				conn, err := d.DialContext(ctx, "unix", socket)
+				if err == nil {
+					return conn, nil
+				}
+				if failed == nil || !errors.Is(failed, fs.ErrPermission) {
+					failed = &DialError{Socket: socket, Err: err}
+				}
+			}
+			return nil, failed
+		},
+	}
+}
+
+// DialError says that a control socket could not be opened.
 type DialError struct {
 	Socket string
 	Err    error

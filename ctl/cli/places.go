@@ -8,7 +8,8 @@ const (
 	DefaultRunDir     = "/run/floxd"
 	SocketName        = "agent.sock" // in the run directory
 	DefaultSocket     = DefaultRunDir + "/" + SocketName
-	FilesystemType    = "fuse.floxd" // of the store's mount, as in /proc/self/mountinfo
+	StorehouseSocket  = "storehouse.sock" // in the run directory: for operators on the server itself
+	FilesystemType    = "fuse.floxd"      // of the store's mount, as in /proc/self/mountinfo
 
 	DefaultHTTPPort       = 7780 // binary cache of the storehouse
 	DefaultStorehousePort = 7781 // storehouse to machines

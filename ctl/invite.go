@@ -1,0 +1,243 @@
+package ctl
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/ctl/cli"
+)
+
+// inviteOptions are the command line of invite.
+type inviteOptions struct {
+	*globals
+	role      string
+	uses      uint32
+	ttl       string
+	labels    []string
+	ephemeral bool
+	user      string
+	lan       string
+}
+
+func newInviteCmd(g *globals) *cobra.Command {
+	opts := inviteOptions{globals: g}
+	cmd := &cobra.Command{
+		Use:   "invite --role server|agent|worker [--uses N] [--ttl 1h] [--label KEY=VALUE]...",
+		Short: "Make, list and cancel the invites that machines join with",
+		Long: `Make an invite: one line of text that a machine joins with, once, within an hour,
+unless --uses and --ttl say otherwise. It is a secret: whoever has it joins. The
+machine gets the role, labels and user of the invite, whatever it says itself.
+
+--lan lets machines of the local network join without a secret for that long;
+each shows the storehouse's fingerprint before it joins.
+--ephemeral machines (CI, containers) are forgotten an hour after they were seen
+last. --user gives a person rights there: member, publisher (uploads) or admin.
+
+` + cli.ExitCodes,
+		Example: `  floxctl invite --role agent                       one machine, within an hour
+  floxctl invite --role agent --uses 50 --ttl 2d --label site=berlin
+  floxctl invite --role agent --user alice:admin
+  floxctl invite --role agent --lan 10m             whoever is in this network
+  floxctl invite list`,
+		Args: cli.Args(0, 0, ""),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runInvite(cmd.Context(), opts, g.printer(cmd))
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&opts.role, "role", "", "what joins: server, agent or worker")
+	f.Uint32Var(&opts.uses, "uses", 1, "how many machines may join with it")
+	f.StringVar(&opts.ttl, "ttl", "1h", "how long it can be used: 10m, 1h, 2d")
+	f.StringArrayVar(&opts.labels, "label", nil, "label of whoever joins, `KEY=VALUE`; may be repeated")
+	f.BoolVar(&opts.ephemeral, "ephemeral", false, "forget the machine an hour after it was seen last")
+	f.StringVar(&opts.user, "user", "", "who may use the machine and how, `NAME[:member|publisher|admin]`")
+	f.StringVar(&opts.lan, "lan", "", "no secret: the local network may join for this `TIME`")
+	cmd.AddCommand(newInviteListCmd(g), newInviteCancelCmd(g))
+	return cmd
+}
+
+// request checks the command line before anybody is asked.
+func (o inviteOptions) request() (*floxv1.MakeInviteRequest, error) {
+	if !slices.Contains([]string{"server", "agent", "worker"}, o.role) {
+		return nil, cli.Usage("--role %q: want server, agent or worker", o.role)
+	}
+	if o.uses == 0 {
+		return nil, cli.Usage("--uses 0: want at least 1")
+	}
+	ttl, err := parseSpan("--ttl", o.ttl)
+	if err == nil && o.lan != "" {
+		ttl, err = parseSpan("--lan", o.lan)
+	}
+	if err != nil {
+		return nil, err
+	}
+	labels, err := parseLabels(o.labels)
+	if err != nil {
+		return nil, err
+	}
+	req := &floxv1.MakeInviteRequest{
+		Role: o.role, Uses: o.uses, TtlSeconds: uint64(ttl / time.Second), Labels: labels, Ephemeral: o.ephemeral, Lan: o.lan != "",
+	}
+	if o.user != "" {
+		req.User, err = parseGrant(o.user)
+	}
+	return req, err
+}
+
+// parseGrant reads NAME[:ROLE].
+func parseGrant(text string) (*floxv1.UserGrant, error) {
+	name, role, found := strings.Cut(text, ":")
+	if !found {
+		role = "member"
+	}
+	if name == "" || !slices.Contains([]string{"member", "publisher", "admin"}, role) {
+		return nil, cli.Usage("user %q: want NAME or NAME:member, NAME:publisher, NAME:admin", text)
+	}
+	return &floxv1.UserGrant{Name: name, Role: role}, nil
+}
+
+// inviteFacts is an invite; invite is the line of text, known only when it is made.
+type inviteFacts struct {
+	Invite    string            `json:"invite,omitempty"`
+	ID        string            `json:"id"`
+	Role      string            `json:"role"`
+	Uses      uint32            `json:"uses"` // left
+	ExpiresAt *string           `json:"expiresAt"`
+	Labels    map[string]string `json:"labels"`
+	Ephemeral bool              `json:"ephemeral"`
+	User      string            `json:"user"`
+	UserRole  string            `json:"userRole"`
+	LAN       bool              `json:"lan"`
+	MadeAt    *string           `json:"madeAt"`
+	MadeBy    string            `json:"madeBy"`
+}
+
+func inviteOf(r *floxv1.InviteRecord) inviteFacts {
+	return inviteFacts{
+		ID: r.GetId(), Role: r.GetRole(), Uses: r.GetUses(), ExpiresAt: stampMs(r.GetExpiresUnixMs()), Labels: labelMap(r.GetLabels()),
+		Ephemeral: r.GetEphemeral(), User: r.GetUser().GetName(), UserRole: r.GetUser().GetRole(), LAN: r.GetLan(),
+		MadeAt: stampMs(r.GetMadeUnixMs()), MadeBy: actorOf(r.GetBy()),
+	}
+}
+
+// runInvite prints the invite alone on its line, so that it can be copied or piped.
+func runInvite(ctx context.Context, opts inviteOptions, out *output) error {
+	req, err := opts.request()
+	if err != nil {
+		return err
+	}
+	resp, err := opts.admin().MakeInvite(ctx, connect.NewRequest(req))
+	if err != nil {
+		return explainAdmin(err)
+	}
+	record := resp.Msg.GetRecord()
+	if out.json {
+		facts := inviteOf(record)
+		facts.Invite = resp.Msg.GetInvite()
+		return out.printJSON(facts)
+	}
+	until := cli.FormatDuration(time.Duration(req.GetTtlSeconds()) * time.Second)
+	if req.GetLan() {
+		out.printf("For %s, %s of this network may join as %s, without a secret:\n\n", until, plural(uint64(req.GetUses()), "machine", "machines"), req.GetRole())
+		out.printf("  sudo floxd join\n\nEnd it earlier with: floxctl invite cancel %s\n", clean(record.GetId()))
+		return nil
+	}
+	out.printf("%s may join as %s within %s. On it, run:\n\n", plural(uint64(req.GetUses()), "machine", "machines"), req.GetRole(), until)
+	out.printf("sudo floxd join %s\n\nWhoever has this line can join. Take it back with: floxctl invite cancel %s\n",
+		clean(resp.Msg.GetInvite()), clean(record.GetId()))
+	return nil
+}
+
+func newInviteListCmd(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "List the invites that can still be used",
+		Long: `List the invites that can still be used. The secret in them is not known any more.
+
+` + cli.ExitCodes,
+		Example: "  floxctl invite list --json",
+		Args:    cli.Args(0, 0, ""),
+		RunE:    func(cmd *cobra.Command, _ []string) error { return runInviteList(cmd.Context(), g, g.printer(cmd)) },
+	}
+}
+
+// runInviteList lists those that end first at the top, as the storehouse does not sort.
+func runInviteList(ctx context.Context, g *globals, out *output) error {
+	resp, err := g.admin().ListInvites(ctx, connect.NewRequest(&floxv1.ListInvitesRequest{}))
+	if err != nil {
+		return explainAdmin(err)
+	}
+	invites := resp.Msg.GetInvites()
+	slices.SortStableFunc(invites, func(a, b *floxv1.InviteRecord) int { return int(a.GetExpiresUnixMs() - b.GetExpiresUnixMs()) })
+	if out.json {
+		facts := make([]inviteFacts, 0, len(invites))
+		for _, r := range invites {
+			facts = append(facts, inviteOf(r))
+		}
+		return out.printJSON(facts)
+	}
+	if len(invites) == 0 {
+		out.printf("No invite can be used now. Make one: floxctl invite --role agent\n")
+		return nil
+	}
+	now := time.Now()
+	rows := [][]string{{"ID", "ROLE", "USES LEFT", "ENDS IN", "USER", "LABELS", "MADE BY"}}
+	for _, r := range invites {
+		role, ends := r.GetRole(), "over"
+		if left := time.UnixMilli(r.GetExpiresUnixMs()).Sub(now); left > 0 {
+			ends = cli.FormatDuration(left.Truncate(time.Second))
+		}
+		if r.GetLan() {
+			role += ", LAN"
+		}
+		if r.GetEphemeral() {
+			role += ", ephemeral"
+		}
+		rows = append(rows, []string{
+			clean(r.GetId()), clean(role), cli.FormatCount(uint64(r.GetUses())), ends, orDash(grantOf(r.GetUser())),
+			orDash(labelsOf(r.GetLabels())), actorOf(r.GetBy()),
+		})
+	}
+	out.table(rows, map[int]bool{2: true, 3: true})
+	return nil
+}
+
+// grantOf gives "alice:admin".
+func grantOf(u *floxv1.UserGrant) string {
+	if u.GetName() == "" {
+		return ""
+	}
+	return clean(u.GetName() + ":" + u.GetRole())
+}
+
+func newInviteCancelCmd(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use:   "cancel ID",
+		Short: "Take an invite back",
+		Long: `Take an invite back: nobody joins with it any more. Machines that joined with it
+stay; see floxctl machine revoke for those.
+
+` + cli.ExitCodes,
+		Example: "  floxctl invite cancel 7F3K2Q",
+		Args:    cli.Args(1, 1, "ID"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if _, err := g.admin().CancelInvite(cmd.Context(), connect.NewRequest(&floxv1.CancelInviteRequest{Id: args[0]})); err != nil {
+				return explainAdmin(err)
+			}
+			out := g.printer(cmd)
+			if out.json {
+				return out.printJSON(struct {
+					ID string `json:"id"`
+				}{args[0]})
+			}
+			out.printf("Invite %s is cancelled.\n", clean(args[0]))
+			return nil
+		},
+	}
+}
