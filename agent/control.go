@@ -50,6 +50,7 @@ func (a *Agent) serveControl(ctx context.Context) error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle(floxv1connect.NewAgentHandler(&control{a: a}, connect.WithReadMaxBytes(4<<20)))
+	mux.Handle("/"+floxv1connect.AdminName+"/", newPassAdmin(a))
 	return serveHTTP(ctx, listener, &http.Server{
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		MaxHeaderBytes: 32 << 10, ConnState: newClients(callerUID).changed,

@@ -36,6 +36,7 @@ type house struct {
 	book   rootBook
 	key    nix.SecretKey
 	invite *api.Invite
+	admin  *houseAdmin
 	lists  [][]byte
 
 	mu       sync.Mutex
@@ -156,6 +157,7 @@ func newHouse(t *testing.T) *house {
 	h := &house{
 		key: testKey(t, "house-1"), blocks: make(map[flox.CID][]byte), infos: make(map[string]*floxv1.PathInfo),
 		index: 10, changed: make(chan struct{}), hangUp: make(chan struct{}),
+		admin: &houseAdmin{ended: make(chan struct{})},
 	}
 	first, b := trustList(t, nil, h.key, h.key)
 	h.lists = [][]byte{b}
@@ -181,6 +183,7 @@ func newHouse(t *testing.T) *house {
 	mux := http.NewServeMux()
 	mux.Handle(floxv1connect.NewFactsHandler(h))
 	mux.Handle(floxv1connect.NewStorehouseHandler(h))
+	mux.Handle(floxv1connect.NewAdminHandler(h.admin))
 	mux.Handle(floxv1connect.NewMembershipHandler(&h.book))
 	ctx, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup
