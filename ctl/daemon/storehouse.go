@@ -108,7 +108,7 @@ func storehouseConfig(cfg *Config, log *slog.Logger) storehouse.Config {
 		UploadTokenFile: s.TokenFile, StageTTL: time.Duration(s.StageTTL), CollectGrace: time.Duration(s.Grace), ReserveBytes: uint64(s.Reserve),
 		Bucket: s.Bucket, BucketCache: uint64(s.BucketMax),
 		OpenMembership: true, // machines are given invite.json
-		NoMDNS: !s.MDNS, Version: cli.ReadVersion().Version, Log: log,
+		NoMDNS:         !s.MDNS, Version: cli.ReadVersion().Version, Log: log,
 	}
 }
 
