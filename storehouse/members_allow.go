@@ -71,12 +71,16 @@ func (s *Server) windowOpen() bool {
 
 // runMembers runs what concerns the members until ctx ends.
 func (s *Server) runMembers(ctx context.Context, operators *admin) error {
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return s.serveJoin(ctx) })
-	group.Go(func() error { return s.serveSocket(ctx, operators) })
-	group.Go(func() error { return s.runKick(ctx) })
-	group.Go(func() error { return s.runSeen(ctx) })
-	return group.Wait()
+	group, parts := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.serveJoin(parts) })
+	group.Go(func() error { return s.serveSocket(parts, operators) })
+	group.Go(func() error { return s.runKick(parts) })
+	group.Go(func() error { return s.runSeen(parts) })
+	err := group.Wait()
+	if ctx.Err() != nil {
+		return nil // the swarm may have closed before parts heard of the end
+	}
+	return err
 }
 
 // kickEvery is how often connections are looked at for machines that are no
