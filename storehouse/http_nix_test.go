@@ -195,6 +195,8 @@ func TestNixUnknownCompression(t *testing.T) {
 // answer when it insists.
 func TestNixFirstWins(t *testing.T) {
 	n, s := nixAndServer(t)
+	// The entries of its own beginning come before the count.
+	eventually(t, "the keys are sealed", func() bool { return s.sealed.Load() > 0 })
 	app := n.build("f", small)
 	u := cacheURL(s) + "?compression=zstd"
 	n.run("nix", "copy", "--to", u, app)
