@@ -221,7 +221,7 @@ func (l *Line) secure(ctx context.Context, raw net.Conn, want PeerID) (net.Conn,
 
 func (l *Line) handshake(ctx context.Context, raw net.Conn, want PeerID) (sec.SecureConn, error) {
 	quietAfter(raw, 2*lineQuiet)
-	proof, err := newProof(l.cfg.Secrets()[0])(securityID, l.key, nil)
+	proof, err := newProofOf(membership{secrets: l.cfg.Secrets, allowed: l.cfg.Allowed})(securityID, l.key, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -131,6 +131,21 @@ func TestLineSurvivesHalfOpenConnections(t *testing.T) {
 	}
 }
 
+func TestLineTakesAnySecretOfAnOverlap(t *testing.T) {
+	var everybody roster
+	old := newTestLine(t, 2, &everybody, testSecret)
+	ahead, err := NewLine(LineConfig{
+		Key: seededKey(1), Listen: "127.0.0.1:0", Allowed: everybody.allowed,
+		Secrets: func() [][]byte { return [][]byte{[]byte("the next secret of the swarm, 32."), testSecret} },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ahead.Close() })
+	pair(t, ahead, old)
+	pair(t, old, ahead)
+}
+
 func TestLineAddresses(t *testing.T) {
 	for _, bad := range []string{"", "10.0.0.1:1", "@10.0.0.1:1", "12D3@10.0.0.1:1", string(LineAddress("x", "")), "x@y"} {
 		if _, _, err := ParseLineAddress(bad); !errors.Is(err, flox.ErrBadInput) {

@@ -81,13 +81,7 @@ type proofTransport struct {
 
 var _ sec.SecureTransport = (*proofTransport)(nil)
 
-// newProof gives the constructor libp2p.Security wants, for one secret that
-// never changes.
-func newProof(secret []byte) func(protocol.ID, crypto.PrivKey, []upgrader.StreamMuxer) (*proofTransport, error) {
-	return newProofOf(membership{secrets: func() [][]byte { return [][]byte{secret} }})
-}
-
-// newProofOf is newProof with secrets that change and a member list.
+// newProofOf gives the constructor libp2p.Security wants.
 func newProofOf(m membership) func(protocol.ID, crypto.PrivKey, []upgrader.StreamMuxer) (*proofTransport, error) {
 	return func(id protocol.ID, key crypto.PrivKey, muxers []upgrader.StreamMuxer) (*proofTransport, error) {
 		inner, err := libp2ptls.New(id, key, muxers)
