@@ -26,6 +26,8 @@ const rosterPause = 50 * time.Millisecond
 // every connection, so it is in memory. It takes about 300 bytes a machine.
 type roster struct {
 	now atomic.Pointer[rosterState]
+	// one at a time: of two refreshes the one that read less could end last
+	refreshing sync.Mutex
 
 	mu      sync.Mutex
 	changed []func() // called after each refresh, in order
@@ -85,6 +87,8 @@ func (s *Server) viewMembers(ctx context.Context, c cluster.Consistency, f func(
 
 // refresh brings the roster up to date with the state here.
 func (r *roster) refresh(ctx context.Context, s *Server) error {
+	r.refreshing.Lock()
+	defer r.refreshing.Unlock()
 	was := r.now.Load()
 	next := &rosterState{secrets: was.secrets}
 	err := s.viewMembers(ctx, cluster.Local, func(view *cluster.Reader) error {
