@@ -21,6 +21,9 @@ type lost struct {
 	// fresh says that the index was made anew from nothing: what it had known and the
 	// packs no longer have cannot be named.
 	fresh bool
+	// unnamed says that packs hold bytes that are no frame, and may have been one
+	// that no index knew yet.
+	unnamed bool
 }
 
 // maxLost bounds how many blocks are named; of more, and of an index that cannot be
@@ -72,7 +75,7 @@ func (s *Store) report(l *lost) {
 	if n > 0 {
 		s.log.Error("blocks are lost here", "dir", s.cfg.Dir, "blocks", n)
 	}
-	if l.fresh && s.cfg.Lost != nil {
+	if (l.fresh || l.unnamed) && s.cfg.Lost != nil {
 		s.cfg.Lost(flox.CID{})
 	}
 }

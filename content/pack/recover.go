@@ -113,7 +113,8 @@ func (s *Store) recoverPack(id uint32, l *lost) (size int64, cut bool, err error
 		return 0, false, err
 	}
 	if end < size {
-		cut = true
+		// Most likely never acknowledged; but damage to what was looks the same.
+		cut, l.unnamed = true, true
 		s.log.Warn("torn end of a pack cut off", "pack", s.packPath(id), "bytes", size-end)
 		if err := errors.Join(f.Truncate(end), f.Sync()); err != nil {
 			return 0, false, err
@@ -141,6 +142,7 @@ func (s *Store) indexFrames(x *index, id uint32, f io.ReaderAt, size int64, ende
 		return 0, errors.Join(err, c.batch.Close())
 	}
 	if skipped > 0 {
+		l.unnamed = true // a frame whose header is damaged does not say whose it is
 		s.log.Error("damaged frames passed over", "pack", s.packPath(id), "bytes", skipped)
 	}
 	if end = min(max(end, int64(len(fileMagic))), size); ended {

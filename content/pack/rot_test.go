@@ -102,6 +102,44 @@ func TestThousandDamages(t *testing.T) {
 	noBadBlocks(t, s)
 }
 
+// A process dies before its index was written, and a frame that only the pack knew
+// is damaged: nobody can name the block, but that something may be lost is said.
+func TestBlockThatNobodyKnowsIsSaidToBeLost(t *testing.T) {
+	for name, last := range map[string]int{"at the end": 1, "before others": 2} {
+		t.Run(name, func(t *testing.T) {
+			s := open(t, Config{Dir: t.TempDir(), Reserve: 1})
+			put(t, s, 0, 1)
+			if err := flushed(context.Background(), s); err != nil {
+				t.Fatal(err)
+			}
+			put(t, s, 1, last+1)
+			l, err := s.lookup(mustBlock(1))
+			if err != nil {
+				t.Fatal(err)
+			}
+			said := 0
+			dead := Config{Dir: t.TempDir(), Reserve: 1, Lost: func(flox.CID) { said++ }}
+			if err := os.CopyFS(dead.Dir, os.DirFS(s.cfg.Dir)); err != nil {
+				t.Fatal(err)
+			}
+			pack, err := filepath.Rel(s.cfg.Dir, s.packPath(l.pack))
+			if err == nil {
+				err = tryFlip(filepath.Join(dead.Dir, pack), int64(l.off)+8, 4) // in the header
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			again := open(t, dead)
+			if has, err := again.Has(context.Background(), []flox.CID{mustBlock(0), mustBlock(1)}); err != nil || !has[0] || has[1] {
+				t.Fatalf("has %v, %v: want the first block alone", has, err)
+			}
+			if said == 0 {
+				t.Error("a block is gone and nobody said so")
+			}
+		})
+	}
+}
+
 // flushed makes the index write its tables, so that there is something to hurt.
 func flushed(ctx context.Context, s *Store) error {
 	return errors.Join(s.Sync(ctx), s.index.db.Flush())
