@@ -154,6 +154,9 @@ func (n *Node) reconcile() error {
 	if err := errors.Join(err1, err2); err != nil {
 		return fmt.Errorf("read log: %w", err)
 	}
+	if err := n.log.GetLog(last, &raft.Log{}); last > 0 && err != nil {
+		return fmt.Errorf("%s: the log ends at entry %d, which cannot be read: %w: %w", n.cfg.Dir, last, err, flox.ErrCorrupt)
+	}
 	if first > newest.Raft.Index+1 {
 		return fmt.Errorf("%s: the log begins at entry %d and no readable snapshot reaches it; put the directory back from a backup or let the server join again as a new one: %w",
 			n.cfg.Dir, first, flox.ErrCorrupt)

@@ -158,7 +158,8 @@ func (s *sim) run(length time.Duration) []porcupine.Operation {
 	ctx, cancel := context.WithCancel(context.Background())
 	var clients sync.WaitGroup
 	for i := range simClients {
-		clients.Go(func() { s.client(ctx, i, rand.New(rand.NewPCG(uint64(i), s.rng.Uint64()))) })
+		rng := rand.New(rand.NewPCG(uint64(i), s.rng.Uint64()))
+		clients.Go(func() { s.client(ctx, i, rng) })
 	}
 	for time.Since(s.started) < length {
 		s.harm(ctx)
