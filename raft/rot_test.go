@@ -114,6 +114,9 @@ func (c *cluster) comesBack(i int, what string) bool {
 // the others. The process never ends, nothing wrong is ever served.
 func TestRot(t *testing.T) {
 	rounds := 12
+	if testing.Short() { // as under the race detector
+		rounds = 3
+	}
 	if n, err := strconv.Atoi(os.Getenv("ROT")); err == nil {
 		rounds = n
 	}

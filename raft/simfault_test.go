@@ -216,6 +216,9 @@ func simDir(t *testing.T) string {
 // order, and every read is linearizable.
 func TestSimulation(t *testing.T) {
 	length := 2 * time.Hour
+	if testing.Short() { // as under the race detector
+		length = 12 * time.Minute
+	}
 	if h, err := strconv.ParseFloat(os.Getenv("HOURS"), 64); err == nil {
 		length = time.Duration(h * float64(time.Hour))
 	}
