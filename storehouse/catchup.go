@@ -60,7 +60,7 @@ type placedMark struct {
 
 // run works until ctx ends.
 func (c *catchUp) run(ctx context.Context) error {
-	if c.line == nil || c.cfg.Bucket != "" {
+	if c.line == nil || c.cfg.Bucket != "" || c.cfg.noCatchUp {
 		return nil // there are no others, or what they have is here
 	}
 	if err := c.load(); err != nil {

@@ -34,11 +34,14 @@ func clusterConfig(dir string) Config {
 }
 
 // newHouse starts so many servers and waits until all of them vote.
-func newHouse(t *testing.T, n int) *house {
+func newHouse(t *testing.T, n int, change ...func(*Config)) *house {
 	t.Helper()
 	h := &house{t: t}
 	for i := range n {
 		cfg := clusterConfig(t.TempDir())
+		for _, f := range change {
+			f(&cfg)
+		}
 		if i > 0 {
 			h.tell(cfg)
 		}
@@ -177,6 +180,25 @@ func TestPathIsValidOnlyWithItsContentOnAMajority(t *testing.T) {
 	h.start(2)
 	eventually(t, "the server that was away has the content", func() bool { return whole(h.servers[2], away) })
 	publish(t, h.servers[2], makePath(t, "later", 1000))
+}
+
+// What makes a path valid is its content on a majority, not that servers bring
+// later what they lack: here they do not.
+func TestPublishingPlacesContentOnAMajority(t *testing.T) {
+	h := newHouse(t, 3, func(c *Config) { c.noCatchUp = true })
+	for i, s := range h.servers {
+		p := makePath(t, fmt.Sprint("placed-", i), 300_000)
+		publish(t, s, p)
+		on := 0
+		for _, s := range h.servers {
+			if whole(s, p) {
+				on++
+			}
+		}
+		if on < 2 {
+			t.Errorf("a path published at server %d is valid and its content on %d of three servers", i, on)
+		}
+	}
 }
 
 func TestServerThatLostItsDiskBringsEverythingAgain(t *testing.T) {

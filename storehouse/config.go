@@ -97,6 +97,7 @@ type Config struct {
 
 	// Hooks of the tests.
 	promoteAfter time.Duration
+	noCatchUp    bool
 	scrubEvery   time.Duration
 	touchEvery   time.Duration // overrides the constant
 }
