@@ -247,10 +247,11 @@ func (a *Agent) prepareNetwork() {
 	a.fetcher = newFetcher(life, a.late, a.cache, a.traffic, a.log)
 	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate, life: completeLife}
 	a.complete = newCompleter(a, a.ran, a.policies)
-	a.readers = newReadAhead(life, a.ahead)
+	a.readers = newReadAhead(life, a.ahead, a.late.farthest)
 	a.starts = a.newStarts()
 	a.resolver.book = a.starts.book
 	a.resolver.root = a.keepRoot
+	a.resolver.far = func() bool { return a.readers.far() } // which tests replace
 }
 
 // openNetwork takes its time: keys, certificates, sockets.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"time"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/p2p"
@@ -72,6 +73,17 @@ func (l *lateHost) Peers() []p2p.PeerStat {
 		return host.Peers()
 	}
 	return nil
+}
+
+// farthest is the round trip to the storehouse, which has what nobody near has;
+// 0 before it was measured.
+func (l *lateHost) farthest() (rtt time.Duration) {
+	for _, p := range l.Peers() {
+		if p.Role == p2p.Storehouse && (rtt == 0 || p.RTT < rtt) {
+			rtt = p.RTT
+		}
+	}
+	return rtt
 }
 
 // FindProviders belongs to finder.

@@ -58,7 +58,7 @@ type readAhead struct {
 	slots chan struct{}
 	work  sync.WaitGroup // fetches under way; Close waits for them
 	wait  atomic.Int64   // average time of a fetch of few blocks, ns
-	near  bool           // a hook of the tests: no source counts as far away
+	far   func() bool    // whether round trips are long
 
 	mu      sync.Mutex
 	clock   uint64
@@ -86,12 +86,14 @@ type walk struct {
 	used     uint64
 }
 
-func newReadAhead(life context.Context, p *prefetcher) *readAhead {
-	return &readAhead{
+func newReadAhead(life context.Context, p *prefetcher, rtt func() time.Duration) *readAhead {
+	r := &readAhead{
 		p: p, life: life, slots: make(chan struct{}, maxAhead),
 		streams: make(map[fileKey]*stream), walks: make(map[flox.CID]*walk),
 		missed: make(map[flox.CID]uint32), beside: make(map[fileKey]struct{}),
 	}
+	r.far = func() bool { return r.farBy(rtt) }
+	return r
 }
 
 // read notes that [off, off+n) of an entry is read. It is called for every
@@ -283,10 +285,19 @@ func (r *readAhead) waited(d time.Duration) {
 	r.wait.Store(was + (int64(d)-was)/8) // of two at once one may be lost: it is an average
 }
 
+// farBy says whether round trips are long: by what readers waited lately, and
+// before any did by rtt.
+func (r *readAhead) farBy(rtt func() time.Duration) bool {
+	if wait := time.Duration(r.wait.Load()); wait > 0 {
+		return wait >= farWait
+	}
+	return rtt() >= farWait
+}
+
 // behind fetches the bytes behind a read that had to wait, if round trips are long;
 // where the file ends there, small files of its directory.
 func (r *readAhead) behind(t *tree, index uint32, e *flox.Entry, end int64) {
-	if r.p.off || r.near || time.Duration(r.wait.Load()) < farWait {
+	if r.p.off || !r.far() {
 		return
 	}
 	entry := *e

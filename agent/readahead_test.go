@@ -31,7 +31,6 @@ func TestALargeFileReadInOrderIsMetByWhatComesNext(t *testing.T) {
 	info := h.make(t, "large", nil, testFile{name: "in-order", data: inOrder}, testFile{name: "jumping", data: jumping})
 	h.publish(info)
 	a, _ := runAgent(t, h, nil, nil)
-	a.readers.near = true // also where everything is slow
 	following(t, a)
 	ctx := within(t, time.Minute)
 	tr := treeOf(ctx, t, a, info.Path)
@@ -59,6 +58,25 @@ func TestALargeFileReadInOrderIsMetByWhatComesNext(t *testing.T) {
 	}
 }
 
+// What readers waited for says how far the source is; before, its round trip does.
+func TestFarIsWhatReadersWaitedFor(t *testing.T) {
+	for _, c := range []struct {
+		waited, rtt time.Duration
+		far         bool
+	}{{0, 0, false}, {0, 50 * time.Millisecond, true}, {time.Millisecond, 50 * time.Millisecond, false}, {9 * time.Millisecond, 0, true}} {
+		r := newReadAhead(t.Context(), nil, func() time.Duration { return c.rtt })
+		if c.waited > 0 {
+			r.waited(c.waited)
+		}
+		if got := r.far(); got != c.far {
+			t.Errorf("waited %v, round trip %v: far %v, want %v", c.waited, c.rtt, got, c.far)
+		}
+	}
+}
+
+func never() bool  { return false }
+func always() bool { return true }
+
 // smallFiles are many files of a few KiB in several directories, in the order
 // of their names.
 func smallFiles(n int) []testFile {
@@ -77,7 +95,6 @@ func TestFilesReadOneAfterAnotherComeInBatches(t *testing.T) {
 	walked, picked := h.make(t, "walked", nil, files...), h.make(t, "picked", nil, files...)
 	h.publish(walked, picked)
 	a, _ := runAgent(t, h, nil, nil)
-	a.readers.near = true // also where everything is slow
 	following(t, a)
 	ctx := within(t, time.Minute)
 
@@ -253,11 +270,7 @@ func TestSmallFilesFarAwayComeWithTheirDirectory(t *testing.T) {
 			return out
 		}
 		read := func(i int) {
-			if far {
-				a.readers.wait.Store(int64(50 * time.Millisecond))
-			} else {
-				a.readers.near = true
-			}
+			a.readers.far = func() bool { return far }
 			readIn(ctx, t, tr, entryOf(ctx, t, tr, files[i].name), files[i].data, 0, 1)
 			a.readers.work.Wait()
 		}

@@ -49,7 +49,8 @@ type resolver struct {
 	host      finder
 	house     p2p.PeerID
 	traffic   *traffic
-	book      *traceBook // nil = traces are not asked for
+	book      *traceBook  // nil = traces are not asked for
+	far       func() bool // whether round trips are long: near, blocks come from who is nearest
 	// root keeps a block of a manifest that came with facts, and gives the pages of
 	// the manifest if it is its root; nil = none are asked for.
 	root func(ctx context.Context, id flox.CID, data []byte) (pages []flox.CID)
@@ -256,7 +257,7 @@ func (r *resolver) askStorehouse(ctx context.Context, p flox.StorePath) (*flox.P
 // ask puts one question to one machine and stores what can be verified.
 func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, closure bool) (*flox.PathInfo, *floxv1.PathsResponse, error) {
 	request := connect.NewRequest(&floxv1.PathsRequest{
-		HashParts: []string{p.HashPart()}, Closure: closure, Traces: closure && r.book != nil, Roots: closure && r.root != nil,
+		HashParts: []string{p.HashPart()}, Closure: closure, Traces: closure && r.book != nil, Roots: closure && r.root != nil && r.far(),
 	})
 	trip := r.traffic.trips.next()
 	response, err := r.calls.facts(peer).Paths(ctx, request)

@@ -13,12 +13,14 @@ import (
 func TestRootsComeWithFacts(t *testing.T) {
 	for name, c := range map[string]struct {
 		answer func(h *house)
+		far    func() bool
 		served int
 	}{
-		"sent":         {func(*house) {}, 0},
-		"an older one": {func(h *house) { h.rootless = true }, 1},
-		"a wrong one":  {func(h *house) { h.lie = [][]byte{[]byte("not the root")} }, 1},
-		"with a page":  {func(h *house) { h.lie = [][]byte{nil, []byte("no page of it")} }, 0},
+		"sent":         {func(*house) {}, always, 0},
+		"near":         {func(*house) {}, never, 1}, // it comes from who is nearest
+		"an older one": {func(h *house) { h.rootless = true }, always, 1},
+		"a wrong one":  {func(h *house) { h.lie = [][]byte{[]byte("not the root")} }, always, 1},
+		"with a page":  {func(h *house) { h.lie = [][]byte{nil, []byte("no page of it")} }, always, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := newHouse(t)
@@ -28,6 +30,7 @@ func TestRootsComeWithFacts(t *testing.T) {
 			h.set(func() { c.answer(h) })
 			a, _ := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil)
 			following(t, a)
+			a.readers.far = c.far
 			ctx := within(t, 20*time.Second)
 			treeOf(ctx, t, a, app.Path)
 			h.mu.Lock()
@@ -61,6 +64,7 @@ func TestPagesComeWithRoots(t *testing.T) {
 	})
 	a, _ := runAgent(t, w.house, func(c *Config) { c.NoPrefetch = true }, nil)
 	following(t, a)
+	a.readers.far = always
 	ctx := within(t, 20*time.Second)
 	served := w.blocksServed()
 	tr := treeOf(ctx, t, a, w.lib.Path)

@@ -115,6 +115,7 @@ func TestReplay(t *testing.T) {
 	w.serve(w.trace)
 	a, _ := runAgent(t, w.house, nil, nil)
 	following(t, a)
+	a.resolver.far = always
 	ctx := within(t, 40*time.Second)
 	looked := treeOf(ctx, t, a, w.app.Path)
 	if bin, _, err := looked.Child(ctx, 0, "bin"); err != nil {

@@ -60,7 +60,7 @@ func (r refusal) Unwrap() error { return flox.ErrDenied }
 // The reasons of the machine that refuses us, and ours.
 const (
 	refusedMember  = refusal("this machine is not (or no longer) a member of the other one's swarm; join it with an invite")
-	refusedSecret  = refusal("the two machines have no secret in common: one of them is not of this swarm (another invite?), or was away while the secret changed twice")
+	refusedSecret  = refusal("one of the two machines does not know this swarm's secret (another invite?), or was away while it changed twice")
 	refusedVersion = refusal("the two machines prove membership in different ways; bring both to the same release of flox")
 	refusedOther   = refusal("the other machine refuses this one for a reason that this release of flox does not know")
 	noMember       = refusal("the other machine is not (or no longer) a member of this swarm")
