@@ -18,12 +18,21 @@ type BlockSink interface {
 	Sync(ctx context.Context) error
 }
 
+// LogsName is a directory of every mount that no listing shows. Who looks up the
+// name of a derivation there finds the log of its last build: stock Nix looks for
+// logs in such a directory, and asks no daemon.
+const LogsName = ".build-logs"
+
 // Store is a read-only store directory as the mount sees it.
 type Store interface {
 	// Lookup finds a direct child of the store directory. ErrNotFound says that
-	// the name is not valid now; forever says that it can never become valid (it
-	// is no store path name), so the answer may be cached without limit.
-	Lookup(ctx context.Context, name string) (manifest CID, forever bool, err error)
+	// the name is not valid now. Forever says that the answer may be cached without
+	// limit: a name that is missing can never become valid (it is no store path
+	// name), one that is there is not deleted on this machine. Who is the caller.
+	Lookup(ctx context.Context, name string, who Reader) (manifest CID, forever bool, err error)
+	// Log finds the log of a derivation's last build, a store path that is a file.
+	// Name is the derivation's, or anything else. Errors are as Lookup's.
+	Log(ctx context.Context, name string) (manifest CID, err error)
 	// Names lists what a reader of the directory is shown, sorted, beginning
 	// behind after, at most limit names.
 	Names(ctx context.Context, after string, limit int) ([]Named, error)
@@ -62,9 +71,11 @@ type Tree interface {
 	ReadAt(ctx context.Context, index uint32, p []byte, off int64, who Reader) (int, error)
 }
 
-// Reader says who waits for a read, so that it can be shown and so that
-// mapped files of running processes can wait without a deadline.
+// Reader says who waits for a read or look-up, so that it can be shown, that
+// nobody takes the places of others, and that mapped files of running processes
+// can wait without a deadline.
 type Reader struct {
 	PID  uint32 // thread id of the caller as the kernel gave it; 0 = the kernel itself
+	UID  uint32 // whose it is, as the kernel gave it
 	Node uint64 // inode number the kernel asked for
 }

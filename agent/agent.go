@@ -13,6 +13,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -23,6 +25,7 @@ import (
 	"github.com/floxctl/flox/api"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/content/cache"
+	"github.com/floxctl/flox/content/staging"
 	"github.com/floxctl/flox/fuse"
 	"github.com/floxctl/flox/p2p"
 )
@@ -37,6 +40,16 @@ type Config struct {
 	StoreDir flox.StoreDir
 	// Socket is the unix socket floxctl talks to.
 	Socket string
+	// NixSocket is the unix socket stock Nix clients use as their daemon's; "" =
+	// there is none.
+	NixSocket string
+	// NixConf is a file that stock Nix's configuration here includes, which says what
+	// keys sign; "" = there is none.
+	NixConf string
+	// LocalStore is where a Nix store of this machine is found, whose valid paths are
+	// shown with ours; "" = there is none. LocalSocket is its daemon's. Neither may lie
+	// in the mount.
+	LocalStore, LocalSocket string
 	// Invite names the storehouse and what to trust.
 	Invite *api.Invite
 	// Listen are the addresses for peers, multiaddrs or host:port. Default 0.0.0.0:7782.
@@ -77,6 +90,9 @@ type Config struct {
 // pageCacheBytes bounds the memory for decoded manifest pages.
 const pageCacheBytes = 64 << 20
 
+// KeyName is the file of the machine's identity in Config.StateDir.
+const KeyName = "key"
+
 // Agent is one endpoint.
 type Agent struct {
 	cfg       Config
@@ -86,6 +102,8 @@ type Agent struct {
 	facts     *facts
 	negatives *negatives
 	cache     *cache.Cache
+	staged    *staging.Store
+	local     *beside // nil = no local Nix store is shown
 	pages     *content.PageCache
 	host      *p2p.Host
 	calls     *calls
@@ -94,22 +112,36 @@ type Agent struct {
 	ahead     *prefetcher
 	readers   *readAhead
 	starts    *starts
+	members   *memberList
+	houses    *houses
 	follower  *follower
-	valid     *validNames
-	executed  *executed
-	ran       *ran
-	policies  *policies
-	complete  *completer
-	roots     *rootKeeper
-	known     *knownPeers
-	waits     *waits
-	traffic   *traffic
-	store     *store
-	mount     *fuse.Server // nil without a warden
-	serving   *serving     // of the mount
-	late      *lateHost    // host, for those who are there before it
-	kernel    *kernel
-	end       context.CancelFunc // ends look-ups and fetches, which outlive who asked
+	renewer   *renewer
+	nixConf   struct {
+		sync.Mutex
+		text string // as it was written last
+	}
+	valid *validNames
+	// unshared says that some of what is staged is to be shared and is not yet.
+	unshared     atomic.Bool
+	upstreamKeys upstreamKeys
+	// stagedBytes is what staged takes of the budget.
+	stagedBytes atomic.Int64
+	executed    *executed
+	ran         *ran
+	policies    *policies
+	profiles    *profiles
+	complete    *completer
+	roots       *rootKeeper
+	nix         *nixDaemon
+	known       *knownPeers
+	waits       *waits
+	traffic     *traffic
+	store       *store
+	mount       *fuse.Server // nil without a warden
+	serving     *serving     // of the mount
+	late        *lateHost    // host, for those who are there before it
+	kernel      *kernel
+	end         context.CancelFunc // ends look-ups and fetches, which outlive who asked
 }
 
 // New opens the state, begins to serve the mount, if there is one, and binds the
@@ -129,6 +161,7 @@ func New(cfg Config) (*Agent, error) {
 		return nil, errors.Join(err, a.Close())
 	}
 	a.roots = newRootKeeper(a)
+	a.nix = newNixDaemon(a)
 	a.prepareNetwork()
 	a.store = &store{a: a, trees: make(map[flox.CID]*tree)}
 	if cfg.Warden != nil {
@@ -187,12 +220,22 @@ func (a *Agent) openState() (err error) {
 	if a.lock, err = lockDir(dir); err != nil {
 		return err
 	}
+	if err := markState(dir, a.cfg.Version); err != nil {
+		return err
+	}
 	a.executed = loadExecuted(filepath.Join(dir, "executed.json"))
 	a.ran = loadRan(filepath.Join(dir, "ran.json"))
 	if a.policies, err = loadPolicies(filepath.Join(dir, "offline.json")); err != nil {
 		return err
 	}
+	if a.profiles, err = openProfiles(a, filepath.Join(dir, "profiles.json")); err != nil {
+		return err
+	}
+	if err := a.openLocal(); err != nil {
+		return err
+	}
 	a.known = &knownPeers{file: filepath.Join(dir, "peers.json")}
+	a.members = openMembers(dir, a.cfg.Invite, a.log)
 	// At once: who reads waits for both, and each waits for the disk.
 	var group errgroup.Group
 	group.Go(func() (err error) {
@@ -202,7 +245,14 @@ func (a *Agent) openState() (err error) {
 	group.Go(func() (err error) {
 		a.cache, err = cache.Open(cache.Config{
 			Dir: filepath.Join(dir, "cache"), Budget: a.cfg.CacheBudget, Reserve: a.cfg.CacheReserve,
-			Kernel: a.kernel, Log: a.log,
+			Kernel: a.kernel, Others: func() int64 { return a.stagedBytes.Load() }, Log: a.log,
+		})
+		return err
+	})
+	group.Go(func() (err error) {
+		a.staged, err = staging.Open(staging.Config{
+			Dir: filepath.Join(dir, "staged"), StoreDir: a.cfg.StoreDir, Budget: a.cfg.CacheBudget, Reserve: a.cfg.CacheReserve,
+			Known: a.validElsewhere, Derivation: a.derivation, Used: a.stagedBytes.Store, Log: a.log,
 		})
 		return err
 	})
@@ -232,19 +282,23 @@ func lockDir(dir string) (*os.File, error) {
 func (a *Agent) prepareNetwork() {
 	life, end := context.WithCancel(context.Background())
 	a.end = end
-	house := p2p.PeerID(a.cfg.Invite.Storehouse[0].ID)
 	a.late = newLateHost()
+	a.houses = newHouses(idsOf(a.members.houses()), a.late.reach)
 	a.calls = newCalls(a.late.dial)
-	a.follower = &follower{facts: a.facts, negatives: a.negatives, calls: a.calls, house: house, condemned: a.roots.collects, log: a.log}
+	a.renewer = newRenewer(a.facts, a.calls, a.houses, a.log)
+	a.follower = &follower{
+		facts: a.facts, negatives: a.negatives, calls: a.calls, houses: a.houses, condemned: a.roots.collects, renew: func() { a.renewer.look(); a.writeNixConf() }, log: a.log,
+	}
 	a.valid = &validNames{
-		calls: a.calls, house: house, state: a.follower.state, patience: min(listPatience, a.cfg.LookupTimeout/2), log: a.log,
+		calls: a.calls, houses: a.houses, state: a.follower.state, patience: min(listPatience, a.cfg.LookupTimeout/2), log: a.log,
 		asking: make(chan struct{}, 1),
 	}
 	a.resolver = &resolver{
-		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.late, house: house, traffic: a.traffic, log: a.log,
-		life: life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
+		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.late, houses: a.houses, traffic: a.traffic, log: a.log,
+		life: life, places: newPlaces(maxLookups, spareLookups), flights: make(map[string]*lookupFlight), staged: a.stagedInfo, shut: a.staged.Shut,
 	}
 	a.fetcher = newFetcher(life, a.late, a.cache, a.traffic, a.log)
+	a.fetcher.near = a.local.chunk
 	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate, life: completeLife}
 	a.complete = newCompleter(a, a.ran, a.policies)
 	a.readers = newReadAhead(life, a.ahead, a.late.farthest)
@@ -256,33 +310,32 @@ func (a *Agent) prepareNetwork() {
 
 // openNetwork takes its time: keys, certificates, sockets.
 func (a *Agent) openNetwork() error {
-	key, err := p2p.LoadOrCreateKey(filepath.Join(a.cfg.StateDir, "key"))
+	key, err := p2p.LoadOrCreateKey(filepath.Join(a.cfg.StateDir, KeyName))
 	if err != nil {
 		return err
 	}
-	var bootstrap []p2p.PeerAddr
-	for _, s := range a.cfg.Invite.Storehouse {
-		bootstrap = append(bootstrap, p2p.PeerAddr{ID: p2p.PeerID(s.ID), Addrs: s.Addrs})
-	}
 	a.host, err = p2p.New(p2p.Config{
-		Key: key, Listen: a.cfg.Listen, Announce: a.cfg.Advertise, Secret: a.cfg.Invite.Secret,
-		Site: a.cfg.Site, Bootstrap: bootstrap, DHTClient: a.cfg.DHTClient, NoMDNS: a.cfg.NoMDNS,
+		Key: key, Listen: a.cfg.Listen, Announce: a.cfg.Advertise,
+		Secrets: a.members.secrets, Allowed: a.members.allowed, Vouched: a.members.isHouse, Storehouses: a.members.isHouse,
+		Site: a.cfg.Site, Bootstrap: a.members.houses(), DHTClient: a.cfg.DHTClient, NoMDNS: a.cfg.NoMDNS,
 		Blocks: holder{a.cache}, Tracker: a.whoHas, Log: a.log,
 	})
 	if err != nil {
 		return err
 	}
+	a.host.SetDHTClient(a.members.member(a.host.ID()).GetEphemeral())
 	a.late.open(a.host)
 	return nil
 }
 
 func (a *Agent) openMount() (err error) {
 	w := a.cfg.Warden
+	w.StateFormat = StateFormat
 	a.mount, err = fuse.NewServer(fuse.ServerConfig{
 		Device: w.Device, Init: w.Init, Store: a.store, NodeTable: w.NodeTable(),
 		Journal:       w.Journal(),
 		LookupTimeout: a.cfg.LookupTimeout, ReadTimeout: a.cfg.ReadTimeout, Mapped: w.Mapped, Log: a.log,
-		Serving: func() { a.tellWarden(w.Serving) },
+		Serving: func() { a.tellWarden(w.Serving) }, Passing: passing,
 	})
 	a.kernel.mount = a.mount
 	if err == nil && !a.cfg.NoTraces {
@@ -296,23 +349,33 @@ func (a *Agent) openMount() (err error) {
 func (a *Agent) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, a.end)()
+	a.writeNixConf()
 	if a.mount != nil {
 		group.Go(func() error { return ended(ctx, "warden", a.cfg.Warden.Run(ctx)) })
 		group.Go(func() error { return ended(ctx, "mount", a.serving.run(ctx)) })
+		group.Go(func() error { return a.cfg.Warden.Beats(ctx, func() { a.mount.Stats() }) })
 	}
 	group.Go(func() error { return ended(ctx, "cache", a.cache.Run(ctx)) })
 	group.Go(func() error { return ended(ctx, "network", a.host.Run(ctx)) })
 	group.Go(func() error { return a.follower.run(ctx) })
+	if a.local != nil {
+		group.Go(func() error { return a.local.Run(ctx) })
+	}
+	group.Go(func() error { return a.runMembers(ctx) })
+	group.Go(func() error { return a.renewer.run(ctx) })
 	group.Go(func() error { return a.announce(ctx) })
 	group.Go(func() error { return a.rememberPeers(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
+	group.Go(func() error { return a.profiles.run(ctx) })
 	group.Go(func() error { return a.roots.run(ctx) })
+	group.Go(func() error { return ended(ctx, "staging", a.runStaged(ctx)) })
 	group.Go(func() error { return ended(ctx, "calls", a.serveFacts(ctx)) })
 	if a.starts.recorder != nil {
 		group.Go(func() error { return a.starts.recorder.run(ctx) })
 		group.Go(func() error { return a.report(ctx) })
 	}
 	group.Go(func() error { return a.serveControl(ctx) })
+	group.Go(func() error { return a.nix.run(ctx) })
 	err := group.Wait()
 	if errors.Is(err, errEnded) && ctx.Err() != nil {
 		err = nil
@@ -347,21 +410,30 @@ func (a *Agent) Close() error {
 		a.fetcher.work.Wait()
 	}
 	if a.calls != nil {
-		a.calls.close()
+		a.calls.Close()
 	}
 	if a.host != nil {
 		errs = append(errs, a.host.Close())
 	}
+	if a.local != nil {
+		errs = append(errs, a.local.Close())
+		a.local = nil
+	}
 	if a.cache != nil {
 		errs = append(errs, a.cache.Close())
 		a.cache = nil
+	}
+	if a.staged != nil {
+		errs = append(errs, a.staged.Close())
+		a.staged = nil
 	}
 	if a.facts != nil {
 		errs = append(errs, a.facts.close())
 		a.facts = nil
 	}
 	if a.lock != nil {
-		errs = append(errs, a.lock.Close())
+		// Closing is not enough: a process that is just being started has it, too.
+		errs = append(errs, unix.Flock(int(a.lock.Fd()), unix.LOCK_UN), a.lock.Close())
 		a.lock = nil
 	}
 	return errors.Join(errs...)

@@ -3,9 +3,6 @@ package agent
 import (
 	"context"
 	"net"
-	"net/http"
-	"sync"
-	"time"
 
 	"connectrpc.com/connect"
 
@@ -24,61 +21,41 @@ const maxCallPeers = 128
 const maxAnswer = 32 << 20
 
 // calls makes Connect clients whose connections are streams of the p2p host.
-type calls struct {
-	dial func(ctx context.Context, peer p2p.PeerID, protocol string) (net.Conn, error)
-
-	mu    sync.Mutex
-	peers map[p2p.PeerID]*http.Client
-}
+type calls struct{ *p2p.Callers }
 
 func newCalls(dial func(context.Context, p2p.PeerID, string) (net.Conn, error)) *calls {
-	return &calls{dial: dial, peers: make(map[p2p.PeerID]*http.Client)}
-}
-
-func (c *calls) client(peer p2p.PeerID) *http.Client {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if hc, ok := c.peers[peer]; ok {
-		return hc
-	}
-	if len(c.peers) >= maxCallPeers {
-		for id, hc := range c.peers { // any one: it is made again when needed
-			hc.CloseIdleConnections()
-			delete(c.peers, id)
-			break
-		}
-	}
-	hc := &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return c.dial(ctx, peer, rpcProtocol)
-		},
-		MaxIdleConnsPerHost: 4,
-		IdleConnTimeout:     time.Minute,
-		DisableCompression:  true,
-	}}
-	c.peers[peer] = hc
-	return hc
+	return &calls{p2p.NewCallers(dial, rpcProtocol, maxCallPeers)}
 }
 
 // facts is a client of a machine's Facts service.
 func (c *calls) facts(peer p2p.PeerID) floxv1connect.FactsClient {
-	return floxv1connect.NewFactsClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
+	return floxv1connect.NewFactsClient(c.Client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
 }
 
 // storehouse is a client of the storehouse's own service.
 func (c *calls) storehouse(peer p2p.PeerID) floxv1connect.StorehouseClient {
-	return floxv1connect.NewStorehouseClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
+	return floxv1connect.NewStorehouseClient(c.Client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
+}
+
+// upstreams is a client of the storehouse's upstreams.
+func (c *calls) upstreams(peer p2p.PeerID) floxv1connect.UpstreamsClient {
+	return floxv1connect.NewUpstreamsClient(c.Client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
+}
+
+// admin is a client of what the storehouse tells members about itself.
+func (c *calls) admin(peer p2p.PeerID) floxv1connect.AdminClient {
+	return floxv1connect.NewAdminClient(c.Client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
+}
+
+// buildsClient asks the storehouse about derivations.
+type buildsClient = floxv1connect.BuildsClient
+
+// builds is a client of the storehouse's word on derivations.
+func (c *calls) builds(peer p2p.PeerID) buildsClient {
+	return floxv1connect.NewBuildsClient(c.Client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
 }
 
 // members is a client of the storehouse's word on its members.
 func (c *calls) members(peer p2p.PeerID) floxv1connect.MembershipClient {
-	return floxv1connect.NewMembershipClient(c.client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
-}
-
-func (c *calls) close() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, hc := range c.peers {
-		hc.CloseIdleConnections()
-	}
+	return floxv1connect.NewMembershipClient(c.Client(peer), "http://peer", connect.WithReadMaxBytes(maxAnswer))
 }

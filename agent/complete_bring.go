@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/content"
@@ -53,6 +54,9 @@ func (b quietBlocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
 func (c *completer) look(ctx context.Context, g goal) (missing uint64, whole bool) {
 	if g.scope == scopeNames {
 		for _, p := range c.closure(g.path) {
+			if c.a.onlyStaged(p) {
+				continue
+			}
 			info, ok := c.a.facts.get(p.HashPart())
 			if !ok || ctx.Err() != nil {
 				return 0, false
@@ -64,8 +68,8 @@ func (c *completer) look(ctx context.Context, g goal) (missing uint64, whole boo
 		return 0, true
 	}
 	info, ok := c.a.facts.get(g.path.HashPart())
-	if !ok {
-		return 0, false
+	if !ok { // what is staged is on this disk, and stays in its place there
+		return 0, c.a.onlyStaged(g.path)
 	}
 	m, err := c.manifestHere(ctx, info)
 	if err != nil {
@@ -172,6 +176,7 @@ func (b *bringing) names(ctx context.Context, info *flox.PathInfo) error {
 	if err != nil {
 		return err
 	}
+	infos = slices.DeleteFunc(infos, func(one *flox.PathInfo) bool { return b.c.a.onlyStaged(one.Path) })
 	for _, one := range infos {
 		if err := b.block(ctx, one.Manifest); err != nil {
 			return err
@@ -231,6 +236,7 @@ func (b *bringing) file(ctx context.Context, t *tree, i uint32, e flox.Entry) er
 	if e.Size <= uint64(t.Params().InlineLimit) || b.c.a.cache.State(file, 0, file.Size) == cache.Hit {
 		return nil
 	}
+	t.remember(ctx, i, &e)
 	var failed error
 	err := t.Chunks(ctx, i, 0, -1, func(off int64, chunk flox.Chunk) bool {
 		switch b.c.a.cache.State(file, off, int64(chunk.Size)) {

@@ -40,7 +40,7 @@ type goal struct {
 	path  flox.StorePath
 	scope scope
 	files []uint32       // of scopeFiles
-	owner flox.StorePath // the path, used or kept, for whose sake
+	owner flox.StorePath // the path, used or kept, for whose sake; or that profile's name in the cache
 	kept  bool           // the owner is kept
 	links bool           // files are what the owner's files lead to
 	not   string         // why it is not fetched all the same; "" = it is
@@ -68,9 +68,10 @@ func (g goal) wanted() bool { return g.not == "" }
 // wishes are who wants what, as of one moment.
 type wishes struct {
 	ran      []ranPath
-	changes  uint64            // of what ran, as of then
-	kept     []string          // owners in the cache
-	policies map[string]string // of kept owners
+	changes  uint64   // of what ran, as of then
+	kept     []string // store paths that are kept
+	profiles map[string]profile
+	policies map[string]string // of kept paths, and of those that profiles lead to
 	standard string            // policy of what is not kept
 	off      string            // why nothing is fetched
 }
@@ -86,15 +87,40 @@ func (w *wishes) policy(p flox.StorePath) string {
 func (c *completer) wishes(ctx context.Context) (*wishes, error) {
 	w := &wishes{standard: c.a.cfg.Offline, off: c.off()}
 	w.ran, w.changes = c.ran.list()
-	var err error
-	if w.kept, err = c.a.cache.Owners(ctx); err != nil {
+	kept, err := c.a.keptOwners(ctx)
+	if err != nil {
 		return nil, err
 	}
+	w.kept = slices.Sorted(maps.Keys(kept))
 	w.policies = make(map[string]string, len(w.kept))
 	for _, o := range w.kept {
 		w.policies[o] = c.policies.of(o).Policy
 	}
+	w.profiles = c.a.profiles.list()
+	c.lead(w)
 	return w, nil
+}
+
+// generosity orders the policies: of several profiles that lead to a path the one
+// counts that brings most of it.
+var generosity = map[string]int{policyNone: 1, policyUsed: 2, policyClosure: 3}
+
+// lead adds the policies of what profiles lead to. What somebody said of a path
+// itself stands.
+func (c *completer) lead(w *wishes) {
+	led := make(map[string]string)
+	for _, p := range w.profiles {
+		for _, member := range c.closure(p.Path) {
+			if m := string(member); generosity[p.Policy] > generosity[led[m]] {
+				led[m] = p.Policy
+			}
+		}
+	}
+	for m, policy := range led {
+		if _, said := w.policies[m]; !said {
+			w.policies[m] = policy
+		}
+	}
 }
 
 // allowance is how many bytes may be completed without anybody having asked: half
@@ -180,6 +206,11 @@ func (c *completer) eachWhole(w *wishes, yield func(owner, p flox.StorePath)) {
 		}
 		for _, p := range c.policies.of(o).Paths {
 			yield(flox.StorePath(o), p)
+		}
+	}
+	for _, link := range slices.Sorted(maps.Keys(w.profiles)) {
+		if p := w.profiles[link]; p.Policy == policyClosure {
+			yield(flox.StorePath(profileOwner(link)), p.Path)
 		}
 	}
 }
@@ -284,7 +315,7 @@ func (c *completer) closure(p flox.StorePath) []flox.StorePath {
 	}
 	members = c.a.knownClosure([]flox.StorePath{p})
 	for _, m := range members {
-		if _, known := c.a.facts.get(m.HashPart()); !known {
+		if _, known := c.a.facts.get(m.HashPart()); !known && !c.a.onlyStaged(m) {
 			return members
 		}
 	}

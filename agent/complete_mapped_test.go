@@ -79,12 +79,14 @@ func TestMappedIsNotAskedInVain(t *testing.T) {
 
 // TestMappedFilesAreNoted: what the kernel names is noted with what it is, once.
 func TestMappedFilesAreNoted(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog, lib := someProgram(t, h, "prog", 10), someLibrary(t, h, "lib", 80)
 	a, _ := runAgent(t, h, func(cfg *Config) { cfg.NoPrefetch = true }, nil)
 	ctx := within(t, time.Minute)
 	see := func(info *flox.PathInfo, names ...string) {
 		tr := treeOf(ctx, t, a, info.Path)
+		until(t, "its manifest is on the disk", func() bool { _, err := a.complete.manifestHere(ctx, info); return err == nil })
 		for _, name := range names {
 			a.complete.sawMapped(ctx, info.Manifest, entryOf(ctx, t, tr, name))
 		}
@@ -101,6 +103,7 @@ func TestMappedFilesAreNoted(t *testing.T) {
 
 // TestTopsOfCompletion: a library in a used program's closure needs none of its own.
 func TestTopsOfCompletion(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	lib := someLibrary(t, h, "lib", 80)
 	alone := someLibrary(t, h, "alone", 90)

@@ -22,6 +22,7 @@ func (r *reached) set(peers int, storehouse bool) { r.now.Store(&reach{peers, st
 // TestCompletionOfflineFetchesNothing: with nobody to be reached a round tries
 // nothing, says why, and all comes when somebody can be.
 func TestCompletionOfflineFetchesNothing(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	who := &reached{}
@@ -144,6 +145,7 @@ func (w *warnings) of(what string) (out []string) {
 // TestRanNotSavedIsSaidOnce: a disk that is full stays full for long, and once is
 // enough; another reason is told.
 func TestRanNotSavedIsSaidOnce(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	dir := filepath.Join(t.TempDir(), "gone")
 	told := &warnings{Handler: slog.NewTextHandler(os.Stderr, nil)}

@@ -44,6 +44,13 @@ func (c *completer) state(ctx context.Context) *floxv1.OfflineState {
 	return s.message
 }
 
+// resurvey forgets the last survey: what is wanted changed.
+func (c *completer) resurvey() {
+	c.surveying.Lock() // for surveyTime at most
+	defer c.surveying.Unlock()
+	c.survey.message = nil
+}
+
 // lack is what one path lacks.
 type lack struct {
 	bytes  map[flox.StorePath]uint64 // by store path: goals overlap
@@ -120,19 +127,19 @@ func (c *completer) sumUp(ctx context.Context, w *wishes) *floxv1.OfflineState {
 	for _, o := range w.kept {
 		p, policy := flox.StorePath(o), w.policies[o]
 		l := kept[p]
+		m.Kept++
 		if policy == policyUsed && l == nil {
 			if l = used[p]; l != nil { // listed above
-				m.Kept++
 				continue
 			}
 		}
-		m.Kept++
 		if l != nil {
 			show(p, policy, l)
 			continue
 		}
 		m.KeptComplete++
 	}
+	m.Profiles = c.profiles(w, used, kept)
 	return m
 }
 

@@ -98,6 +98,7 @@ func lacks(t *testing.T, a *Agent, info *flox.PathInfo, reason string) *floxv1.O
 }
 
 func TestWhatRanIsCompleted(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	far := someLibrary(t, h, "far", 90)
 	lib := someLibrary(t, h, "lib", 80, far.Path)
@@ -138,6 +139,7 @@ func TestWhatRanIsCompleted(t *testing.T) {
 // TestCompletionOrder: first what ran, of everything; then the rest of programs,
 // then of libraries.
 func TestCompletionOrder(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	lib, one, two := someLibrary(t, h, "lib", 80), someProgram(t, h, "one", 10), someProgram(t, h, "two", 40)
 	order := make(map[flox.CID]int) // when a block was served
@@ -155,7 +157,7 @@ func TestCompletionOrder(t *testing.T) {
 		a.ran.saw(two.Path, 3, true)
 	})
 	ready(t, a, 3, 0)
-	ctx := within(t, 10*time.Second)
+	ctx := within(t, time.Minute)
 	when := func(info *flox.PathInfo, name string) (first, last int) {
 		tr := treeOf(ctx, t, a, info.Path).(*tree)
 		first = len(order)
@@ -194,6 +196,7 @@ func TestCompletionOrder(t *testing.T) {
 }
 
 func TestCompletionYieldsToReaders(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	a, _ := runAgent(t, h, nil, quick)
@@ -211,6 +214,7 @@ func TestCompletionYieldsToReaders(t *testing.T) {
 // TestCompletionGoesOnAfterAnOutage: what nobody holds is named, does not keep
 // the rest from coming, and comes when somebody has it.
 func TestCompletionGoesOnAfterAnOutage(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	lost, other := someProgram(t, h, "lost", 10), someProgram(t, h, "other", 40)
 	a, _ := runAgent(t, h, nil, quick)
@@ -246,12 +250,13 @@ func TestCompletionGoesOnAfterAnOutage(t *testing.T) {
 // TestCompletionSurvivesARestart: the next process knows what ran, and completes
 // it without anybody reading it again.
 func TestCompletionSurvivesARestart(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	dir := t.TempDir()
 	off := func(cfg *Config) { cfg.StateDir, cfg.NoPrefetch = dir, true }
 	a, stop := runAgent(t, h, off, quick)
-	start(within(t, 20*time.Second), t, a, prog, "bin/tool")
+	start(within(t, time.Minute), t, a, prog, "bin/tool")
 	if p := lacks(t, a, prog, "switched off"); p.GetPolicy() != policyUsed {
 		t.Errorf("policy %q", p.GetPolicy())
 	}
@@ -275,6 +280,7 @@ func TestCompletionSurvivesARestart(t *testing.T) {
 // TestEvictedIsNotComplete: what is here is what the cache has, and what somebody
 // used comes back.
 func TestEvictedIsNotComplete(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	a, _ := runAgent(t, h, nil, func(a *Agent) { quick(a); a.complete.every = time.Hour })
@@ -290,6 +296,7 @@ func TestEvictedIsNotComplete(t *testing.T) {
 }
 
 func TestNothingLargeIsCompleted(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	a, _ := runAgent(t, h, func(cfg *Config) { cfg.CacheBudget = 8 << 20 }, quick)
@@ -307,6 +314,7 @@ func TestNothingLargeIsCompleted(t *testing.T) {
 
 // TestCompletionEvictsNothing: with a full cache it stops, and says so.
 func TestCompletionEvictsNothing(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	const budget = 40 << 20
 	prog := someProgram(t, h, "prog", 10)
@@ -333,6 +341,7 @@ func TestCompletionEvictsNothing(t *testing.T) {
 // TestLinksAreFollowed: what a program's files name is completed too, at any
 // distance, and nothing else of those paths.
 func TestLinksAreFollowed(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	deep := someLibrary(t, h, "deep", 90)
 	at := func(info *flox.PathInfo, name string) string { return testStore.Join(info.Path) + "/" + name }

@@ -20,6 +20,10 @@ import (
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 )
 
+// standstillSaid is how long status says that the process before this one stood
+// still; doctor says it as long as this one lives.
+const standstillSaid = time.Hour
+
 // control answers floxctl on the agent's unix socket. Everybody on the machine
 // may look; what takes content away is for root and the agent's own user.
 type control struct {
@@ -108,10 +112,22 @@ func callerUID(conn net.Conn) int {
 	return uid
 }
 
+// caller is the user who calls; 0 is root, and whoever the agent runs as, -1 not
+// known.
+func caller(ctx context.Context) int {
+	switch uid, ok := ctx.Value(callerKey{}).(int); {
+	case !ok:
+		return -1
+	case uid == os.Geteuid():
+		return 0
+	default:
+		return uid
+	}
+}
+
 // mayTake refuses callers who may not take content away from others.
 func mayTake(ctx context.Context) error {
-	uid, ok := ctx.Value(callerKey{}).(int)
-	if !ok || (uid != 0 && uid != os.Geteuid()) {
+	if caller(ctx) != 0 {
 		return fmt.Errorf("this takes content away from everybody on the machine: only root may; try sudo: %w", flox.ErrDenied)
 	}
 	return nil
@@ -127,6 +143,7 @@ func (c *control) Status(ctx context.Context, _ *connect.Request[floxv1.StatusRe
 		Storehouse: a.linkMessage(), Peers: uint32(len(peers)), Cache: a.cacheMessage(), //nolint:gosec // a few thousand
 		Traffic: a.trafficMessage(), Waiting: uint32(a.waits.count()), PathsKnown: a.facts.known(), //nolint:gosec // bounded by the mount
 		Problems: a.problems(), Prefetch: a.starts.message(a.ahead.message()), Offline: a.complete.state(ctx), HeapBytes: liveHeap(),
+		Staged: a.stagedMessage(), NixSocket: a.cfg.NixSocket, LocalStore: a.localMessage(),
 	}
 	if a.mount != nil {
 		s.Mounted, s.MountDir = true, a.cfg.Warden.MountDir
@@ -155,8 +172,19 @@ func (a *Agent) problems() []string {
 		if !l.lastSeen.IsZero() {
 			since = "last heard of " + l.lastSeen.Format(time.DateTime)
 		}
-		out = append(out, fmt.Sprintf("the storehouse is not connected (%s): %v; what is here and what peers hold can be read; check its address %v and the network",
-			since, oneLine(l.err), a.cfg.Invite.Storehouse[0].Addrs))
+		out = append(out, fmt.Sprintf("the storehouse is not connected (%s): %v; what is here and what peers hold can be read; check where it is, %s, and the network",
+			since, oneLine(l.err), a.whereHouses()))
+	}
+	if a.mount != nil {
+		if before := a.cfg.Warden.Before(); before != nil && time.Since(before.At) < standstillSaid {
+			out = append(out, fmt.Sprintf("at %s the agent's process was replaced, %s; floxctl doctor says what to do", before.At.Format(time.DateTime), before.Why))
+		}
+	}
+	if full := a.mountFull(); full != "" {
+		out = append(out, full)
+	}
+	if missed := a.nix.roots.notRead(); missed != "" {
+		out = append(out, missed)
 	}
 	if u := a.cache.Usage(); u.Limit < u.Budget/2 {
 		out = append(out, fmt.Sprintf("the disk of %s is nearly full: the cache may use %d of its %d bytes; free some space or set a smaller reserve", a.cfg.StateDir, u.Limit, u.Budget))
@@ -167,7 +195,8 @@ func (a *Agent) problems() []string {
 func (a *Agent) linkMessage() *floxv1.StorehouseLink {
 	l := a.follower.state()
 	m := &floxv1.StorehouseLink{
-		PeerId: string(a.follower.house), Name: l.name, Connected: l.connected, Index: l.index, HttpUrl: l.httpURL,
+		PeerId: string(l.house), Name: l.name, Connected: l.connected, Index: l.index, HttpUrl: l.httpURL,
+		Servers: a.houseServers(l), Members: a.members.count(),
 	}
 	if m.Name == "" {
 		m.Name, m.HttpUrl = a.cfg.Invite.Name, a.cfg.Invite.HTTPURL
@@ -206,7 +235,7 @@ func (c *control) Peers(context.Context, *connect.Request[floxv1.PeersRequest]) 
 		response.Peers = append(response.Peers, &floxv1.Peer{
 			Id: string(p.ID), Addrs: p.Addrs, Role: p.Role.String(), Tier: p.Tier.String(), Site: p.Site,
 			RttMs: float64(p.RTT) / float64(time.Millisecond), Goodput: p.Goodput, BytesIn: p.BytesIn, BytesOut: p.BytesOut,
-			ConnectedUnix: p.Connected.Unix(), Score: p.Score, ScoreReason: p.Why,
+			ConnectedUnix: p.Connected.Unix(), Score: p.Score, ScoreReason: p.Why, Name: c.a.members.member(p.ID).GetName(),
 		})
 	}
 	return connect.NewResponse(response), nil
@@ -247,6 +276,7 @@ func (c *control) Watch(ctx context.Context, req *connect.Request[floxv1.WatchRe
 		before, at = total, now
 		err := stream.Send(&floxv1.WatchReads{
 			Reads: c.waiting(now), BytesPerSecond: uint64(rate), Traffic: c.a.trafficMessage(), Storehouse: c.a.linkMessage(),
+			Full: c.a.mountFull(),
 		})
 		if err != nil {
 			return err

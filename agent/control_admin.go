@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httputil"
 	"os/user"
 	"strconv"
+	"sync/atomic"
 
 	"connectrpc.com/connect"
 
@@ -56,12 +58,60 @@ func newPassAdmin(a *Agent) *passAdmin {
 	return p
 }
 
-// p2pTransport carries requests to the storehouse the agent follows.
+// p2pTransport carries requests to the first server of the storehouse that can be
+// reached.
 type p2pTransport struct{ a *Agent }
 
-// RoundTrip implements http.RoundTripper.
+// RoundTrip implements http.RoundTripper. Of a request that failed before
+// anything of it was sent, the next server hears.
 func (t p2pTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	return t.a.calls.client(t.a.follower.house).Transport.RoundTrip(r)
+	body := &untouched{}
+	if r.Body != nil && r.Body != http.NoBody {
+		body.ReadCloser = r.Body
+		defer func() {
+			if !body.used.Load() {
+				_ = body.ReadCloser.Close() // it was never read
+			}
+		}()
+	}
+	var failed []error
+	for _, house := range t.a.houses.order() {
+		try := r.WithContext(r.Context()) // a copy
+		if body.ReadCloser != nil {
+			try.Body = body
+		}
+		response, err := t.a.calls.Client(house).Transport.RoundTrip(try)
+		if err == nil {
+			t.a.houses.answered(house)
+			return response, nil
+		}
+		failed = append(failed, err)
+		if r.Context().Err() != nil || body.used.Load() {
+			break
+		}
+		t.a.houses.failed(house)
+	}
+	return nil, because(failed...)
+}
+
+// untouched is the body of a request that may be sent again until it was read.
+type untouched struct {
+	io.ReadCloser
+	used atomic.Bool
+}
+
+// Read implements io.Reader.
+func (u *untouched) Read(p []byte) (int, error) {
+	u.used.Store(true)
+	return u.ReadCloser.Read(p)
+}
+
+// Close closes what was read from; the rest may still be sent.
+func (u *untouched) Close() error {
+	if u.used.Load() {
+		return u.ReadCloser.Close()
+	}
+	return nil
 }
 
 // ServeHTTP implements http.Handler.

@@ -25,7 +25,8 @@ import (
 // as an invite's ID was the caller; a log that is followed ends with its caller.
 type houseAdmin struct {
 	floxv1connect.UnimplementedAdminHandler
-	ended chan struct{} // closed when a followed log has ended
+	ended        chan struct{} // closed when a followed log has ended
+	upstreamKeys []string
 }
 
 func (h *houseAdmin) ListInvites(_ context.Context, req *connect.Request[floxv1.ListInvitesRequest]) (*connect.Response[floxv1.ListInvitesResponse], error) {
@@ -62,6 +63,7 @@ func adminClient(t *testing.T, a *Agent) floxv1connect.AdminClient {
 
 // The storehouse hears who the kernel says is calling, whatever the caller says.
 func TestControlPassesAdminCallsOn(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	a, _ := runAgent(t, h, nil, nil)
 	c, ctx := adminClient(t, a), within(t, 40*time.Second)
@@ -91,6 +93,7 @@ func TestControlPassesAdminCallsOn(t *testing.T) {
 
 // Messages of a stream come through as they are sent, and its end goes back.
 func TestControlPassesStreamsOn(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	a, _ := runAgent(t, h, nil, nil)
 	c := adminClient(t, a)
@@ -114,6 +117,7 @@ func TestControlPassesStreamsOn(t *testing.T) {
 
 // A caller the kernel does not name gets nothing, and so does one too many.
 func TestControlRefusesToPass(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	a, _ := runAgent(t, h, nil, nil)
 	p := newPassAdmin(a)

@@ -9,6 +9,7 @@ import (
 // One user cannot take every place at the socket, all of them not root's, and a
 // connection that ends makes room for one.
 func TestClientsAreBounded(t *testing.T) {
+	t.Parallel()
 	uid := 0
 	c := newClients(func(net.Conn) int { return uid })
 	begin := func(as int) (net.Conn, bool) {

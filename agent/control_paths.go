@@ -39,7 +39,7 @@ func (c *control) path(ctx context.Context, req *floxv1.PathRequest) (*floxv1.Pa
 			return nil, err
 		}
 	}
-	kept, err := c.a.keptOwners(ctx)
+	w, err := c.a.complete.wishes(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -48,7 +48,7 @@ func (c *control) path(ctx context.Context, req *floxv1.PathRequest) (*floxv1.Pa
 	group.SetLimit(openAtOnce)
 	for i, info := range infos {
 		group.Go(func() (err error) {
-			response.Paths[i], err = c.a.details(ctx, info, kept[string(info.Path)])
+			response.Paths[i], err = c.a.details(ctx, info, w.policies[string(info.Path)])
 			return err
 		})
 	}
@@ -75,12 +75,9 @@ func (a *Agent) openAll(ctx context.Context, infos []*flox.PathInfo) ([]*tree, e
 	return trees, group.Wait()
 }
 
-// details says how much of a path is here.
-func (a *Agent) details(ctx context.Context, info *flox.PathInfo, kept bool) (*floxv1.PathDetails, error) {
-	d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: kept}
-	if kept {
-		d.Offline = a.policies.of(string(info.Path)).Policy
-	}
+// details says how much of a path is here; policy is that of one that is kept.
+func (a *Agent) details(ctx context.Context, info *flox.PathInfo, policy string) (*floxv1.PathDetails, error) {
+	d := &floxv1.PathDetails{Info: api.FromPathInfo(info), Kept: policy != "", Offline: policy}
 	t, err := a.open(ctx, info)
 	if err != nil {
 		return nil, err
@@ -96,7 +93,7 @@ func (a *Agent) details(ctx context.Context, info *flox.PathInfo, kept bool) (*f
 // localBytes is how much of a file is here; content that lies in the manifest
 // counts, for the manifest is here when this is asked.
 func (a *Agent) localBytes(t *tree, e flox.Entry) uint64 {
-	if e.Size <= uint64(t.Params().InlineLimit) {
+	if e.Size <= uint64(t.Params().InlineLimit) || t.staged.Load() {
 		return e.Size
 	}
 	missing := int64(0)

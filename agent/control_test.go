@@ -64,6 +64,7 @@ func world(t *testing.T, h *house) (tool, lib *flox.PathInfo) {
 }
 
 func TestControlShowsPaths(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	tool, lib := world(t, h)
 	a, _ := runAgent(t, h, nil, nil)
@@ -120,6 +121,7 @@ func TestControlShowsPaths(t *testing.T) {
 }
 
 func TestControlDownloadsKeepsAndVerifies(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	tool, lib := world(t, h)
 	a, _ := runAgent(t, h, nil, nil)
@@ -168,6 +170,7 @@ func TestControlDownloadsKeepsAndVerifies(t *testing.T) {
 }
 
 func TestControlTellsOfItself(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	a, _ := runAgent(t, h, nil, nil)
 	following(t, a)
@@ -209,6 +212,7 @@ func TestControlTellsOfItself(t *testing.T) {
 }
 
 func TestOnlyRootAndTheAgentsUserTakeContentAway(t *testing.T) {
+	t.Parallel()
 	for uid, allowed := range map[int]bool{0: true, os.Geteuid(): true, 12345: false, -1: false} {
 		err := mayTake(context.WithValue(t.Context(), callerKey{}, uid))
 		if allowed != (err == nil) || !allowed && !errors.Is(err, flox.ErrDenied) {
@@ -221,6 +225,7 @@ func TestOnlyRootAndTheAgentsUserTakeContentAway(t *testing.T) {
 }
 
 func TestWatchShowsWhoWaitsForWhatAndWhy(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	tool, _ := world(t, h)
 	a, _ := runAgent(t, h, nil, nil)
@@ -260,6 +265,7 @@ func TestWatchShowsWhoWaitsForWhatAndWhy(t *testing.T) {
 // Watchers, a reader who takes nothing, and reads that wait: none of them keeps
 // the agent from ending, and nothing of it is used after.
 func TestTheAgentEndsWhateverIsUnderWay(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	tool, _ := world(t, h)
 	a, stop := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil) // what is not here must stay so
@@ -286,7 +292,7 @@ func TestTheAgentEndsWhateverIsUnderWay(t *testing.T) {
 		reads <- err
 	}()
 	go func() {
-		_, _, err := a.store.Lookup(t.Context(), string(storePath(t, 5)))
+		_, _, err := a.store.Lookup(t.Context(), string(storePath(t, 5)), flox.Reader{})
 		reads <- err
 	}()
 	until(t, "both wait", func() bool { return a.waits.count() >= 2 })
@@ -308,6 +314,7 @@ func TestTheAgentEndsWhateverIsUnderWay(t *testing.T) {
 }
 
 func TestASecondAgentIsRefused(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	a, stop := runAgent(t, h, nil, nil)
 	_ = client(t, a)
@@ -354,6 +361,7 @@ func TestASecondAgentIsRefused(t *testing.T) {
 }
 
 func TestConfigurationsThatCannotWorkAreRefused(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	good := Config{StateDir: t.TempDir(), Socket: filepath.Join(t.TempDir(), "s"), Invite: h.invite, Listen: []string{"127.0.0.1:0"}, NoMDNS: true}
 	for name, change := range map[string]func(*Config){

@@ -47,7 +47,7 @@ const maxBad = 1000
 type verification struct {
 	said   floxv1.VerifyProgress
 	at     time.Time
-	stream *connect.ServerStream[floxv1.VerifyProgress]
+	stream *connect.ServerStream[floxv1.VerifyProgress] // nil = nobody listens
 }
 
 func (v *verification) bad(what string) {
@@ -61,7 +61,7 @@ func (v *verification) bad(what string) {
 
 // say sends the progress, at most ten times a second.
 func (v *verification) say(now bool) error {
-	if !now && time.Since(v.at) < 100*time.Millisecond {
+	if v.stream == nil || !now && time.Since(v.at) < 100*time.Millisecond {
 		return nil
 	}
 	v.at = time.Now()

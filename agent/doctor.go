@@ -14,8 +14,11 @@ import (
 func (c *control) Doctor(ctx context.Context, _ *connect.Request[floxv1.DoctorRequest]) (*connect.Response[floxv1.DoctorResponse], error) {
 	a := c.a
 	findings := []*floxv1.Finding{a.doctorStorehouse(), a.doctorTrust(), a.doctorMount(), a.doctorCache(), a.doctorPeers()}
+	if a.local != nil {
+		findings = append(findings, a.doctorLocal())
+	}
 	if a.mount != nil {
-		findings = append(findings, a.doctorTakeover(ctx))
+		findings = append(findings, a.doctorTakeover(ctx), a.doctorBefore())
 	}
 	return connect.NewResponse(&floxv1.DoctorResponse{Findings: findings}), nil
 }
@@ -30,7 +33,7 @@ func (a *Agent) doctorStorehouse() *floxv1.Finding {
 		return finding("storehouse", "ok", "", "%s connected, index %d", l.name, l.index)
 	}
 	return finding("storehouse", "error",
-		fmt.Sprintf("check that %v is reachable from here (address, port, firewall) and that the storehouse runs", a.cfg.Invite.Storehouse[0].Addrs),
+		fmt.Sprintf("check that %s is reachable from here (address, port, firewall) and that the storehouse runs", a.whereHouses()),
 		"not connected: %s", oneLine(l.err))
 }
 
@@ -45,6 +48,9 @@ func (a *Agent) doctorMount() *floxv1.Finding {
 	if a.mount == nil {
 		return finding("mount", "warning", "start it with `floxd agent` or `floxd up` as root", "nothing is mounted by this agent")
 	}
+	if full := a.mountFull(); full != "" {
+		return finding("mount", "error", "`floxctl watch` says who waits for what and why; end that process, or give it the network back", "%s", full)
+	}
 	stuck := 0
 	for _, w := range a.mount.Waiting() {
 		if time.Since(w.Since) > a.cfg.ReadTimeout {
@@ -55,6 +61,16 @@ func (a *Agent) doctorMount() *floxv1.Finding {
 		return finding("mount", "warning", "`floxctl watch` says who waits and why", "%d requests wait longer than %s", stuck, a.cfg.ReadTimeout)
 	}
 	return finding("mount", "ok", "", "%s, %d requests answered", a.cfg.Warden.MountDir, a.mount.Stats().Total)
+}
+
+// doctorBefore says whether the process before this one stood still.
+func (a *Agent) doctorBefore() *floxv1.Finding {
+	const check = "standstill"
+	if before := a.cfg.Warden.Before(); before != nil {
+		return finding(check, "warning", "find out what stopped it (kill -STOP, a freezer, a bug: see the agent's log); a restart of the agent clears this",
+			"at %s the agent's process was replaced, %s; who read meanwhile waited", before.At.Format(time.DateTime), before.Why)
+	}
+	return finding(check, "ok", "", "an agent's process that says nothing any more is replaced, and the one before this was not")
 }
 
 func (a *Agent) doctorCache() *floxv1.Finding {

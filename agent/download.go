@@ -40,6 +40,9 @@ type download struct {
 }
 
 func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
+	if err := d.substitute(ctx, req.GetPaths()); err != nil {
+		return err
+	}
 	infos, err := d.a.wanted(ctx, req.GetPaths(), req.GetClosure())
 	if err != nil {
 		return err
@@ -77,6 +80,40 @@ func (d *download) run(ctx context.Context, req *floxv1.DownloadRequest) error {
 	return d.say(true)
 }
 
+// substitute has the storehouse fetch what is not valid from its upstreams.
+func (d *download) substitute(ctx context.Context, given []string) error {
+	var missing []flox.StorePath
+	for _, g := range given {
+		p, _, err := d.a.parse(g)
+		if err != nil {
+			return err
+		}
+		if _, err := d.a.lookup(ctx, p); errors.Is(err, flox.ErrNotFound) {
+			missing = append(missing, p)
+		} else if err != nil {
+			return err
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	failed, err := d.a.substituted(ctx, missing, func(p *floxv1.SubstituteProgress) error {
+		if now := p.GetNow(); now != "" {
+			d.progress.Path = d.a.cfg.StoreDir.Join(flox.StorePath(now))
+		}
+		return d.say(false)
+	})
+	if err != nil {
+		return err
+	}
+	for _, p := range missing {
+		if why := failed[p]; why != "" {
+			return fmt.Errorf("%s is not valid in the storehouse, and cannot be substituted: %s: %w", p, why, flox.ErrNotFound)
+		}
+	}
+	return nil
+}
+
 // check makes sure that what arrived is still here: a cache without room lets
 // bytes pass, which is right for a reader and not for a download.
 func (d *download) check(ctx context.Context, trees []*tree) error {
@@ -104,7 +141,7 @@ func (d *download) tree(ctx context.Context, t *tree) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	hints := d.a.hints(t.path)
-	hints.Background = true
+	hints.Background, hints.AnyOrder = true, true
 	flush := func() error {
 		stall := time.AfterFunc(downloadStall, cancel)
 		defer stall.Stop()
@@ -126,6 +163,7 @@ func (d *download) tree(ctx context.Context, t *tree) error {
 			d.progress.DoneBytes += e.Size
 			return nil
 		}
+		t.remember(ctx, i, &e)
 		var failed error
 		err := t.Chunks(ctx, i, 0, file.Size, func(off int64, c flox.Chunk) bool {
 			if len(d.a.cache.Missing(file, off, int64(c.Size))) == 0 {
@@ -170,7 +208,8 @@ func (c *control) add(ctx context.Context, stream *connect.ClientStream[floxv1.A
 	if !c.a.follower.state().connected {
 		return nil, fmt.Errorf("the storehouse is not connected, and adding needs it; `floxctl status` says why: %w", flox.ErrUnreachable)
 	}
-	up := c.a.calls.storehouse(c.a.follower.house).AddPath(ctx)
+	house := c.a.houses.first()
+	up := c.a.calls.storehouse(house).AddPath(ctx)
 	for first := true; stream.Receive(); first = false {
 		m := stream.Msg()
 		out := &floxv1.AddPathRequest{Nar: m.GetNar()}
@@ -190,7 +229,10 @@ func (c *control) add(ctx context.Context, stream *connect.ClientStream[floxv1.A
 	}
 	answer, err := up.CloseAndReceive()
 	if err != nil {
-		return nil, api.FromConnect(err)
+		if err = api.FromConnect(err); ctx.Err() == nil && errors.Is(err, flox.ErrUnreachable) {
+			c.a.houses.failed(house) // who tries again is sent to another
+		}
+		return nil, err
 	}
 	// Known at once: the watch stream tells the same a moment later.
 	if info, err := api.ToPathInfo(answer.Msg.GetInfo()); err == nil && c.a.facts.verify(info) == nil {

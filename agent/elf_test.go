@@ -98,6 +98,7 @@ func madeELF(seed byte, interp string, needed []string, runpath string) []byte {
 }
 
 func TestWhatALoaderReads(t *testing.T) {
+	t.Parallel()
 	b := madeELF(1, "/nix/store/x/ld.so", []string{"liba.so", "libb.so"}, "/nix/store/x/lib:$ORIGIN/../lib")
 	h, err := parseELF(b[:elfHeadBytes], int64(len(b)))
 	if err != nil {
@@ -135,6 +136,7 @@ func TestWhatALoaderReads(t *testing.T) {
 }
 
 func TestForeignFilesAreRefused(t *testing.T) {
+	t.Parallel()
 	good := madeELF(1, "", nil, "")
 	for name, change := range map[string]func([]byte) []byte{
 		"a script":                func([]byte) []byte { return []byte("#!/bin/sh\n" + string(make([]byte, 100))) },

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -46,6 +47,8 @@ type facts struct {
 	mu    sync.RWMutex       // of the fields below, never held over I/O
 	trust *content.TrustList // nil until the first list was accepted
 	count uint64
+	// coming has by hash part what was answered and is not written yet: maxComing.
+	coming map[string]*comingFact
 }
 
 // openFacts opens the database in dir. A damaged one is an error that says to
@@ -58,7 +61,7 @@ func openFacts(dir string, store flox.StoreDir, anchor flox.CID) (*facts, error)
 	if err != nil {
 		return nil, fmt.Errorf("facts in %s: %w; if the disk is sound, delete the directory: it is fetched again", dir, err)
 	}
-	f := &facts{dir: store, state: dir, anchor: anchor, db: db}
+	f := &facts{dir: store, state: dir, anchor: anchor, db: db, coming: make(map[string]*comingFact)}
 	if err := f.loadTrust(); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
@@ -98,8 +101,17 @@ func (f *facts) recount() error {
 	return it.Close()
 }
 
-// get returns the verified info for a hash part.
+// get returns the verified info for a hash part. What comes is waited for until it
+// is written, which ends with the agent at the latest.
 func (f *facts) get(hashPart string) (*flox.PathInfo, bool) {
+	if one := f.comes(hashPart); one != nil {
+		<-one.of.written
+	}
+	return f.read(hashPart)
+}
+
+// read is get of what is on the disk.
+func (f *facts) read(hashPart string) (*flox.PathInfo, bool) {
 	b, closer, err := f.db.Get(append([]byte{prefixInfo}, hashPart...))
 	if err != nil {
 		return nil, false
@@ -128,7 +140,7 @@ func (f *facts) byManifest(id flox.CID) (*flox.PathInfo, bool) {
 	var info *flox.PathInfo
 	var ok bool
 	if len(b) == flox.HashPartLen {
-		info, ok = f.get(string(b))
+		info, ok = f.read(string(b))
 	} else {
 		info, ok = decodeInfo(b)
 	}
@@ -139,24 +151,33 @@ func (f *facts) byManifest(id flox.CID) (*flox.PathInfo, bool) {
 	return info, true
 }
 
-// put stores infos that verify has passed. It is synced before anybody hears of
+// put stores infos that verify has passed; see write.
+func (f *facts) put(infos ...*flox.PathInfo) error { return f.write(infos, nil) }
+
+// write stores infos that verify has passed, except those that were dropped of the
+// coming ones, of which they are if that is not nil. They are synced before anybody hears of
 // them: the kernel goes on with what it was told after this process was killed,
 // and the next one must know the paths behind it. (Unsynced, Pebble keeps the
 // newest writes in memory of the process.)
 //
 // What is known stays until it is removed: a second info with other content
 // for the same path is left out, as the storehouse does with it.
-func (f *facts) put(infos ...*flox.PathInfo) error {
+func (f *facts) write(infos []*flox.PathInfo, c *coming) error {
 	f.writing.Lock()
 	defer f.writing.Unlock()
 	batch := f.db.NewBatch()
 	defer func() { _ = batch.Close() }()
 	added := uint64(0)
 	seen := make(map[string]bool, len(infos))
+	if c != nil {
+		f.mu.RLock()
+		maps.Copy(seen, c.dropped)
+		f.mu.RUnlock()
+	}
 	for _, info := range infos {
 		hash := info.Path.HashPart()
-		known, ok := f.get(hash)
-		if seen[hash] || ok && (!sameContent(known, info) || len(info.Signatures) <= len(known.Signatures)) {
+		known, ok := f.read(hash)
+		if seen[hash] || ok && (!sameContent(known, info) || len(info.Signatures) <= len(known.Signatures) && f.holds(known)) {
 			continue
 		}
 		seen[hash] = true
@@ -202,7 +223,8 @@ func referrerKey(ref flox.StorePath, by string) []byte {
 func (f *facts) remove(hashPart string) error {
 	f.writing.Lock()
 	defer f.writing.Unlock()
-	info, ok := f.get(hashPart)
+	f.dropComing(hashPart)
+	info, ok := f.read(hashPart)
 	if !ok {
 		return nil
 	}
@@ -312,76 +334,51 @@ func (f *facts) verify(info *flox.PathInfo) error {
 }
 
 // accept moves the trust list forward along lists, oldest first. The first one
-// ever is checked by the invite's fingerprint, each other by the one before.
+// ever is checked by the invite's fingerprint, each other by the one before, or,
+// once the storehouse was restored from a backup, by its epoch and who signed it.
+// Lists that neither lead on nor are the one accepted are of a storehouse that
+// went back: ErrUntrusted.
 func (f *facts) accept(lists [][]byte) error {
 	f.accepting.Lock()
 	defer f.accepting.Unlock()
 	f.mu.RLock()
 	known := f.trust
 	f.mu.RUnlock()
-	current := known
-	var first error // why none of lists is the invite's
+	w := trustWalk{anchor: f.anchor, at: known}
 	for _, b := range lists {
 		next, err := content.ParseTrustList(b)
+		if err == nil {
+			err = w.step(next)
+		}
 		if err != nil {
 			return fmt.Errorf("trust list from the storehouse: %w", err)
 		}
-		switch {
-		case current == nil:
-			// Lists older than the invite come first.
-			if err := next.CheckFirst(f.anchor); err != nil {
-				first = fmt.Errorf("the storehouse's trust list is not the invite's; this is another storehouse, or somebody in between: %w", err)
-				continue
-			}
-		case next.Version <= current.Version && next.Epoch == current.Epoch:
-			if err := sameList(current, next); err != nil {
-				return err
-			}
-			continue // known already
-		default:
-			if err := content.Newer(current, next); err != nil {
-				return fmt.Errorf("trust list: %w", err)
-			}
-		}
-		current = next
 	}
-	if current == nil {
-		return first
+	if w.at == known {
+		return w.end()
 	}
-	if current == known {
-		return nil
-	}
-	if err := current.Save(filepath.Join(f.state, trustFile)); err != nil {
+	if err := w.at.Save(filepath.Join(f.state, trustFile)); err != nil {
 		return fmt.Errorf("trust list: %w", err)
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.trust = current
-	return nil
-}
-
-// sameList refuses a list that claims to be the one accepted and is another.
-func sameList(have, other *content.TrustList) error {
-	if have.Version != other.Version {
-		return nil // an older one: nothing is known of it any more
-	}
-	fingerprint, err := have.Fingerprint()
-	if err != nil {
-		return err
-	}
-	if err := other.CheckFirst(fingerprint); err != nil {
-		return fmt.Errorf("the storehouse's trust list version %d is not the one accepted before; this is another storehouse, or somebody in between: %w", other.Version, flox.ErrUntrusted)
-	}
+	f.trust = w.at
 	return nil
 }
 
 func (f *facts) trustVersion() uint64 {
+	version, _ := f.trustAt()
+	return version
+}
+
+// trustAt gives version and epoch of the trust list accepted; 0 before the first.
+func (f *facts) trustAt() (version, epoch uint64) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	if f.trust == nil {
-		return 0
+		return 0, 0
 	}
-	return f.trust.Version
+	return f.trust.Version, f.trust.Epoch
 }
 
 // quiet keeps Pebble's own chatter out of our log; its errors come back as errors.

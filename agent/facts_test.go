@@ -28,6 +28,7 @@ func testInfo(t *testing.T, path, content int) *flox.PathInfo {
 // Inode numbers stand for a manifest: facts that name another one for a path that
 // is served must not come in under them.
 func TestTheFirstFactsOfAPathStay(t *testing.T) {
+	t.Parallel()
 	f := openTestFacts(t, t.TempDir(), flox.CID{})
 	first, second := testInfo(t, 1, 1), testInfo(t, 1, 2)
 	for _, info := range []*flox.PathInfo{first, second} {
@@ -47,6 +48,7 @@ func TestTheFirstFactsOfAPathStay(t *testing.T) {
 }
 
 func TestARemovedPathIsUnknownButItsManifestReadsOn(t *testing.T) {
+	t.Parallel()
 	f := openTestFacts(t, t.TempDir(), flox.CID{})
 	first, second := testInfo(t, 1, 1), testInfo(t, 1, 2)
 	user := testInfo(t, 5, 5)
@@ -75,6 +77,7 @@ func TestARemovedPathIsUnknownButItsManifestReadsOn(t *testing.T) {
 // A process killed right after the kernel was told of a path must not have been
 // the only one to know it. The copy of the files is what it leaves behind.
 func TestFactsAreOnDiskWhenPutReturns(t *testing.T) {
+	t.Parallel()
 	dir, copied := t.TempDir(), filepath.Join(t.TempDir(), "facts")
 	f := openTestFacts(t, dir, flox.CID{})
 	for i := range 20 {
@@ -100,12 +103,25 @@ func TestFactsAreOnDiskWhenPutReturns(t *testing.T) {
 }
 
 func TestTrustListsMoveForwardOnlyFromTheInvites(t *testing.T) {
+	t.Parallel()
 	k1, k2, k3, foreign := testKey(t, "a-1"), testKey(t, "b-1"), testKey(t, "c-1"), testKey(t, "a-1")
 	l1, b1 := trustList(t, nil, k1, k1)
 	l2, b2 := trustList(t, l1, k1, k1, k2)
 	l3, b3 := trustList(t, l2, k2, k3)
 	_, f1 := trustList(t, nil, foreign, foreign)
 	_, f2 := trustList(t, l1, foreign, foreign)
+	r2, _ := laterTrustList(t, l1, 2, k3, k1, k3)
+	if err := r2.Sign(k1); err != nil {
+		t.Fatal(err)
+	}
+	restored2, err := r2.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r3, restored3 := laterTrustList(t, r2, 2, k3, k3)
+	_, restored4 := trustList(t, r3, k3, k3)
+	_, old2 := laterTrustList(t, l1, 2, k1, k1)
+	_, forged2 := laterTrustList(t, l1, 2, foreign, foreign)
 	fingerprint := func(l *content.TrustList) flox.CID {
 		id, err := l.Fingerprint()
 		if err != nil {
@@ -128,7 +144,16 @@ func TestTrustListsMoveForwardOnlyFromTheInvites(t *testing.T) {
 		{"another storehouse later", fingerprint(l1), [][][]byte{{b1}, {f1}}, 1, true},
 		{"signed by nobody trusted", fingerprint(l1), [][][]byte{{b1}, {f2}}, 1, true},
 		{"a gap", fingerprint(l1), [][][]byte{{b1}, {b3}}, 1, true},
-		{"going back", fingerprint(l1), [][][]byte{{b1, b2}, {b1}}, 2, false},
+		{"going back", fingerprint(l1), [][][]byte{{b1, b2}, {b1}}, 2, true},
+		{"the newest again", fingerprint(l1), [][][]byte{{b1, b2}, {b1, b2}}, 2, false},
+		{"nothing where there was something", fingerprint(l1), [][][]byte{{b1}, {}}, 1, true},
+		{"two rotations while away", fingerprint(l1), [][][]byte{{b1}, {b1, b2, b3}}, 3, false},
+		{"restored, ahead of the backup", fingerprint(l1), [][][]byte{{b1, b2, b3}, {b1, restored2}}, 2, false},
+		{"restored, asked from where it was", fingerprint(l1), [][][]byte{{b1, b2, b3}, {restored3}, {restored3, restored4}}, 4, false},
+		{"restored, where the backup was", fingerprint(l1), [][][]byte{{b1}, {b1, restored2}}, 2, false},
+		{"restored from before the rotation", fingerprint(l1), [][][]byte{{b1, b2, b3}, {b1, old2}}, 3, true},
+		{"restored by somebody else", fingerprint(l1), [][][]byte{{b1, b2}, {b1, forged2}}, 2, true},
+		{"back to the epoch before", fingerprint(l1), [][][]byte{{b1, restored2}, {b1, b2, b3}}, 2, true},
 		{"none", fingerprint(l1), [][][]byte{{}}, 0, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -70,6 +70,7 @@ type fetcher struct {
 	host    swarm
 	cache   *cache.Cache
 	traffic *traffic
+	near    func(p piece) ([]byte, error) // from another store of this machine; nil = there is none
 	log     *slog.Logger
 	life    context.Context //nolint:containedctx // ends with the agent
 	places  chan struct{}
@@ -93,7 +94,8 @@ type flight struct {
 	piece piece // of who started it; others may want the same block elsewhere
 	batch *batch
 	trip  uint64
-	done  chan struct{}
+	done  chan struct{} // its bytes are there: a reader waits for no more
+	kept  chan struct{} // and so are they in the cache, if that takes them
 	data  []byte
 	from  p2p.Source
 	local bool // it lay in the cache, as part of another file
@@ -212,8 +214,9 @@ type consumerError struct{ err error }
 
 func (e *consumerError) Error() string { return e.err.Error() }
 
-// collect waits for the flights of pieces. It returns the pieces not consumed,
-// and why the first of them was not.
+// collect waits for the flights of pieces: for their bytes, in the background
+// until they are kept. It returns the pieces not consumed, and why the first of
+// them was not.
 func (f *fetcher) collect(ctx context.Context, pieces []piece, flights []*flight, background bool, watch *wait, each func(piece, []byte) error) (left []piece, err error) {
 	defer func() {
 		for _, fl := range flights {
@@ -221,8 +224,12 @@ func (f *fetcher) collect(ctx context.Context, pieces []piece, flights []*flight
 		}
 	}()
 	for i, fl := range flights {
+		there := fl.done
+		if background {
+			there = fl.kept
+		}
 		select {
-		case <-fl.done:
+		case <-there:
 		case <-ctx.Done():
 			if err == nil {
 				err = ctx.Err()
@@ -282,7 +289,7 @@ func (f *fetcher) start(ctx context.Context, pieces []piece, hints p2p.Hints, ar
 	for i, p := range pieces {
 		fl, ok := f.flights[p.chunk.ID]
 		if !ok || !fl.batch.join() {
-			fl = &flight{piece: p, batch: mine, trip: f.traffic.trips.next(), done: make(chan struct{})}
+			fl = &flight{piece: p, batch: mine, trip: f.traffic.trips.next(), done: make(chan struct{}), kept: make(chan struct{})}
 			mine.waiters++
 			f.flights[p.chunk.ID] = fl
 			fresh = append(fresh, fl)
@@ -372,6 +379,7 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 		if fl.batch.arrived != nil {
 			fl.batch.arrived.Add(uint64(len(data)))
 		}
+		close(fl.done)
 		f.store(ctx, fl.piece, data)
 		f.end(fl)
 	})
@@ -381,13 +389,14 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 	for i, fl := range flights {
 		if !ended[i] {
 			fl.err = err
+			close(fl.done)
 			f.end(fl)
 		}
 	}
 }
 
-// fromCache ends the flights of chunks that are here as part of another file, or
-// came since they were missed, and returns the others.
+// fromCache ends the flights of chunks that are here as part of another file, or in
+// another store, or came since they were missed, and returns the others.
 func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
 	rest := make([]*flight, 0, len(flights))
 	for _, fl := range flights {
@@ -396,11 +405,15 @@ func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
 		if !p.manifest() { // those are looked for before they are fetched
 			data, err = f.cache.Get(ctx, p.chunk.ID)
 		}
+		if err != nil && f.near != nil {
+			data, err = f.near(p)
+		}
 		if err != nil {
 			rest = append(rest, fl)
 			continue
 		}
 		fl.data, fl.local = data, true
+		close(fl.done)
 		if p.loose != nil || f.cache.State(p.file, p.off, int64(p.chunk.Size)) != cache.Hit {
 			f.store(ctx, p, data)
 		}
@@ -441,14 +454,15 @@ func btoi(b bool) int {
 	return 0
 }
 
-// end lets everybody who waits for fl go on.
+// end is after the last thing done for fl: who wants its block now looks into
+// the cache.
 func (f *fetcher) end(fl *flight) {
 	f.mu.Lock()
 	if f.flights[fl.piece.chunk.ID] == fl {
 		delete(f.flights, fl.piece.chunk.ID)
 	}
 	f.mu.Unlock()
-	close(fl.done)
+	close(fl.kept)
 }
 
 // blocks serves the blocks of one path's manifest: from the cache, else from
@@ -462,6 +476,9 @@ type blocks struct {
 // Get implements flox.Blocks.
 func (b blocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
 	if data, err := b.a.cache.Get(ctx, id); err == nil {
+		return data, nil
+	}
+	if data, err := b.a.staged.Get(ctx, id); err == nil {
 		return data, nil
 	}
 	if b.patience > 0 {

@@ -26,6 +26,7 @@ type fakeSwarm struct {
 	fail    error
 	stopped int // fetches whose context ended
 	hurried []flox.CID
+	keeping chan struct{} // closed = what is kept is noted at once; nil = same
 }
 
 func (s *fakeSwarm) Fetch(ctx context.Context, wants []p2p.Want, _ p2p.Hints, deliver func(int, []byte, p2p.Source)) error {
@@ -60,7 +61,14 @@ func (s *fakeSwarm) Fetch(ctx context.Context, wants []p2p.Want, _ p2p.Hints, de
 	return nil
 }
 
-func (s *fakeSwarm) Holding(...flox.CID) {}
+func (s *fakeSwarm) Holding(...flox.CID) {
+	s.mu.Lock()
+	keeping := s.keeping
+	s.mu.Unlock()
+	if keeping != nil {
+		<-keeping
+	}
+}
 
 func (s *fakeSwarm) Hurry(ids []flox.CID) { s.set(func() { s.hurried = append(s.hurried, ids...) }) }
 
@@ -126,6 +134,7 @@ func (r *rig) read(ctx context.Context) ([]byte, error) {
 }
 
 func TestManyReadersOfOneBlockFetchItOnce(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 4)
 	r.swarm.set(func() { r.swarm.gate = make(chan struct{}) })
 	var group sync.WaitGroup
@@ -158,6 +167,7 @@ func TestManyReadersOfOneBlockFetchItOnce(t *testing.T) {
 }
 
 func TestAFetchGoesOnWhenItsReadersLeave(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 2)
 	gate := make(chan struct{})
 	r.swarm.set(func() { r.swarm.gate = gate })
@@ -192,6 +202,7 @@ func TestAFetchGoesOnWhenItsReadersLeave(t *testing.T) {
 }
 
 func TestADownloadsFetchEndsWithIt(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 2)
 	r.swarm.set(func() { r.swarm.gate = make(chan struct{}) })
 	ctx, stop := context.WithCancel(t.Context())
@@ -211,6 +222,7 @@ func TestADownloadsFetchEndsWithIt(t *testing.T) {
 }
 
 func TestFetchesWithoutReadersAreBounded(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, maxLeft+6)
 	r.swarm.set(func() { r.swarm.gate = make(chan struct{}) })
 	ctx, stop := context.WithCancel(t.Context())
@@ -241,6 +253,7 @@ func TestFetchesWithoutReadersAreBounded(t *testing.T) {
 // Two files share a chunk, and one file holds it twice: whoever fetches it, each
 // reader wants it at its own place.
 func TestASharedChunkLandsWhereEachReaderWantsIt(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 3)
 	gate := make(chan struct{})
 	r.swarm.set(func() { r.swarm.gate = gate })
@@ -275,6 +288,7 @@ func TestASharedChunkLandsWhereEachReaderWantsIt(t *testing.T) {
 }
 
 func TestAChunkOfAnotherFileInTheCacheIsNotFetched(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 3)
 	if _, err := r.read(t.Context()); err != nil {
 		t.Fatal(err)
@@ -292,6 +306,7 @@ func TestAChunkOfAnotherFileInTheCacheIsNotFetched(t *testing.T) {
 
 // What arrived is not fetched again because of what did not.
 func TestAFailureCostsOnlyWhatFailed(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 4)
 	lost := r.pieces[1].chunk.ID
 	data := r.swarm.blocks[lost]
@@ -313,6 +328,7 @@ func TestAFailureCostsOnlyWhatFailed(t *testing.T) {
 // The kernel believes for ever that a name does not exist: a block nobody has
 // must not look like one.
 func TestABlockNobodyHasIsUnreachableAndNotMissing(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 1)
 	r.swarm.set(func() { r.swarm.fail = fmt.Errorf("no such block, says the storehouse: %w", flox.ErrNotFound) })
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
@@ -324,6 +340,7 @@ func TestABlockNobodyHasIsUnreachableAndNotMissing(t *testing.T) {
 }
 
 func TestAReaderOutlivesFailuresUntilItsDeadline(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 3)
 	r.swarm.set(func() { r.swarm.fail = fmt.Errorf("no route: %w", flox.ErrUnreachable) })
 	time.AfterFunc(150*time.Millisecond, func() { r.swarm.set(func() { r.swarm.fail = nil }) })
@@ -341,10 +358,12 @@ func TestAReaderOutlivesFailuresUntilItsDeadline(t *testing.T) {
 }
 
 func TestWhatWasFetchedLiesInTheCacheAndAFullOneStreams(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 3)
 	if _, err := r.read(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	kept(t, r.fetcher)
 	p := make([]byte, len(r.whole))
 	if n, st := r.cache.ReadAt(r.pieces[0].file, p, 0, 0); st != cache.Hit || !bytes.Equal(p[:n], r.whole) {
 		t.Errorf("after the fetch the cache says %v", st)
@@ -358,10 +377,57 @@ func TestWhatWasFetchedLiesInTheCacheAndAFullOneStreams(t *testing.T) {
 }
 
 func TestAnErrorOfTheConsumerEndsTheFetch(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 3)
 	broken := errors.New("client went away")
 	err := r.fetch(t.Context(), r.pieces, p2p.Hints{}, nil, func(piece, []byte) error { return broken })
 	if !errors.Is(err, broken) {
 		t.Errorf("got %v, want the consumer's own error", err)
+	}
+}
+
+// kept waits until all that was fetched lies in the cache.
+func kept(t *testing.T, f *fetcher) {
+	t.Helper()
+	until(t, "all that was fetched kept", func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return len(f.flights) == 0
+	})
+}
+
+// A reader has its bytes before they are written into the cache, and so has who
+// wants the same block meanwhile; what is fetched for nobody is kept when it is said
+// to be there.
+func TestReadersDoNotWaitForTheCache(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, 1<<30, 2)
+	keeping := make(chan struct{})
+	keep := sync.OnceFunc(func() { close(keeping) })
+	t.Cleanup(keep) // what is fetched ends with it
+	r.swarm.set(func() { r.swarm.keeping = keeping })
+	for range 2 {
+		if err := r.fetch(within(t, 20*time.Second), r.pieces[:1], p2p.Hints{}, nil, func(_ piece, data []byte) error {
+			if !bytes.Equal(data, r.whole[:len(data)]) {
+				t.Error("other bytes")
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := r.swarm.asked[r.pieces[0].chunk.ID]; n != 1 {
+		t.Errorf("fetched %d times", n)
+	}
+	ahead := make(chan error, 1)
+	go func() { ahead <- r.once(within(t, time.Minute), r.pieces, p2p.Hints{}, nil) }()
+	select {
+	case err := <-ahead:
+		t.Fatalf("what is fetched ahead is said to be there before it is kept: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	keep()
+	if err := <-ahead; err != nil {
+		t.Error(err)
 	}
 }

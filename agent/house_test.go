@@ -33,10 +33,13 @@ var testSecret = []byte("a secret of the tests, 32 bytes.")
 type house struct {
 	floxv1connect.UnimplementedStorehouseHandler
 	host   *p2p.Host
+	stop   func() // ends the host
 	book   rootBook
 	key    nix.SecretKey
 	invite *api.Invite
 	admin  *houseAdmin
+	builds builder
+	ups    upstreamer
 	lists  [][]byte
 
 	mu       sync.Mutex
@@ -59,6 +62,7 @@ type house struct {
 	rootless bool     // an older one, that sends no root blocks
 	lie      [][]byte // blocks that are sent instead of the right ones, nil = the right one
 	given    int      // blocks given
+	takes    takeBook
 }
 
 // Put implements flox.BlockSink.
@@ -129,7 +133,17 @@ func machineKey(t *testing.T) ed25519.PrivateKey {
 // trustList makes a signed list of keys that follows prev; nil = the first.
 func trustList(t *testing.T, prev *content.TrustList, by nix.SecretKey, keys ...nix.SecretKey) (*content.TrustList, []byte) {
 	t.Helper()
-	l := &content.TrustList{Version: 1, Epoch: 1}
+	epoch := uint64(1)
+	if prev != nil {
+		epoch = prev.Epoch
+	}
+	return laterTrustList(t, prev, epoch, by, keys...)
+}
+
+// laterTrustList is trustList in an epoch.
+func laterTrustList(t *testing.T, prev *content.TrustList, epoch uint64, by nix.SecretKey, keys ...nix.SecretKey) (*content.TrustList, []byte) {
+	t.Helper()
+	l := &content.TrustList{Version: 1, Epoch: epoch}
 	if prev != nil {
 		l.Version = prev.Version + 1
 		var err error
@@ -176,7 +190,14 @@ func newHouse(t *testing.T) *house {
 		Version: api.InviteVersion, Name: "test", Secret: testSecret, TrustList: anchor, StoreDir: testStore,
 		Storehouse: []api.InvitePeer{{ID: string(h.host.ID()), Addrs: h.host.Addrs()}},
 	}
-	listener, err := h.host.Listen(rpcProtocol)
+	h.stop = h.serve(t, h.host)
+	return h
+}
+
+// serve answers at a host until the test ends or the function returned is called.
+func (h *house) serve(t *testing.T, host *p2p.Host) (stop func()) {
+	t.Helper()
+	listener, err := host.Listen(rpcProtocol)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -185,12 +206,28 @@ func newHouse(t *testing.T) *house {
 	mux.Handle(floxv1connect.NewStorehouseHandler(h))
 	mux.Handle(floxv1connect.NewAdminHandler(h.admin))
 	mux.Handle(floxv1connect.NewMembershipHandler(&h.book))
+	mux.Handle(floxv1connect.NewBuildsHandler(&h.builds))
+	mux.Handle(floxv1connect.NewUpstreamsHandler(&h.ups))
 	ctx, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup
-	group.Go(func() { _ = h.host.Run(ctx) })
+	group.Go(func() { _ = host.Run(ctx) })
 	group.Go(func() { _ = serveHTTP(ctx, listener, &http.Server{Handler: mux, ReadHeaderTimeout: time.Second}) })
-	t.Cleanup(func() { cancel(); group.Wait() })
-	return h
+	stop = func() { cancel(); group.Wait() }
+	t.Cleanup(stop)
+	return stop
+}
+
+// twin is another server of the same storehouse.
+func (h *house) twin(t *testing.T) (twin *p2p.Host, stop func()) {
+	t.Helper()
+	twin, err := p2p.New(p2p.Config{
+		Key: machineKey(t), Listen: []string{"127.0.0.1:0"}, Secret: testSecret, Role: p2p.Storehouse,
+		NoMDNS: true, Blocks: h, Limits: p2p.Limits{DialTimeout: 10 * time.Second},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return twin, h.serve(t, twin)
 }
 
 // testFile is a file to be put into a store path.

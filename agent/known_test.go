@@ -10,6 +10,7 @@ import (
 )
 
 func TestPeersAreRememberedOverARestart(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "peers.json")
 	stat := func(i int, role p2p.Role) p2p.PeerStat {
 		return p2p.PeerStat{ID: p2p.PeerID(fmt.Sprintf("peer%03d", i)), Addrs: []string{fmt.Sprintf("10.0.0.%d:7782", i)}, Role: role}

@@ -86,6 +86,14 @@ func (l *lateHost) farthest() (rtt time.Duration) {
 	return rtt
 }
 
+// reach says whether a peer is connected, and how far it is.
+func (l *lateHost) reach(id p2p.PeerID) (rtt time.Duration, connected bool) {
+	if host, ok := l.now(); ok {
+		return host.Reach(id)
+	}
+	return 0, false
+}
+
 // FindProviders belongs to finder.
 func (l *lateHost) FindProviders(ctx context.Context, key flox.CID, most int) ([]p2p.PeerAddr, error) {
 	host, err := l.wait(ctx)

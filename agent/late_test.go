@@ -12,6 +12,7 @@ import (
 
 // Who is there before the network waits for it, for as long as it likes.
 func TestLateHost(t *testing.T) {
+	t.Parallel()
 	l := newLateHost()
 	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()

@@ -26,6 +26,10 @@ const (
 	// remembered, and loadAgain is for how long.
 	maxLoads, maxLoaded = 16, 512
 	loadAgain           = 30 * time.Second
+	// firstLook is when it is first looked whether who reads a program runs it, each
+	// look comes twice as late as the one before, and lastLook bounds them. The kernel
+	// has the thread run it once it has read the loader's head, too.
+	firstLook, lastLook = time.Millisecond, 32 * time.Millisecond
 )
 
 // loading follows what one start loads.
@@ -325,19 +329,55 @@ func (l *loading) find(ctx context.Context, dir, name string) (*tree, uint32, bo
 type loads struct {
 	a      *Agent
 	places chan struct{}
-	work   sync.WaitGroup // Close waits for them
+	work   sync.WaitGroup                                        // Close waits for them
+	exe    func(ctx context.Context, tid uint32) (string, error) // what a thread runs; nil = there is nobody to ask
 
 	mu   sync.Mutex
 	last map[fileKey]time.Time
 }
 
 func newLoads(a *Agent) *loads {
-	return &loads{a: a, places: make(chan struct{}, maxLoads), last: make(map[fileKey]time.Time)}
+	l := &loads{a: a, places: make(chan struct{}, maxLoads), last: make(map[fileKey]time.Time)}
+	if a.cfg.Warden != nil {
+		l.exe = a.cfg.Warden.Exe
+	}
+	return l
 }
 
 // starting is called when a program is about to run. It does not wait, and does
 // nothing for what was done lately.
 func (l *loads) starting(t *tree, entry uint32) {
+	l.begin(t, entry, func(context.Context) bool { return true })
+}
+
+// running is starting, once the thread that reads the program runs it.
+func (l *loads) running(t *tree, entry, tid uint32) {
+	if l == nil || l.exe == nil || tid == 0 {
+		return
+	}
+	l.begin(t, entry, func(ctx context.Context) bool {
+		for pause := firstLook; pause <= lastLook; pause *= 2 {
+			select {
+			case <-time.After(pause):
+			case <-ctx.Done():
+				return false
+			}
+			exe, err := l.exe(ctx, tid)
+			if err != nil {
+				return false
+			}
+			if p, _, err := l.a.cfg.StoreDir.Split(exe); err == nil && p == t.path {
+				return true
+			}
+		}
+		l.forget(fileKey{t.ID(), entry}) // it may be run after it was copied
+		return false
+	})
+}
+
+// begin follows what a program loads if it was not lately, there is a place, and it
+// is sure that it runs.
+func (l *loads) begin(t *tree, entry uint32, sure func(context.Context) bool) {
 	if l == nil || !l.due(fileKey{t.ID(), entry}, time.Now()) {
 		return
 	}
@@ -350,8 +390,16 @@ func (l *loads) starting(t *tree, entry uint32) {
 		defer func() { <-l.places }()
 		ctx, cancel := context.WithTimeout(l.a.fetcher.life, replayLasts)
 		defer cancel()
-		l.a.newLoading(t.path, true, nil).follow(ctx, t.path, entry)
+		if sure(ctx) {
+			l.a.newLoading(t.path, true, nil).follow(ctx, t.path, entry)
+		}
 	})
+}
+
+func (l *loads) forget(key fileKey) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.last, key)
 }
 
 func (l *loads) due(key fileKey, now time.Time) bool {

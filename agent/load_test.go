@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"maps"
 	"slices"
 	"testing"
@@ -31,26 +32,43 @@ func linkedPaths(t *testing.T, h *house) (app, lib *flox.PathInfo, files map[str
 var loaderNeeds = []int64{0, madeTables, madeTables + 0x2000, madeText + madeEntry, madeText + madeInit, madeText + madeFini, madeData, madeData + madeChanged, madeData + madeRelr - 0x1000}
 
 // A program's first read brings what its loader will read of it and of everything
-// it is linked to, and nothing of what it will not; where round trips are short,
-// nothing at all: it may be a copy that is made.
+// it is linked to, and nothing of what it will not; where round trips are short, once
+// it is seen to run: it may be a copy that is made.
 func TestWhatALoaderReadsComesAhead(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
-	appInfo, libInfo, files := linkedPaths(t, h)
+	appInfo, libInfo, _ := linkedPaths(t, h)
+	program := testStore.Join(appInfo.Path) + "/bin/app"
 	for name, c := range map[string]struct {
 		off bool
 		far func() bool
-	}{"far": {false, always}, "near": {false, never}, "switched off": {true, always}} {
+		exe []string // what the reader runs, each time it is asked
+	}{
+		"far": {false, always, nil}, "near": {false, never, []string{"/bin/sh", program}}, "switched off": {true, always, nil},
+		"copied near": {true, never, []string{testStore.Join(libInfo.Path) + "/bin/cp"}},
+	} {
 		t.Run(name, func(t *testing.T) {
-			a, _ := runAgent(t, h, func(cfg *Config) { cfg.NoPrefetch = c.off }, nil)
+			a, _ := runAgent(t, h, func(cfg *Config) { cfg.NoPrefetch = name == "switched off" }, nil)
 			following(t, a)
 			a.readers.far = c.far
-			off := c.off || !c.far()
+			if a.starts.loads != nil {
+				a.starts.loads.exe = func(context.Context, uint32) (string, error) {
+					exe := c.exe[0]
+					if len(c.exe) > 1 {
+						c.exe = c.exe[1:]
+					}
+					return exe, nil
+				}
+			}
 			ctx := within(t, time.Minute)
 			app := treeOf(ctx, t, a, appInfo.Path)
-			readIn(ctx, t, app, entryOf(ctx, t, app, "bin/app"), files["bin/app"], 0, 1)
+			if _, err := app.ReadAt(ctx, entryOf(ctx, t, app, "bin/app"), make([]byte, 16<<10), 0, flox.Reader{PID: 7, Node: 2}); err != nil {
+				t.Fatal(err)
+			}
 			if a.starts.loads != nil {
 				a.starts.loads.work.Wait()
 			}
+			kept(t, a.fetcher)
 			brought := a.traffic.total()
 			here := func(p flox.StorePath, name string, off int64) bool {
 				tr := treeOf(ctx, t, a, p).(*tree)
@@ -62,7 +80,7 @@ func TestWhatALoaderReadsComesAhead(t *testing.T) {
 					if at == madeText+madeFini {
 						continue
 					}
-					if want := !off || name == "bin/app" && at == 0; here(p, name, at) != want {
+					if want := !c.off || name == "bin/app" && at == 0; here(p, name, at) != want {
 						t.Errorf("%s at %#x is here: %v", name, at, !want)
 					}
 				}
@@ -75,7 +93,7 @@ func TestWhatALoaderReadsComesAhead(t *testing.T) {
 			if most := uint64(4 * 8 * 2 * 128 << 10); brought > most {
 				t.Errorf("%d bytes brought, want at most %d", brought, most)
 			}
-			if m := a.ahead.message(); off != (m.GetLoaderBytes() == 0) {
+			if m := a.ahead.message(); c.off != (m.GetLoaderBytes() == 0) {
 				t.Errorf("%d bytes counted as the loader's", m.GetLoaderBytes())
 			}
 		})
@@ -85,6 +103,7 @@ func TestWhatALoaderReadsComesAhead(t *testing.T) {
 // A start of which everything but the program was warm, and that was over before
 // anybody asked what it has mapped, is told with what its loader read.
 func TestAShortStartIsCompleted(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	appInfo, libInfo, files := linkedPaths(t, h)
 	a, _ := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil)
@@ -99,6 +118,7 @@ func TestAShortStartIsCompleted(t *testing.T) {
 	app := treeOf(ctx, t, a, appInfo.Path).(*tree)
 	entry := entryOf(ctx, t, app, "bin/app")
 	readIn(ctx, t, app, entry, files["bin/app"], 0, madeSize)
+	kept(t, a.fetcher)
 	before := a.traffic.total()
 
 	closure := a.localClosure(appInfo.Path)

@@ -129,6 +129,7 @@ func unsealed(t *testing.T) string {
 }
 
 func TestMaterializeWritesWhatNixWould(t *testing.T) {
+	t.Parallel()
 	_, a, program, lib := shelf(t)
 	dir := unsealed(t)
 	var last Materialized
@@ -159,6 +160,7 @@ func TestMaterializeWritesWhatNixWould(t *testing.T) {
 }
 
 func TestMaterializeGoesOnWhereItStopped(t *testing.T) {
+	t.Parallel()
 	_, a, program, lib := shelf(t)
 	dir := unsealed(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -210,6 +212,7 @@ func TestMaterializeGoesOnWhereItStopped(t *testing.T) {
 }
 
 func TestMaterializeLeavesAloneWhatDiffers(t *testing.T) {
+	t.Parallel()
 	_, a, program, lib := shelf(t)
 	dir := unsealed(t)
 	mine := filepath.Join(dir, string(lib.Path), "mine")
@@ -229,6 +232,7 @@ func TestMaterializeLeavesAloneWhatDiffers(t *testing.T) {
 
 // A path had its name when the machine crashed, and not all of it was on the disk.
 func TestMaterializeMendsWhatACrashLeft(t *testing.T) {
+	t.Parallel()
 	_, a, program, lib := shelf(t)
 	for _, trust := range []bool{false, true} {
 		dir := unsealed(t)
@@ -281,6 +285,7 @@ func TestMaterializeOnAPoorFileSystem(t *testing.T) {
 
 // A signed NAR hash that the manifest does not lead to: nothing gets its name.
 func TestMaterializeChecksTheNARHash(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	info := h.make(t, "wrong", nil, testFile{name: "x", data: randomBytes(1, 100_000)})
 	info.NarHash[0] ^= 1
@@ -297,6 +302,7 @@ func TestMaterializeChecksTheNARHash(t *testing.T) {
 }
 
 func TestMaterializeByTwoAtOnce(t *testing.T) {
+	t.Parallel()
 	h, a, program, lib := shelf(t)
 	b, _ := runAgent(t, h, nil, nil)
 	dir := unsealed(t)

@@ -25,6 +25,7 @@ func storePath(t *testing.T, i int) flox.StorePath {
 }
 
 func TestNegativeAnswersAreUsedOnlyWhileTheStreamIsCurrent(t *testing.T) {
+	t.Parallel()
 	n := newNegatives()
 	n.remember(hashPart(1), 10)
 	if n.holds(hashPart(1)) {
@@ -41,6 +42,7 @@ func TestNegativeAnswersAreUsedOnlyWhileTheStreamIsCurrent(t *testing.T) {
 }
 
 func TestAnAdditionBeatsTheAnswerThatCrossedIt(t *testing.T) {
+	t.Parallel()
 	n := newNegatives()
 	n.setCurrent(true)
 	n.add(hashPart(1), 11)      // the stream is ahead …
@@ -60,6 +62,7 @@ func TestAnAdditionBeatsTheAnswerThatCrossedIt(t *testing.T) {
 }
 
 func TestAnAnswerOlderThanTheAdditionsRememberedIsDropped(t *testing.T) {
+	t.Parallel()
 	n := newNegatives()
 	n.setCurrent(true)
 	for i := range recentAdds + 10 {
@@ -80,6 +83,7 @@ func TestAnAnswerOlderThanTheAdditionsRememberedIsDropped(t *testing.T) {
 }
 
 func TestNegativesAreBounded(t *testing.T) {
+	t.Parallel()
 	n := newNegatives()
 	n.setCurrent(true)
 	for i := range maxNegatives + 100 {
@@ -94,6 +98,7 @@ func TestNegativesAreBounded(t *testing.T) {
 }
 
 func TestExecutedPathsAreNewestFirstBoundedAndSurviveARestart(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "executed.json")
 	e := loadExecuted(file)
 	for i := range maxExecuted + 5 {
@@ -128,6 +133,7 @@ func TestExecutedPathsAreNewestFirstBoundedAndSurviveARestart(t *testing.T) {
 }
 
 func TestOverlayCopiesExactlyWhatOverlaps(t *testing.T) {
+	t.Parallel()
 	data := []byte("abcdefgh") // at 10..18
 	for off := int64(5); off < 22; off++ {
 		for n := 1; n < 12; n++ {
@@ -147,6 +153,7 @@ func TestOverlayCopiesExactlyWhatOverlaps(t *testing.T) {
 }
 
 func TestFetchedPiecesAreNotReadFromTheCacheAgain(t *testing.T) {
+	t.Parallel()
 	at := func(off int64, size uint32) piece {
 		return piece{file: cache.File{Size: 100}, off: off, chunk: flox.Chunk{Size: size}}
 	}
@@ -165,6 +172,7 @@ func TestFetchedPiecesAreNotReadFromTheCacheAgain(t *testing.T) {
 }
 
 func TestReasonsAreSaidInOneLine(t *testing.T) {
+	t.Parallel()
 	err := because(errors.New("dial:\n  * one\n  * two"), nil, flox.ErrUnreachable, errors.New("dial:\n  * one\n  * two"))
 	if got, want := oneLine(err), "dial: * one * two"; got != want || !errors.Is(err, flox.ErrUnreachable) {
 		t.Errorf("%q, want %q, and still unreachable", got, want)

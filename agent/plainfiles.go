@@ -161,7 +161,7 @@ func (p *plainTree) flush(ctx context.Context) error {
 	pieces := p.window
 	p.window, p.size = nil, 0
 	hints := p.w.a.hints(p.t.path)
-	hints.Background = true
+	hints.Background, hints.AnyOrder = true, true
 	last := time.Now() // of a block
 	for pause := retryMin; len(pieces) > 0; pause = min(2*pause, retryMax) {
 		left, err := p.fetch(ctx, pieces, hints)

@@ -52,23 +52,47 @@ type ownedPolicy struct {
 // loadPolicies reads the policies. A damaged file is an error: what somebody
 // wanted to have on a train must not be forgotten without a word.
 func loadPolicies(file string) (*policies, error) {
-	p := &policies{file: file, owners: make(map[string]ownedPolicy)}
+	owners, err := loadKept(file, "offline policies", func(o ownedPolicy) error { return checkPolicy(o.Policy) })
+	return &policies{file: file, owners: owners}, err
+}
+
+// loadKept reads a file that storeKept wrote; a missing one is empty, and one of
+// whose values any is refused an error.
+func loadKept[V any](file, what string, check func(V) error) (map[string]V, error) {
+	kept := make(map[string]V)
 	b, err := os.ReadFile(file)
 	if errors.Is(err, iofs.ErrNotExist) {
-		return p, nil
+		return kept, nil
 	}
 	if err == nil {
-		err = json.Unmarshal(b, &p.owners)
+		err = json.Unmarshal(b, &kept)
 	}
-	for _, o := range p.owners {
+	if err == nil && kept == nil {
+		err = errors.New("it holds null")
+	}
+	for name, v := range kept {
 		if err == nil {
-			err = checkPolicy(o.Policy)
+			if err = check(v); err != nil {
+				err = fmt.Errorf("%s: %w", name, err)
+			}
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("offline policies in %s: %w; delete the file to begin anew, and say again with floxctl keep --offline what is to be here", file, err)
+		return nil, fmt.Errorf("%s in %s: %w; delete the file to begin anew, and say again with floxctl keep --offline what is to be here", what, file, err)
 	}
-	return p, nil
+	return kept, nil
+}
+
+// storeKept writes a map, durably.
+func storeKept[V any](file, what string, kept map[string]V) error {
+	b, err := json.Marshal(kept)
+	if err == nil {
+		err = replaceFile(file, b, 0o600, true)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
 }
 
 // set gives owners their policies, durably; all or none of them.
@@ -113,12 +137,8 @@ func (p *policies) retain(exists func(owner string) bool) error {
 
 // store writes the policies, p.mu being held.
 func (p *policies) store(next map[string]ownedPolicy) error {
-	b, err := json.Marshal(next)
-	if err == nil {
-		err = replaceFile(p.file, b, true)
-	}
-	if err != nil {
-		return fmt.Errorf("offline policies: %w", err)
+	if err := storeKept(p.file, "offline policies", next); err != nil {
+		return err
 	}
 	p.owners = next
 	return nil

@@ -39,12 +39,14 @@ func policyOf(ctx context.Context, t *testing.T, a *Agent, info *flox.PathInfo) 
 func root(ctx context.Context) context.Context { return context.WithValue(ctx, callerKey{}, 0) }
 
 func TestKeptClosureIsCompleted(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	far := someLibrary(t, h, "far", 90)
 	lib := someLibrary(t, h, "lib", 80, far.Path)
 	prog := someProgram(t, h, "prog", 10, lib.Path)
 	dir := t.TempDir()
 	a, stop := runAgent(t, h, func(cfg *Config) { cfg.StateDir, cfg.Offline = dir, policyNone }, quick)
+	following(t, a)
 	ctx := within(t, time.Minute)
 	keepPath(ctx, t, a, prog, "")
 	if got := policyOf(ctx, t, a, prog); got != policyUsed {
@@ -94,6 +96,7 @@ func TestKeptClosureIsCompleted(t *testing.T) {
 
 // TestKeptWithPolicyNone: nothing of it is fetched, whatever runs.
 func TestKeptWithPolicyNone(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	never, used := someProgram(t, h, "never", 10), someProgram(t, h, "used", 40)
 	a, _ := runAgent(t, h, nil, quick)
@@ -101,6 +104,7 @@ func TestKeptWithPolicyNone(t *testing.T) {
 	keepPath(ctx, t, a, never, policyNone)
 	keepPath(ctx, t, a, used, policyUsed)
 	start(ctx, t, a, never, "bin/tool")
+	kept(t, a.fetcher)
 	before := lacking(t, a, never)
 	start(ctx, t, a, used, "bin/tool")
 	until(t, "what is kept with the policy used is complete", func() bool { return lacking(t, a, used) == 0 })
@@ -117,6 +121,7 @@ func TestKeptWithPolicyNone(t *testing.T) {
 
 // TestDefaultPolicyClosure: with it the closure of what ran comes whole.
 func TestDefaultPolicyClosure(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	far := someLibrary(t, h, "far", 90)
 	lib := someLibrary(t, h, "lib", 80, far.Path)
@@ -132,11 +137,12 @@ func TestDefaultPolicyClosure(t *testing.T) {
 }
 
 func TestBadPolicies(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	prog := someProgram(t, h, "prog", 10)
 	a, _ := runAgent(t, h, nil, nil)
 	following(t, a)
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	_, err := (&control{a: a}).Keep(ctx, connect.NewRequest(&floxv1.KeepRequest{Paths: []string{string(prog.Path)}, Offline: "some"}))
 	if !errors.Is(api.FromConnect(err), flox.ErrBadInput) {
 		t.Errorf("a policy there is not: %v", err)
@@ -161,6 +167,7 @@ func TestBadPolicies(t *testing.T) {
 // TestPoliciesOfNobody: an owner that is gone leaves no policy behind, and too
 // many are refused as a whole.
 func TestPoliciesOfNobody(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "offline.json")
 	p, err := loadPolicies(file)
 	if err != nil {
@@ -185,6 +192,7 @@ func TestPoliciesOfNobody(t *testing.T) {
 }
 
 func TestRanIsBounded(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "ran.json")
 	r := loadRan(file)
 	path := func(i int) flox.StorePath { return flox.StorePath(fmt.Sprintf("%032d-p", i)) }

@@ -110,7 +110,7 @@ func (p *prefetcher) bring(ctx context.Context, why ahead, pieces []piece, hints
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.life)
 	defer cancel()
-	hints.Background = true
+	hints.Background, hints.AnyOrder = true, true
 	return p.fetcher.fetch(ctx, pieces, hints, nil, func(one piece, data []byte) error {
 		p.bytes[why].Add(uint64(len(data)))
 		if each == nil {

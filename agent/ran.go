@@ -196,7 +196,7 @@ func (r *ran) save() error {
 	r.mu.Unlock()
 	b, err := json.Marshal(list)
 	if err == nil {
-		err = replaceFile(r.file, b, false)
+		err = replaceFile(r.file, b, 0o600, false)
 	}
 	if err != nil {
 		r.mu.Lock()
@@ -208,13 +208,16 @@ func (r *ran) save() error {
 
 // replaceFile writes a small file of the state: after a crash it is the old one
 // or the new one. If durable, it is the new one once replaceFile has returned.
-func replaceFile(name string, b []byte, durable bool) (err error) {
+func replaceFile(name string, b []byte, mode os.FileMode, durable bool) (err error) {
 	tmp := name + ".new"
 	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(b)
+	if err == nil {
+		err = f.Chmod(mode) // whatever the umask is
+	}
 	if err == nil && durable {
 		err = f.Sync()
 	}

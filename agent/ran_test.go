@@ -30,6 +30,7 @@ func remembered(r *ran, program bool) (out []flox.StorePath) {
 // TestRanProgramsOutliveLibraries: however many libraries and mapped files there
 // are, no program is forgotten for them, and the next process knows them all.
 func TestRanProgramsOutliveLibraries(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "ran.json")
 	r := loadRan(file)
 	for i := range maxRan {

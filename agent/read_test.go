@@ -18,7 +18,7 @@ import (
 // treeOf opens a published path as the mount does.
 func treeOf(ctx context.Context, t *testing.T, a *Agent, p flox.StorePath) flox.Tree {
 	t.Helper()
-	manifest, _, err := a.store.Lookup(ctx, string(p))
+	manifest, _, err := a.store.Lookup(ctx, string(p), flox.Reader{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +88,7 @@ func swapCache(t *testing.T, a *Agent, cfg cache.Config) {
 }
 
 func TestReadsGiveTheFilesBytes(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	files := manyFiles()
 	info := h.make(t, "world", nil, files...)
@@ -137,6 +138,7 @@ func TestReadsGiveTheFilesBytes(t *testing.T) {
 // After a power cut the cache does not trust what no sync mark covers, and some
 // of it is not what was written.
 func TestReadsAfterAPowerCutGiveTheFilesBytes(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	files := manyFiles()
 	info := h.make(t, "world", nil, files...)
@@ -187,11 +189,12 @@ func punch(t *testing.T, dir string) (holes int) {
 }
 
 func TestReadsOfWhatIsNoFileOrOutOfRange(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	info := h.make(t, "world", nil, testFile{name: "dir/f", data: []byte("hello")})
 	h.publish(info)
 	a, _ := runAgent(t, h, nil, nil)
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	tr := treeOf(ctx, t, a, info.Path)
 	p := make([]byte, 10)
 	if _, err := tr.ReadAt(ctx, 0, p, 0, flox.Reader{}); !errors.Is(err, flox.ErrBadInput) {
@@ -212,13 +215,14 @@ func TestReadsOfWhatIsNoFileOrOutOfRange(t *testing.T) {
 // Content that nobody has any more is an error to wait for, never a name that
 // does not exist.
 func TestAManifestNobodyHasIsUnreachable(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	info := h.make(t, "lost", nil, testFile{name: "f", data: randomBytes(1, 1000)})
 	h.publish(info)
 	h.set(func() { clear(h.blocks) })
 	a, _ := runAgent(t, h, nil, nil)
-	ctx := within(t, 20*time.Second)
-	manifest, _, err := a.store.Lookup(ctx, string(info.Path))
+	ctx := within(t, time.Minute)
+	manifest, _, err := a.store.Lookup(ctx, string(info.Path), flox.Reader{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,6 +233,7 @@ func TestAManifestNobodyHasIsUnreachable(t *testing.T) {
 }
 
 func TestWhatAPeerHoldsIsReadWithoutTheStorehouse(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	data := randomBytes(3, 400_000)
 	dep := h.make(t, "dep", nil, testFile{name: "lib/dep.so", data: randomBytes(4, 50_000)})

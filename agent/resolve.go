@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -19,13 +20,15 @@ import (
 )
 
 const (
-	// maxLookups bounds the look-ups under way; more wait for a place.
-	maxLookups = 512
 	// lookupLife is how long a look-up goes on after the first who asked, so
 	// that the answer is here when they ask again.
 	lookupLife = 30 * time.Second
-	// peerHedge is how long the storehouse may take before peers are asked too.
+	// peerHedge is how long the storehouse may take, besides the way to it, before
+	// peers are asked too.
 	peerHedge = 50 * time.Millisecond
+	// maxOvertaken bounds the questions to the storehouse whose answers are taken in
+	// though peers were faster.
+	maxOvertaken = 64
 	// factsTimeout bounds one question to one machine.
 	factsTimeout = 3 * time.Second
 	// trackerTimeout bounds one question to the tracker, which the DHT is faster than otherwise.
@@ -47,21 +50,26 @@ type resolver struct {
 	negatives *negatives
 	calls     *calls
 	host      finder
-	house     p2p.PeerID
+	houses    *houses
 	traffic   *traffic
-	book      *traceBook  // nil = traces are not asked for
-	far       func() bool // whether round trips are long: near, blocks come from who is nearest
+	staged    func(p flox.StorePath) (*flox.PathInfo, bool) // what was added on this machine
+	shut      func() error                                  // why staged does not tell; nil = it does
+	book      *traceBook                                    // nil = traces are not asked for
+	far       func() bool                                   // whether round trips are long: near, blocks come from who is nearest
 	// root keeps a block of a manifest that came with facts, and gives the pages of
 	// the manifest if it is its root; nil = none are asked for.
 	root func(ctx context.Context, id flox.CID, data []byte) (pages []flox.CID)
 	log  *slog.Logger
 
-	life   context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
-	places chan struct{}
-	work   sync.WaitGroup // look-ups under way; Run waits for them
+	life context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
+	work sync.WaitGroup  // look-ups under way; Run waits for them
+
+	overtaken atomic.Int32 // questions to the storehouse that peers were faster with
 
 	mu      sync.Mutex
+	places  *places
 	flights map[string]*lookupFlight
+	began   uint64 // how many look-ups were
 }
 
 // finder is what the resolver needs of the p2p host.
@@ -76,6 +84,11 @@ type lookupFlight struct {
 	info *flox.PathInfo
 	err  error
 
+	who     asker
+	number  uint64
+	drop    func()
+	waiting int // guarded by the resolver's mutex
+
 	mu   sync.Mutex
 	last error // of the newest round, for those who give up earlier
 }
@@ -83,22 +96,40 @@ type lookupFlight struct {
 // lookup finds the info of p. ErrNotFound: the storehouse says it is not valid.
 // ErrUnreachable: nobody who knows could be asked before ctx ended.
 func (r *resolver) lookup(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
-	return r.lookupFor(ctx, p, nil)
+	return r.lookupFor(ctx, p, elsewhere, nil)
 }
 
 // lookupFor is lookup for somebody people can see waiting.
-func (r *resolver) lookupFor(ctx context.Context, p flox.StorePath, watch *wait) (*flox.PathInfo, error) {
+func (r *resolver) lookupFor(ctx context.Context, p flox.StorePath, who asker, watch *wait) (*flox.PathInfo, error) {
+	info, err := r.find(ctx, p, who, watch)
+	if errors.Is(err, flox.ErrNotFound) {
+		if shut := r.shut(); shut != nil {
+			return nil, fmt.Errorf("%s is not valid in the storehouse; whether it was added on this machine cannot be told: %w", p, shut)
+		}
+	}
+	return info, err
+}
+
+func (r *resolver) find(ctx context.Context, p flox.StorePath, who asker, watch *wait) (*flox.PathInfo, error) {
 	hash := p.HashPart()
-	if info, ok := r.facts.get(hash); ok {
+	known := r.facts.get
+	if who == elsewhere { // what the kernel hears is on the disk
+		known = r.facts.early
+	}
+	if info, ok := known(hash); ok {
+		return matchName(info, p)
+	}
+	if info, ok := r.staged(p); ok {
 		return matchName(info, p)
 	}
 	if r.negatives.holds(hash) {
 		return nil, fmt.Errorf("%s is not valid in the storehouse: %w", p, flox.ErrNotFound)
 	}
-	f, err := r.join(ctx, p)
+	f, err := r.join(ctx, p, who)
 	if err != nil {
 		return nil, err
 	}
+	defer r.leave(f)
 	watch.explained(f.newest)
 	select {
 	case <-f.done:
@@ -106,10 +137,16 @@ func (r *resolver) lookupFor(ctx context.Context, p flox.StorePath, watch *wait)
 			if r.life.Err() != nil {
 				return nil, stopping(ctx)
 			}
-			if info, ok := r.facts.get(hash); ok { // it was looked up under another name
+			if info, ok := known(hash); ok { // it was looked up under another name
 				return matchName(info, p)
 			}
 			return nil, f.err
+		}
+		if info, ok := known(hash); ok {
+			return matchName(info, p)
+		}
+		if who != elsewhere {
+			return nil, fmt.Errorf("what was answered about %s is not kept: %w", p, flox.ErrUnreachable)
 		}
 		return matchName(f.info, p)
 	case <-ctx.Done():
@@ -129,41 +166,6 @@ func (f *lookupFlight) newest() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.last
-}
-
-// join starts the look-up of p or finds the one under way.
-func (r *resolver) join(ctx context.Context, p flox.StorePath) (*lookupFlight, error) {
-	hash := p.HashPart()
-	r.mu.Lock()
-	f, ok := r.flights[hash]
-	r.mu.Unlock()
-	if ok {
-		return f, nil
-	}
-	select {
-	case r.places <- struct{}{}:
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%s: %d other look-ups wait already: %w", p, maxLookups, flox.ErrUnreachable)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if f, ok := r.flights[hash]; ok {
-		<-r.places
-		return f, nil
-	}
-	f = &lookupFlight{done: make(chan struct{})}
-	r.flights[hash] = f
-	r.work.Go(func() { // bounded by r.places
-		defer func() { <-r.places }()
-		life, cancel := context.WithTimeout(r.life, lookupLife)
-		defer cancel()
-		f.info, f.err = r.search(life, p, f)
-		r.mu.Lock()
-		delete(r.flights, hash)
-		r.mu.Unlock()
-		close(f.done)
-	})
-	return f, nil
 }
 
 // search asks in rounds until somebody proves the path, the storehouse says it
@@ -196,11 +198,14 @@ func (r *resolver) round(ctx context.Context, p flox.StorePath, asked map[p2p.Pe
 		err  error
 	}
 	house, peers := make(chan answer, 1), make(chan answer, 1)
+	asking, answered := context.WithTimeout(r.life, factsTimeout)
+	tied := context.AfterFunc(ctx, answered)
 	r.work.Go(func() {
-		info, err := r.askStorehouse(ctx, p)
+		defer answered()
+		info, err := r.askStorehouse(asking, p)
 		house <- answer{info, err}
 	})
-	hedge := time.NewTimer(peerHedge)
+	hedge := time.NewTimer(peerHedge + r.houses.distance())
 	defer hedge.Stop()
 	var failed []error
 	for peersAsked, open := false, 1; open > 0; {
@@ -217,6 +222,7 @@ func (r *resolver) round(ctx context.Context, p flox.StorePath, asked map[p2p.Pe
 			}
 		case a := <-peers:
 			if a.err == nil {
+				r.overtake(asking, tied)
 				return a.info, nil
 			}
 			failed = append(failed, a.err)
@@ -235,10 +241,10 @@ func (r *resolver) round(ctx context.Context, p flox.StorePath, asked map[p2p.Pe
 	return nil, because(failed...)
 }
 
-// askStorehouse also brings the infos of the path's closure: whoever starts a
+// askHouse also brings the infos of the path's closure: whoever starts a
 // program needs them next, and one round trip is cheaper than twenty.
-func (r *resolver) askStorehouse(ctx context.Context, p flox.StorePath) (*flox.PathInfo, error) {
-	found, response, err := r.ask(ctx, r.house, p, true)
+func (r *resolver) askHouse(ctx context.Context, house p2p.PeerID, p flox.StorePath) (*flox.PathInfo, error) {
+	found, response, err := r.ask(ctx, house, p, true)
 	if err != nil {
 		return nil, fmt.Errorf("storehouse: %w", err)
 	}
@@ -265,49 +271,27 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 		return nil, nil, &unreachable{api.FromConnect(err)}
 	}
 	r.traffic.trips.waited(trip)
-	var infos []*flox.PathInfo
-	for _, m := range response.Msg.GetFound() {
-		r.traffic.facts(m)
-		if !closure && m.GetPath() != string(p) {
-			continue // not asked for
-		}
-		info, err := api.ToPathInfo(m)
-		if err == nil {
-			err = r.facts.verify(info)
-		}
-		if err != nil {
-			r.log.Warn("path info refused", "peer", string(peer), "error", err)
-			if m.GetPath() == string(p) {
-				return nil, nil, err
-			}
-			continue
-		}
-		infos = append(infos, info)
+	found := response.Msg.GetFound()
+	if !closure {
+		found = slices.DeleteFunc(found, func(m *floxv1.PathInfo) bool { return m.GetPath() != string(p) }) // not asked for
 	}
-	if err := r.facts.put(infos...); err != nil {
+	for _, m := range found {
+		r.traffic.facts(m)
+	}
+	if err := r.take(peer, p, found, response.Msg.GetFoundSignatures()); err != nil {
 		return nil, nil, err
 	}
-	for _, info := range infos {
-		if closure && info.Path == p && r.root != nil {
-			r.took(ctx, info, response.Msg.GetRoots())
-		}
-	}
+	// What is known stays, whatever was answered now.
+	known, ok := r.facts.early(p.HashPart())
 	if closure {
+		if ok && known.Path == p && r.root != nil {
+			r.took(ctx, known, response.Msg.GetRoots())
+		}
 		r.book.found(p, response.Msg)
 	}
-	for _, info := range infos {
-		if info.Path != p {
-			continue
-		}
-		// What is known stays, whatever was answered now.
-		if known, ok := r.facts.get(p.HashPart()); ok {
-			return known, response.Msg, nil
-		}
-		return info, response.Msg, nil // removed a moment ago
-	}
-	if known, ok := r.facts.get(p.HashPart()); ok {
-		_, err := matchName(known, p) // HASH-name.lock beside HASH-name
-		return nil, nil, err
+	if ok {
+		known, err = matchName(known, p) // HASH-name.lock beside HASH-name
+		return known, response.Msg, err
 	}
 	return nil, response.Msg, nil
 }
@@ -382,7 +366,7 @@ func (r *resolver) connected(asked map[p2p.PeerID]bool) []p2p.PeerID {
 	var fresh, again []p2p.PeerID
 	for _, peer := range r.host.Peers() {
 		switch {
-		case peer.ID == r.house || peer.Role == p2p.Storehouse:
+		case peer.Role == p2p.Storehouse || r.houses.is(peer.ID):
 		case asked[peer.ID]:
 			again = append(again, peer.ID)
 		default:
@@ -404,7 +388,7 @@ func (r *resolver) providers(ctx context.Context, p flox.StorePath) []p2p.PeerID
 	}
 	var ids []p2p.PeerID
 	for _, peer := range found[:min(len(found), maxFactPeers)] {
-		if peer.ID != r.house && r.host.AddPeer(peer) == nil {
+		if !r.houses.is(peer.ID) && r.host.AddPeer(peer) == nil {
 			ids = append(ids, peer.ID)
 		}
 	}

@@ -162,15 +162,17 @@ func (w *town) resolver() *resolver {
 	}
 	life, cancel := context.WithCancel(context.Background())
 	r := &resolver{
-		facts: f, negatives: newNegatives(), host: w, house: "house", traffic: &traffic{}, log: slog.New(slog.DiscardHandler),
-		calls: &calls{dial: w.dial, peers: make(map[p2p.PeerID]*http.Client)},
-		life:  life, places: make(chan struct{}, maxLookups), flights: make(map[string]*lookupFlight),
+		staged: func(flox.StorePath) (*flox.PathInfo, bool) { return nil, false },
+		shut:   func() error { return nil },
+		facts:  f, negatives: newNegatives(), host: w, houses: newHouses([]p2p.PeerID{"house"}, unreached), traffic: &traffic{}, log: slog.New(slog.DiscardHandler),
+		calls: newCalls(w.dial),
+		life:  life, places: newPlaces(maxLookups, spareLookups), flights: make(map[string]*lookupFlight),
 	}
 	r.negatives.setCurrent(true)
 	w.t.Cleanup(func() {
 		cancel()
 		r.work.Wait()
-		r.calls.close()
+		r.calls.Close()
 		if err := f.close(); err != nil {
 			w.t.Error(err)
 		}
@@ -179,11 +181,12 @@ func (w *town) resolver() *resolver {
 }
 
 func TestLookupWhenTheStorehouseRefusesAtOnceAsksPeersAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	info := w.fact(1)
 	w.connected = []p2p.PeerID{"house", "a"}
 	w.houses["a"] = knowing{info: info}
-	got, err := w.resolver().round(within(t, 20*time.Second), info.Path, map[p2p.PeerID]bool{})
+	got, err := w.resolver().round(within(t, time.Minute), info.Path, map[p2p.PeerID]bool{})
 	if err != nil || got.Manifest != info.Manifest {
 		t.Errorf("%v %v, want it in the first round", got, err)
 	}
@@ -192,6 +195,7 @@ func TestLookupWhenTheStorehouseRefusesAtOnceAsksPeersAtOnce(t *testing.T) {
 // Neither peers that say nothing nor many that know nothing keep a look-up from
 // the one that announced the path.
 func TestLookupIsNotHeldUpByBadPeers(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	info := w.fact(1)
 	for i := range 6 {
@@ -207,13 +211,14 @@ func TestLookupIsNotHeldUpByBadPeers(t *testing.T) {
 	w.houses["house"] = nil // neither refuses nor answers
 	w.announced = []p2p.PeerID{"good"}
 	w.houses["good"] = knowing{info: info}
-	got, err := w.resolver().round(within(t, 20*time.Second), info.Path, map[p2p.PeerID]bool{})
+	got, err := w.resolver().round(within(t, time.Minute), info.Path, map[p2p.PeerID]bool{})
 	if err != nil || got.Path != info.Path {
 		t.Errorf("%v %v, want it in the first round", got, err)
 	}
 }
 
 func TestLaterRoundsAskOtherPeers(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	info := w.fact(1)
 	for i := range 30 {
@@ -223,13 +228,14 @@ func TestLaterRoundsAskOtherPeers(t *testing.T) {
 	}
 	w.connected = append(w.connected, "last")
 	w.houses["last"] = knowing{info: info}
-	got, err := w.resolver().lookup(within(t, 20*time.Second), info.Path)
+	got, err := w.resolver().lookup(within(t, time.Minute), info.Path)
 	if err != nil || got.Path != info.Path {
 		t.Errorf("%v %v", got, err)
 	}
 }
 
 func TestForgedFactsAreRefused(t *testing.T) {
+	t.Parallel()
 	key, foreign := testKey(t, "k-1"), testKey(t, "k-1") // of the same name
 	liar := func(info *flox.PathInfo) *resolver {
 		w := newTown(t)
@@ -262,6 +268,7 @@ func TestForgedFactsAreRefused(t *testing.T) {
 
 // Only the storehouse's list says no: not an error it answers, and no peer.
 func TestOnlyTheStorehouseSaysNotValid(t *testing.T) {
+	t.Parallel()
 	missing := connect.NewError(connect.CodeNotFound, errors.New("no such thing"))
 	w := newTown(t)
 	p := storePath(t, 1)
@@ -275,7 +282,7 @@ func TestOnlyTheStorehouseSaysNotValid(t *testing.T) {
 	w = newTown(t)
 	w.houses["house"] = knowing{invalid: true}
 	r := w.resolver()
-	if _, err := r.lookup(within(t, 20*time.Second), p); !errors.Is(err, flox.ErrNotFound) {
+	if _, err := r.lookup(within(t, time.Minute), p); !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("not valid: %v, want ErrNotFound", err)
 	}
 	w.mu.Lock()
@@ -292,6 +299,7 @@ func TestOnlyTheStorehouseSaysNotValid(t *testing.T) {
 }
 
 func TestALookupOutlivesItsCallerAndIsShared(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	info := w.fact(1)
 	r := w.resolver()
@@ -304,11 +312,11 @@ func TestALookupOutlivesItsCallerAndIsShared(t *testing.T) {
 			}
 		})
 	}
-	until(t, "the look-up is under way", func() bool { return len(r.places) == 1 })
+	until(t, "the look-up is under way", func() bool { return r.underWay() == 1 })
 	giveUp()
 	group.Wait()
-	if len(r.places) != 1 {
-		t.Fatalf("%d look-ups under way, want the one", len(r.places))
+	if n := r.underWay(); n != 1 {
+		t.Fatalf("%d look-ups under way, want the one", n)
 	}
 	w.mu.Lock()
 	w.houses["house"] = knowing{info: info} // it is plugged in again
@@ -317,9 +325,10 @@ func TestALookupOutlivesItsCallerAndIsShared(t *testing.T) {
 }
 
 func TestLookupsAreBoundedAndEveryWaitEndsWithItsContext(t *testing.T) {
+	t.Parallel()
 	w := newTown(t)
 	r := w.resolver()
-	r.places = make(chan struct{}, 4)
+	r.places = newPlaces(8, 0) // of which one user has half
 	ctx, cancel := context.WithCancel(t.Context())
 	var group sync.WaitGroup
 	for i := range 12 {
@@ -329,7 +338,7 @@ func TestLookupsAreBoundedAndEveryWaitEndsWithItsContext(t *testing.T) {
 			}
 		})
 	}
-	until(t, "all places are taken", func() bool { return len(r.places) == 4 })
+	until(t, "all places are taken", func() bool { return r.underWay() == 4 })
 	cancel()
 	group.Wait()
 }

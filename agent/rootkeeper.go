@@ -12,6 +12,7 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/p2p"
 )
 
 const (
@@ -106,7 +107,17 @@ func (k *rootKeeper) tell(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	members := k.a.calls.members(k.a.follower.house)
+	house := k.a.houses.first()
+	err = k.tellTo(ctx, house, set)
+	if away(err) && ctx.Err() == nil {
+		k.a.houses.failed(house) // the next attempt is at another one
+	}
+	return err
+}
+
+// tellTo is tell at one server.
+func (k *rootKeeper) tellTo(ctx context.Context, house p2p.PeerID, set content.RootSet) error {
+	members := k.a.calls.members(house)
 	if set.Len() > 0 {
 		id := set.ID()
 		resp, err := members.RenewRoots(ctx, connect.NewRequest(&floxv1.RenewRootsRequest{Set: id[:]}))
@@ -141,6 +152,16 @@ func (k *rootKeeper) set(ctx context.Context) (content.RootSet, error) {
 		for _, p := range k.a.policies.of(o).Paths {
 			add(p)
 		}
+	}
+	for _, p := range k.a.profiles.list() {
+		add(p.Path)
+	}
+	made, err := k.a.nix.roots.find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range made {
+		add(r.Target)
 	}
 	for _, p := range k.a.ran.both() {
 		add(p.Path)

@@ -19,12 +19,21 @@ import (
 // rootBook is a storehouse's end of what machines hold on to.
 type rootBook struct {
 	floxv1connect.UnimplementedMembershipHandler
+	roll *roll // nil = a storehouse that does not tell its members
 
 	mu      sync.Mutex
 	set     content.RootSet
 	renewed int
 	sent    int
 	broken  error
+}
+
+// WatchMembers is floxv1connect.MembershipHandler.
+func (b *rootBook) WatchMembers(ctx context.Context, req *connect.Request[floxv1.WatchMembersRequest], stream *connect.ServerStream[floxv1.MembersEvent]) error {
+	if b.roll == nil {
+		return b.UnimplementedMembershipHandler.WatchMembers(ctx, req, stream)
+	}
+	return b.roll.watch(ctx, req.Msg, stream.Send)
 }
 
 // RenewRoots is floxv1connect.MembershipHandler.
@@ -65,6 +74,7 @@ func (b *rootBook) look(f func() bool) bool {
 // a set that stays is renewed by its name, and told again if the storehouse lost it
 // or a collection begins.
 func TestStorehouseIsToldWhatThisMachineHoldsOnTo(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	kept := h.make(t, "kept", nil, testFile{name: "bin/kept", data: randomBytes(1, 1000)})
 	program := h.make(t, "program", nil, testFile{name: "bin/program", data: randomBytes(2, 1000)})
@@ -99,6 +109,7 @@ func TestStorehouseIsToldWhatThisMachineHoldsOnTo(t *testing.T) {
 
 // A storehouse that cannot be told is told later.
 func TestRootsAreToldAgainAfterAFailure(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	p := h.make(t, "p", nil, testFile{name: "bin/p", data: randomBytes(1, 1000)})
 	h.publish(p)

@@ -11,6 +11,7 @@ import (
 // The root block of a path's manifest comes with its facts: opening the tree asks
 // for nothing more. One that is not what was signed is no harm.
 func TestRootsComeWithFacts(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		answer func(h *house)
 		far    func() bool
@@ -31,8 +32,9 @@ func TestRootsComeWithFacts(t *testing.T) {
 			a, _ := runAgent(t, h, func(c *Config) { c.NoPrefetch = true }, nil)
 			following(t, a)
 			a.readers.far = c.far
-			ctx := within(t, 20*time.Second)
+			ctx := within(t, time.Minute)
 			treeOf(ctx, t, a, app.Path)
+			kept(t, a.fetcher)
 			h.mu.Lock()
 			served, root := h.given, h.blocks[app.Manifest]
 			h.mu.Unlock()
@@ -54,6 +56,7 @@ func TestRootsComeWithFacts(t *testing.T) {
 
 // Pages of the manifest that come with its root are kept as well.
 func TestPagesComeWithRoots(t *testing.T) {
+	t.Parallel()
 	w := newStartWorld(t)
 	pages := w.tree(t, w.lib).GetPages()
 	w.set(func() {
@@ -65,7 +68,7 @@ func TestPagesComeWithRoots(t *testing.T) {
 	a, _ := runAgent(t, w.house, func(c *Config) { c.NoPrefetch = true }, nil)
 	following(t, a)
 	a.readers.far = always
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	served := w.blocksServed()
 	tr := treeOf(ctx, t, a, w.lib.Path)
 	entryOf(ctx, t, tr, "zz/small")

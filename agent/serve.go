@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
 
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
@@ -137,8 +138,9 @@ func (h *handlers) wait() {
 	h.work.Wait()
 }
 
-// tellTracker registers keys with the storehouse's tracker, which finds faster
-// than the DHT while the storehouse is there.
+// tellTracker registers keys with the storehouse's trackers, which find faster
+// than the DHT while the storehouse is there. Each server has its own, and is
+// asked by some of the machines.
 func (a *Agent) tellTracker(ctx context.Context, keys []flox.CID) error {
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
@@ -146,9 +148,19 @@ func (a *Agent) tellTracker(ctx context.Context, keys []flox.CID) error {
 	for _, k := range append(keys, p2p.SiteKey(a.cfg.Site)) {
 		request.Keys = append(request.Keys, k[:])
 	}
-	_, err := a.calls.storehouse(a.follower.house).Announce(ctx, connect.NewRequest(request))
-	return api.FromConnect(err)
+	var told errgroup.Group
+	told.SetLimit(maxTrackers)
+	for _, house := range a.houses.order() {
+		told.Go(func() error {
+			_, err := a.calls.storehouse(house).Announce(ctx, connect.NewRequest(request))
+			return api.FromConnect(err)
+		})
+	}
+	return told.Wait()
 }
+
+// maxTrackers is how many servers are told at once.
+const maxTrackers = 5
 
 // whoHas asks the storehouse's tracker who announced key lately. It is quick or
 // nothing: the DHT is asked at the same time.
@@ -159,9 +171,13 @@ func (a *Agent) whoHas(ctx context.Context, key flox.CID, most int) ([]p2p.PeerA
 	ctx, cancel := context.WithTimeout(ctx, trackerTimeout)
 	defer cancel()
 	request := &floxv1.WhoHasRequest{Keys: [][]byte{key[:]}, Max: uint32(most)} //nolint:gosec // a few
-	response, err := a.calls.storehouse(a.follower.house).WhoHas(ctx, connect.NewRequest(request))
+	var response *connect.Response[floxv1.WhoHasResponse]
+	err := a.houses.call(ctx, func(ctx context.Context, house p2p.PeerID) (err error) {
+		response, err = a.calls.storehouse(house).WhoHas(ctx, connect.NewRequest(request))
+		return err
+	})
 	if err != nil {
-		return nil, api.FromConnect(err)
+		return nil, err
 	}
 	var out []p2p.PeerAddr
 	for _, p := range response.Msg.GetProviders() {

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/nix/local"
 )
 
 // maxTrees bounds the trees kept open; what they hold of manifests is bounded by
@@ -25,8 +26,9 @@ type store struct {
 var _ flox.Store = (*store)(nil)
 
 // Lookup implements flox.Store. A name that is no store path name is answered
-// here, for ever; any other waits for facts until ctx ends.
-func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error) {
+// here, for ever; any other waits for facts until ctx ends. What is staged may be
+// deleted by a command of this machine: for it the kernel asks each time.
+func (s *store) Lookup(ctx context.Context, name string, who flox.Reader) (flox.CID, bool, error) {
 	p, err := flox.ParseStorePath(name)
 	if err != nil {
 		return flox.CID{}, true, fmt.Errorf("%s: no store path name: %w", name, flox.ErrNotFound)
@@ -36,18 +38,33 @@ func (s *store) Lookup(ctx context.Context, name string) (flox.CID, bool, error)
 		if err != nil {
 			return flox.CID{}, false, err
 		}
+		return info.Manifest, true, nil
+	}
+	if info, ok := s.a.stagedInfo(p); ok {
+		info, err := matchName(info, p)
+		if err != nil {
+			return flox.CID{}, false, err
+		}
 		return info.Manifest, false, nil
 	}
-	watch := s.a.waits.begin(0, opLookup, s.a.cfg.StoreDir.Join(p), 0)
+	watch := s.a.waits.begin(who.PID, opLookup, s.a.cfg.StoreDir.Join(p), 0)
 	defer watch.end()
-	info, err := s.a.resolver.lookupFor(ctx, p, watch)
+	theirs, localErr := s.a.local.find(ctx, s.a, p, askerOf(who), watch)
+	if localErr == nil {
+		return theirs.ID, false, nil
+	}
+	info, err := s.a.resolver.lookupFor(ctx, p, askerOf(who), watch)
+	if errors.Is(err, flox.ErrNotFound) && !errors.Is(localErr, flox.ErrNotFound) {
+		err = localErr // whether it is valid there cannot be told
+	}
 	if err != nil {
 		return flox.CID{}, false, err
 	}
-	return info.Manifest, false, nil
+	_, staged := s.a.stagedInfo(p) // meanwhile
+	return info.Manifest, !staged, nil
 }
 
-// Names implements flox.Store: what is known here, which is what was used or
+// Names implements flox.Store: what is known here, which is what was added, used or
 // downloaded on this machine and the closures of that; with Config.ListValid also
 // everything else that is valid in the storehouse, while that answers. The kind
 // is given for paths whose manifest was opened; to learn it of the others would
@@ -57,11 +74,15 @@ func (s *store) Names(ctx context.Context, after string, limit int) ([]flox.Name
 	if err != nil {
 		return nil, err
 	}
+	if out, err = s.a.stagedNames(ctx, out, after, limit); err != nil {
+		return nil, err
+	}
+	out = s.a.localNames(ctx, out, after, limit)
 	if s.a.cfg.ListValid {
 		out = s.a.valid.merge(ctx, out, after, limit)
 	}
 	for i := range out {
-		if out[i].Manifest != (flox.CID{}) {
+		if out[i].Manifest != (flox.CID{}) && out[i].Kind == 0 {
 			out[i].Kind = s.kind(out[i].Manifest)
 		}
 	}
@@ -80,6 +101,12 @@ func (s *store) kind(manifest flox.CID) flox.Kind {
 
 // Tree implements flox.Store.
 func (s *store) Tree(ctx context.Context, manifest flox.CID, who flox.Reader) (flox.Tree, error) {
+	if local.IsID(manifest) {
+		if s.a.local == nil {
+			return nil, fmt.Errorf("the local Nix store is not shown any more: %w", flox.ErrNotFound)
+		}
+		return s.a.local.Tree(ctx, manifest)
+	}
 	t, err := s.tree(ctx, manifest)
 	if err != nil {
 		return nil, err
@@ -95,6 +122,9 @@ func (s *store) tree(ctx context.Context, manifest flox.CID) (*tree, error) {
 		return t, nil
 	}
 	info, ok := s.a.facts.byManifest(manifest)
+	if !ok {
+		info, ok = s.a.stagedByManifest(manifest)
+	}
 	if !ok {
 		return nil, fmt.Errorf("manifest %s belongs to no path known here: %w", manifest, flox.ErrNotFound)
 	}

@@ -12,6 +12,7 @@ import (
 )
 
 func TestTheStoreDirectoryListsWhatIsKnownInOrderAndInPages(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	var infos []*flox.PathInfo
 	var refs []flox.StorePath
@@ -21,7 +22,7 @@ func TestTheStoreDirectoryListsWhatIsKnownInOrderAndInPages(t *testing.T) {
 	}
 	h.publish(infos...)
 	a, _ := runAgent(t, h, nil, nil)
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	treeOf(ctx, t, a, infos[6].Path) // its closure comes with it
 	slices.SortFunc(infos, func(x, y *flox.PathInfo) int { return cmpString(x.Path, y.Path) })
 	var got []flox.Named
@@ -59,6 +60,7 @@ func cmpString(a, b flox.StorePath) int {
 }
 
 func TestNamesThatCanNeverBeStorePathsAreAnsweredForEver(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	h.set(func() { h.broken = errors.New("out of order") })
 	info := h.make(t, "real", nil, testFile{name: "f", data: []byte("x")})
@@ -68,17 +70,17 @@ func TestNamesThatCanNeverBeStorePathsAreAnsweredForEver(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"lib", ".Trash", "zz", hashPart(1), hashPart(1) + "-", "E" + hashPart(1)[1:] + "-x"} {
-		_, forever, err := a.store.Lookup(t.Context(), name)
+		_, forever, err := a.store.Lookup(t.Context(), name, flox.Reader{})
 		if !forever || !errors.Is(err, flox.ErrNotFound) {
 			t.Errorf("%q: forever %v, %v", name, forever, err)
 		}
 	}
 	// The hash is valid, under another name.
-	_, forever, err := a.store.Lookup(t.Context(), info.Path.HashPart()+"-unreal")
+	_, forever, err := a.store.Lookup(t.Context(), info.Path.HashPart()+"-unreal", flox.Reader{})
 	if forever || !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("another name: forever %v, %v", forever, err)
 	}
-	_, forever, err = a.store.Lookup(within(t, 200*time.Millisecond), string(storePath(t, 9)))
+	_, forever, err = a.store.Lookup(within(t, 200*time.Millisecond), string(storePath(t, 9)), flox.Reader{})
 	if forever || !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("nobody to ask: forever %v, %v", forever, err)
 	}
@@ -87,6 +89,7 @@ func TestNamesThatCanNeverBeStorePathsAreAnsweredForEver(t *testing.T) {
 // A name beside a valid one, such as Nix's HASH-name.lock, is missing at once,
 // also where nothing is known of the valid one yet.
 func TestANameBesideAValidOneIsMissingAtOnce(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	info := h.make(t, "valid", nil, testFile{name: "f", data: []byte("x")})
 	h.publish(info)
@@ -97,11 +100,11 @@ func TestANameBesideAValidOneIsMissingAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	began := time.Now()
-	_, forever, err := a.store.Lookup(within(t, 20*time.Second), string(beside))
+	_, forever, err := a.store.Lookup(within(t, time.Minute), string(beside), flox.Reader{})
 	if !errors.Is(err, flox.ErrNotFound) || forever {
 		t.Errorf("%v after %s (for ever: %v), want ErrNotFound", err, time.Since(began), forever)
 	}
-	if _, _, err := a.store.Lookup(within(t, 20*time.Second), string(info.Path)); err != nil {
+	if _, _, err := a.store.Lookup(within(t, time.Minute), string(info.Path), flox.Reader{}); err != nil {
 		t.Errorf("the valid one: %v", err)
 	}
 }

@@ -8,8 +8,8 @@ import (
 	"connectrpc.com/connect"
 
 	flox "github.com/floxctl/flox"
-	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
 )
 
 const (
@@ -149,9 +149,13 @@ func (b *traceBook) ask(ctx context.Context, p flox.StorePath) bool {
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
 	request := connect.NewRequest(&floxv1.PathsRequest{HashParts: []string{p.HashPart()}, Traces: true})
-	answer, err := b.a.calls.facts(b.a.follower.house).Paths(ctx, request)
+	var answer *connect.Response[floxv1.PathsResponse]
+	err := b.a.houses.call(ctx, func(ctx context.Context, house p2p.PeerID) (err error) {
+		answer, err = b.a.calls.facts(house).Paths(ctx, request)
+		return err
+	})
 	if err != nil {
-		b.a.log.Debug("trace not asked for", "path", string(p), "error", api.FromConnect(err))
+		b.a.log.Debug("trace not asked for", "path", string(p), "error", err)
 		b.later(p)
 		return false
 	}

@@ -65,7 +65,7 @@ func newRecordRig(t *testing.T) *recordRig {
 	h.publish(libInfo, appInfo, otherInfo)
 	a, _ := runAgent(t, h, nil, nil)
 	following(t, a)
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	r := &recordRig{t: t, a: a, now: time.Now(), fake: &fakeProcesses{exe: map[uint32]string{}, pages: map[uint32][]warden.PageRun{}}}
 	r.app = treeOf(ctx, t, a, appInfo.Path).(*tree)
 	r.lib = treeOf(ctx, t, a, libInfo.Path).(*tree)
@@ -170,6 +170,7 @@ func (r *recordRig) only() *recording {
 // What a program reads from when it is executed is recorded, until it is quiet:
 // of its closure, in order, also what its threads read.
 func TestAStartIsRecorded(t *testing.T) {
+	t.Parallel()
 	r := newRecordRig(t)
 	r.process(100, 1, "/bin/sh", false)
 	r.reads(100, r.app, "bin/app", 0, 65536) // the kernel, in execve
@@ -207,6 +208,7 @@ func TestAStartIsRecorded(t *testing.T) {
 // What was warm is completed from what the process has mapped, and the warden is
 // asked a bounded number of times.
 func TestAWarmStartIsCompleted(t *testing.T) {
+	t.Parallel()
 	r := newRecordRig(t)
 	r.process(100, 1, "/bin/sh", false)
 	r.reads(100, r.app, "bin/app", 0, 65536)
@@ -232,6 +234,7 @@ func TestAWarmStartIsCompleted(t *testing.T) {
 // A start whose program was warm is seen by its first read of something else; a
 // process that is old, or of another file system, is none.
 func TestWarmProgramsAreRecognised(t *testing.T) {
+	t.Parallel()
 	r := newRecordRig(t)
 	r.process(100, 1, r.exe(r.app, "bin/app"), false)
 	r.process(200, 1, r.exe(r.app, "bin/app"), true)
@@ -262,6 +265,7 @@ func TestWarmProgramsAreRecognised(t *testing.T) {
 
 // Who reads a program without running it starts nothing, nor does a library.
 func TestReadingIsNotStarting(t *testing.T) {
+	t.Parallel()
 	r := newRecordRig(t)
 	r.process(100, 1, "/bin/cat", false)
 	for off := int64(0); off < 500_000; off += 65536 {
@@ -279,6 +283,7 @@ func TestReadingIsNotStarting(t *testing.T) {
 
 // The number of recordings, of what they hold and of what is remembered is bounded.
 func TestRecordingIsBounded(t *testing.T) {
+	t.Parallel()
 	r := newRecordRig(t)
 	for pid := uint32(1000); pid < 1000+2*maxProcesses; pid++ {
 		r.reads(pid, r.app, "bin/app", 0, 4096)
@@ -302,8 +307,9 @@ func TestRecordingIsBounded(t *testing.T) {
 // A recording becomes exactly the chunks of what was used, with the manifests'
 // own names, and nothing else: no field could hold who, where, when or how.
 func TestTraceOfARecording(t *testing.T) {
+	t.Parallel()
 	r := newRecordRig(t)
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	r.process(100, 1, r.exe(r.app, "bin/app"), false)
 	r.reads(100, r.app, "bin/app", 0, 4096)
 	r.reads(100, r.lib, "lib/libc.so.6", 500_000, 100_000)
@@ -369,6 +375,7 @@ func onlyKnownFields(t *testing.T, m protoreflect.MessageDescriptor, known map[s
 
 // A trace that is too large loses what was used last.
 func TestTracesAreCut(t *testing.T) {
+	t.Parallel()
 	trees := map[flox.StorePath]*tracedTree{}
 	for i := range 3 {
 		p := storePath(t, i)
@@ -401,6 +408,7 @@ func TestTracesAreCut(t *testing.T) {
 // What the storehouse serves already, or was told, is not told again; what could
 // not be told is.
 func TestReportsAreSaidOnce(t *testing.T) {
+	t.Parallel()
 	var sent []*floxv1.ReportStartsRequest
 	var fail error
 	served := map[flox.StorePath]*floxv1.StartTrace{}

@@ -22,11 +22,9 @@ const (
 	// aboutPage is the usual size of a manifest's page.
 	aboutPage = 64 << 10
 	// maxBundleRoots is of how many paths of the closure the root blocks come with a
-	// bundle, whether the trace has them or not: what was warm where it was recorded
-	// is missing in it, and each look-up there would be a round trip.
+	// bundle, whether the trace names them or not: each look-up there would be a
+	// round trip.
 	maxBundleRoots = 128
-	// maxBundlePages is how many pages of those manifests come behind the bundle.
-	maxBundlePages = 32
 )
 
 // errLiar ends the replay of a trace that says what is not so.
@@ -80,38 +78,7 @@ func (b *bundle) fetch(ctx context.Context, trace *floxv1.StartTrace) (blocks in
 		}
 		blocks, pieces = blocks+n, pieces[n:]
 	}
-	if pieces = b.pages(); len(pieces) > 0 && blocks > 0 {
-		err = errors.Join(err, b.a.ahead.fetch(ctx, aheadTrace, pieces, hints, nil))
-	}
 	return blocks, err
-}
-
-// pages lists the missing pages of manifests that the trace says nothing of, those
-// with the fewest first: what was warm there is looked up all the same.
-func (b *bundle) pages() (missing []piece) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	var silent []*content.Manifest
-	for _, tree := range b.trees {
-		if tree.claims == nil && tree.m != nil {
-			silent = append(silent, tree.m)
-		}
-	}
-	slices.SortFunc(silent, func(x, y *content.Manifest) int {
-		return cmp.Compare(len(x.Pages()), len(y.Pages()))
-	})
-	for _, m := range silent {
-		ids := m.Pages()
-		if len(missing)+len(ids) > maxBundlePages {
-			break
-		}
-		for i, here := range b.a.cache.Has(ids) {
-			if !here {
-				missing = append(missing, piece{chunk: flox.Chunk{ID: ids[i]}})
-			}
-		}
-	}
-	return missing
 }
 
 // plan lists what is missing: blocks of manifests first, then chunks in the

@@ -111,6 +111,7 @@ func (w *startWorld) blocksServed() int {
 // A trace is replayed when its program is about to be executed: all of it is here
 // before anybody reads, manifests included, so that nothing more is asked for.
 func TestReplay(t *testing.T) {
+	t.Parallel()
 	w := newStartWorld(t)
 	w.serve(w.trace)
 	a, _ := runAgent(t, w.house, nil, nil)
@@ -158,6 +159,7 @@ func TestReplay(t *testing.T) {
 
 // A path whose facts came from elsewhere is asked about when its program starts.
 func TestTraceIsAskedForLater(t *testing.T) {
+	t.Parallel()
 	w := newStartWorld(t)
 	w.serve(w.trace)
 	a, _ := runAgent(t, w.house, nil, func(a *Agent) {
@@ -190,6 +192,7 @@ func TestTraceIsAskedForLater(t *testing.T) {
 // Whatever a trace says, only what signed manifests say gets into the cache, under
 // the names they give, and readers get the right bytes from an unsuspected storehouse.
 func TestHostileTraces(t *testing.T) {
+	t.Parallel()
 	w := newStartWorld(t)
 	garbage := randomBytes(77, 50_000)
 	garbageID := content.Hash(garbage)
@@ -277,6 +280,7 @@ func TestHostileTraces(t *testing.T) {
 
 // Switched off, nothing is asked for, recorded or replayed.
 func TestTracesSwitchedOff(t *testing.T) {
+	t.Parallel()
 	w := newStartWorld(t)
 	w.serve(w.trace)
 	for name, change := range map[string]func(*Config){
@@ -304,6 +308,7 @@ func TestTracesSwitchedOff(t *testing.T) {
 
 // Traces in memory are bounded.
 func TestTracesInMemoryAreBounded(t *testing.T) {
+	t.Parallel()
 	b := newTraceBook(nil)
 	for i := range 2 * maxHeldTraces {
 		b.put(storePath(t, i), nil)
@@ -334,6 +339,7 @@ func TestTracesInMemoryAreBounded(t *testing.T) {
 // A reader who wants a block that is fetched for nobody joins its flight, and
 // makes it one in a hurry; nobody is asked twice.
 func TestReadersHurryWhatIsFetchedAhead(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, 1<<30, 4)
 	gate := make(chan struct{})
 	r.swarm.set(func() { r.swarm.gate = gate })
@@ -377,6 +383,7 @@ func TestReadersHurryWhatIsFetchedAhead(t *testing.T) {
 
 // Round trips are counted one after the other: what is under way at once is one.
 func TestRoundTripsAreCountedInSequence(t *testing.T) {
+	t.Parallel()
 	var c trips
 	first, second := c.next(), c.next()
 	c.waited(first)
@@ -391,13 +398,30 @@ func TestRoundTripsAreCountedInSequence(t *testing.T) {
 	}
 }
 
-// What was warm where a start was recorded is not in its trace, but the root blocks
-// of its manifests come with the bundle: a look-up there waits for nothing.
+// What was warm where a start was recorded has no chunks in its trace, but its
+// manifests come with the bundle: a look-up there waits for nothing. So do root
+// blocks of what the trace does not even name.
 func TestABundleBringsTheRootsOfItsClosure(t *testing.T) {
+	t.Parallel()
 	w := newStartWorld(t)
-	short := proto.CloneOf(w.trace)
-	short.Trees = slices.DeleteFunc(short.GetTrees(), func(t *floxv1.TraceTree) bool { return t.GetPath() != string(w.app.Path) })
-	w.serve(short)
+	isApp := func(t *floxv1.TraceTree) bool { return t.GetPath() == string(w.app.Path) }
+	for _, named := range []bool{true, false} {
+		short := proto.CloneOf(w.trace)
+		for _, tree := range short.GetTrees() {
+			if !isApp(tree) {
+				tree.Chunks = nil
+			}
+		}
+		if !named {
+			short.Trees = slices.DeleteFunc(short.GetTrees(), func(t *floxv1.TraceTree) bool { return !isApp(t) })
+		}
+		w.bundleBrings(t, short, named)
+	}
+}
+
+func (w *startWorld) bundleBrings(t *testing.T, trace *floxv1.StartTrace, pages bool) {
+	t.Helper()
+	w.serve(trace)
 	a, _ := runAgent(t, w.house, nil, nil)
 	following(t, a)
 	ctx := within(t, 40*time.Second)
@@ -407,8 +431,8 @@ func TestABundleBringsTheRootsOfItsClosure(t *testing.T) {
 		t.Error("the root block of a library's manifest is not here")
 	}
 	for i, page := range w.tree(t, w.lib).GetPages() {
-		if !a.cache.Has([]flox.CID{flox.CID(page)})[0] {
-			t.Errorf("page %d of it is not here", i)
+		if a.cache.Has([]flox.CID{flox.CID(page)})[0] != pages {
+			t.Errorf("page %d of it is here: %v, want %v", i, !pages, pages)
 		}
 	}
 	if n := a.traffic.total(); n > 1_500_000 {

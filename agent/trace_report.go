@@ -9,8 +9,8 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	flox "github.com/floxctl/flox"
-	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
 )
 
 const (
@@ -172,9 +172,13 @@ func (a *Agent) report(ctx context.Context) error {
 
 // sendStarts is one call of the storehouse.
 func (a *Agent) sendStarts(ctx context.Context, m *floxv1.ReportStartsRequest) error {
-	answer, err := a.calls.storehouse(a.follower.house).ReportStarts(ctx, connect.NewRequest(m))
+	var answer *connect.Response[floxv1.ReportStartsResponse]
+	err := a.houses.call(ctx, func(ctx context.Context, house p2p.PeerID) (err error) {
+		answer, err = a.calls.storehouse(house).ReportStarts(ctx, connect.NewRequest(m))
+		return err
+	})
 	if err != nil {
-		return api.FromConnect(err)
+		return err
 	}
 	a.log.Debug("told of starts", "told", len(m.GetStarts()), "believed", answer.Msg.GetTaken())
 	return nil

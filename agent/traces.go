@@ -76,10 +76,12 @@ func (s *starts) read(t *tree, index uint32, e flox.Entry, off int64, p []byte, 
 	exec := off == 0 && isProgram(e)
 	if exec {
 		s.book.starting(t.path)
-		// Whoever copies a program begins as its start does. Near the source that
-		// start loses little without this; a copy would bring what it never reads.
+		// Whoever copies a program begins as its start does, and would bring what it
+		// never reads: far away that costs less than waiting until it is known which.
 		if t.a.readers.far() {
 			s.loads.starting(t, index)
+		} else {
+			s.loads.running(t, index, who.PID)
 		}
 	}
 	s.recorder.note(touch{tid: who.PID, tree: t, entry: index, off: off, n: len(p), exec: exec})

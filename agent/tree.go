@@ -30,7 +30,9 @@ type tree struct {
 	*content.Manifest
 	path flox.StorePath
 	a    *Agent
-	used atomic.Int64 // Unix seconds at which the cache was last told that the manifest is in use
+	// staged says that the content lies in the staging store, as far as is known.
+	staged atomic.Bool
+	used   atomic.Int64 // Unix seconds at which the cache was last told that the manifest is in use
 }
 
 var _ flox.Tree = (*tree)(nil)
@@ -52,6 +54,14 @@ func (t *tree) ReadAt(ctx context.Context, index uint32, p []byte, off int64, wh
 		return 0, nil
 	}
 	p = p[:min(int64(len(p)), int64(e.Size)-off)]
+	if t.staged.Load() {
+		// Nothing is told to anybody of what is staged: no trace, no use.
+		n, err := t.readStaged(ctx, index, p, off)
+		if !errors.Is(err, flox.ErrNotFound) {
+			return n, err
+		}
+		t.staged.Store(false) // the storehouse has it meanwhile
+	}
 	if off == 0 && isCode(e) {
 		t.a.executed.touch(t.path)
 		t.a.ran.saw(t.path, index, isProgram(e))
@@ -137,12 +147,18 @@ func (t *tree) fill(ctx context.Context, index uint32, e flox.Entry, p []byte, o
 // missing adds the chunks of [off, off+n) of a file that are not in the cache to
 // pieces. What is there and in doubt is verified first.
 func (t *tree) missing(ctx context.Context, index uint32, e *flox.Entry, off, n int64, pieces []piece) ([]piece, error) {
+	if t.staged.Load() {
+		return pieces, nil // all is here, but not in the cache
+	}
 	file := cache.File{ID: e.File, Size: int64(e.Size)}
 	var verify []piece
 	err := t.Chunks(ctx, index, off, n, func(at int64, c flox.Chunk) bool {
 		one := piece{file: file, off: at, chunk: c}
 		switch t.a.cache.State(file, at, int64(c.Size)) {
 		case cache.Miss:
+			if len(pieces) == 0 || pieces[len(pieces)-1].file != file {
+				t.remember(ctx, index, e)
+			}
 			pieces = append(pieces, one)
 		case cache.Unverified:
 			verify = append(verify, one)
@@ -196,6 +212,9 @@ func (t *tree) direct(ctx context.Context, index uint32, file cache.File, p []by
 	})
 	if err != nil {
 		return 0, err
+	}
+	if e, err := t.Entry(ctx, index); err == nil {
+		t.remember(ctx, index, &e)
 	}
 	watch.expect(sizeOf(all))
 	err = t.a.fetcher.fetch(ctx, all, t.a.hints(t.path), watch, func(one piece, data []byte) error {
@@ -253,7 +272,9 @@ func (a *Agent) openTree(ctx context.Context, info *flox.PathInfo, patience time
 	if err != nil {
 		return nil, fmt.Errorf("manifest of %s: %w", info.Path, err)
 	}
-	return &tree{Manifest: m, path: info.Path, a: a}, nil
+	t := &tree{Manifest: m, path: info.Path, a: a}
+	t.staged.Store(a.isStaged(info.Manifest))
+	return t, nil
 }
 
 // readFile streams a whole file of a tree to w.
@@ -296,7 +317,7 @@ func (t *tree) readPart(ctx context.Context, index uint32, p []byte, off int64) 
 // here is how many of the bytes of p, which lies at off in a file, are in the cache.
 func (t *tree) here(ctx context.Context, index uint32, p []byte, off int64) int64 {
 	e, err := t.Entry(ctx, index)
-	if err != nil {
+	if err != nil || t.staged.Load() {
 		return 0
 	}
 	n := min(int64(len(p)), int64(e.Size)-off)

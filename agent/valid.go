@@ -37,7 +37,7 @@ const (
 // validNames lists what is valid in the storehouse.
 type validNames struct {
 	calls    *calls
-	house    p2p.PeerID
+	houses   *houses
 	state    func() link
 	patience time.Duration
 	log      *slog.Logger
@@ -55,6 +55,7 @@ type namesPage struct {
 	names []string
 	end   bool
 	index uint64
+	life  uint64 // link.resets when it was asked for
 	at    time.Time
 }
 
@@ -140,7 +141,7 @@ func (v *validNames) kept(l link, after string) (page namesPage, ok, asks bool) 
 	for i := len(v.pages) - 1; i >= 0; i-- {
 		p := &v.pages[i]
 		age := now.Sub(p.at)
-		if p.covers(after) && (age < validFresh || age < validAge && l.changed <= p.index) {
+		if p.covers(after) && p.life == l.resets && (age < validFresh || age < validAge && l.changed <= p.index) {
 			return *p, true, true
 		}
 	}
@@ -149,14 +150,22 @@ func (v *validNames) kept(l link, after string) (page namesPage, ok, asks bool) 
 
 // ask gets a page from the storehouse.
 func (v *validNames) ask(ctx context.Context, after string) (namesPage, error) {
-	at := time.Now()
-	names, more, index, err := v.calls.listValid(ctx, v.house, after)
-	return namesPage{after: after, names: names, end: !more, index: index, at: at}, err
+	at, life := time.Now(), v.state().resets
+	names, more, index, err := v.calls.listValid(ctx, v.houses, after)
+	return namesPage{after: after, names: names, end: !more, index: index, life: life, at: at}, err
 }
 
-// listValid asks a storehouse for valid names behind after. They are as they
+// listValid asks the storehouse for valid names behind after. They are as they
 // should be, in order, and more than none if there are more.
-func (c *calls) listValid(ctx context.Context, house p2p.PeerID, after string) (names []string, more bool, index uint64, err error) {
+func (c *calls) listValid(ctx context.Context, houses *houses, after string) (names []string, more bool, index uint64, err error) {
+	err = houses.call(ctx, func(ctx context.Context, house p2p.PeerID) (err error) {
+		names, more, index, err = c.listValidOf(ctx, house, after)
+		return err
+	})
+	return names, more, index, err
+}
+
+func (c *calls) listValidOf(ctx context.Context, house p2p.PeerID, after string) (names []string, more bool, index uint64, err error) {
 	response, err := c.storehouse(house).ListPaths(ctx, connect.NewRequest(&floxv1.ListValidRequest{After: after, Limit: validPage}))
 	if err != nil {
 		return nil, false, 0, &unreachable{api.FromConnect(err)}
@@ -229,7 +238,7 @@ func (a *Agent) sendValid(ctx context.Context, after string, send func(*floxv1.L
 func (a *Agent) listPage(ctx context.Context, after string) (names []string, more bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
 	defer cancel()
-	names, more, _, err = a.calls.listValid(ctx, a.follower.house, after)
+	names, more, _, err = a.calls.listValid(ctx, a.houses, after)
 	if err == nil {
 		return names, more, nil
 	}

@@ -13,6 +13,7 @@ import (
 
 // Who waits for a name is told why while it waits, not only when it is over.
 func TestALookupThatWaitsSaysWhy(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	h.set(func() { h.broken = errors.New("out of order") })
 	a, _ := runAgent(t, h, nil, nil)
@@ -21,7 +22,7 @@ func TestALookupThatWaitsSaysWhy(t *testing.T) {
 	ctx, giveUp := context.WithCancel(within(t, 40*time.Second))
 	done := make(chan error, 1)
 	go func() {
-		_, _, err := a.store.Lookup(ctx, string(p))
+		_, _, err := a.store.Lookup(ctx, string(p), flox.Reader{})
 		done <- err
 	}()
 	var last []waitView
@@ -40,6 +41,7 @@ func TestALookupThatWaitsSaysWhy(t *testing.T) {
 
 // While the storehouse is away that is the reason, from the beginning.
 func TestAWaitWithoutAStorehouseSaysSo(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t)
 	a, _ := runAgent(t, h, func(cfg *Config) { cfg.Invite = deadInvite(h) }, nil)
 	w := a.waits.begin(1, opRead, "/nix/store/x", 10)

@@ -136,7 +136,7 @@ func LoadInvite(path string) (*Invite, error) {
 	return inv, nil
 }
 
-// Save writes the invite to path with mode 0600, whole or not at all.
+// Save writes the invite to path with mode 0600, durably, whole or not at all.
 func (inv *Invite) Save(path string) error {
 	if err := inv.check(); err != nil {
 		return err
@@ -157,8 +157,20 @@ func (inv *Invite) Save(path string) error {
 	if err == nil {
 		err = os.Rename(f.Name(), path)
 	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
 	if err != nil {
 		return fmt.Errorf("write invite %s: %w", path, err)
 	}
 	return nil
+}
+
+// syncDir makes the names in dir durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

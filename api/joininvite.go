@@ -94,6 +94,21 @@ func (j *JoinInvite) json() ([]byte, error) {
 	return b, nil
 }
 
+// FindJoinInvite gives the first word of a text that begins as an invite does, such
+// as what floxctl invite prints; "" if there is none.
+func FindJoinInvite(text string) string {
+	for word := range strings.FieldsSeq(text) {
+		if IsJoinInvite(word) {
+			return word
+		}
+	}
+	return ""
+}
+
+// IsJoinInvite reports whether a text begins as an invite does, rather than being
+// the name of a file, or what is in another one.
+func IsJoinInvite(text string) bool { return strings.HasPrefix(strings.TrimSpace(text), joinPrefix) }
+
 // ParseJoinInvite reads what Encode wrote, strictly. Spaces and line breaks
 // around and within it, as terminals and mail put them there, do not matter. The
 // error (ErrBadInput) tells an incomplete text from a damaged one.

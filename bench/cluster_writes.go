@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,7 +32,8 @@ const (
 )
 
 // clusterBench measures the replicated log: three servers in this process, over
-// loopback TCP, with their logs on the disk of the temporary directory.
+// loopback TCP, with their logs on the disk of the temporary directory; and what
+// package storehouse measures of itself.
 func clusterBench(ctx context.Context) ([]Row, error) {
 	dir, err := os.MkdirTemp("", "flox-bench-")
 	if err != nil {
@@ -43,7 +45,11 @@ func clusterBench(ctx context.Context) ([]Row, error) {
 		return nil, err
 	}
 	changes, err := leaderBench(ctx, dir)
-	return append(writes, changes...), err
+	if err != nil {
+		return nil, err
+	}
+	figures, err := figuresBench(ctx, dir)
+	return slices.Concat(writes, changes, figures), err
 }
 
 // killable is a Layer over TCP that can go as a killed process does.

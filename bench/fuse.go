@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -21,10 +20,7 @@ import (
 )
 
 // fuseParts are the groups of rows, in order; FUSE_PARTS=warm,bulk runs only some.
-var fuseParts = []struct {
-	name string
-	run  func(*fuseLab, context.Context) ([]Row, error)
-}{
+var fuseParts = []part[*fuseLab]{
 	{"requests", (*fuseLab).requestRows},
 	{"warm", (*fuseLab).warmRows},
 	{"programs", (*fuseLab).programRows},
@@ -35,6 +31,8 @@ var fuseParts = []struct {
 	{"stream", (*fuseLab).streamRows},
 	{"inodes", (*fuseLab).inodeRows},
 	{"kill", (*fuseLab).killRows},
+	{"hole", (*fuseLab).holeRows},
+	{"signals", (*fuseLab).signalRows},
 }
 
 // fuseLab is a storehouse with the world of tools, a host with an agent, and one
@@ -63,40 +61,18 @@ func fuseBench(ctx context.Context) (rows []Row, err error) {
 	if err := l.start(ctx); err != nil {
 		return nil, err
 	}
-	only := strings.FieldsFunc(os.Getenv("FUSE_PARTS"), func(r rune) bool { return r == ',' })
-	for _, part := range fuseParts {
-		if len(only) > 0 && !slices.Contains(only, part.name) {
-			continue
-		}
-		began := time.Now()
-		more, err := part.run(l, ctx)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w\nthe end of %s:\n%s", part.name, err, l.cold.Log, l.cold.Tail())
-		}
-		rows = append(rows, more...)
-		fmt.Printf("   %s: %d rows in %.0f s\n", part.name, len(more), time.Since(began).Seconds())
-	}
-	return rows, nil
+	return runParts(ctx, l, func() *hosts.Agent { return l.cold }, "FUSE_PARTS", fuseParts)
 }
 
 func (l *fuseLab) start(ctx context.Context) (err error) {
 	if l.world, err = world.Tools(ctx); err != nil {
 		return err
 	}
-	if l.dir, err = os.MkdirTemp("", "flox-bench-"); err != nil {
-		return err
-	}
-	if err := os.Chmod(l.dir, 0o755); err != nil { //nolint:gosec // the unprivileged processes go through it
+	if err := l.open(ctx); err != nil {
 		return err
 	}
 	l.files = filepath.Join(l.dir, "files")
 	if err := errors.Join(os.Mkdir(l.files, 0o755), world.WriteToolFiles(l.files)); err != nil { //nolint:gosec // as above
-		return err
-	}
-	if l.programs, err = hosts.Build(ctx, l.dir); err != nil {
-		return err
-	}
-	if l.net, err = netns.New(ctx, netns.Config{Dir: l.dir}); err != nil {
 		return err
 	}
 	house, err := l.host(ctx, "house")
@@ -119,6 +95,21 @@ func (l *fuseLab) start(ctx context.Context) (err error) {
 		return err
 	}
 	l.cold, err = l.agent(ctx, "cold", quiet...)
+	return err
+}
+
+// open makes the lab's directory, its programs and its network.
+func (l *fuseLab) open(ctx context.Context) (err error) {
+	if l.dir, err = os.MkdirTemp("", "flox-bench-"); err != nil {
+		return err
+	}
+	if err := os.Chmod(l.dir, 0o755); err != nil { //nolint:gosec // the unprivileged processes go through it
+		return err
+	}
+	if l.programs, err = hosts.Build(ctx, l.dir); err != nil {
+		return err
+	}
+	l.net, err = netns.New(ctx, netns.Config{Dir: l.dir})
 	return err
 }
 

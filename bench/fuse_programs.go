@@ -30,11 +30,17 @@ func (l *fuseLab) programRows(ctx context.Context) ([]Row, error) {
 			return nil, err
 		}
 		row := p.row("warm, real program: "+t.Name, "ms", "ext4")
-		row.Target, row.Met = "95 % interval includes <= 1.05x", row.Low <= 1.05
+		if t.Name != noIsatty {
+			row.Target, row.Met = "95 % interval includes <= 1.05x", row.Low <= 1.05
+		}
 		rows = append(rows, row)
 	}
 	return rows, nil
 }
+
+// noIsatty is Python again, that does not ask of each file it opens whether it is a
+// terminal: the one thing the kernel asks the agent for each time.
+const noIsatty = "the same python without isatty"
 
 // realPrograms are python with numpy, git in a repository, and a compiler that
 // also links.
@@ -50,6 +56,7 @@ func (l *fuseLab) realPrograms(ctx context.Context) ([]world.Tool, error) {
 		want          string
 	}{
 		{"python3", "python importing numpy", []string{"-c", "import numpy; print('sum', numpy.arange(9).sum())"}, "sum 36"},
+		{"python3", noIsatty, []string{"-c", "import _io; _io.open_code = _io.FileIO; import numpy; print('sum', numpy.arange(9).sum())"}, "sum 36"},
 		{"git", "git log", []string{"-c", "safe.directory=*", "-C", repository, "log", "--stat", "--format=%h %s"}, "commit 1 "},
 		{"gcc", "gcc, one file to a program", []string{"-O1", "-o", filepath.Join(l.dir, "compiled"), "main.c", "-v"}, "collect2"},
 	} {

@@ -24,11 +24,20 @@ type Row = scenario.Row
 var benchmarks = map[string]func(context.Context) ([]Row, error){
 	"cluster": clusterBench,
 	"content": contentBench,
+	"daemon":  daemonBench,
 	"demo":    demoBench,
 	"fuse":    fuseBench,
+	"swarm":   swarmBench,
 }
 
 func main() {
+	if how := os.Getenv(touchEnv); how != "" {
+		if err := touchMain(how, os.Args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", how, os.Args[1], err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:]); err != nil {
@@ -57,10 +66,10 @@ func run(ctx context.Context, names []string) error {
 		}
 		fmt.Printf("== %s\n", name)
 		rows, err := bench(ctx)
+		show(rows)
 		if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		show(rows)
 		if err := write(name, rows); err != nil {
 			return err
 		}
@@ -89,10 +98,20 @@ func show(rows []Row) {
 	}
 }
 
+// write keeps rows of an earlier run that this one did not measure if it was told
+// to measure some parts only.
 func write(name string, rows []Row) error {
 	dir := filepath.Join("bench", "out")
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
 		return err
+	}
+	if os.Getenv("FUSE_PARTS")+os.Getenv("DAEMON_PARTS")+os.Getenv("SWARM_PARTS") != "" {
+		var before []Row
+		if b, err := os.ReadFile(filepath.Join(dir, name+".json")); err == nil && json.Unmarshal(b, &before) == nil {
+			rows = append(slices.DeleteFunc(before, func(old Row) bool {
+				return slices.ContainsFunc(rows, func(r Row) bool { return r.Name == old.Name })
+			}), rows...)
+		}
 	}
 	b, err := json.MarshalIndent(rows, "", "  ")
 	if err != nil {

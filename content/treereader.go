@@ -75,11 +75,9 @@ type chunkGroup struct {
 }
 
 func newTreeReader(ctx context.Context, cancel context.CancelCauseFunc, r io.Reader, sink flox.BlockSink, opt IngestOptions) (*treeReader, error) {
-	cut, err := chunkers.NewChunker(fastCDC, r, &chunkers.ChunkerOpts{
-		MinSize: int(opt.Params.MinChunk), NormalSize: int(opt.Params.AvgChunk), MaxSize: int(opt.Params.MaxChunk),
-	})
+	cut, err := newChunker(r, opt.Params)
 	if err != nil {
-		return nil, fmt.Errorf("chunker: %w", err)
+		return nil, err
 	}
 	n := 2*opt.Workers + 2
 	t := &treeReader{
@@ -91,6 +89,14 @@ func newTreeReader(ctx context.Context, cancel context.CancelCauseFunc, r io.Rea
 		t.free <- &batch{data: make([]byte, 0, size)}
 	}
 	return t, nil
+}
+
+func newChunker(r io.Reader, p Params) (*chunkers.Chunker, error) {
+	cut, err := chunkers.NewChunker(fastCDC, r, &chunkers.ChunkerOpts{MinSize: int(p.MinChunk), NormalSize: int(p.AvgChunk), MaxSize: int(p.MaxChunk)})
+	if err != nil {
+		return nil, fmt.Errorf("chunker: %w", err)
+	}
+	return cut, nil
 }
 
 // read takes the whole NAR.
@@ -185,6 +191,13 @@ func (t *treeReader) content(r *rec) error {
 
 // cutFile takes a file that may be more than one chunk.
 func (t *treeReader) cutFile(f *fileRec, size uint64) error {
+	if t.cut == nil { // most small trees need none
+		cut, err := newChunker(t.nar, t.p)
+		if err != nil {
+			return err
+		}
+		t.cut = cut
+	}
 	t.cut.Reset(t.nar)
 	t.file.Reset()
 	var groups []*chunkGroup
@@ -286,12 +299,19 @@ func (t *treeReader) push(id *flox.CID, named *sync.WaitGroup) {
 }
 
 // dispatch hands the slab to a worker. It never blocks: there are as many places
-// as slabs.
+// as slabs. Without workers it does their work.
 func (t *treeReader) dispatch() {
-	if t.cur != nil {
+	switch {
+	case t.cur == nil:
+		return
+	case t.batches != nil:
 		t.batches <- t.cur
-		t.cur = nil
+	default:
+		if err := t.name(t.cur, nil); err != nil {
+			t.cancel(err)
+		}
 	}
+	t.cur = nil
 }
 
 // work names chunks and puts them into the sink, until there are no more. After
@@ -299,26 +319,31 @@ func (t *treeReader) dispatch() {
 func (t *treeReader) work() error {
 	var failed error
 	for b := range t.batches {
-		start := 0
-		for _, c := range b.chunks {
-			data := b.data[start:c.end]
-			start = c.end
-			*c.id = Hash(data)
-			if failed == nil {
-				if failed = t.ctx.Err(); failed == nil {
-					failed = t.sink.Put(t.ctx, *c.id, data)
-				}
-			}
-			if c.named != nil {
-				c.named.Done()
-			}
-		}
-		if failed != nil {
+		if failed = t.name(b, failed); failed != nil {
 			t.cancel(failed)
 		}
-		b.data, b.chunks = b.data[:0], b.chunks[:0]
-		t.free <- b
 	}
+	return failed
+}
+
+// name is work on one slab; failed is what went wrong before.
+func (t *treeReader) name(b *batch, failed error) error {
+	start := 0
+	for _, c := range b.chunks {
+		data := b.data[start:c.end]
+		start = c.end
+		*c.id = Hash(data)
+		if failed == nil {
+			if failed = t.ctx.Err(); failed == nil {
+				failed = t.sink.Put(t.ctx, *c.id, data)
+			}
+		}
+		if c.named != nil {
+			c.named.Done()
+		}
+	}
+	b.data, b.chunks = b.data[:0], b.chunks[:0]
+	t.free <- b
 	return failed
 }
 

@@ -181,6 +181,17 @@ func Newer(old, next *TrustList) error {
 	return next.signedBy(old)
 }
 
+// Restored checks that next is of a later life of the storehouse than old: its
+// epoch is higher and one of old's manifest keys signed it. Between them stands no
+// chain, because what the storehouse knew behind its backup is lost, so next may
+// have any version. ErrUntrusted otherwise.
+func Restored(old, next *TrustList) error {
+	if next.Epoch <= old.Epoch {
+		return fmt.Errorf("trust list version %d: its epoch %d is not higher than %d, that of version %d: %w", next.Version, next.Epoch, old.Epoch, old.Version, flox.ErrUntrusted)
+	}
+	return next.signedBy(old)
+}
+
 // VerifyInfo checks that a manifest key of the list signed info's statement.
 // ErrUntrusted otherwise.
 func (t *TrustList) VerifyInfo(dir flox.StoreDir, info *flox.PathInfo) error {

@@ -1,10 +1,8 @@
 package ctl
 
 import (
-	"bufio"
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -12,7 +10,6 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
@@ -127,29 +124,7 @@ func actorOf(a *floxv1.Actor) string {
 	return clean(a.GetUser() + " on " + machine)
 }
 
-// confirm asks before something that cannot be taken back. Where nobody can
-// answer, yes must have been given.
+// confirm is cli.Confirm.
 func confirm(cmd *cobra.Command, yes bool, question string) error {
-	if yes {
-		return nil
-	}
-	in, isFile := cmd.InOrStdin().(*os.File)
-	if !isFile || !term.IsTerminal(int(in.Fd())) {
-		return cli.Usage("%s Standard input is no terminal to ask at: say so with --yes", question)
-	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "%s [y/N] ", question)
-	answer := make(chan string, 1)
-	go func() { // a read of a terminal ends with the program at the latest
-		line, _ := bufio.NewReader(in).ReadString('\n')
-		answer <- line
-	}()
-	select {
-	case line := <-answer:
-		if line = strings.ToLower(strings.TrimSpace(line)); line == "y" || line == "yes" {
-			return nil
-		}
-		return cli.Explain(cli.ErrInterrupted, "nothing was changed")
-	case <-cmd.Context().Done():
-		return cmd.Context().Err()
-	}
+	return cli.Confirm(cmd, yes, question)
 }

@@ -41,6 +41,23 @@ func storeArg(arg string) (string, error) {
 	return "", fmt.Errorf("%s: more than %d symlinks: %w", arg, maxLinks, flox.ErrBadInput)
 }
 
+// profileArg is the absolute name of what a user names outside every store, ""
+// inside one. The file system is not asked: the agent asks it, and waits for none
+// that hangs.
+func profileArg(arg string) (string, error) {
+	if _, err := flox.ParseStorePath(arg); err == nil || arg == "" {
+		return "", nil
+	}
+	abs, err := filepath.Abs(arg)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", arg, err)
+	}
+	if inStore(abs) {
+		return "", nil
+	}
+	return abs, nil
+}
+
 // storeArgs is storeArg for a whole command line; the first mistake ends it, so
 // that nothing is asked for half of the arguments.
 func storeArgs(args []string) ([]string, error) {

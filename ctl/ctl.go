@@ -51,7 +51,8 @@ and exact with --json; what goes on over time is JSON lines there.
 	root.AddCommand(
 		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
 		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
-		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g),
+		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g), newKeyCmd(g), newStorehouseCmd(g), newImportCmd(g), newUpstreamCmd(g),
+		newJoinCmd(), newLeaveCmd(), newShellenvCmd(g), newNixCmd(g),
 	)
 	return root
 }

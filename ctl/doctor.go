@@ -97,9 +97,9 @@ func runDoctor(ctx context.Context, opts doctorOptions, out *output) error {
 	defer cancel()
 	agent := opts.agent()
 	p := patient{storeDir: opts.storeDir, stateDir: opts.stateDir, socket: opts.socketPath()}
-	status, statusErr := agent.Status(askCtx, connect.NewRequest(&floxv1.StatusRequest{}))
+	status, statusErr := askStatus(askCtx, opts.globals)
 	if statusErr == nil {
-		p.agent = status.Msg
+		p.agent = status
 	}
 	if p.storeDir == "" {
 		p.storeDir = string(flox.DefaultStoreDir)
@@ -112,7 +112,7 @@ func runDoctor(ctx context.Context, opts doctorOptions, out *output) error {
 		return ctx.Err()
 	}
 	if statusErr != nil {
-		findings = append(findings, agentMissing(p, statusErr))
+		findings = append(findings, agentMissing(ctx, p, statusErr))
 	} else {
 		findings = append(findings, ok("agent", "%s answers at %s, pid %d", p.agent.GetVersion(), p.socket, p.agent.GetPid()))
 		resp, err := agent.Doctor(askCtx, connect.NewRequest(&floxv1.DoctorRequest{}))
@@ -141,11 +141,15 @@ func agentFindings(m *floxv1.DoctorResponse) []finding {
 
 // agentMissing judges an agent that does not answer: nothing to worry about on
 // a machine that is not set up, an error where its mount is still there.
-func agentMissing(p patient, err error) finding {
+func agentMissing(ctx context.Context, p patient, err error) finding {
 	const start = "start it: sudo floxd up (everything on this machine), or sudo floxd agent --invite FILE"
 	var dial *cli.DialError
 	if !errors.As(err, &dial) {
-		return failure("agent", "see its log; if it hangs, restart floxd", "it does not answer at %s: %v", p.socket, explain(err))
+		if pid, stopped := stoppedServer(ctx, p.socket); stopped {
+			return failure("agent", fmt.Sprintf("kill -CONT %d lets it go on; else its parent kills it after about a minute and starts the next, unless a debugger holds it", pid),
+				"it does not answer at %s: its process %d is stopped by a signal or a debugger, and readers wait", p.socket, pid)
+		}
+		return failure("agent", "see its log: its parent replaces one that stands still after about a minute; else restart floxd", "it does not answer at %s: %v", p.socket, explain(err))
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):

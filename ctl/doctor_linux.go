@@ -21,7 +21,7 @@ import (
 func localChecks(ctx context.Context, p patient) []finding {
 	var all []finding
 	for _, check := range []func(context.Context, patient) []finding{
-		checkKernel, checkFuse, checkMount, checkDisk, checkClock, checkPorts, checkKeys,
+		checkKernel, checkProc, checkFuse, checkMount, checkDisk, checkClock, checkPorts, checkKeys,
 	} {
 		all = append(all, check(ctx, p)...)
 	}
@@ -48,7 +48,7 @@ func checkKernel(_ context.Context, p patient) []finding {
 			"Linux %s is too old: every open would be a request to the agent", release)}
 	case before(version, kernelResend):
 		return []finding{warning("kernel", "install a kernel of version 6.9 or newer",
-			"Linux %s works, but reads in flight fail when the agent is killed (no FUSE_NOTIFY_RESEND)", release)}
+			"Linux %s works, but does not ask again what a killed agent had not answered (no FUSE_NOTIFY_RESEND): a journal of the agent does, and the check takeover says whether it is whole", release)}
 	}
 	return []finding{ok("kernel", "Linux %s has every FUSE feature used", release)}
 }
@@ -103,11 +103,31 @@ func checkFuse(_ context.Context, p patient) []finding {
 }
 
 // mount is a line of /proc/self/mountinfo.
-type mount struct{ dir, fstype, options string }
+type mount struct{ dir, fstype, options, super string }
 
-// storeMount finds what is mounted at the store directory. It only reads the
-// kernel's table: a mount without its agent makes everybody wait who touches it.
-func storeMount(p patient) *mount {
+// checkProc looks whether the agent's user may see other users' processes: that is
+// how it learns that who waits for it was killed.
+func checkProc(_ context.Context, p patient) []finding {
+	m := mountAt(p, "/proc")
+	if m == nil || m.fstype != "proc" {
+		return nil
+	}
+	for option := range strings.SplitSeq(m.super, ",") {
+		key, value, _ := strings.Cut(option, "=")
+		if key == "hidepid" && value != "0" && value != "off" {
+			return []finding{warning("proc", "mount /proc without hidepid, or with gid= of a group that floxd's user is in",
+				"/proc is mounted with %s: a program that waits for bytes ends only when they come, or at the deadline, when it is killed", option)}
+		}
+	}
+	return nil
+}
+
+// storeMount finds what is mounted at the store directory.
+func storeMount(p patient) *mount { return mountAt(p, p.storeDir) }
+
+// mountAt finds what is mounted at a directory. It only reads the kernel's table: a
+// mount without its agent makes everybody wait who touches it.
+func mountAt(p patient, at string) *mount {
 	b, err := os.ReadFile(filepath.Join(p.root, "/proc/self/mountinfo"))
 	if err != nil {
 		return nil
@@ -119,8 +139,8 @@ func storeMount(p patient) *mount {
 		if !split || len(fields) < 6 || len(tail) < 1 {
 			continue
 		}
-		if dir := unescapeMount(fields[4]); dir == p.storeDir {
-			found = &mount{dir: dir, fstype: tail[0], options: fields[5]} // the last one covers the others
+		if dir := unescapeMount(fields[4]); dir == at {
+			found = &mount{dir: dir, fstype: tail[0], options: fields[5], super: tail[len(tail)-1]} // the last one covers the others
 		}
 	}
 	return found
@@ -152,6 +172,9 @@ func checkMount(_ context.Context, p patient) []finding {
 		return []finding{ok("mount", "%s is free to mount the store at", p.storeDir)}
 	case err != nil:
 		return []finding{warning("mount", "run: sudo floxctl doctor", "cannot look into %s: %v", p.storeDir, err)}
+	}
+	if own, err := cli.IsNixStore(filepath.Join(p.root, p.storeDir)); err == nil && own {
+		return []finding{ok("mount", "%s holds files already: a Nix store of this machine, which floxd leaves alone; beside it: floxctl nix -- COMMAND", p.storeDir)}
 	}
 	return []finding{warning("mount", "floxd will not cover it; mount elsewhere: sudo floxd up --store-dir /flox/store",
 		"%s holds files already: a Nix store of this machine", p.storeDir)}

@@ -40,6 +40,21 @@ func TestCheckKernel(t *testing.T) {
 	}
 }
 
+// A /proc that hides processes is said, whatever the option is called.
+func TestCheckProc(t *testing.T) {
+	for options, want := range map[string]int{
+		"rw": 0, "rw,hidepid=0": 0, "rw,hidepid=off": 0, "rw,hidepid=2": 1, "rw,hidepid=invisible,gid=4": 1, "rw,hidepid=ptraceable": 1,
+	} {
+		p := machine(t, map[string]string{"proc/self/mountinfo": "22 25 0:20 / /proc rw,nosuid shared:12 - proc proc " + options + "\n"})
+		if got := checkProc(t.Context(), p); len(got) != want || want == 1 && (got[0].Level != levelWarning || got[0].Fix == "") {
+			t.Errorf("%s: %+v", options, got)
+		}
+	}
+	if got := checkProc(t.Context(), machine(t, nil)); len(got) != 0 {
+		t.Errorf("without a table: %+v", got)
+	}
+}
+
 func TestCheckFuse(t *testing.T) {
 	if got := checkFuse(t.Context(), machine(t, nil)); got[0].Level != levelError || got[0].Fix == "" {
 		t.Errorf("without /dev/fuse: %+v", got)

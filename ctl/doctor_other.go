@@ -15,6 +15,9 @@ func localChecks(ctx context.Context, p patient) []finding {
 	return append(all, checkKeys(ctx, p)...)
 }
 
+// stoppedServer stands in for what only Linux can tell.
+func stoppedServer(context.Context, string) (pid int, stopped bool) { return 0, false }
+
 // mount stands in for what only Linux has.
 type mount struct{}
 

@@ -28,7 +28,8 @@ func newDownloadCmd(g *globals) *cobra.Command {
 		Use:   "download PATH... [--closure=false] [--keep]",
 		Short: "Fetch store paths whole, with all they need",
 		Long: `Fetch store paths whole, with everything they refer to, so that they work
-without a network. PATH is a store path, its base name, or a link to one.
+without a network. PATH is a store path, its base name, or a link to one. One that is
+not valid the storehouse substitutes first, if an upstream has it.
 
 Ctrl-C stops it at any time; what has arrived stays, and the same command goes on
 from there.

@@ -16,13 +16,32 @@ type storehouseFacts struct {
 	Index      uint64  `json:"index"`
 	Error      string  `json:"error"`
 	HTTPURL    string  `json:"httpUrl"`
+	// Servers are those of the storehouse, best first; Members counts the machines
+	// in the member list here, 0 before there is one.
+	Servers []houseServerFacts `json:"servers"`
+	Members uint64             `json:"members"`
+}
+
+// houseServerFacts is a server of the storehouse; the followed one is that of the streams.
+type houseServerFacts struct {
+	PeerID    string   `json:"peerId"`
+	Name      string   `json:"name"`
+	Connected bool     `json:"connected"`
+	Followed  bool     `json:"followed"`
+	Addrs     []string `json:"addrs"`
 }
 
 func storehouseOf(l *floxv1.StorehouseLink) storehouseFacts {
-	return storehouseFacts{
+	f := storehouseFacts{
 		PeerID: l.GetPeerId(), Name: l.GetName(), Connected: l.GetConnected(), LastSeenAt: stamp(l.GetLastSeenUnix()),
-		Index: l.GetIndex(), Error: l.GetError(), HTTPURL: l.GetHttpUrl(),
+		Index: l.GetIndex(), Error: l.GetError(), HTTPURL: l.GetHttpUrl(), Servers: []houseServerFacts{}, Members: l.GetMembers(),
 	}
+	for _, s := range l.GetServers() {
+		f.Servers = append(f.Servers, houseServerFacts{
+			PeerID: s.GetPeerId(), Name: s.GetName(), Connected: s.GetConnected(), Followed: s.GetFollowed(), Addrs: some(s.GetAddrs()),
+		})
+	}
+	return f
 }
 
 // trafficFacts are bytes since the agent started; plain unless named wire.

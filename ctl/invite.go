@@ -9,6 +9,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
+	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
 )
@@ -23,6 +24,7 @@ type inviteOptions struct {
 	ephemeral bool
 	user      string
 	lan       string
+	many      bool // as many as the storehouse lets in through one window
 }
 
 func newInviteCmd(g *globals) *cobra.Command {
@@ -34,7 +36,8 @@ func newInviteCmd(g *globals) *cobra.Command {
 unless --uses and --ttl say otherwise. It is a secret: whoever has it joins. The
 machine gets the role, labels and user of the invite, whatever it says itself.
 
---lan lets machines of the local network join without a secret for that long;
+--lan lets machines of the storehouse's own network (private addresses of a subnet
+that the asked server is on) join without a secret for that long;
 each shows the storehouse's fingerprint before it joins.
 --ephemeral machines (CI, containers) are forgotten an hour after they were seen
 last. --user gives a person rights there: member, publisher (uploads) or admin.
@@ -43,16 +46,20 @@ last. --user gives a person rights there: member, publisher (uploads) or admin.
 		Example: `  floxctl invite --role agent                       one machine, within an hour
   floxctl invite --role agent --uses 50 --ttl 2d --label site=berlin
   floxctl invite --role agent --user alice:admin
-  floxctl invite --role agent --lan 10m             whoever is in this network
+  floxctl invite --lan 10m                          agents, whoever is in this network
   floxctl invite list`,
 		Args: cli.Args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			opts.many = opts.lan != "" && !cmd.Flags().Changed("uses")
+			if opts.lan != "" && opts.role == "" {
+				opts.role = "agent" // the only one that a network gives
+			}
 			return runInvite(cmd.Context(), opts, g.printer(cmd))
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&opts.role, "role", "", "what joins: server, agent or worker")
-	f.Uint32Var(&opts.uses, "uses", 1, "how many machines may join with it")
+	f.Uint32Var(&opts.uses, "uses", 1, "how many machines may join with it; with --lan 256 unless said")
 	f.StringVar(&opts.ttl, "ttl", "1h", "how long it can be used: 10m, 1h, 2d")
 	f.StringArrayVar(&opts.labels, "label", nil, "label of whoever joins, `KEY=VALUE`; may be repeated")
 	f.BoolVar(&opts.ephemeral, "ephemeral", false, "forget the machine an hour after it was seen last")
@@ -66,6 +73,9 @@ last. --user gives a person rights there: member, publisher (uploads) or admin.
 func (o inviteOptions) request() (*floxv1.MakeInviteRequest, error) {
 	if !slices.Contains([]string{"server", "agent", "worker"}, o.role) {
 		return nil, cli.Usage("--role %q: want server, agent or worker", o.role)
+	}
+	if o.lan != "" && o.role != "agent" {
+		return nil, cli.Usage("--lan with --role %s: a network lets in agents; make an invite without --lan", o.role)
 	}
 	if o.uses == 0 {
 		return nil, cli.Usage("--uses 0: want at least 1")
@@ -83,6 +93,9 @@ func (o inviteOptions) request() (*floxv1.MakeInviteRequest, error) {
 	}
 	req := &floxv1.MakeInviteRequest{
 		Role: o.role, Uses: o.uses, TtlSeconds: uint64(ttl / time.Second), Labels: labels, Ephemeral: o.ephemeral, Lan: o.lan != "",
+	}
+	if o.many {
+		req.Uses = 0
 	}
 	if o.user != "" {
 		req.User, err = parseGrant(o.user)
@@ -102,20 +115,22 @@ func parseGrant(text string) (*floxv1.UserGrant, error) {
 	return &floxv1.UserGrant{Name: name, Role: role}, nil
 }
 
-// inviteFacts is an invite; invite is the line of text, known only when it is made.
+// inviteFacts is an invite; invite is the line of text, known only when it is made,
+// as is the fingerprint that a machine shows before it joins from the LAN.
 type inviteFacts struct {
-	Invite    string            `json:"invite,omitempty"`
-	ID        string            `json:"id"`
-	Role      string            `json:"role"`
-	Uses      uint32            `json:"uses"` // left
-	ExpiresAt *string           `json:"expiresAt"`
-	Labels    map[string]string `json:"labels"`
-	Ephemeral bool              `json:"ephemeral"`
-	User      string            `json:"user"`
-	UserRole  string            `json:"userRole"`
-	LAN       bool              `json:"lan"`
-	MadeAt    *string           `json:"madeAt"`
-	MadeBy    string            `json:"madeBy"`
+	Invite      string            `json:"invite,omitempty"`
+	Fingerprint string            `json:"fingerprint,omitempty"`
+	ID          string            `json:"id"`
+	Role        string            `json:"role"`
+	Uses        uint32            `json:"uses"` // left
+	ExpiresAt   *string           `json:"expiresAt"`
+	Labels      map[string]string `json:"labels"`
+	Ephemeral   bool              `json:"ephemeral"`
+	User        string            `json:"user"`
+	UserRole    string            `json:"userRole"`
+	LAN         bool              `json:"lan"`
+	MadeAt      *string           `json:"madeAt"`
+	MadeBy      string            `json:"madeBy"`
 }
 
 func inviteOf(r *floxv1.InviteRecord) inviteFacts {
@@ -139,19 +154,32 @@ func runInvite(ctx context.Context, opts inviteOptions, out *output) error {
 	record := resp.Msg.GetRecord()
 	if out.json {
 		facts := inviteOf(record)
-		facts.Invite = resp.Msg.GetInvite()
+		facts.Invite, facts.Fingerprint = resp.Msg.GetInvite(), fingerprintOf(resp.Msg.GetInvite())
 		return out.printJSON(facts)
 	}
 	until := cli.FormatDuration(time.Duration(req.GetTtlSeconds()) * time.Second)
 	if req.GetLan() {
-		out.printf("For %s, %s of this network may join as %s, without a secret:\n\n", until, plural(uint64(req.GetUses()), "machine", "machines"), req.GetRole())
-		out.printf("  sudo floxd join\n\nEnd it earlier with: floxctl invite cancel %s\n", clean(record.GetId()))
+		out.printf("For %s, %s of this network may join as %s, without a secret:\n\n", until, plural(uint64(record.GetUses()), "machine", "machines"), req.GetRole())
+		out.printf("  sudo floxctl join\n\n")
+		if f := fingerprintOf(resp.Msg.GetInvite()); f != "" {
+			out.printf("It shows the storehouse's fingerprint, which must be\n\n  %s\n\n", f)
+		}
+		out.printf("End it earlier with: floxctl invite cancel %s\n", clean(record.GetId()))
 		return nil
 	}
 	out.printf("%s may join as %s within %s. On it, run:\n\n", plural(uint64(req.GetUses()), "machine", "machines"), req.GetRole(), until)
-	out.printf("sudo floxd join %s\n\nWhoever has this line can join. Take it back with: floxctl invite cancel %s\n",
+	out.printf("sudo floxctl join %s\n\nWhoever has this line can join. Take it back with: floxctl invite cancel %s\n",
 		clean(resp.Msg.GetInvite()), clean(record.GetId()))
 	return nil
+}
+
+// fingerprintOf gives the fingerprint in an invite; "" if a newer storehouse made it.
+func fingerprintOf(invite string) string {
+	inv, err := api.ParseJoinInvite(invite)
+	if err != nil {
+		return ""
+	}
+	return inv.TrustList.String()
 }
 
 func newInviteListCmd(g *globals) *cobra.Command {

@@ -2,12 +2,14 @@ package ctl
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
+	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
 )
@@ -49,6 +51,8 @@ func newMachineUserCmd(g *globals) *cobra.Command {
 		Short: "Say who may do what in the storehouse from a machine",
 		Long: `Give people rights in the storehouse when they use this machine, or take them
 back (NAME-). A member reads, a publisher uploads too, an admin may do everything.
+On a server of the storehouse root and the account it runs as are always admins: the
+last other one can be taken away, and be made one again there.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl machine user laptop alice:admin
@@ -114,13 +118,17 @@ func newMachineRevokeCmd(g *globals) *cobra.Command {
 		Short: "Shut a machine out for good",
 		Long: `Shut a machine out for good: its connections end and its key is never let in
 again. What it has of the store stays on its disk. To let the machine in again it
-needs a new key (floxd leave --purge there) and a new invite.
+needs a new key (floxd leave --purge there) and a new invite. A key that is no
+member's is named by its whole peer ID; the newest 65,536 revocations are kept.
 
 ` + cli.ExitCodes,
 		Example: "  floxctl machine revoke laptop --reason stolen",
 		Args:    cli.Args(1, 1, "MACHINE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := oneMachine(cmd.Context(), g, args[0])
+			if errors.Is(err, flox.ErrNotFound) && strings.HasPrefix(args[0], "12D3KooW") && len(args[0]) == 52 {
+				s, err = &floxv1.MachineState{Machine: &floxv1.Machine{Peer: args[0], Name: args[0], Role: "no member"}}, nil
+			}
 			if err != nil {
 				return err
 			}

@@ -79,7 +79,7 @@ func TestProgressWords(t *testing.T) {
 // Whatever the agent says and however small the terminal, the view fits it.
 func TestViewFitsTheScreen(t *testing.T) {
 	now := time.UnixMilli(1_700_000_010_000)
-	m := &floxv1.WatchReads{}
+	m := &floxv1.WatchReads{Full: "the mount is full: " + strings.Repeat("1024 requests ", 20)}
 	for i := range 40 {
 		m.Reads = append(m.Reads, &floxv1.WaitingRead{
 			Pid: 4194304, Command: "a-very-long-command-name", Path: "/nix/store/" + strings.Repeat("long/", i) + "end",
@@ -105,7 +105,7 @@ func TestViewFitsTheScreen(t *testing.T) {
 		}
 	}
 	busy := strings.Join(viewLines(&output{}, states["busy"], 120, 24, now), "\n")
-	for _, want := range []string{"…", "end", "and ", "10 s", "1.00 TiB/s"} {
+	for _, want := range []string{"…", "the mount is full", "end", "and ", "10 s", "1.00 TiB/s"} {
 		if !strings.Contains(busy, want) {
 			t.Errorf("the view lacks %q:\n%s", want, busy)
 		}

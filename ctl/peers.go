@@ -34,6 +34,7 @@ are, how fast, how much went each way, and how they are rated and why.
 // chosen by, with its reason in words.
 type peerFacts struct {
 	ID             string   `json:"id"`
+	Name           string   `json:"name"` // in the member list; "" = not in it
 	Role           string   `json:"role"`
 	Tier           string   `json:"tier"`
 	Site           string   `json:"site"`
@@ -65,7 +66,7 @@ func runPeers(ctx context.Context, g *globals, out *output, long bool) error {
 		facts := make([]peerFacts, 0, len(peers))
 		for _, p := range peers {
 			facts = append(facts, peerFacts{
-				ID: p.GetId(), Role: p.GetRole(), Tier: p.GetTier(), Site: p.GetSite(), Addrs: some(p.GetAddrs()),
+				ID: p.GetId(), Name: p.GetName(), Role: p.GetRole(), Tier: p.GetTier(), Site: p.GetSite(), Addrs: some(p.GetAddrs()),
 				RTTMs: p.GetRttMs(), BytesPerSecond: p.GetGoodput(), BytesIn: p.GetBytesIn(), BytesOut: p.GetBytesOut(),
 				ConnectedAt: stamp(p.GetConnectedUnix()), Score: p.GetScore(), ScoreReason: p.GetScoreReason(),
 			})
@@ -92,7 +93,7 @@ func tierRank(tier string) int {
 
 // printPeers shortens IDs to their ends, since all begin alike.
 func printPeers(out *output, peers []*floxv1.Peer, long bool, now time.Time) {
-	rows := [][]string{{"PEER", "ROLE", "WHERE", "SITE", "RTT", "SPEED", "IN", "OUT", "SINCE", "SCORE", "ADDRESS"}}
+	rows := [][]string{{"PEER", "NAME", "ROLE", "WHERE", "SITE", "RTT", "SPEED", "IN", "OUT", "SINCE", "SCORE", "ADDRESS"}}
 	for _, p := range peers {
 		id, addr := clean(p.GetId()), strings.Join(p.GetAddrs(), " ")
 		if !long {
@@ -112,12 +113,12 @@ func printPeers(out *output, peers []*floxv1.Peer, long bool, now time.Time) {
 			score += " (" + clean(p.GetScoreReason()) + ")"
 		}
 		rows = append(rows, []string{
-			id, clean(p.GetRole()), clean(p.GetTier()), orDash(clean(p.GetSite())), fmt.Sprintf("%.1f ms", p.GetRttMs()),
+			id, orDash(clean(p.GetName())), clean(p.GetRole()), clean(p.GetTier()), orDash(clean(p.GetSite())), fmt.Sprintf("%.1f ms", p.GetRttMs()),
 			cli.FormatRate(uint64(max(p.GetGoodput(), 0))), cli.FormatBytes(p.GetBytesIn()), cli.FormatBytes(p.GetBytesOut()),
 			since, score, clean(addr),
 		})
 	}
-	out.table(rows, map[int]bool{4: true, 5: true, 6: true, 7: true})
+	out.table(rows, map[int]bool{5: true, 6: true, 7: true, 8: true})
 }
 
 // orDash keeps a column from looking forgotten.

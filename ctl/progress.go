@@ -39,6 +39,7 @@ type step struct {
 	bytesPerSecond uint64 // 0 = work it out from the start
 	what           string // what is being worked on
 	extra          string // "12 of 31 paths"
+	says           string // what is done, where it is not bytes: instead of all the other words
 }
 
 // show draws a state, or skips it when the last one is young. It may be called
@@ -76,6 +77,9 @@ func (p *progress) end() {
 
 // words gives "34 % (12.0 MiB of 35.0 MiB), 4.00 MiB/s, 6 s left, 12 of 31 paths: git-2.39".
 func (s step) words() string {
+	if s.says != "" {
+		return clean(s.says)
+	}
 	text := cli.FormatBytes(s.done)
 	if s.total > 0 {
 		text = fmt.Sprintf("%d %% (%s of %s)", s.percent(), cli.FormatBytes(s.done), cli.FormatBytes(s.total))

@@ -50,8 +50,9 @@ in which only root may write to DIR.
 --mode takes one or fails. --to DIR writes the files there: if DIR is the store
 directory itself, COMMAND runs without a namespace; without COMMAND that is all.
 
-fuse and copy need no right but that to make a user namespace, and the
-storehouse's invite the first time: --invite, then $` + envInvite + `, then
+fuse and copy need no right but that to make a user namespace, and an invite the
+first time, a file with what floxctl invite --role agent --ephemeral prints, or the
+invite.json of an open storehouse: --invite, then $` + envInvite + `, then
 ~/.config/floxd/invite.json, then that of this machine's agent if it may be read.
 The cache is in ~/.local/state/floxd (--state-dir, $XDG_STATE_HOME); programs that
 run at the same time have one each, so the second may have to fetch again.
@@ -211,6 +212,9 @@ func (s *surroundings) becomeDaemon(opts *runOptions, c choice) error {
 	}
 	if opts.quiet {
 		args = append(args, "--quiet")
+	}
+	if c.Source != "" && c.Source == s.served {
+		args = append(args, "--nix", s.nix)
 	}
 	args = append(append(args, string(s.what.Path), "--"), opts.command...)
 	err := syscall.Exec(s.floxd, args, os.Environ())

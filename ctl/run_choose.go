@@ -53,7 +53,7 @@ func choose(s *surroundings, mode, to string) (choice, error) {
 		c := m.try(s, to)
 		c.Mode = m.name
 		if c.Possible {
-			if s.hides && !c.here && to == "" {
+			if s.hides && !c.here && to == "" && (c.Source == "" || c.Source != s.served || s.merged != string(s.storeDir)) {
 				c.Why += fmt.Sprintf(", which hides from the command what else is in %s", s.storeDir)
 			}
 			return c, c.missing
@@ -150,10 +150,13 @@ func (s *surroundings) bind(dir string) choice {
 
 // lack says in few words what is not here.
 func (s *surroundings) lack() string {
-	if s.agent == "" {
-		return "the agent's store is not mounted at its place"
+	switch {
+	case s.agent != "":
+		return s.agent
+	case slices.Contains(s.mounts, string(s.storeDir)):
+		return "the agent of this machine is left out"
 	}
-	return s.agent
+	return "the agent's store is not mounted at its place"
 }
 
 func (s *surroundings) tryFUSE(string) choice {

@@ -3,12 +3,15 @@ package ctl
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -37,6 +40,9 @@ type surroundings struct {
 	socket   string
 	agent    string   // why no agent answers; "" = one does
 	mounts   []string // where stores are mounted
+	nix      string   // the agent's socket for stock Nix; "" = none
+	served   string   // where the agent has its store mounted
+	merged   string   // the local Nix store that the agent shows, too; "" = none
 	stateDir string
 	invite   string // file, "" = none
 	looked   string // where it was looked for
@@ -106,6 +112,7 @@ func (s *surroundings) askAgent(ctx context.Context, opts *runOptions) string {
 	var dial *cli.DialError
 	switch {
 	case err == nil:
+		s.nix, s.served, s.merged = resp.Msg.GetNixSocket(), resp.Msg.GetMountDir(), resp.Msg.GetLocalStore().GetDir()
 		return resp.Msg.GetStoreDir()
 	case errors.As(err, &dial) && errors.Is(err, fs.ErrNotExist):
 		s.agent = "there is no agent (no socket at " + s.socket + ")"
@@ -127,18 +134,18 @@ func (s *surroundings) findInvite(given string) (flox.StoreDir, error) {
 		if err != nil {
 			return "", cli.Explain(flox.ErrBadInput, "invite %s: %v", given, err)
 		}
-		invite, err := api.LoadInvite(abs)
+		dir, err := inviteStore(abs)
 		if err != nil {
 			return "", err
 		}
 		s.invite = abs
-		return invite.StoreDir, nil
+		return dir, nil
 	}
 	for _, file := range s.inviteFiles() {
-		invite, err := api.LoadInvite(file)
+		dir, err := inviteStore(file)
 		if err == nil {
 			s.invite = file
-			return invite.StoreDir, nil
+			return dir, nil
 		}
 		// One's own is there to be used; the agent's may be for others only.
 		if file != agentInvite && !errors.Is(err, flox.ErrNotFound) {
@@ -152,6 +159,30 @@ func (s *surroundings) findInvite(given string) (flox.StoreDir, error) {
 	}
 	return "", nil
 }
+
+// inviteStore gives the store directory of the storehouse that a file invites to: it
+// holds a line of text as floxctl invite prints it, or is an invite.json.
+func inviteStore(file string) (flox.StoreDir, error) {
+	if f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0); err == nil { // a pipe would wait for a writer
+		text, err := io.ReadAll(io.LimitReader(f, maxInviteFile))
+		f.Close()
+		if line := api.FindJoinInvite(string(text)); err == nil && line != "" {
+			invite, err := api.ParseJoinInvite(line)
+			if err != nil {
+				return "", fmt.Errorf("%s: %w", file, err)
+			}
+			return invite.StoreDir, nil
+		}
+	}
+	invite, err := api.LoadInvite(file)
+	if err != nil {
+		return "", err
+	}
+	return invite.StoreDir, nil
+}
+
+// maxInviteFile is how much of a file is looked at for an invite, in bytes.
+const maxInviteFile = 64 << 10
 
 // agentInvite is what the machine's agent installed.
 var agentInvite = filepath.Join(cli.DefaultStateDir, "agent", "invite.json")

@@ -62,6 +62,8 @@ func TestChoose(t *testing.T) {
 		{name: "root of a container", is: all(root, bare), to: "/nix/store", want: modeCopy},
 		{name: "agent elsewhere", is: func(s *surroundings) { s.agent, s.mounts = "", []string{"/host"} }, want: modeBind, source: "/host"},
 		{name: "agent without a mount", is: func(s *surroundings) { s.agent = "" }, want: modeFUSE, words: []string{"not mounted at its place"}},
+		{name: "mount of the agent that is left out", is: agent, mode: modeBind, want: modeBind, here: true, source: "/nix/store", words: []string{"is left out"}},
+		{name: "own mount beside an agent", is: agent, mode: modeFUSE, want: modeFUSE, words: []string{"is left out"}},
 		{name: "mount without agent", is: func(s *surroundings) { s.mounts = []string{"/x", "/nix/store"} }, want: modeBind, here: true, source: "/nix/store", words: []string{"there is no agent"}},
 		{name: "mount without anything", is: all(bare, func(s *surroundings) { s.mounts, s.invite = []string{"/nix/store"}, "" }), want: modeBind, here: true, source: "/nix/store"},
 		{name: "mount elsewhere", is: elsewhere, want: modeBind, source: "/other"},

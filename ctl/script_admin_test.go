@@ -39,6 +39,22 @@ func (s *scriptedAdmin) RemoveMachine(_ context.Context, r *connect.Request[flox
 	return unary[floxv1.RemoveMachineRequest, floxv1.RemoveMachineResponse](s.scripted, "RemoveMachine", r)
 }
 
+func (s *scriptedAdmin) ListKeys(_ context.Context, r *connect.Request[floxv1.ListKeysRequest]) (*connect.Response[floxv1.ListKeysResponse], error) {
+	return unary[floxv1.ListKeysRequest, floxv1.ListKeysResponse](s.scripted, "ListKeys", r)
+}
+
+func (s *scriptedAdmin) ImportKey(_ context.Context, r *connect.Request[floxv1.ImportKeyRequest]) (*connect.Response[floxv1.ImportKeyResponse], error) {
+	return unary[floxv1.ImportKeyRequest, floxv1.ImportKeyResponse](s.scripted, "ImportKey", r)
+}
+
+func (s *scriptedAdmin) RotateKeys(_ context.Context, r *connect.Request[floxv1.RotateKeysRequest]) (*connect.Response[floxv1.RotateKeysResponse], error) {
+	return unary[floxv1.RotateKeysRequest, floxv1.RotateKeysResponse](s.scripted, "RotateKeys", r)
+}
+
 func (s *scriptedAdmin) Audit(_ context.Context, r *connect.Request[floxv1.AuditRequest], out *connect.ServerStream[floxv1.AuditResponse]) error {
 	return stream[floxv1.AuditRequest](s.scripted, "Audit", r, out)
+}
+
+func (s *scriptedAdmin) Backup(_ context.Context, r *connect.Request[floxv1.BackupRequest], out *connect.ServerStream[floxv1.BackupProgress]) error {
+	return stream[floxv1.BackupRequest](s.scripted, "Backup", r, out)
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,7 +24,17 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"floxctl": func() { os.Exit(Main()) }})
+	testscript.Main(m, map[string]func(){"floxctl": func() { os.Exit(Main()) }, "stands": standStill})
+}
+
+// standStill is an agent that listens at a socket and is then stopped.
+func standStill() {
+	l, err := net.Listen("unix", os.Args[1])
+	if err == nil {
+		err = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+	}
+	fmt.Fprintln(os.Stderr, l, err)
+	os.Exit(1)
 }
 
 // TestScripts runs floxctl as users do, against an agent whose answers are
@@ -220,6 +231,10 @@ func (s *scripted) Unkeep(_ context.Context, r *connect.Request[floxv1.KeepReque
 	return unary[floxv1.KeepRequest, floxv1.KeepResponse](s, "Unkeep", r)
 }
 
+func (s *scripted) Kept(_ context.Context, r *connect.Request[floxv1.KeptRequest]) (*connect.Response[floxv1.KeptResponse], error) {
+	return unary[floxv1.KeptRequest, floxv1.KeptResponse](s, "Kept", r)
+}
+
 func (s *scripted) CacheUsage(_ context.Context, r *connect.Request[floxv1.CacheUsageRequest]) (*connect.Response[floxv1.CacheUsageResponse], error) {
 	return unary[floxv1.CacheUsageRequest, floxv1.CacheUsageResponse](s, "CacheUsage", r)
 }
@@ -262,7 +277,7 @@ func (s *scripted) Download(_ context.Context, r *connect.Request[floxv1.Downloa
 }
 
 // Add keeps the NAR that was uploaded in Add.nar. With Add.error it refuses
-// before it has read anything.
+// before it has read anything; with Add.broken it breaks off, once.
 func (s *scripted) Add(_ context.Context, in *connect.ClientStream[floxv1.AddRequest]) (*connect.Response[floxv1.AddResponse], error) {
 	if err := s.lines("Add", nil, nil); err != nil {
 		return nil, err
@@ -273,6 +288,9 @@ func (s *scripted) Add(_ context.Context, in *connect.ClientStream[floxv1.AddReq
 			s.asked("Add", &floxv1.AddRequest{Name: in.Msg().GetName(), Token: in.Msg().GetToken()})
 		}
 		nar = append(nar, in.Msg().GetNar()...)
+		if os.Remove(filepath.Join(s.dir, "Add.broken")) == nil {
+			return nil, connect.NewError(connect.CodeUnavailable, errors.New("the server went away"))
+		}
 	}
 	if in.Err() != nil {
 		return nil, in.Err()

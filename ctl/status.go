@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
+	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
 )
@@ -42,29 +43,116 @@ type statusFacts struct {
 	Storehouse   storehouseFacts   `json:"storehouse"`
 	Peers        uint32            `json:"peers"`
 	Cache        cacheFacts        `json:"cache"`
+	Staged       stagedFacts       `json:"staged"`
 	Traffic      trafficFacts      `json:"traffic"`
 	FuseRequests map[string]uint64 `json:"fuseRequests"`
 	FuseRead     uint64            `json:"fuseReadBytes"`
 	Heap         uint64            `json:"heapBytes"`
 	Waiting      uint32            `json:"waiting"`
 	PathsKnown   uint64            `json:"pathsKnown"`
+	NixSocket    string            `json:"nixSocket,omitempty"`  // none = stock Nix has none to use
+	LocalStore   *localStoreFacts  `json:"localStore,omitempty"` // none = nothing of one is shown
 	Offline      offlineFacts      `json:"offline"`
 	Prefetch     prefetchFacts     `json:"prefetch"`
 	Problems     []string          `json:"problems"`
 }
 
+// stagedFacts are of what was added on this machine; uploaded are those of them the
+// storehouse has meanwhile.
+type stagedFacts struct {
+	Paths       uint64 `json:"paths"`
+	Uploaded    uint64 `json:"uploaded"`
+	NarBytes    uint64 `json:"narBytes"`
+	Bytes       uint64 `json:"bytes"`
+	BudgetBytes uint64 `json:"budgetBytes"`
+}
+
+// localStoreFacts are about the Nix store this machine has of its own.
+type localStoreFacts struct {
+	Dir       string `json:"dir"`
+	Error     string `json:"error,omitempty"`
+	Shown     uint64 `json:"shown"`
+	ReadBytes uint64 `json:"readBytes"`
+}
+
+func localStoreOf(m *floxv1.LocalStore) *localStoreFacts {
+	if m == nil {
+		return nil
+	}
+	return &localStoreFacts{Dir: m.GetDir(), Error: m.GetError(), Shown: m.GetShown(), ReadBytes: m.GetReadBytes()}
+}
+
+// localStoreLine says what becomes of the store this machine has of its own.
+func localStoreLine(s *localStoreFacts) string {
+	if s.Error != "" {
+		return fmt.Sprintf("%s stays as it is; its daemon does not answer, so sessions show nothing of it: %s", clean(s.Dir), clean(s.Error))
+	}
+	return fmt.Sprintf("%s stays as it is; floxctl nix and floxctl run show both, %s read from it", clean(s.Dir), cli.FormatBytes(s.ReadBytes))
+}
+
+func stagedOf(m *floxv1.StagedUse) stagedFacts {
+	return stagedFacts{Paths: m.GetPaths(), Uploaded: m.GetUploaded(), NarBytes: m.GetNarBytes(), Bytes: m.GetBytes(), BudgetBytes: m.GetBudgetBytes()}
+}
+
+// stagedLine says how much was added here, and how much of it only here.
+func stagedLine(s stagedFacts) string {
+	here := "all of them also in the storehouse"
+	if s.Uploaded < s.Paths {
+		here = plural(s.Paths-s.Uploaded, "path", "paths") + " only here"
+	}
+	return fmt.Sprintf("%s added on this machine, %s, %s on disk", plural(s.Paths, "path", "paths"), here, cli.FormatBytes(s.Bytes))
+}
+
+// answerPatience is how long status waits before it says that the agent does not
+// answer, which it does from memory.
+const answerPatience = 30 * time.Second
+
+// askStatus asks the agent. One that is stopped is seen to be after a moment.
+func askStatus(ctx context.Context, g *globals) (*floxv1.StatusResponse, error) {
+	asking, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
+	socket := g.socketPath()
+	defer time.AfterFunc(answerPatience, func() {
+		giveUp(cli.Explain(flox.ErrUnreachable, "the agent at %s does not answer; floxctl doctor looks for the reason", socket))
+	}).Stop()
+	go func() { // ends with the question
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-asking.Done():
+				return
+			case <-tick.C:
+			}
+			if pid, stopped := stoppedServer(asking, socket); stopped {
+				giveUp(cli.Explain(flox.ErrUnreachable, `the agent's process %d is stopped, by a signal or a debugger, and readers wait.
+  kill -CONT %d    lets it go on
+Else its parent replaces it after about a minute, unless a debugger holds it.`, pid, pid))
+			}
+		}
+	}()
+	resp, err := g.agent().Status(asking, connect.NewRequest(&floxv1.StatusRequest{}))
+	switch {
+	case err == nil:
+		return resp.Msg, nil
+	case asking.Err() != nil && ctx.Err() == nil:
+		return nil, context.Cause(asking)
+	}
+	return nil, err
+}
+
 // runStatus asks once and prints; nothing in it waits for the network.
 func runStatus(ctx context.Context, g *globals, out *output) error {
-	resp, err := g.agent().Status(ctx, connect.NewRequest(&floxv1.StatusRequest{}))
+	m, err := askStatus(ctx, g)
 	if err != nil {
 		return explain(err)
 	}
-	m := resp.Msg
 	s := statusFacts{
+		LocalStore: localStoreOf(m.GetLocalStore()), NixSocket: m.GetNixSocket(),
 		Version: m.GetVersion(), PID: m.GetPid(), StartedAt: stamp(m.GetStartedUnix()),
 		StoreDir: m.GetStoreDir(), MountDir: m.GetMountDir(), Mounted: m.GetMounted(),
 		PeerID: m.GetPeerId(), Site: m.GetSite(), Storehouse: storehouseOf(m.GetStorehouse()), Peers: m.GetPeers(),
-		Cache: cacheOf(m.GetCache()), Traffic: trafficOf(m.GetTraffic()), FuseRequests: m.GetFuseRequests(),
+		Cache: cacheOf(m.GetCache()), Staged: stagedOf(m.GetStaged()), Traffic: trafficOf(m.GetTraffic()), FuseRequests: m.GetFuseRequests(),
 		FuseRead: m.GetFuseReadBytes(), Heap: m.GetHeapBytes(), Waiting: m.GetWaiting(), PathsKnown: m.GetPathsKnown(),
 		Offline: offlineOf(m.GetOffline()), Prefetch: prefetchOf(m.GetPrefetch()), Problems: some(m.GetProblems()),
 	}
@@ -92,8 +180,17 @@ func printStatus(out *output, s statusFacts, m *floxv1.StatusResponse, now time.
 		mounted += " (its paths say " + clean(s.StoreDir) + ")"
 	}
 	line("store", "%s; %s known here", mounted, plural(s.PathsKnown, "path", "paths"))
+	if s.LocalStore != nil {
+		line("local Nix", "%s", localStoreLine(s.LocalStore))
+	}
 	line("storehouse", "%s", storehouseLine(out, m.GetStorehouse(), now))
+	if len(s.Storehouse.Servers) > 1 {
+		line("servers", "%s", serversLine(out, s.Storehouse.Servers))
+	}
 	line("cache", "%s", cacheLine(s.Cache))
+	if s.Staged.Paths > 0 {
+		line("staged", "%s", stagedLine(s.Staged))
+	}
 	line("fetched", "%s", fetchedLine(s.Traffic))
 	line("ahead", "%s", aheadLine(s.Prefetch))
 	printOffline(out, s.Offline)
@@ -148,6 +245,27 @@ func storehouseLine(out *output, l *floxv1.StorehouseLink, now time.Time) string
 		s += ": " + clean(l.GetError())
 	}
 	return s
+}
+
+// serversLine names the servers of the storehouse, the one that is followed first.
+func serversLine(out *output, servers []houseServerFacts) string {
+	words := make([]string, 0, len(servers))
+	for _, s := range servers {
+		name := clean(s.Name)
+		if name == "" {
+			name = clean(s.PeerID)
+		}
+		switch {
+		case s.Followed:
+			name = out.paint(green, name+" (followed)")
+		case s.Connected:
+			name = out.paint(green, name)
+		default:
+			name = out.paint(yellow, name+" (not connected)")
+		}
+		words = append(words, name)
+	}
+	return strings.Join(words, ", ")
 }
 
 // cacheLine says how full the cache is and whether it still grows.

@@ -20,6 +20,39 @@ type offlineFacts struct {
 	KeptComplete uint32         `json:"keptComplete"`
 	MissingBytes uint64         `json:"missingBytes"`
 	Missing      []offlineLacks `json:"missing"`
+	Profiles     []profileFacts `json:"profiles"`
+}
+
+// profileFacts is a link whose policy is that of what it leads to.
+type profileFacts struct {
+	Link         string `json:"link"`
+	Path         string `json:"path"` // where it led when it could last be read
+	Policy       string `json:"policy"`
+	Complete     bool   `json:"complete"`
+	MissingBytes uint64 `json:"missingBytes"`
+	Reason       string `json:"reason,omitempty"` // why it is not complete, or not followed
+}
+
+func profilesOf(list []*floxv1.KeptProfile) []profileFacts {
+	out := []profileFacts{}
+	for _, p := range list {
+		out = append(out, profileFacts{p.GetLink(), p.GetPath(), p.GetOffline(), p.GetComplete(), p.GetMissingBytes(), p.GetReason()})
+	}
+	return out
+}
+
+// profileLine says what a profile is now, and whether that is ready.
+func profileLine(out *output, p profileFacts) string {
+	s := clean(p.Link) + ", now " + clean(p.Path) + ": "
+	switch {
+	case p.Complete && p.Reason == "":
+		return s + "ready"
+	case p.Complete:
+		return s + "ready; " + out.paint(yellow, clean(p.Reason))
+	case p.MissingBytes > 0:
+		s += cli.FormatBytes(p.MissingBytes) + " missing, "
+	}
+	return s + out.paint(yellow, clean(p.Reason))
 }
 
 // offlineLacks is a store path that is not complete.
@@ -33,7 +66,7 @@ type offlineLacks struct {
 func offlineOf(m *floxv1.OfflineState) offlineFacts {
 	f := offlineFacts{
 		Policy: m.GetPolicy(), Used: m.GetUsed(), UsedComplete: m.GetUsedComplete(), Kept: m.GetKept(), KeptComplete: m.GetKeptComplete(),
-		MissingBytes: m.GetMissingBytes(), Missing: []offlineLacks{},
+		MissingBytes: m.GetMissingBytes(), Missing: []offlineLacks{}, Profiles: profilesOf(m.GetProfiles()),
 	}
 	for _, p := range m.GetMissing() {
 		f.Missing = append(f.Missing, offlineLacks{Path: p.GetPath(), Policy: p.GetPolicy(), MissingBytes: p.GetMissingBytes(), Reason: p.GetReason()})
@@ -79,6 +112,15 @@ func offlineLine(out *output, f offlineFacts) string {
 	if f.Kept > 0 {
 		parts = append(parts, ready(f.KeptComplete, f.Kept, "kept paths"))
 	}
+	if n := len(f.Profiles); n > 0 {
+		done := 0
+		for _, p := range f.Profiles {
+			if p.Complete {
+				done++
+			}
+		}
+		parts = append(parts, ready(uint32(done), uint32(n), "kept profiles")) //nolint:gosec // a few hundred
+	}
 	if len(parts) == 0 {
 		return "nothing ran here yet"
 	}
@@ -92,6 +134,12 @@ func offlineLine(out *output, f offlineFacts) string {
 // printOffline prints that line, and a few of the paths that are not ready.
 func printOffline(out *output, f offlineFacts) {
 	out.printf("%s %s\n", out.paint(bold, fmt.Sprintf("%-11s", "offline")), offlineLine(out, f))
+	for _, p := range f.Profiles[:min(offlineShown, len(f.Profiles))] {
+		out.printf("%-11s %s (offline: %s)\n", "", profileLine(out, p), clean(p.Policy))
+	}
+	if more := len(f.Profiles) - offlineShown; more > 0 {
+		out.printf("%-11s and %d more; all: floxctl keep --list\n", "", more)
+	}
 	for _, p := range f.Missing[:min(offlineShown, len(f.Missing))] {
 		size := ""
 		if p.MissingBytes > 0 {

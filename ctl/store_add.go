@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -21,6 +22,13 @@ import (
 
 // addPiece is how much of the NAR goes into one message.
 const addPiece = 256 << 10
+
+// An upload that breaks off, for example because a server of the storehouse died,
+// is made again: this often, with longer and longer pauses.
+const (
+	addTries = 6
+	addPause = 500 * time.Millisecond
+)
 
 // maxToken bounds a token file: anything longer is no token.
 const maxToken = 4 << 10
@@ -39,7 +47,8 @@ func newStoreAddCmd(g *globals) *cobra.Command {
 		Use:   "add PATH [--name NAME] [--token-file FILE]",
 		Short: "Upload a file or directory as a store path",
 		Long: `Upload a file or directory to the storehouse as a store path of its own, named by
-its content as nix-store --add does, and print the path.
+its content as nix-store --add does, and print the path. An upload that breaks off, as when
+a server of the storehouse goes, is made again through another.
 
 It needs a publisher's token, from --token-file or ` + cli.EnvToken + `. The storehouse keeps
 its own at ` + cli.DefaultStateDir + `/storehouse/upload-token.
@@ -75,7 +84,9 @@ func runStoreAdd(ctx context.Context, opts addOptions, out, errOut *output) erro
 	// Leaving before the answer cuts the upload off, so that the agent throws away what it got.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	resp, err := upload(ctx, agent.Add(ctx), &floxv1.AddRequest{Name: name, Token: token}, opts.path, newProgress(errOut))
+	resp, err := uploadUntilDone(ctx, func() (*floxv1.AddResponse, uint64, error) {
+		return upload(ctx, agent.Add(ctx), &floxv1.AddRequest{Name: name, Token: token}, opts.path, newProgress(errOut))
+	}, errOut)
 	if err != nil {
 		return err
 	}
@@ -98,10 +109,30 @@ func runStoreAdd(ctx context.Context, opts addOptions, out, errOut *output) erro
 	return nil
 }
 
-// upload streams first and then the NAR of fsPath, and waits for the answer.
+// uploadUntilDone tries again while uploads break off on their way: the tree is
+// still here. One that does not even begin is not tried again.
+func uploadUntilDone(ctx context.Context, try func() (*floxv1.AddResponse, uint64, error), errOut *output) (*floxv1.AddResponse, error) {
+	begun := false
+	for i, pause := 1, addPause; ; i, pause = i+1, 2*pause {
+		resp, sent, err := try()
+		begun = begun || sent > 0
+		if err == nil || !begun || i == addTries || !errors.Is(err, flox.ErrUnreachable) {
+			return resp, err
+		}
+		errOut.printf("The upload broke off (%v); trying again in %s.\n", err, pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
+}
+
+// upload streams first and then the NAR of fsPath, and waits for the answer. It
+// tells how much it sent.
 func upload(ctx context.Context, stream *connect.ClientStreamForClient[floxv1.AddRequest, floxv1.AddResponse],
 	first *floxv1.AddRequest, fsPath string, bar *progress,
-) (*floxv1.AddResponse, error) {
+) (*floxv1.AddResponse, uint64, error) {
 	defer bar.end()
 	w := &addWriter{stream: stream, bar: bar}
 	err := stream.Send(first)
@@ -112,13 +143,13 @@ func upload(ctx context.Context, stream *connect.ClientStreamForClient[floxv1.Ad
 		err = w.flush()
 	}
 	if err != nil && !errors.Is(err, io.EOF) { // EOF: the answer says why the agent hung up
-		return nil, explain(err)
+		return nil, w.sent, explain(err)
 	}
 	resp, err := stream.CloseAndReceive()
 	if err != nil {
-		return nil, explain(err)
+		return nil, w.sent, explain(err)
 	}
-	return resp.Msg, nil
+	return resp.Msg, w.sent, nil
 }
 
 // addWriter cuts a NAR into messages.

@@ -50,6 +50,7 @@ type watchFacts struct {
 	BytesPerSecond uint64          `json:"bytesPerSecond"`
 	Traffic        trafficFacts    `json:"traffic"`
 	Storehouse     storehouseFacts `json:"storehouse"`
+	Full           string          `json:"full"` // who takes all places of the mount, "" = nobody
 }
 
 // readFacts is one wait; a total of 0 means that the size is not known yet.
@@ -71,6 +72,7 @@ func watchOf(m *floxv1.WatchReads) watchFacts {
 	f := watchFacts{
 		Reads: []readFacts{}, BytesPerSecond: m.GetBytesPerSecond(),
 		Traffic: trafficOf(m.GetTraffic()), Storehouse: storehouseOf(m.GetStorehouse()),
+		Full: m.GetFull(),
 	}
 	for _, r := range m.GetReads() {
 		read := readFacts{

@@ -26,6 +26,7 @@ type watchLines struct {
 	out   *output
 	shown map[readKey]string // what stood in the last line about a wait
 	idle  bool
+	full  bool
 	now   func() time.Time
 }
 
@@ -38,6 +39,13 @@ func newWatchLines(out *output) *watchLines {
 // nobody waits any more.
 func (l *watchLines) show(m *floxv1.WatchReads) error {
 	now := l.now()
+	if full := m.GetFull() != ""; full != l.full {
+		words := "the mount has room again"
+		if l.full = full; full {
+			words = clean(m.GetFull())
+		}
+		l.out.printf("%s %s\n", l.clock(now), words)
+	}
 	present := make(map[readKey]string, len(m.GetReads()))
 	for _, r := range m.GetReads() {
 		key := keyOf(r)

@@ -168,6 +168,9 @@ func viewLines(out *output, s watchState, width, height int, now time.Time) []st
 	lines = append(lines,
 		cut("storehouse "+storehouseLine(plain, m.GetStorehouse(), now), width),
 		cut(fmt.Sprintf("now %s; fetched %s", cli.FormatRate(m.GetBytesPerSecond()), fetchedLine(trafficOf(m.GetTraffic()))), width), "")
+	if full := m.GetFull(); full != "" {
+		lines = append(lines, out.paint(red, cut(clean(full), width)))
+	}
 	reads := append([]*floxv1.WaitingRead(nil), m.GetReads()...)
 	sort.SliceStable(reads, func(i, j int) bool { return reads[i].GetSinceUnixMs() < reads[j].GetSinceUnixMs() })
 	if len(reads) == 0 {

@@ -45,6 +45,12 @@ func (d *deadReads) check(r *request, off int64) error {
 	return nil
 }
 
+// Who waits for a name that somebody else looks up has no request, and waits deaf
+// even to SIGKILL (Linux 6.18 fs/dcache.c d_wait_lookup): they die when that
+// look-up ends, after the look-up timeout at the latest. Answering it ESTALE,
+// once, makes the kernel walk the path again, and does not help: its caller is
+// first again before those it wakes run (10 of 10 times).
+
 // deadNames remembers names of the store directory nobody could tell anything
 // about within the time a look-up may take. The kernel sends one look-up of a
 // name at a time: of many who want the same, each would wait for the one before

@@ -46,8 +46,11 @@ func (f *files) list(in *fuse.ReadIn, add func(fuse.DirEntry, flox.Entry) bool) 
 	if in.Offset < firstChild && !add(fuse.DirEntry{Name: "..", Mode: modeDir, Ino: fuse.FUSE_UNKNOWN_INO, Off: firstChild}, flox.Entry{}) {
 		return fuse.OK
 	}
-	if in.NodeId == rootNode {
+	switch in.NodeId {
+	case rootNode:
 		return f.listRoot(in, add)
+	case logsNode:
+		return fuse.OK // too many to tell
 	}
 	manifest, dir, ok := f.s.nodes.resolve(in.NodeId)
 	if !ok {

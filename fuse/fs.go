@@ -17,6 +17,9 @@ import (
 const (
 	// forever is how many seconds the kernel may believe what never changes.
 	forever = math.MaxInt32
+	// passingTime is how many seconds it may believe that a store path is there which
+	// may go. The kernel keeps what it has read as long as the node is the same.
+	passingTime = 10
 	// retryPause is how long to wait before asking a store again that could
 	// reach nobody.
 	retryPause = 500 * time.Millisecond
@@ -85,8 +88,11 @@ func pause(ctx context.Context, d time.Duration) bool {
 // Lookup answers with an entry and its attributes, or that there is none.
 func (f *files) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	r := f.request(in)
-	if in.NodeId == rootNode {
+	switch in.NodeId {
+	case rootNode:
 		return f.lookupRoot(r, name, out)
+	case logsNode:
+		return f.lookupLog(r, name, out)
 	}
 	manifest, dir, ok := f.s.nodes.resolve(in.NodeId)
 	if !ok {
@@ -117,9 +123,29 @@ func (f *files) Lookup(_ <-chan struct{}, in *fuse.InHeader, name string, out *f
 }
 
 // lookupRoot looks up a store path. What is not valid now may be valid the next
-// moment, so the kernel must ask again each time; then nobody ever has to take a
-// name out of its cache, which would need the lock a hung look-up holds.
+// moment, and what was added on this machine may be deleted there, so the kernel
+// must ask again each time; then nobody ever has to take a name out of its cache,
+// which would need the lock a hung look-up holds.
 func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Status {
+	if name == flox.LogsName {
+		out.NodeId, out.EntryValid, out.AttrValid = logsNode, forever, forever
+		fillTop(&out.Attr, logsNode)
+		return fuse.OK
+	}
+	return f.lookupPath(r, name, out, func(ctx context.Context) (flox.CID, bool, error) { return f.s.cfg.Store.Lookup(ctx, name, r.reader()) })
+}
+
+// lookupLog looks up a derivation's log: another one after its next build.
+func (f *files) lookupLog(r *request, name string, out *fuse.EntryOut) fuse.Status {
+	return f.lookupPath(r, flox.LogsName+"/"+name, out, func(ctx context.Context) (flox.CID, bool, error) {
+		manifest, err := f.s.cfg.Store.Log(ctx, name)
+		return manifest, false, err
+	})
+}
+
+// lookupPath answers with the store path that find finds within the look-up
+// timeout, or as it says.
+func (f *files) lookupPath(r *request, name string, out *fuse.EntryOut, find func(context.Context) (flox.CID, bool, error)) fuse.Status {
 	var manifest flox.CID
 	var entry flox.Entry
 	missing, always := false, false
@@ -128,7 +154,7 @@ func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Sta
 		timeout = min(timeout, deadNameWait)
 	}
 	err := f.wait(r.ctx, timeout, false, func(ctx context.Context) (err error) {
-		manifest, always, err = f.s.cfg.Store.Lookup(ctx, name)
+		manifest, always, err = find(ctx)
 		if err != nil {
 			missing = errors.Is(err, flox.ErrNotFound)
 			return err
@@ -157,14 +183,20 @@ func (f *files) lookupRoot(r *request, name string, out *fuse.EntryOut) fuse.Sta
 		return f.failed(r, err)
 	}
 	fillEntry(out, node, entry)
+	if !always {
+		out.EntryValid = 0
+	}
+	if f.s.cfg.Passing != nil && f.s.cfg.Passing(manifest) {
+		out.EntryValid = passingTime
+	}
 	return fuse.OK
 }
 
 // GetAttr answers with attributes.
 func (f *files) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
 	out.AttrValid = forever
-	if in.NodeId == rootNode {
-		fillRoot(&out.Attr)
+	if in.NodeId == rootNode || in.NodeId == logsNode {
+		fillTop(&out.Attr, in.NodeId)
 		return fuse.OK
 	}
 	entry, _, status := f.entry(&in.InHeader)
@@ -305,11 +337,11 @@ func fillAttr(out *fuse.Attr, node uint64, e flox.Entry) {
 	out.Blocks = out.Size/512 + min(out.Size%512, 1)
 }
 
-// fillRoot gives the store directory's attributes. They never change, so that
-// walking through it costs nothing; one link means that nobody counted its
-// directories (find(1) trusts two).
-func fillRoot(out *fuse.Attr) {
-	*out = fuse.Attr{Ino: rootNode, Mode: modeDir, Nlink: 1, Blksize: 4096, Atime: 1, Mtime: 1, Ctime: 1}
+// fillTop gives the attributes of the store directory, or of the one of logs. They
+// never change, so that walking through it costs nothing; one link means that nobody
+// counted its directories (find(1) trusts two).
+func fillTop(out *fuse.Attr, node uint64) {
+	*out = fuse.Attr{Ino: node, Mode: modeDir, Nlink: 1, Blksize: 4096, Atime: 1, Mtime: 1, Ctime: 1}
 }
 
 // inPlace is a read whose bytes are in the answer already.

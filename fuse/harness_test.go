@@ -175,6 +175,8 @@ type reply struct {
 	Stats   Stats
 	Took    Takeover
 	Waiting []Wait
+	Limit   int
+	Full    bool
 	Nodes   []uint64
 	Heap    int // KiB the heap ever had
 	Live    int // bytes of the heap in use, after a collection
@@ -222,7 +224,7 @@ func serveMain() error {
 	s, err := NewServer(ServerConfig{
 		Device: os.NewFile(3, "fuse"), Init: o.Init, Store: store, NodeTable: o.Table, Journal: o.Table + ".journal",
 		LookupTimeout: o.LookupTimeout, ReadTimeout: o.ReadTimeout, MaxInFlight: o.MaxInFlight,
-		Mapped: func(ctx context.Context, _ uint64) bool {
+		Mapped: func(ctx context.Context, _ uint64, _ uint32) bool {
 			switch mapped.Load() {
 			case 2:
 				<-ctx.Done()
@@ -288,6 +290,7 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 		r.Took = s.Takeover()
 	case "waiting":
 		r.Waiting = s.Waiting()
+		r.Limit, r.Full = s.Full()
 	case "hold":
 		store.hold(gate)
 	case "release":
@@ -296,6 +299,15 @@ func obey(s *Server, store *memStore, c command) (r reply) {
 		store.fail(gate, map[string]error{"unreachable": flox.ErrUnreachable, "corrupt": flox.ErrCorrupt}[c.Kind])
 	case "add":
 		store.add(c.Arg, file("", []byte(c.Arg)))
+	case "stage": // add a directory that may be deleted
+		store.mu.Lock()
+		store.staged[c.Arg] = true
+		store.mu.Unlock()
+		store.add(c.Arg, dir("", file("file", []byte(c.Arg))))
+	case "delete":
+		store.mu.Lock()
+		delete(store.names, c.Arg)
+		store.mu.Unlock()
 	case "many":
 		store.mu.Lock()
 		store.many = c.N

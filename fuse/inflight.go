@@ -37,7 +37,7 @@ type request struct {
 }
 
 // reader says who waits, to the store.
-func (r *request) reader() flox.Reader { return flox.Reader{PID: r.pid, Node: r.node} }
+func (r *request) reader() flox.Reader { return flox.Reader{PID: r.pid, UID: r.uid, Node: r.node} }
 
 // requests knows the requests being worked on.
 type requests struct {
@@ -113,6 +113,12 @@ func (t *requests) setFull(full bool) {
 	if full {
 		t.wake()
 	}
+}
+
+func (t *requests) isFull(limit int) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.full || len(t.byID) >= limit
 }
 
 func (t *requests) wake() {

@@ -19,18 +19,19 @@ import (
 // memStore is a flox.Store in memory that can be made to wait and to fail. A
 // gate is named after what it holds up: "lookup NAME" or "read NAME INDEX".
 type memStore struct {
-	mu    sync.Mutex
-	names map[string]flox.CID
-	trees map[flox.CID]*memTree
-	gates map[string]chan struct{}
-	fails map[string]error
-	many  int                    // how many made-up names a listing has beside names
-	made  map[flox.CID]flox.Tree // trees that are computed
+	mu     sync.Mutex
+	names  map[string]flox.CID
+	trees  map[flox.CID]*memTree
+	staged map[string]bool // names that may be deleted
+	gates  map[string]chan struct{}
+	fails  map[string]error
+	many   int                    // how many made-up names a listing has beside names
+	made   map[flox.CID]flox.Tree // trees that are computed
 }
 
 func newMemStore() *memStore {
 	return &memStore{
-		names: map[string]flox.CID{}, trees: map[flox.CID]*memTree{},
+		names: map[string]flox.CID{}, trees: map[flox.CID]*memTree{}, staged: map[string]bool{},
 		gates: map[string]chan struct{}{}, fails: map[string]error{}, made: map[flox.CID]flox.Tree{},
 	}
 }
@@ -148,7 +149,7 @@ func (m *memStore) pass(ctx context.Context, gate string) error {
 	}
 }
 
-func (m *memStore) Lookup(ctx context.Context, name string) (flox.CID, bool, error) {
+func (m *memStore) Lookup(ctx context.Context, name string, _ flox.Reader) (flox.CID, bool, error) {
 	if _, err := flox.ParseStorePath(name); err != nil {
 		return flox.CID{}, true, fmt.Errorf("%s: %w", name, flox.ErrNotFound)
 	}
@@ -161,7 +162,13 @@ func (m *memStore) Lookup(ctx context.Context, name string) (flox.CID, bool, err
 	if !ok {
 		return id, false, fmt.Errorf("%s: %w", name, flox.ErrNotFound)
 	}
-	return id, false, nil
+	return id, !m.staged[name], nil
+}
+
+// Log finds the path that is called as the derivation, with .log behind.
+func (m *memStore) Log(ctx context.Context, name string) (flox.CID, error) {
+	id, _, err := m.Lookup(ctx, name+".log", flox.Reader{})
+	return id, err
 }
 
 func (m *memStore) Names(ctx context.Context, after string, limit int) ([]flox.Named, error) {

@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/floxctl/flox"
 )
 
 // sums of what a touching process must read.
@@ -166,6 +168,46 @@ func TestMissingNames(t *testing.T) {
 	}
 }
 
+// A name that may be deleted on this machine is gone for the next who asks, with
+// all below it.
+func TestDeletedNamesAreGone(t *testing.T) {
+	m := newMount(t, serveOptions{})
+	m.ask(t, command{Cmd: "stage", Arg: newPath})
+	below := newPath + "/file"
+	if o := m.touch(t, op{Do: "stat", Path: newPath}, op{Do: "read", Path: below}); o[0].Errno != "" || o[1].Text != sum([]byte(newPath)) {
+		t.Fatalf("before: %+v", o)
+	}
+	m.ask(t, command{Cmd: "delete", Arg: newPath})
+	for _, o := range m.touch(t, op{Do: "read", Path: below}, op{Do: "stat", Path: below}, op{Do: "stat", Path: newPath}) {
+		if o.Errno != "ENOENT" {
+			t.Errorf("%s %s after it was deleted: %q", o.Do, o.Path, o.Errno)
+		}
+	}
+}
+
+// The log of a derivation is found by the derivation's name, the newest one each
+// time, in a directory that nobody sees.
+func TestLogsAreFoundByDerivation(t *testing.T) {
+	m := newMount(t, serveOptions{})
+	const drv = "0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c-made.drv"
+	at := flox.LogsName + "/" + drv
+	if o := m.touch(t, op{Do: "stat", Path: at}, op{Do: "stat", Path: flox.LogsName + "/0c"}); o[0].Errno != "ENOENT" || o[1].Errno != "ENOENT" {
+		t.Errorf("before there is one: %+v", o)
+	}
+	m.ask(t, command{Cmd: "add", Arg: drv + ".log"})
+	o := m.touch(t, op{Do: "stat", Path: flox.LogsName}, op{Do: "read", Path: at}, op{Do: "readdir", Path: flox.LogsName}, op{Do: "readdir", Path: ""})
+	if o[0].Mode != unix.S_IFDIR|0o555 || o[1].Text != sum([]byte(drv+".log")) {
+		t.Errorf("the directory, and the log: %+v, %+v", o[0], o[1])
+	}
+	if o[2].Errno != "" || len(o[2].Names) != 0 || slices.Contains(o[3].Names, flox.LogsName) {
+		t.Errorf("listings: %+v, %+v", o[2], o[3])
+	}
+	m.ask(t, command{Cmd: "delete", Arg: drv + ".log"})
+	if o := m.touch(t, op{Do: "read", Path: at}); o[0].Errno != "ENOENT" {
+		t.Errorf("after it went: %+v", o)
+	}
+}
+
 func TestRootListingIsNeverStale(t *testing.T) {
 	m := newMount(t, serveOptions{})
 	list := op{Do: "readdir", Path: ""}
@@ -287,8 +329,9 @@ func readWhileLookedFor(t *testing.T, mapped int) {
 	hung := toolsPath + "/share/hung"
 	m.ask(t, command{Cmd: "mapped", N: mapped})
 	m.ask(t, command{Cmd: "hold", Arg: "read " + hung})
-	c, killed := m.begin(t, op{Do: "mmap", Path: hung}), m.begin(t, op{Do: "mmap", Path: hung, Len: 1})
-	m.awaitWait(t, "READ")
+	c := m.begin(t, op{Do: "mmap", Path: hung})
+	m.awaitWait(t, "READ") // of c: what it took is counted from before that
+	killed := m.begin(t, op{Do: "mmap", Path: hung, Len: 1})
 	time.Sleep(500 * time.Millisecond)
 	killed.dies(t, 10*time.Second)
 	m.ask(t, command{Cmd: "release", Arg: "read " + hung})
@@ -359,6 +402,9 @@ func TestKilledProcessesAreFreed(t *testing.T) {
 			}
 			p := m.begin(t, c.ops...)
 			m.awaitWait(t, c.wait)
+			if r := m.ask(t, command{Cmd: "waiting"}); r.Full != (c.max > 0) || r.Full && r.Limit != c.max {
+				t.Errorf("full of %d: %v", r.Limit, r.Full)
+			}
 			time.Sleep(50 * time.Millisecond) // lets the timer tick
 			p.dies(t, 10*time.Second)         // usually at once, and never by a deadline
 			for range 100 {

@@ -13,8 +13,11 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// rootNode is the store directory itself.
-const rootNode = 1
+// rootNode is the store directory itself, logsNode the directory flox.LogsName in it.
+const (
+	rootNode = 1
+	logsNode = 2
+)
 
 // maxOrdinals bounds how many store paths one mount can ever have looked up.
 const maxOrdinals = 1 << 31

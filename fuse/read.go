@@ -67,7 +67,7 @@ func (f *files) whileMapped(r *request, err error, read func(context.Context) er
 	defer cancel()
 	answer := make(chan bool, 1)
 	go func() { // until ctx is done at the latest, soon after
-		mapped := f.s.cfg.Mapped(ctx, r.node)
+		mapped := f.s.cfg.Mapped(ctx, r.node, r.pid)
 		if !mapped {
 			cancel()
 		}

@@ -44,12 +44,20 @@ type ServerConfig struct {
 	// it. A READ of such an inode is never given up, because an error would kill
 	// the process (SIGBUS); Mapped is asked again after each ReadTimeout, and must
 	// return soon after its context is done. nil = never.
-	Mapped func(ctx context.Context, node uint64) bool
+	Mapped func(ctx context.Context, node uint64, thread uint32) bool
 
 	// MaxInFlight is how many requests may be worked on at once; 0 = 1024. At
 	// the limit nothing more is read from the kernel until one ends. A READ
 	// holds its bytes meanwhile, usually 64 KiB, at most 1 MiB.
+	// It is not shared among callers: whose a request is, is known once it is read, and
+	// the kernel takes none back; to refuse one would be an error in a program. So
+	// that many threads whose files all hang stop the mount until a deadline.
 	MaxInFlight int
+
+	// Passing reports whether a manifest is one of a store path that may go, or
+	// become another: then the kernel asks for the name again after passingTime.
+	// nil = none does.
+	Passing func(manifest flox.CID) bool
 
 	// Serving is called once, by Run, when requests are being read; nil = nobody
 	// wants to know.
@@ -307,6 +315,13 @@ type Wait struct {
 
 // Waiting lists the requests being worked on, oldest first.
 func (s *Server) Waiting() []Wait { return s.requests.waiting() }
+
+// Full reports whether as many requests are worked on as may be (MaxInFlight): none
+// is read from the kernel before one of them ends, or, if they are all READs, the
+// kernel holds further ones back itself (MountConfig.MaxBackground).
+func (s *Server) Full() (limit int, full bool) {
+	return s.cfg.MaxInFlight, s.requests.isFull(s.cfg.MaxInFlight)
+}
 
 // Node gives the inode number of an entry; false if nothing of that manifest
 // was looked up in this mount.

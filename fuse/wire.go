@@ -70,6 +70,7 @@ type header struct {
 	op     uint32
 	unique uint64
 	node   uint64
+	uid    uint32
 	pid    uint32
 }
 
@@ -85,6 +86,7 @@ func parseHeader(b []byte) (header, error) {
 		op:     binary.NativeEndian.Uint32(b[4:]),
 		unique: binary.NativeEndian.Uint64(b[8:]),
 		node:   binary.NativeEndian.Uint64(b[16:]),
+		uid:    binary.NativeEndian.Uint32(b[24:]),
 		pid:    binary.NativeEndian.Uint32(b[32:]),
 	}, nil
 }

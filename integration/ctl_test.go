@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -268,4 +269,83 @@ func TestKeepAndCollect(t *testing.T) {
 	}
 	await(t, a, "follows the storehouse again", connected)
 	l.same(t, a.Host, file)
+	l.keepsProfile(t, a, large)
+	l.capsPrefetch(t, a, large, file)
+}
+
+// capsPrefetch: what nobody waits for comes no faster than it may, or not at all.
+func (l *lab) capsPrefetch(t *testing.T, a *hosts.Agent, large, file string) {
+	restart := func(flag string) {
+		t.Helper()
+		l.ctl(t, a, "cache", "gc").want(t, 0, "Freed")
+		if err := a.Restart(t.Context(), "--read-timeout", "30s", flag); err != nil {
+			t.Fatal(err)
+		}
+		await(t, a, "follows the storehouse", connected)
+	}
+	restart("--prefetch=false")
+	l.ctl(t, a, "keep", "--offline", "closure", large).want(t, 0, "kept")
+	l.same(t, a.Host, file)
+	if p := status(t, a).Prefetch; p.On || p.Bytes() > 0 {
+		t.Errorf("prefetching is switched off, and it fetched %+v", p)
+	}
+	l.ctl(t, a, "status").want(t, 0, "prefetching is switched off")
+	l.ctl(t, a, "unkeep", large).want(t, 0, "no longer kept")
+
+	const rate, burst, enough = 256 << 10, 1 << 20, 3 << 19
+	began := time.Now()
+	restart("--prefetch-rate=256KiB")
+	l.ctl(t, a, "keep", "--offline", "closure", large).want(t, 0, "kept")
+	l.ctl(t, a, "status").want(t, 0, "at most 256 KiB/s")
+	eventually(t, "something is fetched ahead", func() bool {
+		p := status(t, a).Prefetch
+		if most := burst + uint64(rate*time.Since(began).Seconds()); p.Bytes() > most || p.RateBytes != rate {
+			t.Fatalf("%d bytes were fetched %s after the start, at most %d may be: %+v", p.Bytes(), time.Since(began), most, p)
+		}
+		return p.Bytes() >= enough
+	})
+	if err := a.Restart(t.Context(), "--prefetch-rate=0"); err != nil { // no limit
+		t.Fatal(err)
+	}
+	await(t, a, "what is kept is complete", func(s *hosts.Status) bool {
+		return s.Prefetch.RateBytes == 0 && s.Offline.Kept > 0 && s.Offline.KeptComplete == s.Offline.Kept
+	})
+}
+
+// keepsProfile: a profile where only root may look is kept, follows its link, and
+// that survives the agent and its parent.
+func (l *lab) keepsProfile(t *testing.T, a *hosts.Agent, large string) {
+	rg := l.world.StoreDir.Join(l.world.Ripgrep.Path)
+	script := func(text string) { t.Helper(); do(t, a.Host, "sh", "-ec", "cd /run; "+text).want(t, 0) }
+	script("umask 077; mkdir profiles; cd profiles; ln -s " + rg + " p-1-link; ln -s " + large + " p-2-link; ln -s p-1-link p; ln -s p-0-link old; ln -s /etc/shadow out")
+	const link = "/run/profiles/p"
+	for _, bad := range []string{"old", "out", "none"} {
+		l.ctl(t, a, "keep", "--offline", "closure", "/run/profiles/"+bad).want(t, 3, "no such link, or it does not lead to a path in /nix/store")
+	}
+	l.ctl(t, a, "keep", "--offline", "closure", link).want(t, 0, link+", now "+rg, "1 profile is kept")
+	ready := func(target string) {
+		t.Helper()
+		eventually(t, link+" is "+target+", and ready", func() bool {
+			return strings.Contains(l.ctl(t, a, "keep", "--list").out, "closure  "+link+", now "+target+": ready\n")
+		})
+	}
+	ready(rg)
+	for _, p := range l.closure(l.world.Ripgrep.Path) {
+		l.ctl(t, a, "store", "ls", "--long", "--recursive", l.world.StoreDir.Join(p)).whole(t)
+	}
+	if err := a.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	script("ln -sfn p-2-link profiles/p")
+	if err := a.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, a, "follows the storehouse", connected)
+	ready(large)
+	l.ctl(t, a, "status").want(t, 0, "1 of 1 kept profiles", link+", now "+large+": ready (offline: closure)")
+	l.ctl(t, a, "cache", "gc").want(t, 0, "Freed")
+	l.ctl(t, a, "store", "ls", "--long", "--recursive", large).whole(t)
+	l.ctl(t, a, "store", "info", rg).want(t, 0, " (0 %)\n")
+	l.ctl(t, a, "unkeep", link).want(t, 0, link+", now "+large, "1 profile is no longer kept")
+	l.ctl(t, a, "keep", "--list").want(t, 0, "Nothing is kept.")
 }

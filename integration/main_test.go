@@ -7,6 +7,7 @@ package integration
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"testing"
@@ -18,6 +19,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(touchEnv) != "" {
 		touchMain()
 		os.Exit(0)
+	}
+	flag.Parse()
+	if code, done := halved(); done {
+		os.Exit(code)
 	}
 	code := m.Run()
 	err := shared.close()

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -56,6 +58,33 @@ func baseNames(paths ...flox.StorePath) (names []string) {
 	return slices.Compact(names)
 }
 
+// mountedAsNix compares what the kernel tells of every entry of paths in the mount
+// with what Nix itself put on a disk: type, mode, links, time, size and target. A
+// directory's size is its file system's own.
+func (l *lab) mountedAsNix(t *testing.T, h *netns.Host, paths ...flox.StorePath) {
+	t.Helper()
+	const list = `cd "$1" && find . -type d -printf '%P %y %m %n %T@\n' -o -printf '%P %y %m %n %T@ %s %l\n' | sort`
+	entries := 0
+	for _, p := range paths {
+		dir := l.world.StoreDir.Join(p)
+		if info, err := os.Stat(l.original(dir)); err != nil || !info.IsDir() {
+			continue // find has no name for it
+		}
+		want, err := exec.CommandContext(t.Context(), "sh", "-c", list, "sh", l.original(dir)).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, want)
+		}
+		got := do(t, h, "sh", "-c", list, "sh", dir)
+		entries += strings.Count(string(want), "\n")
+		if got.code != 0 || got.out != string(want) {
+			t.Errorf("%s in the mount is not what Nix has:\n%s\nwant\n%s", p, tail([]byte(got.out)), tail(want))
+		}
+	}
+	if entries < 10 {
+		t.Errorf("only %d entries were compared", entries)
+	}
+}
+
 // TestListings: ls of the store shows what is here, or everything valid on
 // request; floxctl store list gives both; and without the storehouse what is here
 // is shown at once.
@@ -69,6 +98,7 @@ func TestListings(t *testing.T) {
 	for _, h := range []*netns.Host{lh, vh} {
 		l.runs(t, h)
 	}
+	l.mountedAsNix(t, lh, l.closure(l.world.Ripgrep.Path)...)
 	if got := l.storeNames(t, lh); !slices.Equal(got, used) {
 		t.Errorf("ls shows %d names, want the %d used", len(got), len(used))
 	}

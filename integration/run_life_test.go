@@ -31,6 +31,12 @@ func (u *stranger) start(t *testing.T, mode, script string, files ...*os.File) *
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	r := &begun{cmd: u.command(ctx, u.l.programs.Floxctl, "run", "--quiet", "--mode", mode, u.l.ripgrep(), "--", "sh", "-c", script)}
 	r.cmd.ExtraFiles = files
+	r.cmd.Cancel = func() error {
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			hangs(t, r.cmd.Process.Pid, u.agentLogs())
+		}
+		return r.cmd.Process.Kill()
+	}
 	out, err := r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -74,6 +74,11 @@ func TestRunWithoutFUSE(t *testing.T) {
 	u.run(t, l.ripgrep(), "--", "rg", "--version").want(t, 0, "floxctl: copy: there is no agent", "/dev/fuse cannot be opened: permission denied", "ripgrep ")
 	u.run(t, "--mode", "fuse", l.ripgrep(), "--", "true").want(t, 5, "fuse cannot be: /dev/fuse cannot be opened", "chmod 666 /dev/fuse")
 	l.asNix(t, u, filepath.Join(u.home, ".local/state/floxd/store"))
+	// Nor where there is no device at all, nor any other.
+	u.with = []string{"unshare", "--mount", "--", "sh", "-ec", `mount -t tmpfs tmpfs /dev; exec "$@"`, "sh"}
+	u.run(t, l.ripgrep(), "--", "rg", "--version").want(t, 0, "floxctl: copy: there is no agent", "/dev/fuse cannot be opened: no such file", "ripgrep ")
+	u.run(t, "--mode", "fuse", l.ripgrep(), "--", "true").want(t, 5, "fuse cannot be: /dev/fuse cannot be opened", "--device /dev/fuse")
+	u.with = nil
 
 	// Nobody is needed any more.
 	if err := u.host.Unplug(t.Context()); err != nil {

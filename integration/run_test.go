@@ -56,7 +56,8 @@ func (u *stranger) root(t *testing.T, script string) string {
 // command prepares a command of the user's, with an environment of few words.
 func (u *stranger) command(ctx context.Context, args ...string) *exec.Cmd {
 	all := append([]string{}, u.with...)
-	all = append(all, "setpriv", fmt.Sprintf("--reuid=%d", runUser), fmt.Sprintf("--regid=%d", runUser), "--clear-groups", "--", "env", "-i",
+	all = append(all, "setpriv", fmt.Sprintf("--reuid=%d", runUser), fmt.Sprintf("--regid=%d", runUser), "--clear-groups", "--",
+		"env", "-i", "--default-signal=HUP,INT", // whoever runs the tests may have nohup
 		"HOME="+u.home, "PATH=/usr/local/bin:/usr/bin:/bin", "TERM=dumb")
 	all = append(append(all, u.env...), args...)
 	cmd := u.host.Command(ctx, all[0], all[1:]...)
@@ -129,6 +130,46 @@ func TestRunWithOwnMount(t *testing.T) {
 	u.run(t, filepath.Base(l.ripgrep()), "--", "sh", "-c", "exit 23").want(t, 23)
 	u.run(t, l.ripgrep(), "--", "no-such-program").want(t, 3, "no-such-program")
 	u.run(t, "/nix/store/00000000000000000000000000000000-nobody", "--", "true").want(t, 3, "not valid in this storehouse")
+}
+
+// TestRunJoinsWithAnInvite: a file with what floxctl invite printed makes a member of
+// whoever runs something, once, and nobody is asked again.
+func TestRunJoinsWithAnInvite(t *testing.T) {
+	l := open(t)
+	u := l.stranger(t, "run-joins")
+	made := do(t, l.house.Host, l.programs.Floxctl, "invite", "--role", "agent", "--ephemeral")
+	made.want(t, 0, "machine may join as agent")
+	file := filepath.Join(u.home, "invite")
+	if err := os.WriteFile(file, []byte(made.out), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(file, runUser, runUser); err != nil {
+		t.Fatal(err)
+	}
+	members := func() int {
+		list := do(t, l.house.Host, l.programs.Floxctl, "machine", "list")
+		list.want(t, 0)
+		return strings.Count(list.out, "-run-")
+	}
+	before := members()
+	u.run(t, "--invite", file, l.ripgrep(), "--", "rg", "--version").want(t, 0, "floxctl: fuse: there is no agent", "ripgrep ")
+	u.run(t, "--invite", file, l.ripgrep(), "--", "rg", "--version").want(t, 0, "ripgrep ")
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	u.run(t, l.ripgrep(), "--", "rg", "--version").want(t, 0, "ripgrep ") // it was remembered
+	if n := members() - before; n != 1 {
+		t.Errorf("%d machines joined, want 1", n)
+	}
+	// What is used up lets nobody else in.
+	other := l.stranger(t, "run-joins-late")
+	file = filepath.Join(other.home, "invite")
+	if err := os.WriteFile(file, []byte(made.out), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if r := other.run(t, "--invite", file, l.ripgrep(), "--", "rg", "--version"); r.code == 0 || !strings.Contains(r.out, "invite") {
+		t.Errorf("a second machine with a used invite: exit code %d\n%s", r.code, r.out)
+	}
 }
 
 // TestRunWithoutAStoreDirectory: where there is no /nix, and nobody may make one,

@@ -50,7 +50,7 @@ func TestBadStarts(t *testing.T) {
 		{"unknown key", []string{floxd, "agent", "--config", write("config.toml", "[agent]\ncache-bugdet = \"1GiB\"\n")}, 2, []string{"config.toml:2", "agent.cache-bugdet", "cache-budget"}},
 		{"no such configuration", []string{floxd, "agent", "--config", "/nonexistent.toml"}, 2, []string{"/nonexistent.toml does not exist", "--help"}},
 		{"bad size", agent("--cache-budget", "lots"), 2, []string{"lots", "cache-budget"}},
-		{"no invite", []string{floxd, "agent"}, 2, []string{"no invite yet", "--invite invite.json", "sudo floxd up"}},
+		{"no invite", []string{floxd, "agent"}, 2, []string{"in no storehouse yet", "floxd join INVITE", "sudo floxd up"}},
 		{"invite that is not there", []string{floxd, "agent", "--invite", "/nonexistent.json"}, 3, []string{"/nonexistent.json does not exist", "copy invite.json"}},
 		{"invite that is none", []string{floxd, "agent", "--invite", write("invite.json", "hello\n")}, 2, []string{"invite.json", "not the JSON a storehouse writes"}},
 		{"invite with a new key", []string{floxd, "agent", "--invite", write("invite.json", `{"version": 1, "role": "root"}`)}, 2, []string{"unknown field", "role"}},

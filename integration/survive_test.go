@@ -25,6 +25,8 @@ const (
 	// killRounds is how often the child is killed in a test, soakRounds in one
 	// with FLOX_SOAK=1; any other number there is taken as it is.
 	killRounds, soakRounds = 20, 1000
+	// soakStall is what a kill may add to the longest wait of its round, 99 of 100 times.
+	soakStall = 150 * time.Millisecond
 	// calm is how long a round leaves the child alone first.
 	calm = 300 * time.Millisecond
 	// newVersion is that of the program the agent is reloaded to.
@@ -128,6 +130,9 @@ func survived(t *testing.T, l *load.Load) {
 		t.Errorf("the load did too little to show anything: %+v", r.Counts)
 	}
 	added := r.Added()
+	if most := load.Quantile(added, 0.99); os.Getenv("FLOX_SOAK") != "" && most > soakStall {
+		t.Errorf("the stall that a round added: p99 %v, want at most %v", most, soakStall)
+	}
 	var usual []time.Duration
 	for _, round := range r.Rounds {
 		usual = append(usual, round.Calm)
@@ -237,18 +242,65 @@ func TestSurvivesWithoutResend(t *testing.T) {
 	programs.Floxd = newer(t, dir)
 	t.Setenv("FLOXD_TEST_WITHOUT_RESEND", "1")
 	h := l.host(t, "journal")
-	a, err := hosts.StartAgent(t.Context(), programs, h, l.dir, l.house.Invite())
+	a, err := hosts.StartAgent(t.Context(), programs, h, l.dir, l.house.Invite(), "--lookup-timeout", "1m") // for losesARequest
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { stop(t, a.Daemon) })
 	await(t, a, "follows the storehouse", connected)
-	work := l.loadOf(t, h)
-	defer survived(t, work)
-	for i := range rounds() {
-		if err := work.Round(t.Context(), calm, killRound(t, a)); err != nil {
-			t.Fatalf("round %d: %v", i, err)
+	func() {
+		work := l.loadOf(t, h)
+		defer survived(t, work)
+		for i := range rounds() {
+			if err := work.Round(t.Context(), calm, killRound(t, a)); err != nil {
+				t.Fatalf("round %d: %v", i, err)
+			}
 		}
-	}
+	}()
 	do(t, h, programs.Floxctl, "doctor").want(t, 0, "older than Linux 6.9", "a journal keeps it", "none hangs")
+	l.losesARequest(t, a)
+}
+
+// losesARequest spoils the journal of an agent that is killed while somebody waits:
+// the next one serves new requests, and doctor says what hangs and what to do.
+func (l *lab) losesARequest(t *testing.T, a *hosts.Agent) {
+	t.Helper()
+	if err := a.Host.Unplug(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	before, err := a.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	journal := filepath.Join(a.Host.Root(), "run/floxd/journal")
+	if !exists(journal) {
+		t.Fatal("there is no journal to spoil")
+	}
+	lost := begin(t, func(ctx context.Context) *exec.Cmd {
+		return a.Host.Command(ctx, "cat", "/nix/store/00000000000000000000000000000000-nobody")
+	})
+	eventually(t, "somebody waits", func() bool {
+		return strings.Contains(do(t, a.Host, l.programs.Floxctl, "watch", "--once", "--json").out, "00000000000000000000000000000000-nobody")
+	})
+	// The warden is held meanwhile, or the next agent would be there first.
+	if err := errors.Join(syscall.Kill(a.PID(), syscall.SIGSTOP), syscall.Kill(before.PID, syscall.SIGKILL)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the child is gone", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", before.PID))
+		return err != nil || strings.Contains(string(b), ") Z ")
+	})
+	err = os.WriteFile(journal, []byte("what?"), 0o600)
+	if err = errors.Join(err, syscall.Kill(a.PID(), syscall.SIGCONT)); err != nil {
+		t.Fatal(err)
+	}
+	await(t, a, "another child", func(s *hosts.Status) bool { return s.PID != before.PID && s.Mounted })
+	do(t, a.Host, l.programs.Floxctl, "doctor").want(t, 1, "1 requests are lost and whoever made them hangs", "that unmounts, and ends them with an error")
+	if lost.hasEnded() {
+		t.Error("the lost request was answered: nothing is shown here")
+	}
+	stop(t, a.Daemon) // unmounts
+	if out, err := lost.wait(); err == nil || !strings.Contains(string(out), "cat: ") {
+		t.Errorf("unmounted, it ends with %v: %s", err, out)
+	}
 }

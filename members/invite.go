@@ -13,13 +13,21 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 )
 
-// verifierBytes is the length of what both ends of a join prove to know.
-const verifierBytes = 32
+const (
+	verifierBytes = 32 // of what both ends of a join prove to know
+	sealKeyBytes  = 32 // of an X25519 public key
+)
 
 // makeInvite keeps a new invite, and forgets those that are over.
 func (a *applying) makeInvite(inv *floxv1.InviteRecord) error {
 	if err := a.expireInvites(); err != nil {
 		return err
+	}
+	// The last resort: who joined with one and lost the answer needs a new one.
+	if a.level >= 2 && a.counts.invites >= maxInvites {
+		if err := a.dropInvites(func(old *floxv1.InviteRecord) bool { return old.GetUses() == 0 }); err != nil {
+			return err
+		}
 	}
 	bad := func(format string, args ...any) error {
 		return fmt.Errorf("invite: "+format+": %w", append(args, flox.ErrBadInput)...)
@@ -40,7 +48,7 @@ func (a *applying) makeInvite(inv *floxv1.InviteRecord) error {
 	case a.counts.invites >= maxInvites:
 		return fmt.Errorf("%d invites are open already; cancel some: %w", a.counts.invites, flox.ErrFull)
 	}
-	trial := &floxv1.Machine{Peer: "x", Name: "x", Role: inv.GetRole(), Labels: inv.GetLabels()}
+	trial := &floxv1.Machine{Peer: "x", Name: "x", Role: inv.GetRole(), Labels: inv.GetLabels(), SealKey: make([]byte, sealKeyBytes)}
 	if inv.GetUser() != nil {
 		trial.Users = []*floxv1.UserGrant{inv.GetUser()}
 	}
@@ -60,9 +68,13 @@ func (a *applying) makeInvite(inv *floxv1.InviteRecord) error {
 
 // expireInvites forgets invites whose time is over.
 func (a *applying) expireInvites() error {
+	return a.dropInvites(func(inv *floxv1.InviteRecord) bool { return inv.GetExpiresUnixMs() <= a.at.UnixMilli() })
+}
+
+func (a *applying) dropInvites(drop func(*floxv1.InviteRecord) bool) error {
 	var over []string
 	err := each(a.tx, []byte{inviteKey}, nil, func(inv *floxv1.InviteRecord) bool {
-		if inv.GetExpiresUnixMs() <= a.at.UnixMilli() {
+		if drop(inv) {
 			over = append(over, inv.GetId())
 		}
 		return true
@@ -101,12 +113,16 @@ func (a *applying) redeem(c *floxv1.Redeem) error {
 		a.reply.Machine = was // the answer to its first try was lost
 		return nil
 	}
+	// From here on another machine is made a member, or this one anew.
 	inv, err := load(a.tx, textKey(inviteKey, c.GetInvite()), &floxv1.InviteRecord{})
 	if errors.Is(err, flox.ErrNotFound) {
 		return refuse(fmt.Errorf("the invite %s was used up, cancelled, or never made: ask for a new one: %w", c.GetInvite(), flox.ErrDenied))
 	}
 	if err != nil {
 		return err
+	}
+	if inv.GetUses() == 0 {
+		return refuse(fmt.Errorf("the invite %s was used up: ask for a new one: %w", inv.GetId(), flox.ErrDenied))
 	}
 	if inv.GetExpiresUnixMs() <= a.at.UnixMilli() {
 		return refuse(fmt.Errorf("the invite %s expired at %s: ask for a new one: %w", inv.GetId(),
@@ -128,7 +144,9 @@ func (a *applying) redeem(c *floxv1.Redeem) error {
 		}
 		return err
 	}
-	if inv.Uses--; inv.Uses == 0 {
+	// One that is used up stays for those whose answer was lost: to ask again they
+	// have to prove that they hold it.
+	if inv.Uses--; inv.Uses == 0 && a.level < 2 {
 		a.counts.invites--
 		err = a.tx.Delete(textKey(inviteKey, inv.GetId()))
 	} else {
@@ -201,8 +219,8 @@ func check(m *floxv1.Machine) error {
 			return bad("%q has more than %d bytes", text[:64]+"…", maxText)
 		}
 	}
-	if m.GetRole() == Server && len(m.GetSealKey()) != 32 {
-		return bad("a server's seal key has %d bytes, want 32", len(m.GetSealKey()))
+	if m.GetRole() == Server && len(m.GetSealKey()) != sealKeyBytes {
+		return bad("a server's seal key has %d bytes, want %d", len(m.GetSealKey()), sealKeyBytes)
 	}
 	return nil
 }

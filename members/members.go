@@ -56,6 +56,7 @@ const (
 //	'a' log index        AuditRecord
 //	'c' log index        MembersChange
 //	's'                  SealedSecrets
+//	't' peer             when an ephemeral machine was there last, Unix milliseconds
 //	'k'                  counts
 const (
 	machineKey = 'm'
@@ -65,6 +66,7 @@ const (
 	auditKey   = 'a'
 	changeKey  = 'c'
 	secretsKey = 's'
+	seenKey    = 't'
 	countsKey  = 'k'
 )
 

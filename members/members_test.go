@@ -28,11 +28,16 @@ type log struct {
 
 func newLog(t *testing.T) *log {
 	t.Helper()
+	return newLogOf(t, Processor{})
+}
+
+func newLogOf(t *testing.T, p Processor) *log {
+	t.Helper()
 	node, err := raft.Open(raft.Config{Dir: t.TempDir(), ID: "a", Bootstrap: true, ReserveBytes: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
-	node.Register(Kind, Processor{})
+	node.Register(Kind, p)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- node.Run(ctx) }()

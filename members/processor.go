@@ -21,7 +21,9 @@ var stable = proto.MarshalOptions{Deterministic: true}
 
 // Processor applies MembersCommands. All state is in the transaction. Every
 // change leaves an AuditRecord, and so does every refused attempt to join.
-type Processor struct{}
+type Processor struct {
+	maxRevoked int // 0 = the constant; another one in tests
+}
 
 var _ raft.Processor = Processor{}
 
@@ -31,19 +33,26 @@ type applying struct {
 	at     time.Time
 	index  uint64
 	actor  *floxv1.Actor
+	level  uint32 // see MembersCommand
 	counts counts
-	reply  *floxv1.MembersReply
-	peers  []string // whose record changed or went
-	audit  *floxv1.AuditRecord
+
+	maxRevoked int
+
+	reply *floxv1.MembersReply
+	peers []string // whose record changed or went
+	audit *floxv1.AuditRecord
 }
 
 // Apply is raft.Processor.
-func (Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+func (p Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.MembersCommand{}
 	if err := raft.DecodeCommand("members", command, c); err != nil {
 		return nil, err
 	}
-	a := &applying{tx: tx, at: at, index: index, actor: c.GetActor(), reply: &floxv1.MembersReply{Index: index}}
+	a := &applying{tx: tx, at: at, index: index, actor: c.GetActor(), level: c.GetLevel(), reply: &floxv1.MembersReply{Index: index}}
+	if a.maxRevoked = p.maxRevoked; a.maxRevoked == 0 {
+		a.maxRevoked = maxRevoked
+	}
 	var err error
 	if a.counts, err = loadCounts(tx); err == nil {
 		err = a.apply(c)
@@ -78,6 +87,8 @@ func (a *applying) apply(c *floxv1.MembersCommand) error {
 		return a.secrets(c.Secrets)
 	case *floxv1.MembersCommand_Forget:
 		return a.forget(c.Forget.GetPeers())
+	case *floxv1.MembersCommand_Seen:
+		return a.seen(c.Seen.GetMachines())
 	}
 	return fmt.Errorf("members: no command inside: %w", raft.ErrUnknownCommand)
 }
@@ -307,6 +318,9 @@ func describe(c *floxv1.ChangeMachine) string {
 // remove takes a machine out of the member list, for ever if revoked.
 func (a *applying) remove(c *floxv1.RemoveMachine) error {
 	m, err := a.machine(c.GetPeer())
+	if errors.Is(err, flox.ErrNotFound) && c.GetRevoked() && a.level >= 2 {
+		return a.revokeStranger(c, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -331,9 +345,7 @@ func (a *applying) remove(c *floxv1.RemoveMachine) error {
 	if !c.GetRevoked() {
 		return a.note("machine.leave", m.GetName(), c.GetReason(), false)
 	}
-	reason := c.GetReason()[:min(len(c.GetReason()), maxText)]
-	err = a.put(textKey(revokedKey, m.GetPeer()), &floxv1.Revoked{Peer: m.GetPeer(), Name: m.GetName(), Reason: reason, TimeUnixMs: a.at.UnixMilli()})
-	return errors.Join(err, a.note("machine.revoke", m.GetName(), reason, false))
+	return a.revoke(m.GetPeer(), m.GetName(), c.GetReason())
 }
 
 // drop deletes a member's record.
@@ -341,7 +353,7 @@ func (a *applying) drop(m *floxv1.Machine) error {
 	a.counts.machines--
 	a.peers = append(a.peers, m.GetPeer())
 	a.reply.Removed = append(a.reply.Removed, m.GetPeer())
-	return errors.Join(a.tx.Delete(textKey(machineKey, m.GetPeer())), a.tx.Delete(textKey(nameKey, folded(m.GetName()))))
+	return errors.Join(a.tx.Delete(textKey(machineKey, m.GetPeer())), a.tx.Delete(textKey(nameKey, folded(m.GetName()))), a.tx.Delete(textKey(seenKey, m.GetPeer())))
 }
 
 // forget drops ephemeral machines that nobody has seen for long.

@@ -39,7 +39,7 @@ func Find(r *raft.Reader, what string) (*floxv1.Machine, error) {
 	if len(what) >= 6 {
 		err = Machines(r, func(m *floxv1.Machine) bool {
 			// All peer IDs begin alike: the part behind that counts too.
-			if strings.HasPrefix(m.GetPeer(), what) || strings.HasPrefix(strings.TrimPrefix(m.GetPeer(), "12D3KooW"), what) {
+			if strings.HasPrefix(m.GetPeer(), what) || strings.HasPrefix(strings.TrimPrefix(m.GetPeer(), keyPrefix), what) {
 				found = append(found, m)
 			}
 			return len(found) < 2
@@ -62,8 +62,14 @@ func Revocation(r *raft.Reader, peer string) (*floxv1.Revoked, error) {
 	return load(r, textKey(revokedKey, peer), &floxv1.Revoked{})
 }
 
-// Invite gives an invite that can still be redeemed, as far as the log knows:
-// it may have expired meanwhile. ErrNotFound.
+// Revocations calls yield with every key that was revoked, in the order of the
+// peer IDs, until it returns false.
+func Revocations(r *raft.Reader, yield func(*floxv1.Revoked) bool) error {
+	return each(r, []byte{revokedKey}, nil, yield)
+}
+
+// Invite gives an invite as the log knows it: it may have expired meanwhile, and
+// one that is used up only answers again those who joined with it. ErrNotFound.
 func Invite(r *raft.Reader, id string) (*floxv1.InviteRecord, error) {
 	return load(r, textKey(inviteKey, id), &floxv1.InviteRecord{})
 }
@@ -102,4 +108,21 @@ func Changes(r *raft.Reader, after uint64) (peers []string, ok bool, err error) 
 		return true
 	})
 	return peers, true, err
+}
+
+// IsSecrets reports whether a record of the members' state is what Secrets gives.
+func IsSecrets(key []byte) bool { return len(key) == 1 && key[0] == secretsKey }
+
+// Redacted gives the value of a record of the members' state as a backup may hold
+// it in the clear: of an invite, nothing that lets somebody join with it. It is over.
+func Redacted(key, value []byte) ([]byte, error) {
+	if len(key) == 0 || key[0] != inviteKey {
+		return value, nil
+	}
+	invite := &floxv1.InviteRecord{}
+	if err := decode(key, value, invite); err != nil {
+		return nil, err
+	}
+	invite.Verifier, invite.ExpiresUnixMs = nil, min(invite.GetExpiresUnixMs(), invite.GetMadeUnixMs())
+	return stable.Marshal(invite)
 }

@@ -1,4 +1,4 @@
-// Package nix speaks Nix's own formats: store path hashes, NAR archives and
+// Package nix speaks Nix's own formats: store path hashes, derivations, NAR archives and
 // their listings, narinfo files, keys and signatures, and the compressions a
 // binary cache uses.
 //

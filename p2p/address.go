@@ -51,6 +51,12 @@ func parseAddr(s string) (multiaddr.Multiaddr, error) {
 	return a, nil
 }
 
+// CheckAddr refuses what is neither a multiaddr nor host:port. ErrBadInput.
+func CheckAddr(addr string) error {
+	_, err := parseAddr(addr)
+	return err
+}
+
 func parseAddrs(list []string) ([]multiaddr.Multiaddr, error) {
 	var out []multiaddr.Multiaddr
 	for _, s := range list[:min(len(list), maxAddrs)] {
@@ -96,10 +102,22 @@ func sameSubnet(remote multiaddr.Multiaddr) bool {
 		return false
 	}
 	addr, ok := netip.AddrFromSlice(ip)
-	if !ok {
+	return ok && onSubnet(addr.Unmap())
+}
+
+// onLAN reports whether an address is private and of this machine's own network.
+func onLAN(remote net.Addr) bool {
+	at, err := netip.ParseAddrPort(remote.String())
+	if err != nil {
 		return false
 	}
-	addr = addr.Unmap()
+	addr := at.Addr().Unmap().WithZone("")
+	return (addr.IsPrivate() || addr.IsLoopback() || addr.IsLinkLocalUnicast()) && onSubnet(addr)
+}
+
+// onSubnet reports whether an address is this machine's or on a subnet that one
+// of our interfaces is directly on.
+func onSubnet(addr netip.Addr) bool {
 	if addr.IsLoopback() || addr.IsLinkLocalUnicast() {
 		return true
 	}

@@ -10,6 +10,7 @@ import (
 // A server that refuses early and closes while the caller still sends must not
 // leave the caller waiting for ever, and its last words must arrive.
 func TestCloseWithUnreadDataFreesTheWriter(t *testing.T) {
+	t.Parallel()
 	a, b := start(t, 340, nil), start(t, 341, nil)
 	l, err := a.Listen("/flox/test/1")
 	if err != nil {
@@ -27,7 +28,7 @@ func TestCloseWithUnreadDataFreesTheWriter(t *testing.T) {
 	if err := b.AddPeer(addrOf(a)); err != nil {
 		t.Fatal(err)
 	}
-	c, err := b.Dial(within(t, 10*time.Second), a.ID(), "/flox/test/1")
+	c, err := b.Dial(within(t, time.Minute), a.ID(), "/flox/test/1")
 	if err != nil {
 		t.Fatal(err)
 	}

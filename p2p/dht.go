@@ -12,7 +12,10 @@ import (
 	"github.com/ipfs/go-datastore/query"
 	dht "github.com/libp2p/go-libp2p-kad-dht"
 	"github.com/libp2p/go-libp2p-kad-dht/records"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 
 	"github.com/floxctl/flox"
 )
@@ -26,7 +29,55 @@ const (
 	maxRecords = 200_000 // kept for others; about 1.2 KB each
 )
 
-func (h *Host) openDHT(boot []peer.AddrInfo) error {
+// dhtDoor is the host as the DHT sees it: whether others may ask it can be
+// changed while it runs.
+type dhtDoor struct {
+	host.Host
+
+	mu     sync.Mutex
+	shut   bool
+	answer map[protocol.ID]network.StreamHandler
+}
+
+// SetStreamHandler is called by the DHT that answers.
+func (d *dhtDoor) SetStreamHandler(id protocol.ID, answer network.StreamHandler) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.answer[id] = answer
+	if !d.shut {
+		d.Host.SetStreamHandler(id, answer)
+	}
+}
+
+// set opens or shuts the door. Others hear of it: they ask only who answers.
+func (d *dhtDoor) set(shut bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.shut == shut {
+		return
+	}
+	d.shut = shut
+	for id, answer := range d.answer {
+		if !shut {
+			d.Host.SetStreamHandler(id, answer)
+			continue
+		}
+		d.RemoveStreamHandler(id)
+		for _, c := range d.Network().Conns() {
+			for _, s := range c.GetStreams() {
+				if s.Protocol() == id && s.Stat().Direction == network.DirInbound {
+					drop(s)
+				}
+			}
+		}
+	}
+}
+
+// SetDHTClient says whether this machine only asks the DHT, as Config.DHTClient
+// does for good: one that leaves soon stores nothing for others.
+func (h *Host) SetDHTClient(client bool) { h.door.set(client) }
+
+func (h *Host) openDHT() error {
 	ttl := recordTTL
 	if h.cfg.recordTTL > 0 {
 		ttl = h.cfg.recordTTL
@@ -38,22 +89,15 @@ func (h *Host) openDHT(boot []peer.AddrInfo) error {
 		mode = dht.ModeClient
 	}
 	var err error
-	h.dht, err = dht.New(h.net,
+	h.door = &dhtDoor{Host: h.net, answer: map[protocol.ID]network.StreamHandler{}}
+	h.dht, err = dht.New(h.door,
 		dht.ProtocolPrefix(dhtPrefix),
 		dht.Mode(mode),
 		dht.DisableValues(),
 		dht.ProviderDatastore(newBoundedStore(maxRecords)),
 		dht.ProviderManagerOpts(records.ProvideValidity(ttl), records.ProviderAddrTTL(ttl), records.CleanupInterval(ttl/3)),
 		dht.RoutingTableRefreshPeriod(5*time.Minute),
-		dht.BootstrapPeersFunc(func() []peer.AddrInfo {
-			var out []peer.AddrInfo
-			for _, b := range boot {
-				if b.ID != h.self {
-					out = append(out, b)
-				}
-			}
-			return out
-		}),
+		dht.BootstrapPeersFunc(h.peers.bootstraps),
 	)
 	if err != nil {
 		return fmt.Errorf("open DHT: %w", err)

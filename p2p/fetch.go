@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -55,7 +56,15 @@ type result struct {
 // for an impossible want. When ctx is cancelled it returns its error.
 func (h *Host) Fetch(ctx context.Context, wants []Want, hints Hints, deliver func(i int, data []byte, from Source)) error {
 	c := &call{ctx: ctx, background: hints.Background, search: h.finds.search(hints)}
-	return h.fetch(ctx, c, wants, deliver)
+	if !hints.AnyOrder {
+		return h.fetch(ctx, c, wants, deliver)
+	}
+	order := rand.Perm(len(wants))
+	shuffled := make([]Want, len(wants))
+	for i, at := range order {
+		shuffled[i] = wants[at]
+	}
+	return h.fetch(ctx, c, shuffled, func(i int, data []byte, from Source) { deliver(order[i], data, from) })
 }
 
 // FetchFrom gets blocks from one peer and nobody else. Errors are as with

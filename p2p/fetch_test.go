@@ -18,6 +18,7 @@ import (
 
 // A block that a peer holds comes from the peer, and the storehouse is not asked.
 func TestFetchFromPeerNotStorehouse(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(1, 40, 50_000)
 	origin := newMemory(blocks...)
 	store := start(t, 1, func(c *Config) { c.Role = Storehouse; c.Blocks = origin })
@@ -28,7 +29,7 @@ func TestFetchFromPeerNotStorehouse(t *testing.T) {
 	eventually(t, "storehouse known", func() bool { return me.knows(store) })
 
 	var g got
-	if err := me.Fetch(within(t, 10*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+	if err := me.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take); err != nil {
 		t.Fatal(err)
 	}
 	g.check(t, blocks)
@@ -39,6 +40,7 @@ func TestFetchFromPeerNotStorehouse(t *testing.T) {
 
 // What no peer holds comes from the storehouse, with the peers' part from the peers.
 func TestStorehouseIsLast(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(2, 60, 20_000)
 	ids := map[string]PeerID{}
 	for i, name := range []string{"store", "lan", "site", "far", "me"} {
@@ -58,7 +60,7 @@ func TestStorehouseIsLast(t *testing.T) {
 		join(t, me, h)
 	}
 	var g got
-	if err := me.Fetch(within(t, 20*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+	if err := me.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take); err != nil {
 		t.Fatal(err)
 	}
 	g.check(t, blocks)
@@ -70,6 +72,7 @@ func TestStorehouseIsLast(t *testing.T) {
 
 // Only a storehouse's word makes a block "not found".
 func TestNotFoundOnlyFromStorehouse(t *testing.T) {
+	t.Parallel()
 	want := wantsOf(randomBlocks(3, 1, 100))
 	store := start(t, 20, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory() })
 	impostor := start(t, 21, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory() })
@@ -77,27 +80,28 @@ func TestNotFoundOnlyFromStorehouse(t *testing.T) {
 	lonely := start(t, 23, nil)
 	join(t, me, store)
 	join(t, lonely, impostor)
-	if err := me.Fetch(within(t, 10*time.Second), want, Hints{}, nil); !errors.Is(err, flox.ErrNotFound) {
+	if err := me.Fetch(within(t, time.Minute), want, Hints{}, nil); !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("with a storehouse: %v", err)
 	}
-	if err := lonely.Fetch(within(t, 10*time.Second), want, Hints{}, nil); !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
+	if err := lonely.Fetch(within(t, time.Minute), want, Hints{}, nil); !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("with one that only says it is a storehouse: %v", err)
 	}
-	if err := lonely.FetchFrom(within(t, 10*time.Second), impostor.ID(), want, nil); !errors.Is(err, flox.ErrNotFound) {
+	if err := lonely.FetchFrom(within(t, time.Minute), impostor.ID(), want, nil); !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("from one peer: %v", err)
 	}
-	if err := start(t, 24, nil).Fetch(within(t, 10*time.Second), want, Hints{}, nil); !errors.Is(err, flox.ErrUnreachable) {
+	if err := start(t, 24, nil).Fetch(within(t, time.Minute), want, Hints{}, nil); !errors.Is(err, flox.ErrUnreachable) {
 		t.Errorf("alone: %v", err)
 	}
 }
 
 // A batch with missing blocks still delivers the others.
 func TestPartialBatch(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(4, 10, 1000)
 	store := start(t, 25, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks[:7]...) })
 	me := start(t, 26, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
 	var g got
-	err := me.Fetch(within(t, 10*time.Second), wantsOf(blocks), Hints{}, g.take)
+	err := me.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take)
 	if !errors.Is(err, flox.ErrNotFound) || !strings.Contains(err.Error(), "3 of 10") {
 		t.Fatal(err)
 	}
@@ -107,6 +111,7 @@ func TestPartialBatch(t *testing.T) {
 // Callers that want the same block cause one request; the block goes on when
 // one of them leaves, and stops when all have.
 func TestSingleFlight(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(5, 1, 10_000)
 	held := newMemory(blocks...)
 	asked := make(chan struct{}, 10)
@@ -136,8 +141,8 @@ func TestSingleFlight(t *testing.T) {
 	}
 	go fetch(first)
 	<-asked
-	go fetch(within(t, 20*time.Second))
-	go fetch(within(t, 20*time.Second))
+	go fetch(within(t, time.Minute))
+	go fetch(within(t, time.Minute))
 	eventually(t, "all wait for one flight", func() bool {
 		me.peers.mu.Lock()
 		defer me.peers.mu.Unlock()
@@ -163,6 +168,7 @@ func TestSingleFlight(t *testing.T) {
 
 // When nobody waits any more, what was queued is not asked for.
 func TestCancelStopsWork(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(6, 200, 4096) // few enough for one stream
 	held := newMemory(blocks...)
 	release := make(chan struct{})
@@ -198,7 +204,7 @@ func TestCancelStopsWork(t *testing.T) {
 	id := held.put(last[0])
 	go func() {
 		var g got
-		done <- me.Fetch(within(t, 10*time.Second), wantsOf(last), Hints{}, g.take)
+		done <- me.Fetch(within(t, time.Minute), wantsOf(last), Hints{}, g.take)
 	}()
 	eventually(t, "the last request arrives", func() bool {
 		held.mu.Lock()
@@ -216,12 +222,13 @@ func TestCancelStopsWork(t *testing.T) {
 
 // Ten thousand small blocks go in pipelined batches.
 func TestManySmallBlocks(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(8, 10_000, 300)
 	held := newMemory(blocks...)
 	store := start(t, 34, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
 	me := start(t, 35, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)}; c.patience = time.Minute })
 	var g got
-	if err := me.Fetch(within(t, 20*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+	if err := me.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take); err != nil {
 		t.Fatal(err)
 	}
 	g.check(t, blocks)
@@ -232,6 +239,7 @@ func TestManySmallBlocks(t *testing.T) {
 
 // Blocks whose size is not known, of every awkward size, compressed or not.
 func TestSizes(t *testing.T) {
+	t.Parallel()
 	var blocks [][]byte
 	for _, n := range []int{0, 1, 511, 512, 65_536, 65_537, MaxBlock - 1, MaxBlock} {
 		blocks = append(blocks, randomBlocks(uint64(100+n), 1, n)[0], bytes.Repeat([]byte("ab"), n/2))
@@ -252,7 +260,7 @@ func TestSizes(t *testing.T) {
 		me.peers.mu.Unlock()
 		var g got
 		wire := 0
-		err := me.Fetch(within(t, 10*time.Second), wants, Hints{}, func(i int, b []byte, from Source) {
+		err := me.Fetch(within(t, time.Minute), wants, Hints{}, func(i int, b []byte, from Source) {
 			g.take(i, b, from)
 			wire += from.Wire
 		})
@@ -271,13 +279,14 @@ func TestSizes(t *testing.T) {
 
 // A range comes without the rest of its block, and proven.
 func TestFetchRange(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(9, 4, 1)
 	for i, n := range []int{100, 16 << 10, 100_000, MaxBlock} {
 		blocks[i] = randomBlocks(uint64(i), 1, n)[0]
 	}
 	store := start(t, 40, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
 	me := start(t, 41, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, time.Minute)
 	for _, b := range blocks {
 		want := wantsOf([][]byte{b})[0]
 		n := len(b)
@@ -301,6 +310,7 @@ func TestFetchRange(t *testing.T) {
 
 // A peer that answers too slowly is overtaken by the next one.
 func TestSlowPeerIsOvertaken(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(10, 3, 5000)
 	slow := newMemory(blocks...)
 	slow.get = func(ctx context.Context, _ flox.CID, data []byte) ([]byte, error) {
@@ -323,6 +333,7 @@ func TestSlowPeerIsOvertaken(t *testing.T) {
 
 // Killed mid-transfer, a peer's part comes from elsewhere.
 func TestPeerDiesMidTransfer(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(11, 300, 30_000)
 	dying := newMemory(blocks...)
 	a := start(t, 45, func(c *Config) { c.Blocks = dying })
@@ -346,6 +357,7 @@ func TestPeerDiesMidTransfer(t *testing.T) {
 
 // Peers that are busy are asked again later, or somebody else is.
 func TestUploadSlots(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(12, 40, 2000)
 	held := newMemory(blocks...)
 	var now, most atomic.Int64
@@ -361,7 +373,7 @@ func TestUploadSlots(t *testing.T) {
 		me := start(t, 49+n, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
 		wg.Go(func() {
 			var g got
-			if err := me.Fetch(within(t, 20*time.Second), wantsOf(blocks), Hints{}, g.take); err != nil {
+			if err := me.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take); err != nil {
 				t.Error(err)
 			}
 		})
@@ -374,6 +386,7 @@ func TestUploadSlots(t *testing.T) {
 
 // Blocks that a peer gets while connected are found on it soon after.
 func TestDeltas(t *testing.T) {
+	t.Parallel()
 	held := newMemory()
 	a := start(t, 52, func(c *Config) { c.Blocks = held })
 	me := start(t, 53, nil)
@@ -391,6 +404,7 @@ func TestDeltas(t *testing.T) {
 // Blocks that somebody waits for go before background work for the same peer,
 // also when the background asked for them first.
 func TestHurryGoesFirst(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(14, 3000, 4096)
 	held := newMemory(blocks...)
 	store := start(t, 54, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
@@ -407,12 +421,12 @@ func TestHurryGoesFirst(t *testing.T) {
 	wants := wantsOf(blocks)
 	done := make(chan error, 1)
 	go func() {
-		done <- me.Fetch(within(t, 20*time.Second), wants, Hints{Background: true}, func(int, []byte, Source) {})
+		done <- me.Fetch(within(t, time.Minute), wants, Hints{Background: true}, func(int, []byte, Source) {})
 	}()
 	eventually(t, "background work is queued", func() bool { return held.gets.Load() > 0 })
 	urgent := make(chan int64, 1)
 	go func() {
-		if err := me.Fetch(within(t, 20*time.Second), wants[2990:], Hints{}, func(int, []byte, Source) {}); err != nil {
+		if err := me.Fetch(within(t, time.Minute), wants[2990:], Hints{}, func(int, []byte, Source) {}); err != nil {
 			t.Error(err)
 		}
 		urgent <- held.gets.Load()
@@ -435,6 +449,7 @@ func TestHurryGoesFirst(t *testing.T) {
 // So do those that were asked for in the background only, once somebody says that
 // they are waited for.
 func TestHurriedBackgroundGoesFirst(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(14, 3000, 4096)
 	held := newMemory(blocks...)
 	store := start(t, 54, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
@@ -452,7 +467,7 @@ func TestHurriedBackgroundGoesFirst(t *testing.T) {
 	done := make(chan error, 1)
 	came, urgent := 0, 0
 	go func() {
-		done <- me.Fetch(within(t, 20*time.Second), wants, Hints{Background: true}, func(i int, _ []byte, _ Source) {
+		done <- me.Fetch(within(t, time.Minute), wants, Hints{Background: true}, func(i int, _ []byte, _ Source) {
 			if came++; i == 2990 {
 				urgent = came
 			}
@@ -477,6 +492,7 @@ func TestHurriedBackgroundGoesFirst(t *testing.T) {
 
 // What somebody says of a size plans a fetch and binds nobody.
 func TestSizesFromHearsay(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(15, 300, 20_000)
 	store := start(t, 56, func(c *Config) { c.Role = Storehouse; c.Blocks = newMemory(blocks...) })
 	for _, about := range []uint32{1, 20_000, 1 << 20, 1<<32 - 1} {
@@ -486,7 +502,7 @@ func TestSizesFromHearsay(t *testing.T) {
 			wants[i].Size, wants[i].About = 0, about
 		}
 		n := 0
-		err := me.Fetch(within(t, 20*time.Second), wants, Hints{}, func(int, []byte, Source) { n++ })
+		err := me.Fetch(within(t, time.Minute), wants, Hints{}, func(int, []byte, Source) { n++ })
 		if err != nil || n != len(blocks) {
 			t.Errorf("about %d bytes: %d of %d blocks, %v", about, n, len(blocks), err)
 		}
@@ -502,6 +518,7 @@ func TestSizesFromHearsay(t *testing.T) {
 
 // A storehouse that spoilt one block still gives the others.
 func TestStorehouseWithOneBadBlock(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(15, 50, 5000)
 	held := newMemory(blocks...)
 	wants := wantsOf(blocks)
@@ -515,8 +532,57 @@ func TestStorehouseWithOneBadBlock(t *testing.T) {
 	store := start(t, 56, func(c *Config) { c.Role = Storehouse; c.Blocks = held })
 	me := start(t, 57, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)} })
 	var g got
-	err := me.Fetch(within(t, 10*time.Second), wants, Hints{}, g.take)
+	err := me.Fetch(within(t, time.Minute), wants, Hints{}, g.take)
 	if !errors.Is(err, flox.ErrUnreachable) || errors.Is(err, flox.ErrNotFound) || len(g.data) != 49 {
 		t.Fatalf("%d blocks, %v", len(g.data), err)
+	}
+}
+
+// packedMemory keeps blocks compressed as a storehouse does, some of them wrongly.
+type packedMemory struct {
+	*memory
+	sent atomic.Int64
+	bad  map[flox.CID]bool
+}
+
+func (m *packedMemory) Packed(ctx context.Context, id flox.CID) (data []byte, size int, zstd bool, err error) {
+	plain, err := m.Get(ctx, id)
+	m.gets.Add(-1)
+	m.sent.Add(1)
+	if err != nil || m.bad[id] {
+		return bytes.Repeat([]byte{7}, len(plain)), len(plain), false, err
+	}
+	if small := pack(plain); len(small) < len(plain) {
+		return small, len(plain), true, nil
+	}
+	return plain, len(plain), false, nil
+}
+
+// What is kept compressed goes out as it is kept, to those who are not near, and
+// what a holder keeps wrongly reaches no reader.
+func TestPackedBlocksAreSentAsKept(t *testing.T) {
+	t.Parallel()
+	blocks := [][]byte{bytes.Repeat([]byte("well packed "), 4000), bytes.Repeat([]byte("x"), 70_000), []byte("short")}
+	blocks = append(blocks, randomBlocks(9, 3, 30_000)...)
+	wrong := []byte(strings.Repeat("rotten ", 3000))
+	kept := &packedMemory{memory: newMemory(append(blocks, wrong)...), bad: map[flox.CID]bool{}}
+	kept.bad[wantsOf([][]byte{wrong})[0].ID] = true
+	store := start(t, 70, func(c *Config) { c.Role = Storehouse; c.Blocks = kept })
+	me := start(t, 71, func(c *Config) { c.Bootstrap = []PeerAddr{addrOf(store)}; c.patience = time.Minute })
+	eventually(t, "storehouse known", func() bool { return me.knows(store) })
+	me.peers.mu.Lock()
+	me.peers.remotes[store.self].near = false
+	me.peers.mu.Unlock()
+	var g got
+	if err := me.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take); err != nil {
+		t.Fatal(err)
+	}
+	g.check(t, blocks)
+	if kept.gets.Load() != 0 || kept.sent.Load() != int64(len(blocks)) {
+		t.Errorf("%d blocks were sent as kept and %d unpacked first, want %d and none", kept.sent.Load(), kept.gets.Load(), len(blocks))
+	}
+	var none got
+	if err := me.Fetch(within(t, time.Minute), wantsOf([][]byte{wrong}), Hints{}, none.take); err == nil {
+		t.Error("a block that is not what it is called was taken")
 	}
 }

@@ -16,6 +16,7 @@ func numbered(n int) flox.CID {
 
 // A full filter never misses a key and is seldom wrong.
 func TestFilterRates(t *testing.T) {
+	t.Parallel()
 	const n = 50_000
 	f := newFilter(n)
 	for i := range n {
@@ -41,6 +42,7 @@ func TestFilterRates(t *testing.T) {
 // A scan tells what Holding was not called for, forgets what was evicted, and
 // sends a peer only what it lacks.
 func TestHoldingsFollowTheHolder(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	held := newMemory()
 	for i := range 1000 {

@@ -50,6 +50,7 @@ type flight struct {
 	tried   []peer.ID  // asked in vain
 	only    peer.ID    // "" = anybody
 	search  *search
+	steered steered
 	// notBefore is until when the storehouse is not asked, so that a look-up
 	// may find somebody nearer.
 	notBefore  time.Time
@@ -74,6 +75,7 @@ type attempt struct {
 	key        flightKey
 	size       uint32
 	cost       int
+	flags      uint8 // of the request
 	background bool
 	lane       *lane     // that it was sent on; nil = still in the queue
 	id         uint32    // on that lane
@@ -87,6 +89,8 @@ const (
 	maxHedge  = 2 * time.Second
 	busyPause = 50 * time.Millisecond
 	downPause = time.Second
+	// movedLately is how long ago a peer may have given a block to count as delivering.
+	movedLately = 2 * time.Second
 	// patientDial is how long connecting may take where nobody waits, or there
 	// is nobody else: half a dozen round trips around the world.
 	patientDial = 3 * time.Second
@@ -101,13 +105,15 @@ type scheduler struct {
 	kick    map[*remote]struct{}   // have new work: woken together by flush
 	calls   map[*call]struct{}     // background ones, of which not all is open yet
 	early   map[flox.CID]time.Time // in a hurry before their fetch began
+	dialing map[peer.ID]struct{}   // being met because a storehouse sent us there
+	missed  map[peer.ID]time.Time  // could not be, when
 	closed  bool
 }
 
 func newScheduler(h *Host) *scheduler {
 	return &scheduler{
 		h: h, flights: map[flightKey]*flight{}, all: map[*flight]struct{}{}, parked: map[*flight]struct{}{}, kick: map[*remote]struct{}{},
-		calls: map[*call]struct{}{}, early: map[flox.CID]time.Time{},
+		calls: map[*call]struct{}{}, early: map[flox.CID]time.Time{}, dialing: map[peer.ID]struct{}{}, missed: map[peer.ID]time.Time{},
 	}
 }
 
@@ -272,6 +278,12 @@ func (s *scheduler) pick(f *flight) (*remote, time.Duration) {
 			later(f.notBefore)
 			continue
 		}
+		if r.tier == TierStorehouse {
+			if until, waits := s.waits(f, now); waits {
+				later(until)
+				continue
+			}
+		}
 		if best == nil || better(r, best, f) {
 			best = r
 		}
@@ -294,7 +306,7 @@ func (s *scheduler) lookedUp(f *flight, now time.Time) bool {
 		return true
 	}
 	begun := f.search.begin()
-	if f.search.finished() {
+	if begun.IsZero() || f.search.finished() {
 		return true
 	}
 	if f.notBefore.IsZero() {
@@ -309,7 +321,7 @@ func (s *scheduler) candidate(f *flight, r *remote, now time.Time) bool {
 		if r.id != f.only {
 			return false
 		}
-	} else if !r.storehouse && (r.filter == nil || !r.filter.has(f.filter)) {
+	} else if !r.storehouse && (r.filter == nil || !r.filter.has(f.filter)) && !slices.Contains(f.steered.to, r.id) {
 		return false
 	}
 	if r.bannedUntil.After(now) || r.downUntil.After(now) || (!r.connected && !r.fixed) {
@@ -329,7 +341,7 @@ func better(a, b *remote, f *flight) bool {
 
 // ask queues f at r and sets the time after which it is overtaken.
 func (s *scheduler) ask(f *flight, r *remote) {
-	a := &attempt{f: f, r: r, key: f.key, size: f.size.exact, cost: f.key.cost(f.size), background: f.background}
+	a := &attempt{f: f, r: r, key: f.key, size: f.size.exact, cost: f.key.cost(f.size), flags: s.flagsFor(f, r), background: f.background}
 	f.active = append(f.active, a)
 	r.link.push(a)
 	s.kick[r] = struct{}{}
@@ -389,7 +401,7 @@ func (s *scheduler) hedgeLocked(f *flight) {
 		return
 	}
 	last := f.active[len(f.active)-1]
-	if r.tier == TierStorehouse && !last.patient() {
+	if r.tier == TierStorehouse && (!last.patient() || f.background && last.moving()) {
 		last.extended = true
 		s.arm(f, s.patience(last)+rand.N(minHedge))
 		return
@@ -406,6 +418,13 @@ func (s *scheduler) hedgeLocked(f *flight) {
 func (a *attempt) patient() bool {
 	left := time.Until(a.f.deadline)
 	return a.extended || a.r.tier == TierStorehouse || (!a.f.deadline.IsZero() && left < maxHedge)
+}
+
+// moving reports whether who is asked for a block delivers others: a crowd's lines are
+// full, and asking the storehouse as well would fill its line too.
+func (a *attempt) moving() bool {
+	left := time.Until(a.f.deadline)
+	return a.r.tier != TierStorehouse && (a.f.deadline.IsZero() || left > maxHedge) && a.r.link.moving(time.Now())
 }
 
 // poke looks again at what waits for a change: a new peer, a filter, the end

@@ -27,6 +27,7 @@ const (
 const (
 	refusedInvite = refusal("that invite is not valid (any more): it may be used up, expired or withdrawn; ask for a new one")
 	refusedWindow = refusal("the storehouse takes nobody without an invite now; ask for one, or let its operator open a window")
+	refusedFar    = refusal("the storehouse takes machines without an invite from its own LAN alone, and this one asks from elsewhere; ask for an invite")
 	refusedDoor   = refusal("that machine takes no guests for this: it is no storehouse, or one of another release")
 )
 
@@ -42,6 +43,8 @@ var (
 type guestDoor struct {
 	invites func(string) ([]byte, bool)
 	window  func() bool
+	members func(PeerID) bool   // nil = none
+	near    func(net.Addr) bool // whether an address is of this LAN
 	time    time.Duration
 	done    chan struct{} // closed with the host
 
@@ -54,14 +57,15 @@ type guestDoor struct {
 
 func newGuestDoor(cfg Config) *guestDoor {
 	return &guestDoor{
-		invites: cfg.Invites, window: cfg.Window, time: orDefault(cfg.guestTime, guestTime),
+		invites: cfg.Invites, window: cfg.Window, members: cfg.Vouched, near: onLAN, time: orDefault(cfg.guestTime, guestTime),
 		done: make(chan struct{}), open: map[string]int{}, listeners: map[string]*guestListener{},
 	}
 }
 
 // ListenGuests accepts connections of machines that are no members and want to
 // speak a protocol ("/flox/join/1"): those with an invite that Config.Invites
-// knows, and any while Config.Window is open. There are at most 32 at once and
+// knows, any of this LAN while Config.Window is open, and those that Config.Vouched says are
+// members after all. There are at most 32 at once and
 // 2 of one machine, for at most 30 s each. RemoteAddr is the machine's proven
 // ID; see GuestInvite. The listener ends with the host.
 func (h *Host) ListenGuests(proto string) (net.Listener, error) {
@@ -86,7 +90,7 @@ func (h *Host) ListenGuests(proto string) (net.Listener, error) {
 }
 
 // GuestInvite tells which invite an accepted connection of ListenGuests was
-// opened with ("" = none, within the window) and by which machine. Both are
+// opened with ("" = none, within the window or of a member) and by which machine. Both are
 // proven. For any other connection the peer is "".
 func GuestInvite(conn net.Conn) (inviteID string, peer PeerID) {
 	if c, ok := conn.(*guestConn); ok {
@@ -97,7 +101,7 @@ func GuestInvite(conn net.Conn) (inviteID string, peer PeerID) {
 
 // welcome runs the rest of a guest's handshake and then lends the connection
 // out, until it ends or its time is up. It always gives an error.
-func (d *guestDoor) welcome(conn sec.SecureConn, p *proving) error {
+func (d *guestDoor) welcome(conn sec.SecureConn, p *proving, from net.Addr) error {
 	invite, err := readText(conn, maxInviteID)
 	if err != nil {
 		return err
@@ -107,7 +111,7 @@ func (d *guestDoor) welcome(conn sec.SecureConn, p *proving) error {
 		return err
 	}
 	l := d.listener(proto)
-	secret, code := d.secret(invite)
+	secret, code := d.secret(invite, PeerID(conn.RemotePeer().String()), from)
 	switch {
 	case l == nil:
 		return refuse(conn, refusedDoor, verdictDoor)
@@ -118,7 +122,7 @@ func (d *guestDoor) welcome(conn sec.SecureConn, p *proving) error {
 	if err := p.demand(conn); err != nil {
 		return err
 	}
-	c := &guestConn{Conn: conn, invite: invite, self: l.self, peer: PeerID(conn.RemotePeer().String()), ended: make(chan struct{})}
+	c := &guestConn{Conn: conn, from: from, invite: invite, self: l.self, peer: PeerID(conn.RemotePeer().String()), ended: make(chan struct{})}
 	leave, ok := d.enter(c)
 	if !ok {
 		return refuse(conn, errGuests, verdictGuests)
@@ -143,15 +147,20 @@ func (d *guestDoor) listener(proto string) *guestListener {
 	return d.listeners[proto]
 }
 
-// secret gives what a guest has to know, or why it is not taken.
-func (d *guestDoor) secret(invite string) ([]byte, byte) {
+// secret gives what a guest has to know, or why it is not taken. A member needs
+// no invite: the answer that made it one may have been lost.
+func (d *guestDoor) secret(invite string, peer PeerID, from net.Addr) ([]byte, byte) {
 	switch {
 	case d == nil:
 		return nil, verdictDoor
+	case invite == "" && d.members != nil && d.members(peer):
+		return nil, verdictOK // TLS proves who it is
 	case invite == "" && (d.window == nil || !d.window()):
 		return nil, verdictWindow
+	case invite == "" && !d.near(from):
+		return nil, verdictFar
 	case invite == "":
-		return nil, verdictOK // TLS proves who it is; whether it may join is decided later
+		return nil, verdictOK // whether it may join is decided later
 	case d.invites == nil:
 		return nil, verdictInvite
 	}
@@ -166,7 +175,7 @@ func (d *guestDoor) secret(invite string) ([]byte, byte) {
 func (d *guestDoor) enter(c *guestConn) (leave func(), ok bool) {
 	keys := []string{string(c.peer)}
 	if c.invite == "" { // keys cost nothing, addresses do
-		host, _, _ := net.SplitHostPort(c.Conn.RemoteAddr().String())
+		host, _, _ := net.SplitHostPort(c.from.String())
 		keys = append(keys, "address "+host)
 	}
 	d.mu.Lock()
@@ -264,6 +273,7 @@ func (l *guestListener) Addr() net.Addr { return peerAddr(l.self) }
 // guestConn is a guest's connection, at either end. ended is nil at the guest's.
 type guestConn struct {
 	net.Conn
+	from       net.Addr // nil at the guest's
 	invite     string
 	self, peer PeerID
 	ended      chan struct{}

@@ -60,7 +60,7 @@ func porch(t *testing.T, n int, window func() bool, change func(*Config)) (*Host
 // visit opens a guest connection and says something.
 func visit(t *testing.T, n int, to PeerAddr, g Guest) (net.Conn, error) {
 	t.Helper()
-	conn, err := DialGuest(within(t, 20*time.Second), seededKey(n), to, g, joinProto)
+	conn, err := DialGuest(within(t, time.Minute), seededKey(n), to, g, joinProto)
 	if err != nil {
 		return nil, err
 	}
@@ -92,6 +92,7 @@ func noGuests(t *testing.T, store *Host) {
 // Who has an invite gets in, without becoming anybody's peer; who has none, the
 // wrong one, or talks to another machine is told what is wrong.
 func TestGuests(t *testing.T) {
+	t.Parallel()
 	var open atomic.Bool
 	store, swarm := porch(t, 360, open.Load, nil)
 	good := Guest{"good", inviteSecret}
@@ -121,7 +122,7 @@ func TestGuests(t *testing.T) {
 		"no storehouse":   {addrOf(other), good, joinProto, refusedDoor},
 		"an impostor":     {impostor, good, joinProto, refusedImpostor},
 	} {
-		c2, err := DialGuest(within(t, 20*time.Second), seededKey(363), c.to, c.guest, c.proto)
+		c2, err := DialGuest(within(t, time.Minute), seededKey(363), c.to, c.guest, c.proto)
 		if !errors.Is(err, c.want) || !errors.Is(err, flox.ErrDenied) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -147,8 +148,103 @@ func TestGuests(t *testing.T) {
 	join(t, member, store)
 }
 
+// The window is open to this LAN alone: who asks from elsewhere is told so, and
+// an invite is good from anywhere.
+func TestWindowIsForTheLAN(t *testing.T) {
+	t.Parallel()
+	store, _ := porch(t, 366, func() bool { return true }, nil)
+	store.guests.near = func(net.Addr) bool { return false }
+	if _, err := visit(t, 367, addrOf(store), Guest{}); !errors.Is(err, refusedFar) || !errors.Is(err, flox.ErrDenied) {
+		t.Errorf("from elsewhere: %v", err)
+	}
+	if _, err := visit(t, 367, addrOf(store), Guest{"good", inviteSecret}); err != nil {
+		t.Errorf("from elsewhere, with an invite: %v", err)
+	}
+	own := net.IPv4(127, 0, 0, 1)
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range addrs {
+		if ip, ok := a.(*net.IPNet); ok && ip.IP.IsPrivate() {
+			own = ip.IP
+		}
+	}
+	for addr, want := range map[string]bool{
+		"127.0.0.1:1": true, "[::1]:1": true, "[::ffff:127.0.0.1]:1": true, "[fe80::1%eth0]:1": true,
+		net.JoinHostPort(own.String(), "1"): true,
+		"8.8.8.8:1":                         false, "[2001:4860::1]:1": false, "10.254.253.252:1": false, "[fd12:3456::1]:1": false, "nonsense": false,
+	} {
+		if got := onLAN(text(addr)); got != want {
+			t.Errorf("%s is on this LAN: %v, want %v", addr, got, want)
+		}
+	}
+}
+
+// text is an address as it is written.
+type text string
+
+func (text) Network() string  { return "tcp" }
+func (a text) String() string { return string(a) }
+
+// Whoever is refused is heard of, with who it is, where from and why.
+func TestRefusalsAreHeardOf(t *testing.T) {
+	t.Parallel()
+	heard := make(chan Refusal, 16)
+	out := idOf(t, 369)
+	store, _ := porch(t, 368, func() bool { return false }, func(c *Config) {
+		c.Allowed = func(id PeerID) bool { return id != out }
+		c.Refused = func(r Refusal) { heard <- r }
+	})
+	expect := func(n int, why error) {
+		t.Helper()
+		select {
+		case r := <-heard:
+			host, _, err := net.SplitHostPort(r.Addr)
+			if r.Peer != idOf(t, n) || !errors.Is(r.Why, why) || err != nil || host != "127.0.0.1" {
+				t.Errorf("heard %+v, want %v of %s", r, why, idOf(t, n))
+			}
+		case <-time.After(20 * time.Second):
+			t.Errorf("nothing is heard of %v", why)
+		}
+	}
+	if _, err := visit(t, 365, addrOf(store), Guest{"bad", inviteSecret}); err == nil {
+		t.Error("a bad invite is taken")
+	}
+	expect(365, refusedInvite)
+	if _, err := visit(t, 365, addrOf(store), Guest{}); err == nil {
+		t.Error("no window is open")
+	}
+	expect(365, refusedWindow)
+	wrong := start(t, 364, func(c *Config) { c.Secret = []byte("some other swarm's secret") })
+	for _, h := range []*Host{wrong, start(t, 369, nil)} {
+		if err := h.AddPeer(addrOf(store)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Dial(within(t, time.Minute), store.ID(), "/flox/rpc/1"); !errors.Is(err, flox.ErrDenied) {
+			t.Errorf("let in: %v", err)
+		}
+		if h == wrong {
+			expect(364, refusedSecret)
+			for len(heard) > 0 { // it has tried by itself, too
+				<-heard
+			}
+			_ = wrong.Close()
+		}
+	}
+	for r := range heard {
+		if r.Peer == out {
+			if !errors.Is(r.Why, noMember) {
+				t.Errorf("why: %v", r.Why)
+			}
+			return
+		}
+	}
+}
+
 // A machine gets two connections, all guests together 32, and each its time.
 func TestGuestLimits(t *testing.T) {
+	t.Parallel()
 	store, _ := porch(t, 370, func() bool { return true }, nil)
 	good := Guest{"good", inviteSecret}
 	full := func(n int, g Guest) {
@@ -185,6 +281,7 @@ func TestGuestLimits(t *testing.T) {
 
 // A guest that stays is shown out, and does not keep the host from closing.
 func TestGuestTime(t *testing.T) {
+	t.Parallel()
 	store, _ := porch(t, 371, nil, func(c *Config) { c.guestTime = time.Second })
 	conn, err := visit(t, 372, addrOf(store), Guest{"good", inviteSecret})
 	if err != nil {
@@ -207,6 +304,7 @@ func TestGuestTime(t *testing.T) {
 
 // An HTTP server serves guests; one that refuses early is still heard out.
 func TestGuestHTTP(t *testing.T) {
+	t.Parallel()
 	store := start(t, 375, func(c *Config) {
 		c.Invites = func(id string) ([]byte, bool) { return inviteSecret, id == "good" }
 	})
@@ -248,7 +346,7 @@ func TestGuestHTTP(t *testing.T) {
 	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 		t.Error(err)
 	}
-	_, err = DialGuest(within(t, 20*time.Second), seededKey(376), addrOf(store), Guest{"good", inviteSecret}, joinProto)
+	_, err = DialGuest(within(t, time.Minute), seededKey(376), addrOf(store), Guest{"good", inviteSecret}, joinProto)
 	if !errors.Is(err, refusedDoor) {
 		t.Errorf("after the listener was closed: %v", err)
 	}
@@ -257,6 +355,7 @@ func TestGuestHTTP(t *testing.T) {
 // What cannot work is refused before anything is sent; a dead address does not
 // hide a living one.
 func TestDialGuestErrors(t *testing.T) {
+	t.Parallel()
 	store, _ := porch(t, 377, nil, nil)
 	good, at := Guest{"good", inviteSecret}, addrOf(store)
 	for name, dial := range map[string]func(context.Context) (net.Conn, error){
@@ -280,7 +379,7 @@ func TestDialGuestErrors(t *testing.T) {
 			return DialGuest(ctx, seededKey(378), at, good, "/ipfs/id/1.0.0")
 		},
 	} {
-		if _, err := dial(within(t, 20*time.Second)); !errors.Is(err, flox.ErrBadInput) {
+		if _, err := dial(within(t, time.Minute)); !errors.Is(err, flox.ErrBadInput) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

@@ -296,6 +296,7 @@ func (ses *session) gotPong(nonce uint64) {
 			} else {
 				ses.r.rtt += (took - ses.r.rtt) / 8
 			}
+			ses.r.trip.Store(int64(ses.r.rtt))
 			return
 		default:
 			return

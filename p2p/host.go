@@ -44,13 +44,15 @@ type Host struct {
 	self peer.ID
 	net  host.Host
 	dht  *dht.IpfsDHT
+	door *dhtDoor
 
-	peers *peerTable
-	sched *scheduler
-	held  *holdings
-	serve *server
-	finds *lookups
-	keys  *announcer
+	peers  *peerTable
+	sched  *scheduler
+	held   *holdings
+	serve  *server
+	frames *frames
+	finds  *lookups
+	keys   *announcer
 
 	guests *guestDoor
 
@@ -96,14 +98,15 @@ func New(cfg Config) (*Host, error) {
 	h.sched = newScheduler(h)
 	h.held = newHoldings(cfg.Blocks, cfg.Role)
 	h.serve = newServer(h)
+	h.frames = newFrames()
 	h.finds = newLookups(h)
 	h.keys = newAnnouncer(cfg.Site)
-	if err := h.openDHT(boot); err != nil {
+	if err := h.openDHT(); err != nil {
 		return nil, errors.Join(err, h.Close())
 	}
 	for _, b := range boot {
 		h.net.Peerstore().AddAddrs(b.ID, b.Addrs, peerstore.PermanentAddrTTL)
-		h.net.ConnManager().Protect(b.ID, "bootstrap")
+		h.net.ConnManager().Protect(b.ID, protectedHouse)
 	}
 	h.net.SetStreamHandler(protoHello, h.acceptHello)
 	h.net.SetStreamHandler(protoBlocks, h.serve.accept)
@@ -266,6 +269,7 @@ func (h *Host) Close() error {
 		h.stop()
 		h.spawnMu.Unlock()
 		h.sched.close()
+		h.frames.close()
 		h.guests.close() // libp2p waits for them
 		if h.dht != nil {
 			err = h.dht.Close()
@@ -321,7 +325,10 @@ func (h *Host) AddPeer(p PeerAddr) error {
 
 // Holding tells that the Holder now also has ids, so that peers hear of them
 // within a second or so. Without it they hear at the next scan of the Holder.
-func (h *Host) Holding(ids ...flox.CID) { h.held.add(ids) }
+func (h *Host) Holding(ids ...flox.CID) {
+	h.held.add(ids)
+	h.serve.waiting.arrived(ids)
+}
 
 // connect reaches a peer within the dial timeout, at addresses known for it.
 func (h *Host) connect(ctx context.Context, info peer.AddrInfo) error {

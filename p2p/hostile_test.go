@@ -167,6 +167,7 @@ func (h *Host) banned(o *Host) bool {
 
 // A range with a forged proof, or the right proof for another range, is refused.
 func TestLyingSlices(t *testing.T) {
+	t.Parallel()
 	block := randomBlocks(201, 1, 300_000)
 	other := bytes.Clone(block[0])
 	other[150_000] ^= 1
@@ -183,7 +184,7 @@ func TestLyingSlices(t *testing.T) {
 		})
 		me := start(t, 170+n, nil)
 		join(t, me, bad)
-		data, _, err := me.FetchRange(within(t, 10*time.Second), wantsOf(block)[0], 150_000, 10, Hints{})
+		data, _, err := me.FetchRange(within(t, time.Minute), wantsOf(block)[0], 150_000, 10, Hints{})
 		if err == nil {
 			t.Errorf("case %d: got %d bytes", n, len(data))
 		}
@@ -224,7 +225,7 @@ func TestHostileRequests(t *testing.T) {
 		"2 GiB request":  {0x80, 0, 0, 0, byte(wire.TypeRequest)},
 		"hello on block": wire.AppendHello(nil, wire.Hello{Version: 1}),
 	} {
-		s, err := bad.net.NewStream(within(t, 10*time.Second), victim.self, protoBlocks)
+		s, err := bad.net.NewStream(within(t, time.Minute), victim.self, protoBlocks)
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -242,7 +243,7 @@ func TestHostileRequests(t *testing.T) {
 	runtime.ReadMemStats(&before)
 	refused := 0
 	for range 20 {
-		s, err := bad.net.NewStream(within(t, 10*time.Second), victim.self, protoBlocks)
+		s, err := bad.net.NewStream(within(t, time.Minute), victim.self, protoBlocks)
 		if err != nil {
 			refused++
 			continue
@@ -253,7 +254,7 @@ func TestHostileRequests(t *testing.T) {
 		}
 	}
 	var g got
-	if err := good.FetchFrom(within(t, 20*time.Second), victim.ID(), wantsOf(blocks)[:4], g.take); err != nil {
+	if err := good.FetchFrom(within(t, time.Minute), victim.ID(), wantsOf(blocks)[:4], g.take); err != nil {
 		t.Fatal(err)
 	}
 	g.check(t, blocks[:4])
@@ -267,6 +268,7 @@ func TestHostileRequests(t *testing.T) {
 // A peer whose hello stream breaks the rules costs nothing lasting, and a
 // connection without a hello is closed.
 func TestHostileHello(t *testing.T) {
+	t.Parallel()
 	victim := start(t, 190, func(c *Config) { c.Limits.FilterBytes = 8 << 20 })
 	hello := wire.AppendHello(nil, wire.Hello{Version: helloVersion})
 	big := wire.AppendFilterBegin(nil, wire.FilterBegin{Gen: 1, Words: wire.MaxFilterWords, Hashes: filterHashes})

@@ -12,6 +12,7 @@ import (
 // What somebody waits for overtakes what the same background fetch has not opened
 // yet, and also when the fetch begins a moment later; every block comes once.
 func TestHurryReachesWhatIsNotOpenYet(t *testing.T) {
+	t.Parallel()
 	for n, early := range []bool{false, true} {
 		t.Run(fmt.Sprintf("before the fetch %v", early), func(t *testing.T) {
 			blocks := randomBlocks(15, 200, 20_000)

@@ -178,6 +178,9 @@ func (h *Host) readLane(l *lane, in *wire.Reader) error {
 }
 
 func (h *Host) takeReply(l *lane, in *wire.Reader, a *attempt, rep wire.Reply) error {
+	if rep.Status == wire.StatusElsewhere {
+		return h.takeElsewhere(in, a, rep)
+	}
 	if rep.Status != wire.StatusData {
 		if rep.Payload != 0 {
 			return fmt.Errorf("peer protocol: %d bytes with status %d: %w", rep.Payload, rep.Status, flox.ErrCorrupt)
@@ -200,8 +203,28 @@ func (h *Host) takeReply(l *lane, in *wire.Reader, a *attempt, rep wire.Reply) e
 	if err != nil {
 		return h.wrongBytes(l, a, err)
 	}
+	if a.key.length == 0 && h.cfg.Role == Agent && h.cfg.Blocks != nil {
+		h.frames.put(a.key.id, frame{data: payload, size: len(data), zstd: rep.Flags&wire.FlagZstd != 0})
+		h.serve.waiting.arrived([]flox.CID{a.key.id})
+	}
 	h.sched.answered(a, data, wire.FrameHeader+wire.ReplyHeader+rep.Payload)
 	return nil
+}
+
+// takeElsewhere reads who else has the block.
+func (h *Host) takeElsewhere(in *wire.Reader, a *attempt, rep wire.Reply) error {
+	if rep.Payload > wire.MaxElsewhere {
+		return fmt.Errorf("peer protocol: %d bytes that name holders: %w", rep.Payload, flox.ErrCorrupt)
+	}
+	payload := make([]byte, rep.Payload)
+	if err := in.Payload(payload); err != nil {
+		return err
+	}
+	holders, err := wire.ParseHolders(payload)
+	if err != nil {
+		return err
+	}
+	return h.sched.elsewhere(a, holders)
 }
 
 // wrongBytes ends the lane of a peer, who is then banned. A storehouse whose

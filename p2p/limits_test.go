@@ -21,6 +21,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 
 	"github.com/floxctl/flox/p2p/wire"
@@ -51,6 +52,7 @@ func light(t *testing.T, n int) host.Host {
 // needs a network of its own; that libp2p's defaults lock the office out shows
 // that the limits are in force there.
 func TestOfficeBehindOneAddress(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("FLOXD_TEST_NETNS") == "" {
 		inNamespace(t)
 		return
@@ -93,7 +95,7 @@ func TestOfficeBehindOneAddress(t *testing.T) {
 	var wg sync.WaitGroup
 	for i, h := range hosts {
 		wg.Go(func() {
-			if err := echoed(ctx, h, at); err != nil {
+			if err := insist(ctx, h, at); err != nil {
 				t.Errorf("laptop %d: %v", i, err)
 				return
 			}
@@ -115,12 +117,26 @@ func TestOfficeBehindOneAddress(t *testing.T) {
 	for _, h := range hosts[:laptops/2] {
 		wg.Go(func() {
 			_ = h.Network().ClosePeer(at.ID)
-			if err := echoed(ctx, h, at); err != nil {
+			if err := insist(ctx, h, at); err != nil {
 				t.Errorf("come back: %v", err)
 			}
 		})
 	}
 	wg.Wait()
+}
+
+// insist is echoed, again where a busy machine was too slow for a dial's time: limits
+// let nobody in the second time either.
+func insist(ctx context.Context, h host.Host, to peer.AddrInfo) (err error) {
+	for range 3 {
+		if err = echoed(ctx, h, to); err == nil || ctx.Err() != nil {
+			return err
+		}
+		if s, ok := h.Network().(*swarm.Swarm); ok {
+			s.Backoff().Clear(to.ID)
+		}
+	}
+	return err
 }
 
 // echoed connects, says who it is and has a word echoed.
@@ -153,6 +169,7 @@ func echoed(ctx context.Context, h host.Host, to peer.AddrInfo) error {
 // Peers that ask for blocks and do not read them lose their upload slots as soon
 // as somebody else wants one.
 func TestSlotsAreNotHeldByWhoDoesNotRead(t *testing.T) {
+	t.Parallel()
 	blocks := randomBlocks(801, 8, MaxBlock)
 	victim := start(t, 801, func(c *Config) {
 		c.Blocks = newMemory(blocks...)
@@ -166,7 +183,7 @@ func TestSlotsAreNotHeldByWhoDoesNotRead(t *testing.T) {
 		bad := start(t, 802+n, nil) // answers pings: it is not taken for dead
 		join(t, bad, victim)
 		for range maxServed {
-			s, err := bad.net.NewStream(within(t, 10*time.Second), victim.self, protoBlocks)
+			s, err := bad.net.NewStream(within(t, time.Minute), victim.self, protoBlocks)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -196,6 +213,7 @@ func TestSlotsAreNotHeldByWhoDoesNotRead(t *testing.T) {
 
 // Streams that one peer has waiting to be accepted leave room for another's.
 func TestBacklogShares(t *testing.T) {
+	t.Parallel()
 	const proto = "/flox/test/1"
 	victim, good := start(t, 810, nil), start(t, 811, nil)
 	l, err := victim.Listen(proto)
@@ -203,11 +221,11 @@ func TestBacklogShares(t *testing.T) {
 		t.Fatal(err)
 	}
 	bad := light(t, 812)
-	if err := bad.Connect(within(t, 10*time.Second), mustInfo(t, addrOf(victim))); err != nil {
+	if err := bad.Connect(within(t, time.Minute), mustInfo(t, addrOf(victim))); err != nil {
 		t.Fatal(err)
 	}
 	for range 3 * backlog {
-		s, err := bad.NewStream(within(t, 10*time.Second), victim.self, proto)
+		s, err := bad.NewStream(within(t, time.Minute), victim.self, proto)
 		if err != nil {
 			break // the share of the protocol
 		}
@@ -216,7 +234,7 @@ func TestBacklogShares(t *testing.T) {
 	}
 	eventually(t, "its share is used up", func() bool { return len(l.(*listener).in) == peerBacklog })
 	join(t, good, victim)
-	conn, err := good.Dial(within(t, 10*time.Second), victim.ID(), proto)
+	conn, err := good.Dial(within(t, time.Minute), victim.ID(), proto)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -255,7 +273,7 @@ func TestTenThousandStreams(t *testing.T) {
 	good := start(t, 821, nil)
 	join(t, good, victim)
 	bad := light(t, 822)
-	if err := bad.Connect(within(t, 10*time.Second), mustInfo(t, addrOf(victim))); err != nil {
+	if err := bad.Connect(within(t, time.Minute), mustInfo(t, addrOf(victim))); err != nil {
 		t.Fatal(err)
 	}
 	runtime.GC()

@@ -1,6 +1,7 @@
 package p2p
 
 import (
+	"container/list"
 	"context"
 	"crypto/ed25519"
 	"errors"
@@ -20,7 +21,7 @@ import (
 
 // Bounds of a Line.
 const (
-	maxLineHandshakes = 64  // half-open connections; further ones are closed
+	maxLineHandshakes = 64  // half-open connections; for a further one the oldest is closed
 	maxLineConns      = 256 // accepted connections in all
 	maxLinePerPeer    = 16  // of one peer
 	lineQuiet         = 10 * time.Second
@@ -39,6 +40,10 @@ type LineConfig struct {
 	Secrets func() [][]byte
 	// Allowed is asked on both ends of every connection. It must not block.
 	Allowed func(PeerID) bool
+	// Vouched, if set, says whose key alone is proof enough; see Config.
+	Vouched func(PeerID) bool
+	// Refused, if set, hears of every machine that was not let in. It must not block.
+	Refused func(Refusal)
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger
 }
@@ -58,9 +63,10 @@ type Line struct {
 	base  context.Context //nolint:containedctx // ends handshakes that belong to no caller
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
-	half  chan struct{}
+	slots chan struct{} // handshakes, those given up that have not noticed yet among them
 
 	mu     sync.Mutex
+	half   *list.List // of net.Conn that prove themselves, oldest first
 	open   map[*lineConn]struct{}
 	closed bool
 }
@@ -106,7 +112,7 @@ func NewLine(cfg LineConfig) (*Line, error) {
 	}
 	l := &Line{
 		cfg: cfg, key: key, self: PeerID(id.String()), tcp: tcp, ready: make(chan net.Conn),
-		half: make(chan struct{}, maxLineHandshakes), open: map[*lineConn]struct{}{},
+		slots: make(chan struct{}, 2*maxLineHandshakes), half: list.New(), open: map[*lineConn]struct{}{},
 	}
 	l.addr = lineAddr(LineAddress(l.self, cfg.Announce))
 	l.base, l.stop = context.WithCancel(context.Background())
@@ -153,24 +159,43 @@ func (l *Line) accept() {
 				return
 			}
 		}
+		end := l.begin(raw)
 		select {
-		case l.half <- struct{}{}:
-		default:
-			_ = raw.Close() // the next one may find room
-			continue
+		case l.slots <- struct{}{}:
+		case <-l.base.Done():
+			_ = raw.Close()
+			return
 		}
 		l.wg.Go(func() {
-			defer func() { <-l.half }()
-			l.admit(raw)
+			defer func() { <-l.slots }()
+			l.admit(raw, end)
 		})
 	}
 }
 
+// begin lists a connection that has to prove itself. If there are too many, the
+// oldest is given up: who opens connections and says nothing keeps nobody out.
+func (l *Line) begin(raw net.Conn) (end func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.half.Len() >= maxLineHandshakes {
+		oldest, _ := l.half.Remove(l.half.Front()).(net.Conn)
+		_ = oldest.Close() // its handshake ends with that
+	}
+	e := l.half.PushBack(raw)
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.half.Remove(e) // nothing, if it was given up
+	}
+}
+
 // admit hands a connection to Accept once its other end is proven to be a member.
-func (l *Line) admit(raw net.Conn) {
+func (l *Line) admit(raw net.Conn, end func()) {
 	ctx, cancel := context.WithTimeout(l.base, proofTimeout)
 	defer cancel()
 	c, err := l.secure(ctx, raw, "")
+	end()
 	if err != nil {
 		l.cfg.Log.Debug("a connection between servers was refused", "from", raw.RemoteAddr().String(), "error", err)
 		return
@@ -221,7 +246,7 @@ func (l *Line) secure(ctx context.Context, raw net.Conn, want PeerID) (net.Conn,
 
 func (l *Line) handshake(ctx context.Context, raw net.Conn, want PeerID) (sec.SecureConn, error) {
 	quietAfter(raw, 2*lineQuiet)
-	proof, err := newProofOf(membership{secrets: l.cfg.Secrets, allowed: l.cfg.Allowed})(securityID, l.key, nil)
+	proof, err := newProofOf(membership{secrets: l.cfg.Secrets, allowed: l.cfg.Allowed, vouched: l.cfg.Vouched, refused: l.cfg.Refused})(securityID, l.key, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -60,6 +60,7 @@ func pair(t *testing.T, from, to *Line) (dialled, accepted net.Conn) {
 }
 
 func TestLineCarriesBytesBetweenProvenServers(t *testing.T) {
+	t.Parallel()
 	var everybody roster
 	a, b := newTestLine(t, 1, &everybody, testSecret), newTestLine(t, 2, &everybody, testSecret)
 	dialled, accepted := pair(t, a, b)
@@ -74,6 +75,7 @@ func TestLineCarriesBytesBetweenProvenServers(t *testing.T) {
 }
 
 func TestLineRefusesWhoIsNoServer(t *testing.T) {
+	t.Parallel()
 	var everybody, strict roster
 	a, b := newTestLine(t, 1, &everybody, testSecret), newTestLine(t, 2, &strict, testSecret)
 	stranger := newTestLine(t, 3, &everybody, []byte("another secret of 32 bytes or so"))
@@ -108,30 +110,24 @@ func TestLineRefusesWhoIsNoServer(t *testing.T) {
 }
 
 func TestLineSurvivesHalfOpenConnections(t *testing.T) {
+	t.Parallel()
 	var everybody roster
 	a, b := newTestLine(t, 1, &everybody, testSecret), newTestLine(t, 2, &everybody, testSecret)
-	for range 2 * maxLineHandshakes {
+	for range 3 * maxLineHandshakes {
 		c, err := net.Dial("tcp", b.tcp.Addr().String()) //nolint:noctx // loopback
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
 	}
-	// They are given up after proofTimeout; then members get in again.
-	deadline := time.Now().Add(4 * proofTimeout)
-	for {
-		c, err := a.Dial(b.Addr().String(), proofTimeout)
-		if err == nil {
-			c.Close()
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("no server gets in beside half-open connections: %v", err)
-		}
+	// The oldest are given up for a server: it need not wait until they are over.
+	if _, err := a.Dial(b.Addr().String(), proofTimeout); err != nil {
+		t.Fatalf("no server gets in beside half-open connections: %v", err)
 	}
 }
 
 func TestLineTakesAnySecretOfAnOverlap(t *testing.T) {
+	t.Parallel()
 	var everybody roster
 	old := newTestLine(t, 2, &everybody, testSecret)
 	ahead, err := NewLine(LineConfig{
@@ -147,6 +143,7 @@ func TestLineTakesAnySecretOfAnOverlap(t *testing.T) {
 }
 
 func TestLineAddresses(t *testing.T) {
+	t.Parallel()
 	for _, bad := range []string{"", "10.0.0.1:1", "@10.0.0.1:1", "12D3@10.0.0.1:1", string(LineAddress("x", "")), "x@y"} {
 		if _, _, err := ParseLineAddress(bad); !errors.Is(err, flox.ErrBadInput) {
 			t.Errorf("%q: %v, want ErrBadInput", bad, err)

@@ -23,6 +23,9 @@ const (
 	defaultStall = 20 * time.Second
 )
 
+// packedFlags say how a block may be packed.
+const packedFlags = wire.FlagZstd | wire.FlagAsIs
+
 // link is what is asked of one peer: two queues and up to two lanes that take
 // from them. Guarded by peerTable.mu.
 type link struct {
@@ -102,6 +105,16 @@ func (r *remote) window(limit int) int {
 	return min(max(int(r.goodput*(r.rtt.Seconds()+0.25)), 1<<20), limit)
 }
 
+// moving reports whether something came lately, or may yet.
+func (k *link) moving(now time.Time) bool {
+	return slices.ContainsFunc(k.lanes, func(l *lane) bool { return now.Sub(l.moved) < movedLately })
+}
+
+// gave reports whether a block came lately.
+func (k *link) gave(now time.Time) bool {
+	return slices.ContainsFunc(k.lanes, func(l *lane) bool { return now.Sub(l.got) < movedLately })
+}
+
 // reset closes every lane; their goroutines then fail what was asked on them.
 func (k *link) reset() {
 	for _, l := range k.lanes {
@@ -118,6 +131,7 @@ type lane struct {
 	cancels []uint32
 	wake    chan struct{}
 	moved   time.Time // the last whole reply, or when something was first due
+	got     time.Time // the last block
 	closed  bool
 }
 
@@ -264,8 +278,9 @@ func (s *scheduler) take(l *lane) (wire.Request, []uint32, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	req := wire.Request{Base: l.nextID}
+	req.Flags = wire.FlagAsIs
 	if !l.r.near {
-		req.Flags = wire.FlagZstd
+		req.Flags |= wire.FlagZstd
 	}
 	k := &l.r.link
 	window, bytes, now := l.r.window(s.h.cfg.Limits.InFlight), 0, time.Now()
@@ -279,12 +294,11 @@ func (s *scheduler) take(l *lane) (wire.Request, []uint32, bool) {
 		if a == nil || (k.inflight > 0 && k.inflight+a.cost > window) {
 			break
 		}
-		slice := a.key.length > 0
-		if len(req.Items) > 0 && slice != (req.Flags&wire.FlagSlice != 0) {
+		if len(req.Items) > 0 && a.flags != req.Flags&^packedFlags {
 			break
 		}
-		if slice {
-			req.Flags = req.Flags&^wire.FlagZstd | wire.FlagSlice
+		if req.Flags |= a.flags; a.key.length > 0 {
+			req.Flags &^= packedFlags
 		}
 		q.list = q.list[1:]
 		if k.inflight == 0 {
@@ -322,7 +336,7 @@ func (s *scheduler) answered(a *attempt, data []byte, wireBytes int) {
 		r.spread += (max(diff, -diff) - r.spread) / 4
 	}
 	r.link.measure(r, len(data), now)
-	a.lane.moved = now
+	a.lane.moved, a.lane.got = now, now
 	f := s.settle(a)
 	if f != nil {
 		s.finish(f, result{data: data, from: Source{Peer: r.name, Tier: r.tier, Wire: wireBytes}})

@@ -20,6 +20,10 @@ const (
 	maxLookups    = 16               // at once
 	maxKeySearch  = 1024             // remembered
 	readyWait     = 300 * time.Millisecond
+	// vainLookups is how many look-ups are waited for, from the last on that met
+	// somebody new: a program's start touches dozens of store paths, and each would
+	// wait for a look-up of its own. The further ones go on beside the storehouse.
+	vainLookups = 3
 )
 
 // lookups finds and connects to peers that announced a path or a site. What
@@ -30,6 +34,7 @@ type lookups struct {
 	mu   sync.Mutex
 	keys map[flox.CID]*keySearch
 	busy int
+	vain int // look-ups begun since one met somebody new
 }
 
 // keySearch is the look-up of one key, shared by all who want it.
@@ -41,11 +46,13 @@ type keySearch struct {
 // search is what one Fetch looks up. It begins when the first block has no
 // near holder.
 type search struct {
-	of    *lookups
-	keys  []flox.CID
-	mu    sync.Mutex
-	begun time.Time
-	parts []*keySearch
+	of   *lookups
+	keys []flox.CID
+
+	mu      sync.Mutex
+	started bool
+	begun   time.Time // of the youngest part; zero = there is none
+	parts   []*keySearch
 }
 
 func newLookups(h *Host) *lookups { return &lookups{h: h, keys: map[flox.CID]*keySearch{}} }
@@ -59,25 +66,44 @@ func (l *lookups) search(hints Hints) *search {
 	return s
 }
 
-// begin starts the look-ups unless they were, and says when that was.
+// begin starts the look-ups unless they were, and says when the last of them began,
+// for whomever; zero when they are not worth waiting for.
 func (s *search) begin() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.begun.IsZero() {
-		s.begun = time.Now()
+	if !s.started {
+		s.started = true
 		for _, k := range s.keys {
 			if part := s.of.start(k); part != nil {
 				s.parts = append(s.parts, part)
+				s.begun = later(s.begun, part.begun)
 			}
 		}
 	}
+	if s.of.inVain() {
+		return time.Time{}
+	}
 	return s.begun
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// inVain reports whether look-ups met nobody lately.
+func (l *lookups) inVain() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.vain > vainLookups
 }
 
 func (s *search) finished() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.begun.IsZero() {
+	if !s.started {
 		return false
 	}
 	for _, p := range s.parts {
@@ -107,6 +133,7 @@ func (l *lookups) start(key flox.CID) *keySearch {
 	k := &keySearch{begun: time.Now(), done: make(chan struct{})}
 	l.keys[key] = k
 	l.busy++
+	l.vain++
 	if !l.h.spawn(func() { l.run(key, k) }) {
 		l.busy--
 		close(k.done)
@@ -117,9 +144,12 @@ func (l *lookups) start(key flox.CID) *keySearch {
 func (l *lookups) run(key flox.CID, k *keySearch) {
 	ctx, cancel := context.WithTimeout(l.h.base, lookupTimeout)
 	defer cancel()
-	l.h.meet(ctx, key, lookupPeers)
+	met := l.h.meet(ctx, key, lookupPeers)
 	l.mu.Lock()
 	l.busy--
+	if met > 0 {
+		l.vain = 0
+	}
 	close(k.done)
 	l.mu.Unlock()
 	t := l.h.peers

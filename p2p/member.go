@@ -24,12 +24,14 @@ type membership struct {
 	// None means that nobody can prove anything.
 	secrets func() [][]byte
 	allowed func(PeerID) bool // nil = the secret decides alone
+	vouched func(PeerID) bool // nil = nobody's key is enough
+	refused func(Refusal)     // nil = nobody asks
 	guests  *guestDoor        // nil = none are taken
 }
 
 // membership joins the two ways to configure secrets.
 func (c *Config) membership() membership {
-	m := membership{allowed: c.Allowed}
+	m := membership{allowed: c.Allowed, vouched: c.Vouched, refused: c.Refused}
 	if c.Secrets == nil { // without a secret the list decides alone
 		m.secrets = func() [][]byte { return [][]byte{c.Secret} }
 		return m
@@ -49,6 +51,17 @@ func (c *Config) membership() membership {
 // member reports whether the list holds id.
 func (m membership) member(id peer.ID) bool {
 	return m.allowed == nil || m.allowed(PeerID(id.String()))
+}
+
+// keys are what this machine can prove to id, or ask it to prove, best first.
+// Where its key is enough, the last of them is no secret.
+func (m membership) keys(id peer.ID) [][32]byte {
+	secrets := m.secrets()
+	if m.vouched == nil || !m.vouched(PeerID(id.String())) {
+		return keysOf(memberProof, secrets...)
+	}
+	keys := keysOf(memberProof, secrets[:min(len(secrets), maxSecrets-1)]...)
+	return append(keys, keysOf(keyProof, nil)...)
 }
 
 // refusal is an answer of a handshake: why two machines do not talk. It is ErrDenied.

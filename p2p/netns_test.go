@@ -23,6 +23,7 @@ import (
 // Peers on one LAN find each other by multicast alone. It runs in a network
 // namespace of its own, so that nothing is sent to the machine's networks.
 func TestMulticastDiscovery(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("FLOXD_TEST_NETNS") == "" {
 		inNamespace(t)
 		return
@@ -44,12 +45,13 @@ func TestMulticastDiscovery(t *testing.T) {
 // A machine without an invite finds the storehouses whose windows are open, and
 // only those, and can speak to them as a guest.
 func TestFindStorehouses(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("FLOXD_TEST_NETNS") == "" {
 		inNamespace(t)
 		return
 	}
 	command(t, "ip link set lo up")
-	if _, err := FindStorehouses(within(t, 20*time.Second)); !errors.Is(err, flox.ErrUnreachable) {
+	if _, err := FindStorehouses(within(t, time.Minute)); !errors.Is(err, flox.ErrUnreachable) {
 		t.Errorf("without a network: %v", err)
 	}
 	command(t, "ip link add v0 type veth peer name v1",
@@ -70,7 +72,7 @@ func TestFindStorehouses(t *testing.T) {
 		var found []Found
 		eventually(t, "the open ones are found", func() bool {
 			var err error
-			if found, err = FindStorehouses(within(t, 20*time.Second)); err != nil {
+			if found, err = FindStorehouses(within(t, time.Minute)); err != nil {
 				t.Fatal(err)
 			}
 			return len(found) == len(want)
@@ -111,6 +113,7 @@ func TestFindStorehouses(t *testing.T) {
 
 // What anybody on the LAN may send.
 func TestAdverts(t *testing.T) {
+	t.Parallel()
 	id := "id=" + string(idOf(t, 614))
 	good := advert(idOf(t, 614), "name", []string{"/ip4/10.0.0.1/tcp/1", "/ip6/2001:db8::1/tcp/2"})
 	f, err := parseAdvert(good)
@@ -169,6 +172,7 @@ func FuzzAdvert(f *testing.F) {
 // back) stops nobody from reading what a peer holds, and what nobody holds is
 // an error well before the deadline.
 func TestUnpluggedStorehouse(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("FLOXD_TEST_NETNS") == "" {
 		inNamespace(t)
 		return
@@ -216,6 +220,7 @@ func TestUnpluggedStorehouse(t *testing.T) {
 // no block is due on it that would be asked after, and the next one finds the
 // way as soon as there is one again.
 func TestACallNoticesASilentDeath(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("FLOXD_TEST_NETNS") == "" {
 		inNamespace(t)
 		return
@@ -244,7 +249,7 @@ func TestACallNoticesASilentDeath(t *testing.T) {
 		_, err := conn.Read(make([]byte, 1))
 		return err
 	}
-	conn, err := b.Dial(within(t, 20*time.Second), store.ID(), echo)
+	conn, err := b.Dial(within(t, time.Minute), store.ID(), echo)
 	if err == nil {
 		err = call(conn)
 	}
@@ -268,7 +273,7 @@ func TestACallNoticesASilentDeath(t *testing.T) {
 	command(t, "iptables -F INPUT")
 	began = time.Now()
 	eventually(t, "the next call is answered", func() bool {
-		conn, err := b.Dial(within(t, 10*time.Second), store.ID(), echo)
+		conn, err := b.Dial(within(t, time.Minute), store.ID(), echo)
 		if err != nil {
 			return false
 		}

@@ -83,6 +83,15 @@ type Holder interface {
 	Each(yield func(flox.CID) bool)
 }
 
+// PackedHolder is a Holder that keeps blocks compressed. What it holds is sent as
+// it is kept: compressing it anew took longer than everything else together.
+type PackedHolder interface {
+	Holder
+	// Packed returns a block as it is kept, undamaged: one zstd frame that unpacks
+	// to size bytes, or the plain bytes if zstd is false. ErrNotFound as Get.
+	Packed(ctx context.Context, id flox.CID) (data []byte, size int, zstd bool, err error)
+}
+
 // Config says how a Host takes part. Key and one of Secret, Secrets and
 // Allowed are needed; every other zero value is the default.
 type Config struct {
@@ -107,12 +116,20 @@ type Config struct {
 	// peer is a member now; who is not is told so and gets ErrDenied. It must not
 	// block. Kick closes connections after a change.
 	Allowed func(PeerID) bool
+	// Vouched, if set, says whose key alone is proof enough, if they think the
+	// same of this machine: who was away while the secret changed comes back so.
+	// It must be sure of the peer, by a list that only the storehouse makes. It
+	// must not block.
+	Vouched func(PeerID) bool
+	// Refused, if set, hears of every machine that asked to be let in and was not.
+	// It must not block.
+	Refused func(Refusal)
 	// Invites, if set, gives the secret (at least 16 bytes) of an invite that may
 	// still be used. Who proves that it knows it may open what ListenGuests
 	// listens for, without being a member. It must not block.
 	Invites func(id string) (secret []byte, ok bool)
-	// Window, if set, says whether guests without an invite are taken now: on a
-	// LAN, while somebody watches. A storehouse tells the LAN so, for
+	// Window, if set, says whether guests without an invite are taken now: from
+	// this LAN, while somebody watches. A storehouse tells the LAN so, for
 	// FindStorehouses. It is asked every second and must not block.
 	Window func() bool
 	// Name is what a storehouse is called on the LAN: printable, at most 64 bytes.
@@ -149,6 +166,13 @@ type Config struct {
 	pongWait   time.Duration
 	patience   time.Duration // the least before a peer is overtaken
 	guestTime  time.Duration
+}
+
+// Refusal is a machine that was not let in.
+type Refusal struct {
+	Peer PeerID // proven
+	Addr string // where it came from, host:port
+	Why  error
 }
 
 // Limits bound what a Host uses. A zero field is its default.
@@ -206,6 +230,9 @@ type Hints struct {
 	// Background says that nobody waits for these blocks: where a peer has both
 	// to answer, others go first.
 	Background bool
+	// AnyOrder says that the blocks are needed all, in no order: machines that fetch
+	// the same then ask for different ones first, and can give them to each other.
+	AnyOrder bool
 }
 
 // PeerStat is what is known of a connected peer.

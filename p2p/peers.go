@@ -55,6 +55,12 @@ type remote struct {
 	busyUntil   time.Time // said it is busy
 
 	link link
+
+	// of a storehouse's crowd
+	seen  multiaddr.Multiaddr // the address it is connected from; guarded by peerTable.mu
+	place atomic.Pointer[place]
+	trip  atomic.Int64 // rtt, for those who do not hold the lock
+	crowd crowdView    // guarded by crowd.mu
 }
 
 // peerTable knows every connected peer and the bootstrap peers.
@@ -63,6 +69,7 @@ type peerTable struct {
 
 	mu      sync.Mutex
 	remotes map[peer.ID]*remote
+	boot    []peer.AddrInfo // those that are fixed; replaced, never changed
 	bans    map[peer.ID]ban
 	lan     map[peer.ID]time.Time // seen by multicast
 	filters int                   // bytes of remotes' filters
@@ -84,6 +91,7 @@ func newPeerTable(h *Host, boot []peer.AddrInfo) *peerTable {
 		if b.ID == h.self {
 			continue
 		}
+		t.boot = append(t.boot, b)
 		r := t.get(b.ID)
 		r.fixed = true
 		// Until it says otherwise: a fetch may wait for the connection to it.
@@ -134,6 +142,7 @@ func (t *peerTable) Connected(_ network.Network, c network.Conn) {
 		r.connected, r.since = true, time.Now()
 	}
 	r.near = near
+	r.seen = c.RemoteMultiaddr()
 	r.downUntil = time.Time{}
 	t.mu.Unlock()
 	if c.Stat().Direction == network.DirOutbound {
@@ -172,6 +181,7 @@ func (t *peerTable) disconnected(n network.Network, id peer.ID) {
 func (t *peerTable) forget(r *remote) {
 	t.setFilter(r, nil)
 	r.greeted = false
+	r.place.Store(nil)
 	r.askedAt = time.Time{}
 	if r.isReady {
 		r.isReady, r.ready = false, make(chan struct{})
@@ -196,8 +206,11 @@ func (t *peerTable) setFilter(r *remote, f *filter) bool {
 func (t *peerTable) greet(r *remote, hello wire.Hello) {
 	t.mu.Lock()
 	r.hello, r.greeted = hello, true
-	r.storehouse = Role(hello.Role) == Storehouse && t.believes(r.id, r.fixed)
-	r.tier = t.tier(r)
+	t.rank(r)
+	if Role(hello.Role) == Agent && t.h.cfg.Role == Storehouse {
+		listens, _ := parseAddrs(hello.Addrs) // none, if it tells nonsense
+		r.place.Store(placeOf(r.seen, hello.Site, listens))
+	}
 	tier := r.tier
 	if hello.NoFilter {
 		t.markReady(r)

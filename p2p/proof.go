@@ -51,6 +51,7 @@ const (
 	verdictWindow
 	verdictDoor
 	verdictGuests
+	verdictFar
 )
 
 // verdicts are what a refusal means to the one that is refused.
@@ -62,12 +63,16 @@ var verdicts = map[byte]error{
 	verdictWindow:  refusedWindow,
 	verdictDoor:    refusedDoor,
 	verdictGuests:  errGuests,
+	verdictFar:     refusedFar,
 }
 
 // proofTransport is libp2p's TLS 1.3 followed by a mutual proof of membership.
 // It stands in the handshake, below the multiplexer, so no protocol (identify
 // and the DHT included) ever runs with a peer that has not proven it. It needs
 // no libp2p host: any net.Conn will do.
+//
+// Where both ends are sure of each other's key (Config.Vouched), a MAC with a key
+// that is no secret will do.
 //
 // TLS has authenticated both peer IDs by then. Each side answers the other's
 // fresh nonce with a MAC over its own direction, both IDs, both nonces and a
@@ -103,7 +108,15 @@ func (t *proofTransport) SecureInbound(ctx context.Context, insecure net.Conn, p
 	if err != nil {
 		return nil, err
 	}
-	return t.prove(conn, t.accept)
+	from := insecure.RemoteAddr()
+	return t.prove(conn, func(conn sec.SecureConn) error {
+		err := t.accept(conn, from)
+		var no refusal
+		if t.members.refused != nil && errors.As(err, &no) {
+			t.members.refused(Refusal{Peer: PeerID(conn.RemotePeer().String()), Addr: from.String(), Why: err})
+		}
+		return err
+	})
 }
 
 func (t *proofTransport) SecureOutbound(ctx context.Context, insecure net.Conn, p peer.ID) (sec.SecureConn, error) {
@@ -142,7 +155,7 @@ func (t *proofTransport) offer(conn sec.SecureConn) error {
 	if err != nil {
 		return err
 	}
-	p.keys = keysOf(memberProof, t.members.secrets()...)
+	p.keys = t.members.keys(conn.RemotePeer())
 	rand.Read(p.dialed[:])
 	if _, err := conn.Write(append([]byte{proofVersion, asMember}, p.dialed[:]...)); err != nil {
 		return err
@@ -199,7 +212,7 @@ func (p *proving) readAnswer(conn io.Reader) ([][]byte, error) {
 }
 
 // accept is the listening side.
-func (t *proofTransport) accept(conn sec.SecureConn) error {
+func (t *proofTransport) accept(conn sec.SecureConn, from net.Addr) error {
 	head := make([]byte, 2)
 	if _, err := io.ReadFull(conn, head); err != nil {
 		return err
@@ -215,9 +228,9 @@ func (t *proofTransport) accept(conn sec.SecureConn) error {
 		return err
 	}
 	if head[1] == asGuest {
-		return t.members.guests.welcome(conn, p)
+		return t.members.guests.welcome(conn, p, from)
 	}
-	p.keys = keysOf(memberProof, t.members.secrets()...)
+	p.keys = t.members.keys(conn.RemotePeer())
 	switch {
 	case !t.members.member(conn.RemotePeer()):
 		return refuse(conn, noMember, verdictMember)
@@ -304,6 +317,7 @@ func newProving(conn sec.SecureConn, dialer, listener peer.ID) (*proving, error)
 const (
 	memberProof = "flox 2026-01 membership proof"
 	guestProof  = "flox 2026-01 guest proof"
+	keyProof    = "flox 2026-11 proof by key alone"
 )
 
 func keysOf(purpose string, secrets ...[]byte) [][32]byte {

@@ -40,10 +40,18 @@ type server struct {
 	mu      sync.Mutex
 	streams map[peer.ID]int
 	writing map[*upload]time.Time // those with a slot: when the peer last took something
+
+	waiting waitingRoom
+	crowd   *crowd // of a storehouse; else nil
 }
 
 func newServer(h *Host) *server {
-	return &server{h: h, slots: make(chan struct{}, h.cfg.Limits.UploadSlots), streams: map[peer.ID]int{}, writing: map[*upload]time.Time{}}
+	v := &server{h: h, slots: make(chan struct{}, h.cfg.Limits.UploadSlots), streams: map[peer.ID]int{}, writing: map[*upload]time.Time{}}
+	v.waiting.waits = map[flox.CID][]*aside{}
+	if h.cfg.Role == Storehouse {
+		v.crowd = newCrowd()
+	}
+	return v
 }
 
 // upload is one block stream that a peer opened. Its queue is bounded by the
@@ -56,6 +64,7 @@ type upload struct {
 	mu    sync.Mutex
 	off   map[uint32]bool // ids cancelled and not yet answered
 	due   map[uint32]struct{}
+	told  map[*remote]struct{} // whose addresses the peer knows; of the sender
 }
 
 type upItem struct {
@@ -101,7 +110,7 @@ func (v *server) serve(s network.Stream) {
 	if r == nil {
 		return // gone already
 	}
-	up := &upload{srv: v, r: r, s: s, items: make(chan upItem, laneItems), off: map[uint32]bool{}, due: map[uint32]struct{}{}}
+	up := &upload{srv: v, r: r, s: s, items: make(chan upItem, laneItems), off: map[uint32]bool{}, due: map[uint32]struct{}{}, told: map[*remote]struct{}{}}
 	done := make(chan struct{})
 	if !v.h.spawn(func() {
 		defer close(done)
@@ -160,7 +169,12 @@ func (up *upload) read(ctx context.Context, s network.Stream) error {
 
 func (up *upload) queue(req wire.Request) error {
 	has := make([]bool, len(req.Items))
-	if blocks := up.srv.h.cfg.Blocks; blocks != nil {
+	blocks := up.srv.h.cfg.Blocks
+	if _, slow := blocks.(PackedHolder); slow {
+		for i := range has {
+			has[i] = true // or not: reading it will tell, and is as dear as asking
+		}
+	} else if blocks != nil {
 		ids := make([]flox.CID, len(req.Items))
 		for i, it := range req.Items {
 			ids[i] = it.ID
@@ -233,11 +247,17 @@ func (up *upload) send(ctx context.Context) error {
 func (up *upload) answer(ctx context.Context, w *bufio.Writer, it upItem) error {
 	rep := wire.Reply{ID: it.id}
 	var payload []byte
+	var others []*remote
+	if c := up.srv.crowd; c != nil && it.has && it.flags&wire.FlagSteer != 0 && !up.cancelled(it.id) {
+		others = c.steer(it.item.ID, up.r)
+	}
 	switch {
 	case up.cancelled(it.id):
 		rep.Status = wire.StatusCancelled
 	case !it.has:
 		rep.Status = wire.StatusNotFound
+	case len(others) > 0:
+		rep, payload = up.elsewhere(it.id, others)
 	case !up.srv.slot(ctx):
 		rep.Status = wire.StatusBusy
 	default:
@@ -245,6 +265,10 @@ func (up *upload) answer(ctx context.Context, w *bufio.Writer, it upItem) error 
 		rep, payload = up.load(ctx, it)
 		up.srv.sending(up)
 	}
+	if rep.Status == wire.StatusNotFound && up.setAside(it) {
+		return nil // it is answered when it is here, or late
+	}
+	up.noteServed(it, rep)
 	up.settled(it.id)
 	rep.Payload = len(payload)
 	if _, err := w.Write(wire.AppendReply(w.AvailableBuffer(), rep)); err != nil {
@@ -253,10 +277,24 @@ func (up *upload) answer(ctx context.Context, w *bufio.Writer, it upItem) error 
 	if _, err := w.Write(payload); err != nil {
 		return err
 	}
-	if len(payload) > 0 {
+	if rep.Status == wire.StatusData {
 		up.r.out.Add(uint64(rep.Size))
 	}
 	return nil
+}
+
+// noteServed tells the crowd who has a block now that insisted on it, or asked for it
+// as an older version does, and who was not given one. Who called it off may have it
+// from elsewhere.
+func (up *upload) noteServed(it upItem, rep wire.Reply) {
+	c := up.srv.crowd
+	switch {
+	case c == nil || it.item.Length > 0:
+	case rep.Status == wire.StatusData && it.flags&wire.FlagSteer == 0:
+		c.served(it.item.ID, up.r)
+	case rep.Status == wire.StatusNotFound, rep.Status == wire.StatusFailed, rep.Status == wire.StatusBusy:
+		c.refused(it.item.ID, up.r, rep.Status != wire.StatusBusy)
+	}
 }
 
 // slot waits a moment for an upload slot. When there is none, a peer that has
@@ -339,6 +377,16 @@ func (up *upload) load(ctx context.Context, it upItem) (wire.Reply, []byte) {
 	h := up.srv.h
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
+	if f, ok := h.frames.get(it.item.ID); ok && it.item.Length == 0 && it.flags&packedFlags != 0 && (f.zstd || it.flags&wire.FlagZstd == 0) {
+		rep := wire.Reply{ID: it.id, Size: uint32(f.size)} //nolint:gosec // of a block
+		if f.zstd {
+			rep.Flags = wire.FlagZstd
+		}
+		return rep, f.data
+	}
+	if kept, ok := h.cfg.Blocks.(PackedHolder); ok && it.flags&wire.FlagZstd != 0 && it.item.Length == 0 {
+		return up.loadPacked(ctx, kept, it.item.ID, it.id)
+	}
 	data, err := h.cfg.Blocks.Get(ctx, it.item.ID)
 	rep := wire.Reply{ID: it.id, Size: uint32(len(data))}
 	switch {
@@ -359,6 +407,23 @@ func (up *upload) load(ctx context.Context, it upItem) (wire.Reply, []byte) {
 			rep.Flags = wire.FlagZstd
 			return rep, packed
 		}
+	}
+	return rep, data
+}
+
+// loadPacked is load for a block that goes out as it is kept.
+func (up *upload) loadPacked(ctx context.Context, from PackedHolder, block flox.CID, id uint32) (wire.Reply, []byte) {
+	data, size, packed, err := from.Packed(ctx, block)
+	switch {
+	case errors.Is(err, flox.ErrNotFound):
+		return wire.Reply{ID: id, Status: wire.StatusNotFound}, nil
+	case err != nil || size > MaxBlock || len(data) > MaxBlock:
+		up.srv.h.log.Debug("cannot serve block", "block", block, "bytes", size, "err", err)
+		return wire.Reply{ID: id, Status: wire.StatusFailed}, nil
+	}
+	rep := wire.Reply{ID: id, Size: uint32(size)}
+	if packed {
+		rep.Flags = wire.FlagZstd
 	}
 	return rep, data
 }

@@ -211,7 +211,7 @@ func (r *run) applyEntry(i int, l *raft.Log) (o outcome, kind uint32, err error)
 // answer already, and fills the batch with what follows.
 func (r *run) applyOnce(i int, p Processor, e *floxv1.Envelope, at int64, index uint64) (outcome, error) {
 	own := &Tx{batch: r.batch, space: []byte{ownSpace}}
-	table := sessions{own, &r.m.oldest}
+	table := sessions{own, &r.m.oldest, r.m.known}
 	if e.Session != "" {
 		done, err := table.check(e.Session, e.Sequence, at)
 		if err != nil || done != nil {

@@ -16,16 +16,18 @@ import (
 
 // Files in a directory whose content was given up.
 const (
-	discardingFile = "discarding" // and is being removed
+	discardingFile = "discarding" // and is being put aside
 	rejoinFile     = "rejoin"     // and has not come back from the others yet
+	asideDir       = "damaged"    // what it was, until then
 )
 
 // Discard gives up what a server keeps in dir, for example after Open or Run
 // ended with ErrCorrupt. Run then gets everything from the others, under the
 // same ID: it does not begin a cluster of its own, neither votes nor stands for
 // election, and has the leader take its vote away, before it may get it again.
-// Not for the only server of a cluster: restore a backup there. Errors: ErrBusy
-// when a process uses dir. It may be called again after a crash.
+// What there was is kept in dir/damaged until then. Not for the only server of a
+// cluster: restore a backup there. Errors: ErrBusy when a process uses dir. It may
+// be called again after a crash.
 func Discard(dir string) error {
 	unlock, err := lockDir(dir)
 	if err != nil {
@@ -41,7 +43,7 @@ func Discard(dir string) error {
 	return nil
 }
 
-// finishDiscard removes what was given up, if something was. What must not be
+// finishDiscard puts aside what was given up, if something was. What must not be
 // lost is that it was: a server that forgot its votes must not vote.
 func finishDiscard(dir string) error {
 	mark := filepath.Join(dir, discardingFile)
@@ -49,9 +51,12 @@ func finishDiscard(dir string) error {
 		return nil
 	}
 	err := writeFile(filepath.Join(dir, rejoinFile), []byte("see DESIGN.md\n"))
+	if err == nil {
+		err = makeDir(filepath.Join(dir, asideDir))
+	}
 	for _, part := range []string{"log", "state", "snapshots"} {
 		if err == nil {
-			err = os.RemoveAll(filepath.Join(dir, part))
+			err = putAside(dir, part)
 		}
 	}
 	if err == nil {
@@ -66,6 +71,20 @@ func finishDiscard(dir string) error {
 	return err
 }
 
+// putAside moves a part of dir to what is kept of it. What is there already, from a
+// discard before that did not end well, holds more: then the part is removed.
+func putAside(dir, part string) error {
+	from, to := filepath.Join(dir, part), filepath.Join(dir, asideDir, part)
+	if _, err := os.Stat(to); err == nil {
+		return os.RemoveAll(from)
+	}
+	err := os.Rename(from, to)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return errors.Join(err, syncDir(filepath.Dir(to)))
+}
+
 // findRejoin notes whether this server lost its memory and is not back yet.
 func (n *Node) findRejoin() error {
 	if err := finishDiscard(n.cfg.Dir); err != nil {
@@ -74,7 +93,7 @@ func (n *Node) findRejoin() error {
 	_, err := os.Stat(filepath.Join(n.cfg.Dir, rejoinFile))
 	n.rejoining.Store(err == nil)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil
+		return os.RemoveAll(filepath.Join(n.cfg.Dir, asideDir))
 	}
 	return err
 }
@@ -96,6 +115,9 @@ func (n *Node) rejoin(ctx context.Context) {
 		if err == nil {
 			n.rejoining.Store(false)
 			n.cfg.Log.Info("the state is back from the others")
+			if err := os.RemoveAll(filepath.Join(n.cfg.Dir, asideDir)); err != nil {
+				n.cfg.Log.Warn("the damaged state is not removed", "error", err) // the next start does
+			}
 			return
 		}
 		n.cfg.Log.Warn("this server lost its state and is not back yet", "error", err)
@@ -128,7 +150,7 @@ func (n *Node) rejoinHere(ctx context.Context, q *floxv1.RejoinCall) (*floxv1.Cl
 	case s.Suffrage == raft.Voter && !c.safe(q.Id, ""):
 		return nil, fmt.Errorf("the voters that stay would have no healthy majority: %w", flox.ErrBusy)
 	case s.Suffrage == raft.Voter:
-		if err := changeError(n.wait(ctx, r.DemoteVoter(s.ID, 0, enqueueTimeout))); err != nil {
+		if err := changeError(n.change(ctx, r, r.DemoteVoter(s.ID, 0, enqueueTimeout))); err != nil {
 			return nil, err
 		}
 	}

@@ -82,7 +82,8 @@ func lockDir(dir string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
 	}
-	return f.Close, nil
+	// Closing is not enough: a process that is just being started has it, too.
+	return func() error { return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close()) }, nil
 }
 
 // freeBytes is what may still be written to the disk of dir.

@@ -223,6 +223,7 @@ func (n *Node) connect() (raft.Transport, func() error) {
 		transport = newForgetful(standing{t, n}, ctx.Done())
 	}
 	return transport, func() error {
+		n.beats.Lock() // and never unlocked
 		cancel()
 		p.close()
 		t.CloseStreams()
@@ -238,6 +239,24 @@ type standing struct {
 }
 
 var _ raft.WithPreVote = standing{}
+
+// SetHeartbeatHandler is raft.Transport. Heartbeats are handled beside raft's own
+// goroutine, so one may be under way after raft has shut down: it writes the term
+// to the log, which must be open.
+func (s standing) SetHeartbeatHandler(handle func(raft.RPC)) {
+	s.NetworkTransport.SetHeartbeatHandler(s.node.whileOpen(handle))
+}
+
+// whileOpen calls handle until the node ends, which waits for it.
+func (n *Node) whileOpen(handle func(raft.RPC)) func(raft.RPC) {
+	return func(q raft.RPC) {
+		if !n.beats.TryRLock() {
+			return // nobody is answered; the connection is about to be closed
+		}
+		defer n.beats.RUnlock()
+		handle(q)
+	}
+}
 
 var errDrained = fmt.Errorf("this server is drained and does not stand for election: %w", flox.ErrDenied)
 

@@ -33,6 +33,9 @@ type logStore struct {
 	*wal.WAL
 	snapshots *snapshots
 	rotten    func(error) // told of damage; nil while the directory is being opened
+	recent    recent
+	// voteTerm is the first half of a vote that raft is about to write, see Set.
+	voteTerm []byte
 }
 
 var (
@@ -48,6 +51,10 @@ func (s *logStore) IsMonotonic() bool { return false }
 // compare terms: a leader sends an entry only with the one before it at hand, and
 // a follower applies only what is behind its snapshot.
 func (s *logStore) GetLog(index uint64, l *raft.Log) error {
+	if kept := s.recent.get(index); kept != nil {
+		*l = *kept
+		return nil
+	}
 	err := s.WAL.GetLog(index, l)
 	if err == nil {
 		err = checkEntry(index, l)
@@ -97,7 +104,17 @@ func (s *logStore) StoreLogs(logs []*raft.Log) error {
 		c.Extensions = sumEntry(l)
 		summed[i] = &c
 	}
-	return s.WAL.StoreLogs(summed)
+	if err := s.WAL.StoreLogs(summed); err != nil {
+		return err
+	}
+	s.recent.keep(summed)
+	return nil
+}
+
+// DeleteRange is raft.LogStore.
+func (s *logStore) DeleteRange(first, last uint64) error {
+	s.recent.clear()
+	return s.WAL.DeleteRange(first, last)
 }
 
 // rot ends the server, and whoever in raft was about to believe what was read.
@@ -136,13 +153,49 @@ func withSum(key, value []byte) []byte {
 	return binary.BigEndian.AppendUint32(bytes.Clone(value), crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, value))
 }
 
-// Set is raft.StableStore.
+// What raft calls the two halves of a vote. It writes them in this order.
+const (
+	voteTermKey = "LastVoteTerm"
+	voteCandKey = "LastVoteCand"
+	// voteKey is where we keep both: the term, 8 bytes, and the candidate.
+	voteKey = "LastVote"
+)
+
+// Set is raft.StableStore. A vote's term waits for its candidate: in one write
+// they cost one sync less, and none is ever found without the other. Raft gives
+// a vote only when it has both of them written.
 func (s *logStore) Set(key, value []byte) error {
+	switch string(key) {
+	case voteTermKey:
+		s.voteTerm = bytes.Clone(value)
+		return nil
+	case voteCandKey:
+		key, value = []byte(voteKey), append(s.voteTerm[:len(s.voteTerm):len(s.voteTerm)], value...)
+	}
 	return s.WAL.Set(summedKey(key), withSum(key, value))
 }
 
 // Get is raft.StableStore.
 func (s *logStore) Get(key []byte) ([]byte, error) {
+	if k := string(key); k == voteTermKey || k == voteCandKey {
+		vote, err := s.read([]byte(voteKey))
+		if err == nil && len(vote) > 0 && len(vote) < 8 {
+			err = s.rot(fmt.Errorf("vote of %d bytes: %w", len(vote), flox.ErrCorrupt))
+		}
+		switch {
+		case err != nil:
+			return nil, err
+		case len(vote) > 0 && k == voteTermKey:
+			return vote[:8], nil
+		case len(vote) > 0:
+			return vote[8:], nil
+		} // else from before they were one
+	}
+	return s.read(key)
+}
+
+// read gives what is kept at a key.
+func (s *logStore) read(key []byte) ([]byte, error) {
 	b, err := s.WAL.Get(summedKey(key))
 	switch {
 	case err != nil:
@@ -160,10 +213,21 @@ func (s *logStore) SetUint64(key []byte, value uint64) error {
 	return s.Set(key, binary.BigEndian.AppendUint64(nil, value))
 }
 
+// old reports whether a value was never written with a sum, if at all.
+func (s *logStore) old(key []byte) (bool, error) {
+	if string(key) == voteTermKey {
+		if vote, err := s.WAL.Get(summedKey([]byte(voteKey))); err != nil || len(vote) > 0 {
+			return false, err
+		}
+	}
+	b, err := s.WAL.Get(summedKey(key))
+	return len(b) == 0, err
+}
+
 // GetUint64 is raft.StableStore.
 func (s *logStore) GetUint64(key []byte) (uint64, error) {
-	old, err := s.WAL.Get(summedKey(key))
-	if err == nil && len(old) == 0 {
+	old, err := s.old(key)
+	if err == nil && old {
 		return s.WAL.GetUint64(key)
 	}
 	b, err := s.Get(key)

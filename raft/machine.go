@@ -1,10 +1,12 @@
 package raft
 
 import (
+	"encoding/binary"
 	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/hashicorp/raft"
@@ -19,13 +21,15 @@ type machine struct {
 
 	members func() error // called when the members' part of the state may have changed; nil while opening
 
-	time   int64 // Unix milliseconds of the last entry in the state
-	oldest int64 // see sessions
+	time   int64             // Unix milliseconds of the last entry in the state
+	oldest int64             // see sessions
+	known  map[string]record // see sessions
 
 	// stopped is why this node applies nothing more; closed is closed with it.
 	stopped atomic.Pointer[error]
 	closed  chan struct{}
 	once    sync.Once
+	held    atomic.Int64 // longest that a snapshot held applies back, nanoseconds
 
 	mu      sync.Mutex
 	index   uint64        // last entry in the state
@@ -34,7 +38,7 @@ type machine struct {
 
 var _ raft.BatchingFSM = (*machine)(nil)
 
-// Snapshot is raft.FSM: it takes a checkpoint, which links files and copies next to nothing.
+// Snapshot is raft.FSM.
 func (m *machine) Snapshot() (raft.FSMSnapshot, error) { return m.snapshot() }
 
 // Restore is raft.FSM: it replaces the state by a snapshot's.
@@ -100,7 +104,7 @@ func (m *machine) load() error {
 	if err != nil {
 		return err
 	}
-	m.time, m.oldest = at, 0
+	m.time, m.oldest, m.known = at, 0, map[string]record{}
 	m.mu.Lock()
 	m.index = index
 	m.mu.Unlock()
@@ -111,8 +115,12 @@ func (m *machine) load() error {
 	return nil
 }
 
-// snapshot takes a checkpoint of the state for raft to keep.
+// snapshot gives the state for raft to keep. Nothing is applied meanwhile, so the
+// checkpoint itself is made later, beside what goes on: it may hold more than was
+// applied by now, which is then not applied again.
 func (m *machine) snapshot() (raft.FSMSnapshot, error) {
+	begin := time.Now()
+	defer func() { m.held.Store(max(m.held.Load(), int64(time.Since(begin)))) }()
 	if err := m.stopped.Load(); err != nil {
 		return nil, *err
 	}
@@ -120,14 +128,17 @@ func (m *machine) snapshot() (raft.FSMSnapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer db.release()
-	dir, err := m.snapshots.checkpoint(func(dir string) error {
-		return db.Checkpoint(dir, pebble.WithFlushedWAL())
-	})
+	return &checkpoint{db: db, applied: m.applied()}, nil
+}
+
+// restored is the last entry in the state when it was restored, 0 if it never was.
+func (m *machine) restored() (uint64, error) {
+	db, err := m.state.acquire()
 	if err != nil {
-		return nil, fmt.Errorf("checkpoint of the state: %w", err)
+		return 0, err
 	}
-	return &checkpoint{dir: dir, applied: m.applied()}, nil
+	defer db.release()
+	return number(db, keyRestored)
 }
 
 // restore replaces the state by the one rc holds.
@@ -136,6 +147,12 @@ func (m *machine) restore(rc io.ReadCloser) error {
 	err := m.state.replace(func(dir string) error {
 		_, err := unpack(rc, dir)
 		return err
+	}, func(db *database) error {
+		index, _, err := applied(db)
+		if err != nil {
+			return err
+		}
+		return db.Set(keyRestored, binary.BigEndian.AppendUint64(nil, index), pebble.Sync)
 	})
 	if err != nil {
 		return fmt.Errorf("restore snapshot: %w", err)

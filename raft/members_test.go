@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/armon/go-metrics"
 	"github.com/hashicorp/raft"
 
 	"github.com/floxctl/flox"
@@ -149,8 +151,8 @@ func TestTransferAndDrain(t *testing.T) {
 	c.leader()
 }
 
-// Nobody is removed if those who stay had no healthy majority; who is away may
-// be, and so may the leader.
+// Nobody is removed if those who stay had no healthy majority, not by force
+// either; who is away is removed by force only, and the leader may be.
 func TestRemoveServer(t *testing.T) {
 	c := newCluster(t, nil)
 	leader := c.leader()
@@ -162,10 +164,16 @@ func TestRemoveServer(t *testing.T) {
 	if err := c.nodes[other].RemoveServer(within(t), c.cfg[other].ID); !errors.Is(err, flox.ErrBusy) {
 		t.Fatalf("remove one of the last two: %v, want ErrBusy", err)
 	}
+	if err := c.nodes[other].ForceRemoveServer(within(t), c.cfg[other].ID); !errors.Is(err, flox.ErrBusy) || !strings.Contains(err.Error(), "restore") {
+		t.Fatalf("remove one of the last two by force: %v, want ErrBusy and what to do", err)
+	}
 	if err := c.nodes[other].RemoveServer(within(t), "nobody"); !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("remove nobody: %v", err)
 	}
-	if err := c.nodes[other].RemoveServer(within(t), c.cfg[away].ID); err != nil {
+	if err := c.nodes[other].RemoveServer(within(t), c.cfg[away].ID); !errors.Is(err, flox.ErrBusy) || !strings.Contains(err.Error(), "force") {
+		t.Fatalf("remove one that is away: %v, want ErrBusy and what to do", err)
+	}
+	if err := c.nodes[other].ForceRemoveServer(within(t), c.cfg[away].ID); err != nil {
 		t.Fatal(err)
 	}
 	if err := c.nodes[other].RemoveServer(within(t), c.cfg[leader].ID); err != nil {
@@ -179,10 +187,56 @@ func TestRemoveServer(t *testing.T) {
 	c.until("one is left", func(s []ServerStatus) bool { return len(s) == 1 })
 }
 
+// Without a majority nobody is removed, and the operator is told what to do.
+func TestRemoveServerWithoutMajority(t *testing.T) {
+	c := newCluster(t, nil)
+	stays := c.leader()
+	for i := range c.nodes {
+		if i == stays {
+			continue
+		}
+		if err := c.stop[i](); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	err := c.nodes[stays].ForceRemoveServer(ctx, c.cfg[(stays+1)%3].ID)
+	if err == nil || !errors.Is(err, flox.ErrBusy) && !errors.Is(err, flox.ErrUnreachable) || !strings.Contains(err.Error(), "restore") {
+		t.Errorf("remove without a majority: %v, want a refusal that says what to do", err)
+	}
+}
+
+// slowLeader is a sink of measurements that holds a leader right after it told
+// the others of a new entry, and holds the answers of all but "new" longer.
+type slowLeader struct{ metrics.BlackholeSink }
+
+func (*slowLeader) AddSampleWithLabels(key []string, _ float32, labels []metrics.Label) {
+	switch {
+	case slices.Contains(key, "dispatchLog"):
+		time.Sleep(50 * time.Millisecond)
+	case slices.Contains(key, "replication") && slices.Contains(key, "rpc") && !slices.Contains(labels, metrics.Label{Name: "peer_id", Value: "new"}):
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// slowDown makes the leaders of this test slow.
+func slowDown(t *testing.T) {
+	t.Helper()
+	set := func(sink metrics.MetricSink) {
+		if _, err := metrics.NewGlobal(&metrics.Config{FilterDefault: true}, sink); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(&slowLeader{})
+	t.Cleanup(func() { set(&metrics.BlackholeSink{}) })
+}
+
 // A server that is away stays a member until another one came for it, and goes
-// then, one for one.
+// then, one for one, also if that one answers sooner than the leader counts its vote.
 func TestDeadServerIsReplaced(t *testing.T) {
-	c := newCluster(t, func(cfg *Config) { cfg.DeadAfter = 300 * time.Millisecond })
+	slowDown(t)
+	c := newCluster(t, func(cfg *Config) { cfg.DeadAfter = time.Second })
 	dead := (c.leader() + 1) % 3
 	if err := c.stop[dead](); err != nil {
 		t.Fatal(err)
@@ -225,7 +279,7 @@ func TestLevels(t *testing.T) {
 	c.until("all are upgraded", func(s []ServerStatus) bool {
 		return byID(s, "n2").Level == 2 && c.nodes[c.leader()].ClusterLevel() == 2
 	})
-	if _, _, err := c.nodes[1].NewSession().ProposeAt(within(t), 2, testKind, []byte("add x")); err != nil {
+	if _, _, err := c.nodes[1].NewSession().ProposeWith(within(t), testKind, []byte("add x"), ProposeOptions{Level: 2}); err != nil {
 		t.Fatal(err)
 	}
 	c.same("x", 1)
@@ -333,7 +387,8 @@ func TestPatience(t *testing.T) {
 	n.probes.byID = map[string]probe{"far": far}
 	n.probes.mu.Unlock()
 	n.tune(r)
-	if got := r.ReloadableConfig().HeartbeatTimeout; got < 1900*ms {
+	// On a busy machine it was nearly there before, and small changes are let be.
+	if got := r.ReloadableConfig().HeartbeatTimeout; got < 1600*ms {
 		t.Errorf("heartbeat %v with round trips of 200 ms, want about 2 s", got)
 	}
 	far.rtt = ms
@@ -343,5 +398,35 @@ func TestPatience(t *testing.T) {
 	n.tune(r)
 	if got := r.ReloadableConfig().HeartbeatTimeout; got != c.cfg[0].Heartbeat {
 		t.Errorf("heartbeat %v with short round trips, want %v", got, c.cfg[0].Heartbeat)
+	}
+}
+
+// A command of a level that nothing keeps the cluster from is taken right after the
+// start, when the level was not raised yet.
+func TestLevelIsReachedAfterTheStart(t *testing.T) {
+	n, _ := start(t, Config{Dir: t.TempDir(), ID: "a", Bootstrap: true, ReserveBytes: 1, Level: 3})
+	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{Level: 3}); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{Level: 4}); !errors.Is(err, ErrLevel) {
+		t.Errorf("a level that this program does not know: %v", err)
+	}
+}
+
+// Who reads while a server ends is told, and nobody waits on raft for ever (TestMain
+// looks for goroutines).
+func TestReadsMeetTheEnd(t *testing.T) {
+	n, stop := single(t, t.TempDir())
+	r := n.raft.Load()
+	if err := n.verify(within(t), r); err != nil {
+		t.Fatal(err)
+	}
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	for range 32 { // raft takes half of them
+		if err := n.verify(within(t), r); !errors.Is(err, ErrNotLeader) {
+			t.Fatalf("verified behind the end: %v", err)
+		}
 	}
 }

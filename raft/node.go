@@ -39,7 +39,9 @@ type Node struct {
 	rejoining atomic.Bool // it lost its state, see Discard
 
 	fresh       freshness
+	acks        acks
 	leadership  leadership
+	beats       sync.RWMutex          // read locked by each heartbeat, locked for good after raft's end
 	peers       atomic.Pointer[peers] // set while Run runs with a Layer
 	bytes       *semaphore.Weighted   // bounds the commands of callers here
 	served      chan struct{}         // bounds the calls of other servers
@@ -161,7 +163,13 @@ func (n *Node) reconcile() error {
 		return fmt.Errorf("%s: the log begins at entry %d and no readable snapshot reaches it; put the directory back from a backup or let the server join again as a new one: %w",
 			n.cfg.Dir, first, flox.ErrCorrupt)
 	}
-	if have := max(last, newest.Raft.Index); n.machine.applied() > have {
+	restored, err := n.machine.restored()
+	if err != nil {
+		return err
+	}
+	// A snapshot may hold more than its index says, and its state be here before the
+	// entries in between: others have them, who will send them again.
+	if have := max(last, newest.Raft.Index, restored); n.machine.applied() > have {
 		return fmt.Errorf("%s: the state is at entry %d, the log ends at %d: part of the log was lost; put the directory back from a backup: %w",
 			n.cfg.Dir, n.machine.applied(), have, flox.ErrCorrupt)
 	}
@@ -184,7 +192,7 @@ func (n *Node) config() *raft.Config {
 	c.HeartbeatTimeout = n.cfg.Heartbeat
 	c.ElectionTimeout = n.cfg.Heartbeat
 	c.LeaderLeaseTimeout = n.cfg.Heartbeat
-	c.CommitTimeout = max(n.cfg.Heartbeat/20, 5*time.Millisecond) // how late a follower hears of the last commit
+	c.CommitTimeout = max(n.cfg.Heartbeat/40, 5*time.Millisecond) // half of how late a follower hears of the last commit
 	c.SnapshotThreshold = n.cfg.SnapshotEvery
 	c.SnapshotInterval = n.cfg.SnapshotCheck
 	c.TrailingLogs = n.cfg.KeepEntries

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -19,6 +20,9 @@ const (
 	// maxBytesInFlight bounds the commands a server holds for its own callers, and
 	// again those for the other servers.
 	maxBytesInFlight = 64 << 20
+	// levelWait is how long a command waits for its level, levelPoll how often it looks.
+	levelWait = 3 * time.Second
+	levelPoll = 10 * time.Millisecond
 )
 
 // ProposeOptions make a proposal safe to repeat.
@@ -32,6 +36,9 @@ type ProposeOptions struct {
 	// Level the command belongs to: it is refused with ErrLevel until every member
 	// of the cluster knows it; 0 = every server always did.
 	Level uint32
+	// Freeing marks what makes room, or must not wait until there is some: it may use
+	// most of what is kept free for the log.
+	Freeing bool
 }
 
 // Propose puts a command into the log and waits until it is applied here. Any
@@ -56,7 +63,7 @@ func (n *Node) propose(ctx context.Context, kind uint32, command []byte, opt Pro
 	}
 	defer n.bytes.Release(int64(len(command)))
 	a, unknown, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_Propose{Propose: &floxv1.ProposeCall{
-		Session: opt.Session, Sequence: opt.Sequence, Kind: kind, Command: command, Level: opt.Level,
+		Session: opt.Session, Sequence: opt.Sequence, Kind: kind, Command: command, Level: opt.Level, Freeing: opt.Freeing,
 	}}}, opt.Session != "")
 	if err != nil && (a == nil || a.Index == 0) {
 		return nil, 0, unknown, err
@@ -81,6 +88,25 @@ func (n *Node) acceptable(kind uint32, command []byte) error {
 	return nil
 }
 
+// freeingShare is which part of the reserve even what makes room leaves alone.
+const freeingShare = 8
+
+// room refuses commands that would take what is kept free of the disk.
+func (n *Node) room(freeing bool) error {
+	free, err := freeBytes(n.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	keep := n.cfg.ReserveBytes
+	if freeing {
+		keep /= freeingShare
+	}
+	if free < keep {
+		return fmt.Errorf("%s has %d MiB free and %d MiB are kept for the log: make room on that disk: %w", n.cfg.Dir, free>>20, keep>>20, flox.ErrFull)
+	}
+	return nil
+}
+
 // proposeHere is one try on the leader; ErrNotLeader elsewhere.
 func (n *Node) proposeHere(ctx context.Context, c *floxv1.ProposeCall) (*floxv1.ClusterAnswer, error) {
 	r, err := n.active()
@@ -90,16 +116,11 @@ func (n *Node) proposeHere(ctx context.Context, c *floxv1.ProposeCall) (*floxv1.
 	if err := n.acceptable(c.Kind, c.Command); err != nil {
 		return nil, err
 	}
-	if c.Level > n.level.Load() {
-		return nil, n.tooNew(r, c.Level)
-	}
-	free, err := freeBytes(n.cfg.Dir)
-	if err != nil {
+	if err := n.reachLevel(ctx, r, c.Level); err != nil {
 		return nil, err
 	}
-	if free < n.cfg.ReserveBytes {
-		return nil, fmt.Errorf("%s has %d MiB free and %d MiB are kept for the log: make room on that disk: %w",
-			n.cfg.Dir, free>>20, n.cfg.ReserveBytes>>20, flox.ErrFull)
+	if err := n.room(c.Freeing); err != nil {
+		return nil, err
 	}
 	entry, err := encodeEntry(&floxv1.Envelope{
 		Version: EnvelopeVersion, Session: c.Session, Sequence: c.Sequence,
@@ -129,10 +150,32 @@ func (n *Node) proposeHere(ctx context.Context, c *floxv1.ProposeCall) (*floxv1.
 	return &floxv1.ClusterAnswer{Reply: a.reply, Index: f.Index()}, nil
 }
 
-// tooNew says which server keeps the cluster from a level.
-func (n *Node) tooNew(r *raft.Raft, level uint32) error {
+// reachLevel waits a moment for a level that nobody is known to keep the cluster
+// from: a new leader has not yet heard from the others, or raised it.
+func (n *Node) reachLevel(ctx context.Context, r *raft.Raft, level uint32) error {
+	end := time.NewTimer(levelWait)
+	defer end.Stop()
+	for level > n.level.Load() {
+		older, why := n.tooNew(r, level)
+		if older {
+			return why
+		}
+		select {
+		case <-time.After(levelPoll):
+		case <-end.C:
+			return why
+		case <-ctx.Done():
+			return why
+		}
+	}
+	return nil
+}
+
+// tooNew says which server keeps the cluster from a level, and whether one is known to.
+func (n *Node) tooNew(r *raft.Raft, level uint32) (older bool, err error) {
 	who := "this leader has not yet heard from every server"
 	if n.cfg.Level < level {
+		older = true
 		who = fmt.Sprintf("the leader %s knows level %d (version %q): upgrade it", n.cfg.ID, n.cfg.Level, n.cfg.Version)
 	}
 	for _, s := range r.GetConfiguration().Configuration().Servers {
@@ -142,10 +185,11 @@ func (n *Node) tooNew(r *raft.Raft, level uint32) error {
 		case p.heard.IsZero():
 			who = fmt.Sprintf("server %s has not been heard since the leader started", id)
 		case p.level < level:
+			older = true
 			who = fmt.Sprintf("server %s knows level %d (version %q): upgrade it", id, p.level, p.version)
 		}
 	}
-	return fmt.Errorf("propose: a command of level %d while the cluster is at level %d; %s: %w", level, n.level.Load(), who, ErrLevel)
+	return older, fmt.Errorf("propose: a command of level %d while the cluster is at level %d; %s: %w", level, n.level.Load(), who, ErrLevel)
 }
 
 // now is the clock of proposals: the machine's, but never going back.
@@ -201,6 +245,30 @@ func (n *Node) wait(ctx context.Context, f raft.Future) error {
 	return n.await(ctx, f)
 }
 
+// change waits for a change of the members. While it is not settled, entries
+// follow it: raft does not count what a server has stored before the leader's
+// own list says that it votes, so a quick answer of a new voter is lost, and if
+// every other vote is needed, nothing is agreed on until it answers for a later entry.
+func (n *Node) change(ctx context.Context, r *raft.Raft, f raft.Future) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var follow sync.WaitGroup
+	follow.Go(func() {
+		tick := time.NewTicker(n.cfg.Heartbeat)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				n.wait(ctx, r.Barrier(enqueueTimeout)) //nolint:errcheck // what it is for says how it ended
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	defer follow.Wait()
+	defer cancel()
+	return n.wait(ctx, f)
+}
+
 // proposeError says in our words why a proposal was not answered.
 func proposeError(err error) error {
 	switch {
@@ -240,11 +308,11 @@ func (s *Session) begin() { s.name, s.next = rand.Text(), 1 }
 // Propose is Node.Propose with this session: it is repeated until the outcome is
 // known or ctx ends, whoever leads meanwhile. Errors as there.
 func (s *Session) Propose(ctx context.Context, kind uint32, command []byte) (reply []byte, index uint64, err error) {
-	return s.ProposeAt(ctx, 0, kind, command)
+	return s.ProposeWith(ctx, kind, command, ProposeOptions{})
 }
 
-// ProposeAt is Propose for a command of a level, see ProposeOptions.
-func (s *Session) ProposeAt(ctx context.Context, level, kind uint32, command []byte) (reply []byte, index uint64, err error) {
+// ProposeWith is Propose with options; those of the session are its own.
+func (s *Session) ProposeWith(ctx context.Context, kind uint32, command []byte, opt ProposeOptions) (reply []byte, index uint64, err error) {
 	select {
 	case <-s.turn:
 	case <-ctx.Done():
@@ -254,7 +322,8 @@ func (s *Session) ProposeAt(ctx context.Context, level, kind uint32, command []b
 	for {
 		sequence, unknown := s.next, false
 		s.next++
-		reply, index, unknown, err = s.node.propose(ctx, kind, command, ProposeOptions{Session: s.name, Sequence: sequence, Level: level})
+		opt.Session, opt.Sequence = s.name, sequence
+		reply, index, unknown, err = s.node.propose(ctx, kind, command, opt)
 		switch {
 		case err == nil:
 		case errors.Is(err, ErrSessionExpired) && unknown:

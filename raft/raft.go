@@ -100,7 +100,8 @@ type Config struct {
 	ReserveBytes uint64
 	// MaxInFlight is how many proposals and reads may wait at once. Default 4096.
 	MaxInFlight int
-	// CacheBytes is Pebble's block cache. Default 64 MiB.
+	// CacheBytes is Pebble's block cache, which grows with what is read. Default a
+	// sixteenth of the memory there is, at least 64 MiB and at most 2 GiB.
 	CacheBytes int64
 	// Level is the newest level of commands this program knows; a level is raised
 	// when a program can apply commands that former ones cannot. Default 1.
@@ -151,7 +152,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.KeepEntries, 10240)
 	setDefault(&c.ReserveBytes, 128<<20)
 	setDefault(&c.MaxInFlight, 4096)
-	setDefault(&c.CacheBytes, 64<<20)
+	setDefault(&c.CacheBytes, defaultCache())
 	setDefault(&c.Level, firstLevel)
 	setDefault(&c.PromoteAfter, 10*time.Second)
 	setDefault(&c.DeadAfter, time.Minute)

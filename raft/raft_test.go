@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"go.uber.org/goleak"
 	"google.golang.org/protobuf/proto"
 
@@ -312,11 +313,25 @@ func TestProposeRefuses(t *testing.T) {
 	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{}); !errors.Is(err, flox.ErrFull) {
 		t.Errorf("full disk: %v, want ErrFull", err)
 	}
+	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{Freeing: true}); !errors.Is(err, flox.ErrFull) {
+		t.Errorf("full disk, what makes room: %v, want ErrFull", err)
+	}
 	if n.Status().Last != last {
 		t.Error("something refused reached the log")
 	}
 	if got := count(t, n, Linearizable, "x"); got != 0 {
 		t.Error("reads must go on when the disk is full")
+	}
+	free, err := freeBytes(n.cfg.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.cfg.ReserveBytes = 4 * free
+	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{}); !errors.Is(err, flox.ErrFull) {
+		t.Errorf("what is kept for the log: %v, want ErrFull", err)
+	}
+	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{Freeing: true}); err != nil {
+		t.Errorf("what makes room on a full disk: %v", err)
 	}
 }
 
@@ -573,4 +588,36 @@ type tcpLayer struct{ net.Listener }
 
 func (tcpLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
 	return net.DialTimeout("tcp", address, timeout)
+}
+
+// A heartbeat that is handled while raft shuts down has the log open; one that
+// comes later is not handled.
+func TestNoHeartbeatAfterTheEnd(t *testing.T) {
+	n := &Node{}
+	handled := make(chan struct{})
+	release := make(chan struct{})
+	count := 0
+	handle := n.whileOpen(func(raft.RPC) {
+		count++
+		close(handled)
+		<-release
+	})
+	go handle(raft.RPC{})
+	<-handled
+	closed := make(chan struct{})
+	go func() {
+		n.beats.Lock()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+		t.Error("the node goes on to close while a heartbeat is handled")
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(release)
+	<-closed
+	handle(raft.RPC{})
+	if count != 1 {
+		t.Errorf("%d heartbeats handled, want 1", count)
+	}
 }

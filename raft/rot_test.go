@@ -108,6 +108,21 @@ func (c *cluster) comesBack(i int, what string) bool {
 	return false
 }
 
+// replace has a server that was damaged begin anew.
+func (c *cluster) replace(i int, what string) {
+	c.t.Helper()
+	if !c.away[i] {
+		_ = c.stop[i]() // which may find the damage now
+	}
+	if err := Discard(c.cfg[i].Dir); err != nil {
+		c.t.Fatal(err)
+	}
+	if !c.comesBack(i, "discard") {
+		c.t.Fatalf("server %d does not come back after %s", i, what)
+	}
+	c.until("it votes again", func(s []ServerStatus) bool { m := byID(s, c.cfg[i].ID); return m.Voter && m.Healthy })
+}
+
 // Random flips and cuts in the files of one of three servers (ROT=1000 for
 // the long form): it runs with the same state as the others, or ends with an
 // error; then what it has is discarded, and it is a voter again with the state of
@@ -144,17 +159,11 @@ func TestRot(t *testing.T) {
 			t.Fatal(err)
 		}
 		what := spoil(t, rng, c.cfg[bad].Dir)
-		if c.comesBack(bad, what) {
-			continue
+		if !c.comesBack(bad, what) {
+			found++
 		}
-		found++
-		if err := Discard(c.cfg[bad].Dir); err != nil {
-			t.Fatal(err)
-		}
-		if !c.comesBack(bad, "discard") {
-			t.Fatalf("round %d: server %d does not come back after %s", round, bad, what)
-		}
-		c.until("it votes again", func(s []ServerStatus) bool { m := byID(s, c.cfg[bad].ID); return m.Voter && m.Healthy })
+		// Also where nobody read what is damaged: two servers of three must not be.
+		c.replace(bad, what)
 	}
 	t.Logf("%d of %d were found", found, rounds)
 }
@@ -239,5 +248,45 @@ func TestLogSums(t *testing.T) {
 	}
 	if _, err := n.log.GetUint64(key); !errors.Is(err, flox.ErrCorrupt) {
 		t.Errorf("term: %v, want ErrCorrupt", err)
+	}
+}
+
+// What is given up stays until the state is back from the others, also when it is
+// given up twice.
+func TestDiscardKeepsWhatThereWas(t *testing.T) {
+	c := newCluster(t, nil)
+	lost := (c.leader() + 1) % 3
+	add(t, c.nodes[c.leader()], "x", ProposeOptions{})
+	if err := c.stop[lost](); err != nil {
+		t.Fatal(err)
+	}
+	dir := c.cfg[lost].Dir
+	exists := func(name ...string) bool {
+		_, err := os.Stat(filepath.Join(append([]string{dir}, name...)...))
+		return err == nil
+	}
+	for range 2 {
+		if err := Discard(dir); err != nil {
+			t.Fatal(err)
+		}
+		for _, part := range []string{"log", "state"} {
+			if exists(part) || !exists(asideDir, part) {
+				t.Fatalf("%s: there %v, kept %v", part, exists(part), exists(asideDir, part))
+			}
+		}
+		if there, err := filepath.Glob(filepath.Join(dir, asideDir, "state", "*", "*")); len(there) == 0 {
+			t.Fatalf("what is kept is empty: %v", err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, "state"), 0o700); err != nil { // as a start that was killed leaves it
+			t.Fatal(err)
+		}
+	}
+	c.start(lost)
+	c.until("it votes again and keeps nothing", func(s []ServerStatus) bool {
+		m := byID(s, c.cfg[lost].ID)
+		return m.Voter && m.Healthy && !exists(asideDir)
+	})
+	if got := count(t, c.nodes[lost], Linearizable, "x"); got != 1 {
+		t.Errorf("count %d, want 1", got)
 	}
 }

@@ -47,15 +47,31 @@ func (n *Node) AddServer(ctx context.Context, id, address string, voter bool) er
 }
 
 // RemoveServer takes a server out of the cluster. It is refused with ErrBusy
-// while the voters that stay would have no healthy majority. A leader hands over
-// first. Errors: ErrNotFound.
-func (n *Node) RemoveServer(ctx context.Context, id string) error {
-	_, _, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_RemoveServer{RemoveServer: &floxv1.RemoveServerCall{Id: id}}}, true)
+// while the voters that stay would have no healthy majority, and for a voter that
+// does not answer: see ForceRemoveServer. A leader hands over first. Errors:
+// ErrNotFound.
+func (n *Node) RemoveServer(ctx context.Context, id string) error { return n.remove(ctx, id, false) }
+
+// ForceRemoveServer is RemoveServer for a server that is away, by an operator
+// who knows that it never comes back. It, too, is refused without a healthy
+// majority of the voters that stay: nobody can say then what was acknowledged.
+func (n *Node) ForceRemoveServer(ctx context.Context, id string) error {
+	return n.remove(ctx, id, true)
+}
+
+func (n *Node) remove(ctx context.Context, id string, force bool) error {
+	_, _, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_RemoveServer{RemoveServer: &floxv1.RemoveServerCall{Id: id, Force: force}}}, true)
+	if errors.Is(err, ErrNotLeader) {
+		err = fmt.Errorf("%w; without a leader nobody can be removed: %s", err, noMajority)
+	}
 	if err != nil {
 		return fmt.Errorf("remove server %s: %w", id, err)
 	}
 	return nil
 }
+
+// noMajority is what an operator can do when a majority of the voters is away.
+const noMajority = "bring a majority of the voters back; if they are lost for good, restore a backup into a new cluster"
 
 // Transfer hands leadership to a healthy voter, or to the one that is furthest
 // if to is "". Errors: ErrNotFound, ErrBusy when it cannot take over now.
@@ -124,6 +140,9 @@ func toMilli(t time.Time) int64 {
 // this server has applied the log. It never falls.
 func (n *Node) ClusterLevel() uint32 { return n.level.Load() }
 
+// Level is the newest level of commands that this server's program knows.
+func (n *Node) Level() uint32 { return n.cfg.Level }
+
 // leading gives raft on the leader and the members as it sees them.
 func (n *Node) leading() (*raft.Raft, *census, error) {
 	r, err := n.active()
@@ -168,11 +187,11 @@ func (n *Node) addHere(ctx context.Context, q *floxv1.AddServerCall) error {
 		if q.Id == n.cfg.ID || !c.safe(q.Id, "") {
 			return fmt.Errorf("the voters that stay would have no healthy majority, or it leads: %w", flox.ErrBusy)
 		}
-		if err := changeError(n.wait(ctx, r.DemoteVoter(s.ID, 0, enqueueTimeout))); err != nil {
+		if err := changeError(n.change(ctx, r, r.DemoteVoter(s.ID, 0, enqueueTimeout))); err != nil {
 			return err
 		}
 	}
-	err = changeError(n.wait(ctx, r.AddNonvoter(raft.ServerID(q.Id), raft.ServerAddress(q.Address), 0, enqueueTimeout)))
+	err = changeError(n.change(ctx, r, r.AddNonvoter(raft.ServerID(q.Id), raft.ServerAddress(q.Address), 0, enqueueTimeout)))
 	n.hurry()
 	return err
 }
@@ -209,14 +228,16 @@ func (n *Node) removeHere(ctx context.Context, q *floxv1.RemoveServerCall) error
 	case !ok:
 		return fmt.Errorf("no such member: %w", flox.ErrNotFound)
 	case s.Suffrage == raft.Voter && !c.safe(q.Id, ""):
-		return fmt.Errorf("the voters that stay would have no healthy majority: %w", flox.ErrBusy)
+		return fmt.Errorf("the voters that stay would have no healthy majority: %s: %w", noMajority, flox.ErrBusy)
+	case s.Suffrage == raft.Voter && !c.healthy(q.Id) && !q.Force:
+		return fmt.Errorf("it does not answer or is far behind, and may come back: remove it with force if it never will: %w", flox.ErrBusy)
 	case q.Id == n.cfg.ID:
 		if err := n.transferHere(ctx, ""); err != nil {
 			return err
 		}
 		return fmt.Errorf("handed over, ask the next leader: %w", ErrNotLeader)
 	}
-	if err := changeError(n.wait(ctx, r.RemoveServer(s.ID, 0, enqueueTimeout))); err != nil {
+	if err := changeError(n.change(ctx, r, r.RemoveServer(s.ID, 0, enqueueTimeout))); err != nil {
 		return err
 	}
 	_, err = n.proposeHere(ctx, n.decide(&floxv1.ServersCommand{Command: &floxv1.ServersCommand_Forget{Forget: &floxv1.ServerForget{Id: q.Id}}}))

@@ -126,7 +126,12 @@ type sessions struct {
 	// oldest is no later than any session's last use, 0 = unknown. It only saves
 	// looking: the first keys by last use are mostly deleted ones.
 	oldest *int64
+	// known is what the state holds of the sessions used last. It only saves reading.
+	known map[string]record
 }
+
+// knownSessions bounds what known may hold.
+const knownSessions = 4096
 
 func nameKey(kind byte, name string) []byte {
 	return append(append([]byte{kind}, name...), 0)
@@ -152,6 +157,9 @@ func (r record) encode() []byte {
 
 // load reads a session; ok is false when there is none.
 func (s sessions) load(name string) (r record, ok bool, err error) {
+	if r, ok := s.known[name]; ok {
+		return r, true, nil
+	}
 	b, err := s.tx.Get(nameKey(sessionKey, name))
 	if errors.Is(err, flox.ErrNotFound) {
 		return record{}, false, nil
@@ -188,6 +196,9 @@ func (s sessions) check(name string, sequence uint64, at int64) (done *outcome, 
 			return no(fmt.Errorf("%d sessions are open: %w", n, flox.ErrFull))
 		}
 		return nil, err
+	}
+	if sequence > r.highest {
+		return nil, nil // new: there is no reply to look for
 	}
 	b, err := s.tx.Get(seqKey(name, sequence))
 	if err == nil {
@@ -230,6 +241,10 @@ func (s sessions) remember(name string, sequence uint64, at int64, o outcome) er
 		}
 		err = errors.Join(err, s.dropReplies(name, first, r.highest-KeptReplies))
 	}
+	if len(s.known) >= knownSessions {
+		clear(s.known)
+	}
+	s.known[name] = r
 	return errors.Join(err,
 		s.tx.Set(seqKey(name, sequence), o.encode()),
 		s.tx.Set(nameKey(sessionKey, name), r.encode()),
@@ -279,6 +294,7 @@ func (s sessions) expire(at int64) error {
 // forget removes a session and its replies.
 func (s sessions) forget(name string, lastUse int64) error {
 	replies := nameKey(replyKey, name)
+	delete(s.known, name)
 	return errors.Join(
 		s.tx.Delete(nameKey(sessionKey, name)),
 		s.tx.Delete(expiresKey(lastUse, name)),

@@ -126,7 +126,7 @@ func (s *sim) replace(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	fresh := &simServer{cfg: s.config(false)}
-	if err := s.any(s.rng).RemoveServer(ctx, v.cfg.ID); err != nil {
+	if err := s.any(s.rng).ForceRemoveServer(ctx, v.cfg.ID); err != nil {
 		s.t.Errorf("remove a server that is gone: %v", err)
 	}
 	s.mu.Lock()

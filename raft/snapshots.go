@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/hashicorp/raft"
 	"github.com/zeebo/blake3"
 
@@ -41,7 +42,7 @@ var _ raft.SnapshotStore = (*snapshots)(nil)
 // snapshotMeta is meta.json. Its first line is the BLAKE3-256 of the rest.
 type snapshotMeta struct {
 	Raft    raft.SnapshotMeta `json:"raft"`
-	Applied uint64            `json:"applied"` // last entry in the state; the snapshot's index may lie behind it
+	Applied uint64            `json:"applied"` // the state holds this entry and maybe later ones; the snapshot's index may lie behind it
 	Files   []archiveFile     `json:"files"`
 }
 
@@ -86,21 +87,27 @@ func (s *snapshots) checkpoint(make func(dir string) error) (string, error) {
 
 // checkpoint is a state that raft may ask to be kept.
 type checkpoint struct {
-	dir     string
-	applied uint64
+	db      *database // released at the end
+	applied uint64    // the state holds this entry, and maybe more
 }
 
-// Persist is raft.FSMSnapshot.
+// Persist is raft.FSMSnapshot: it makes a Pebble checkpoint, which links tables and
+// copies next to nothing.
 func (c *checkpoint) Persist(to raft.SnapshotSink) error {
 	s, ok := to.(*sink)
 	if !ok {
 		return fmt.Errorf("snapshot sink of type %T: %w", to, flox.ErrBadInput)
 	}
-	return s.adopt(c.dir, c.applied)
+	dir, err := s.store.checkpoint(func(dir string) error { return c.db.Checkpoint(dir, pebble.WithFlushedWAL()) })
+	if err != nil {
+		return fmt.Errorf("checkpoint of the state: %w", err)
+	}
+	defer os.RemoveAll(dir) //nolint:errcheck // moved already when all went well; else it goes on the next start
+	return s.adopt(dir, c.applied)
 }
 
 // Release is raft.FSMSnapshot.
-func (c *checkpoint) Release() { os.RemoveAll(c.dir) } //nolint:errcheck // what is left goes on the next start
+func (c *checkpoint) Release() { c.db.release() } //nolint:errcheck // of a state that was replaced: the next start removes it
 
 // Create is raft.SnapshotStore.
 func (s *snapshots) Create(version raft.SnapshotVersion, index, term uint64, members raft.Configuration, membersIndex uint64, _ raft.Transport) (raft.SnapshotSink, error) {

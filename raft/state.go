@@ -30,6 +30,9 @@ const currentFile = "current"
 var (
 	keyApplied = []byte{ownSpace, 'a'} // log index of the last entry in the state, big endian
 	keyTime    = []byte{ownSpace, 't'} // its time, Unix milliseconds, big endian
+	// keyRestored is what keyApplied was when the state was restored from a snapshot.
+	// The snapshot's index may lie before it, and this server's log end there.
+	keyRestored = []byte{ownSpace, 'b'}
 )
 
 // database is one generation of the state. A restore replaces it while readers
@@ -111,7 +114,7 @@ func openState(dir string, cache int64, log *slog.Logger) (*state, error) {
 	if fresh {
 		// Nothing was ever applied here, or the pointer was not yet written: the
 		// log and the snapshots lead to the same state again.
-		return s, s.replace(func(dir string) error { return makeDir(dir) })
+		return s, s.replace(func(dir string) error { return makeDir(dir) }, nil)
 	}
 	s.cur, err = s.openDB(s.path(s.number))
 	return s, err
@@ -185,9 +188,10 @@ func (s *state) acquire() (*database, error) {
 	return s.cur, nil
 }
 
-// replace lets build fill a new directory and puts the database in it in force.
-// A crash at any moment leaves the old one or the new one.
-func (s *state) replace(build func(dir string) error) error {
+// replace lets build fill a new directory and puts the database in it in force,
+// once opened, if not nil, has had it. A crash at any moment leaves the old one or
+// the new one.
+func (s *state) replace(build func(dir string) error, opened func(*database) error) error {
 	number := s.number + 1
 	dir := s.path(number)
 	if err := os.RemoveAll(dir); err != nil {
@@ -199,7 +203,13 @@ func (s *state) replace(build func(dir string) error) error {
 		db, err = s.openDB(dir)
 	}
 	if err == nil {
-		if err = syncDir(s.dir); err == nil {
+		if opened != nil {
+			err = opened(db)
+		}
+		if err == nil {
+			err = syncDir(s.dir)
+		}
+		if err == nil {
 			err = writeFile(filepath.Join(s.dir, currentFile), []byte(strconv.FormatUint(number, 10)+"\n"))
 		}
 		if err != nil {
@@ -236,22 +246,24 @@ func (s *state) close() error {
 
 // applied reads the index and time of the last entry in r's state; 0 if none.
 func applied(r reader) (index uint64, unixMilli int64, err error) {
-	read := func(key []byte) (uint64, error) {
-		b, err := get(r, key)
-		if errors.Is(err, flox.ErrNotFound) {
-			return 0, nil
-		}
-		if err != nil {
-			return 0, err
-		}
-		if len(b) != 8 {
-			return 0, fmt.Errorf("state: applied index of %d bytes: %w", len(b), flox.ErrCorrupt)
-		}
-		return binary.BigEndian.Uint64(b), nil
-	}
-	if index, err = read(keyApplied); err != nil {
+	if index, err = number(r, keyApplied); err != nil {
 		return 0, 0, err
 	}
-	at, err := read(keyTime)
+	at, err := number(r, keyTime)
 	return index, int64(at), err
+}
+
+// number reads a key of the node itself, 0 if there is none.
+func number(r reader, key []byte) (uint64, error) {
+	b, err := get(r, key)
+	if errors.Is(err, flox.ErrNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	if len(b) != 8 {
+		return 0, fmt.Errorf("state: key %q of %d bytes, want a number: %w", key, len(b), flox.ErrCorrupt)
+	}
+	return binary.BigEndian.Uint64(b), nil
 }

@@ -188,7 +188,7 @@ func (n *Node) promote(ctx context.Context, r *raft.Raft, c *census) (done bool,
 			continue
 		}
 		n.cfg.Log.Info("a stable server becomes a voter", "server", id)
-		return true, n.wait(ctx, r.AddVoter(s.ID, s.Address, 0, enqueueTimeout))
+		return true, n.change(ctx, r, r.AddVoter(s.ID, s.Address, 0, enqueueTimeout))
 	}
 	return false, nil
 }
@@ -206,7 +206,7 @@ func (n *Node) removeDead(ctx context.Context, r *raft.Raft, c *census) error {
 			continue
 		}
 		n.cfg.Log.Warn("a server that is away was replaced and is removed", "server", id, "replaced_by", by)
-		if err := n.wait(ctx, r.RemoveServer(s.ID, 0, enqueueTimeout)); err != nil {
+		if err := n.change(ctx, r, r.RemoveServer(s.ID, 0, enqueueTimeout)); err != nil {
 			return err
 		}
 		_, err := n.proposeHere(ctx, n.decide(&floxv1.ServersCommand{Command: &floxv1.ServersCommand_Forget{Forget: &floxv1.ServerForget{Id: id, ReplacedBy: by}}}))

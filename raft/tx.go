@@ -144,6 +144,7 @@ type Reader struct {
 	snap  *pebble.Snapshot
 	space []byte
 	index uint64
+	lent  bool // snap and db are a State's
 }
 
 // Index is the log index of the last command this state holds.
@@ -161,7 +162,7 @@ func (r *Reader) Iterate(prefix, from []byte, yield func(key, value []byte) bool
 
 // Close releases the state.
 func (r *Reader) Close() error {
-	if r.snap == nil {
+	if r.snap == nil || r.lent {
 		return nil
 	}
 	err := r.snap.Close()

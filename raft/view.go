@@ -3,6 +3,7 @@ package raft
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -74,13 +75,52 @@ func (n *Node) readIndexHere(ctx context.Context) (uint64, error) {
 	// A leader answers a command after applying it, so its own state holds all
 	// that was answered, provided that it still leads after this was read.
 	index := n.machine.applied()
-	if err := n.wait(ctx, r.VerifyLeader()); err != nil {
+	if err := n.verify(ctx, r); err != nil {
 		return 0, fmt.Errorf("read: %w: %w", err, ErrNotLeader)
 	}
 	if r.CurrentTerm() != term {
 		return 0, fmt.Errorf("read: leadership changed: %w", ErrNotLeader)
 	}
 	return index, nil
+}
+
+// verifyPause is between two questions whether this server leads, when what was
+// answered to the first was too old.
+const verifyPause = 5 * time.Millisecond
+
+// verify waits until it is certain that this server leads still, when it begins or later.
+func (n *Node) verify(ctx context.Context, r *raft.Raft) error {
+	for asked := time.Now(); ; {
+		if err := n.verifyOnce(ctx, r); err != nil {
+			return err
+		}
+		f := r.GetConfiguration()
+		if err := f.Error(); err != nil {
+			return err
+		}
+		if n.acks.majority(f.Configuration().Servers, n.cfg.ID, asked, n.cfg.Heartbeat) {
+			return nil
+		}
+		select {
+		case <-time.After(verifyPause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// verifyOnce waits until raft believes that it leads still. What is asked of it must not reach
+// it behind drain: it keeps such questions in a queue, and never answers those that are
+// left there when it ends.
+func (n *Node) verifyOnce(ctx context.Context, r *raft.Raft) error {
+	if err := n.enter(ctx); err != nil {
+		return err
+	}
+	if n.raft.Load() != r {
+		<-n.slots
+		return fmt.Errorf("raft ends: %w", ErrNotLeader)
+	}
+	return n.await(ctx, r.VerifyLeader())
 }
 
 // Applied is the log index of the last command in this server's state.
@@ -114,7 +154,11 @@ type Status struct {
 	Term    uint64
 	Applied uint64 // index of the last command in the state
 	Last    uint64 // index of the last entry in the log
+	Level   uint32 // of the cluster: commands of it are taken
 	Members []Member
+	// SnapshotHold is the longest that a snapshot kept commands from being applied
+	// since this node was opened.
+	SnapshotHold time.Duration
 }
 
 // Member is one server of a cluster.
@@ -125,7 +169,10 @@ type Member struct {
 
 // Status describes this server.
 func (n *Node) Status() Status {
-	s := Status{State: "stopped", Applied: n.Applied()}
+	s := Status{
+		State: "stopped", Applied: n.Applied(), Level: n.level.Load(),
+		SnapshotHold: time.Duration(n.machine.held.Load()),
+	}
 	r := n.raft.Load()
 	if r == nil {
 		return s

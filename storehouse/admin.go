@@ -69,6 +69,9 @@ func (a *admin) mayAs(ctx context.Context, peer string, header http.Header, need
 	if uid, local := ctx.Value(socketKey{}).(int); local {
 		return a.operator(uid, person)
 	}
+	if by := header.Get(actorHeader); by != "" {
+		return a.passedOn(p2p.PeerID(peer), by)
+	}
 	who := &floxv1.Actor{Peer: peer, User: person}
 	m, ok := a.s.roster.machine(p2p.PeerID(peer))
 	who.Machine = m.GetName()
@@ -159,7 +162,7 @@ func (s *Server) serveSocket(ctx context.Context, calls *admin) error {
 	mux.Handle(floxv1connect.NewAdminHandler(calls, connect.WithReadMaxBytes(maxMessage)))
 	return serve(ctx, l, &http.Server{
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: maxWebHeader,
-		ConnState: atMost(maxSocketClients),
+		ConnState: atMost(maxSocketClients, maxSocketClients),
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			return context.WithValue(ctx, socketKey{}, socketUID(conn))
 		},

@@ -3,6 +3,7 @@ package storehouse
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -13,7 +14,6 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
-	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/members"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -48,6 +48,12 @@ func (a *admin) MakeInvite(ctx context.Context, req *connect.Request[floxv1.Make
 func (a *admin) makeInvite(ctx context.Context, who *floxv1.Actor, m *floxv1.MakeInviteRequest) (*floxv1.MakeInviteResponse, error) {
 	if m.GetTtlSeconds() > uint64(maxInviteTTL/time.Second) {
 		return nil, fmt.Errorf("an invite of %d s, want at most %v: %w", m.GetTtlSeconds(), maxInviteTTL, flox.ErrBadInput)
+	}
+	if m.GetRole() == members.Server && a.s.line == nil {
+		return nil, fmt.Errorf("this server listens for no other servers: set storehouse.consensus in its configuration and start it again: %w", flox.ErrBadInput)
+	}
+	if err := a.s.takesMachines(ctx, m.GetRole()); err != nil {
+		return nil, fmt.Errorf("invite: %w", err)
 	}
 	ttl := time.Duration(m.GetTtlSeconds()) * time.Second //nolint:gosec // bounded above
 	setDefault(&ttl, defaultInviteTTL)
@@ -86,11 +92,7 @@ func (a *admin) makeInvite(ctx context.Context, who *floxv1.Actor, m *floxv1.Mak
 
 // newestTrust is the fingerprint of the trust list in force.
 func (s *Server) newestTrust(ctx context.Context) (flox.CID, error) {
-	lists, err := s.trustLists(ctx, 0)
-	if err != nil || len(lists) == 0 {
-		return flox.CID{}, fmt.Errorf("the storehouse has no trust list yet: %w", orUnreachable(err))
-	}
-	newest, err := content.ParseTrustList(lists[len(lists)-1])
+	newest, err := s.newestList(ctx)
 	if err != nil {
 		return flox.CID{}, err
 	}
@@ -202,19 +204,26 @@ func (a *admin) ChangeMachine(ctx context.Context, req *connect.Request[floxv1.C
 
 // RemoveMachine is floxv1connect.AdminHandler: it revokes the machine's key.
 // When it answers, this server has cut its connections; the others follow within
-// a second.
+// a second. A key that is no member's is named by its whole peer ID.
 func (a *admin) RemoveMachine(ctx context.Context, req *connect.Request[floxv1.RemoveMachineRequest]) (*connect.Response[floxv1.RemoveMachineResponse], error) {
 	who, err := a.may(ctx, req, adminOnly, "machine.revoke")
 	var m *floxv1.Machine
 	if err == nil {
 		m, err = a.find(ctx, req.Msg.GetMachine())
 	}
+	if peer := req.Msg.GetMachine(); errors.Is(err, flox.ErrNotFound) && members.IsPeer(peer) {
+		m, err = &floxv1.Machine{Peer: peer, Name: peer}, nil // with open membership it may come all the same
+	}
 	if err == nil && m.GetPeer() == string(a.s.id.peer) {
 		err = fmt.Errorf("%s is the server that was asked: ask another one to take it out: %w", m.GetName(), flox.ErrBusy)
 	}
 	if err == nil {
+		knew := a.s.keysKnownTo(m.GetPeer())
 		remove := &floxv1.RemoveMachine{Peer: m.GetPeer(), Reason: req.Msg.GetReason(), Revoked: true}
 		_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: remove}})
+		if err == nil {
+			err = a.keysWereKnown(ctx, who, m, knew)
+		}
 	}
 	if err == nil {
 		err = a.s.roster.refresh(ctx, a.s)

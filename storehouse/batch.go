@@ -32,9 +32,9 @@ type batcher struct {
 	stopped chan struct{} // closed when run ends
 }
 
-// addition is one path on its way into the log.
+// addition is one path on its way into the log, or some that go together.
 type addition struct {
-	info      *floxv1.PathInfo
+	infos     []*floxv1.PathInfo
 	file      *floxv1.NarFile // nil = none
 	publisher string
 	placed    []string // servers that hold its blocks
@@ -54,7 +54,25 @@ func newBatcher(node *cluster.Node) *batcher {
 // add makes a path valid and gives the reply of the entry it was in. narFile is
 // the name its NAR was uploaded under, or ""; placed are the servers that hold it.
 func (b *batcher) add(ctx context.Context, info *flox.PathInfo, narFile, publisher string, placed []string) (*floxv1.PathsReply, error) {
-	a := &addition{info: api.FromPathInfo(info), publisher: publisher, placed: placed, done: make(chan added, 1)}
+	return b.addAll(ctx, []*flox.PathInfo{info}, narFile, publisher, placed)
+}
+
+// size is how much of an entry an addition takes.
+func (a *addition) size() (n int) {
+	for _, info := range a.infos {
+		n += proto.Size(info)
+	}
+	return n
+}
+
+// addAll is add of paths that become valid in this order, all or none. There is
+// at least one; narFile is the first one's.
+func (b *batcher) addAll(ctx context.Context, infos []*flox.PathInfo, narFile, publisher string, placed []string) (*floxv1.PathsReply, error) {
+	info := infos[0]
+	a := &addition{publisher: publisher, placed: placed, done: make(chan added, 1)}
+	for _, info := range infos {
+		a.infos = append(a.infos, api.FromPathInfo(info))
+	}
 	if narFile != "" {
 		a.file = &floxv1.NarFile{Name: narFile, Path: string(info.Path), NarHash: info.NarHash[:]}
 	}
@@ -96,15 +114,15 @@ func (b *batcher) run(ctx context.Context) error {
 
 // collect takes what waits and fits. An entry names one publisher and one set of servers.
 func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
-	size := proto.Size(batch[0].info)
-	for len(batch) < batchPaths && size < batchBytes {
+	size, paths := batch[0].size(), len(batch[0].infos)
+	for paths < batchPaths && size < batchBytes {
 		select {
 		case a := <-b.queue:
-			if a.publisher != batch[0].publisher || !slices.Equal(a.placed, batch[0].placed) {
+			if a.publisher != batch[0].publisher || !slices.Equal(a.placed, batch[0].placed) || len(a.infos) > 1 && paths+len(a.infos) > batchPaths {
 				return batch, a
 			}
 			batch = append(batch, a)
-			size += proto.Size(a.info)
+			size, paths = size+a.size(), paths+len(a.infos)
 		default:
 			return batch, nil
 		}
@@ -120,7 +138,7 @@ func (b *batcher) propose(ctx context.Context, batch []*addition) {
 		c.PlacedOn = batch[0].placed
 	}
 	for _, a := range batch {
-		c.Paths = append(c.Paths, a.info)
+		c.Paths = append(c.Paths, a.infos...)
 		if a.file != nil {
 			c.NarFiles = append(c.NarFiles, a.file)
 		}

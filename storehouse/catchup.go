@@ -5,11 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
@@ -30,6 +34,12 @@ const (
 	// passEvery is how often everything is gone through even so: what a disk lost
 	// is then fetched again.
 	passEvery = 24 * time.Hour
+	// sideBySide is how many paths are brought at once: while one waits for the other
+	// servers, the other waits for the disk. More bring nothing sooner, and make what
+	// the servers confirm to each other late.
+	sideBySide = 2
+	// burst is how much of what the rate did not use may be used later.
+	burst = time.Second
 )
 
 // catchUp brings the content of valid paths here that other servers have and
@@ -39,18 +49,19 @@ type catchUp struct {
 	*Server
 	file string // remembers up to which entry of the log all content is here
 
-	at      uint64              // that entry; 0 = go through everything
-	passed  time.Time           // when everything was gone through last
-	lacking map[string]struct{} // hash parts of paths that nobody gave the content of
+	at      uint64          // that entry; 0 = go through everything
+	passed  time.Time       // when everything was gone through last
+	lacking map[string]lack // by hash part: paths that nobody gave the content of; guarded by mu while paths are brought
 
-	damaged      atomic.Bool // blocks that were here are lost: go through everything
-	lackingPaths atomic.Int64
-	bytes        atomic.Uint64 // brought since the start
-	goal, done   atomic.Int64  // paths of the pass under way
+	mu   sync.Mutex
+	free time.Time // when the rate allows the next fetch
+
+	damaged atomic.Bool // blocks that were here are lost: go through everything
+	backlog backlog
 }
 
 func newCatchUp(s *Server) *catchUp {
-	return &catchUp{Server: s, file: filepath.Join(s.cfg.StateDir, "placed.json"), lacking: map[string]struct{}{}}
+	return &catchUp{Server: s, file: filepath.Join(s.cfg.StateDir, "placed.json"), lacking: map[string]lack{}}
 }
 
 // placedMark is placed.json.
@@ -60,8 +71,8 @@ type placedMark struct {
 
 // run works until ctx ends.
 func (c *catchUp) run(ctx context.Context) error {
-	if c.line == nil || c.cfg.Bucket != "" || c.cfg.noCatchUp {
-		return nil // there are no others, or what they have is here
+	if !c.needed() {
+		return nil
 	}
 	if err := c.load(); err != nil {
 		return err
@@ -83,6 +94,9 @@ func (c *catchUp) run(ctx context.Context) error {
 	return nil
 }
 
+// needed is false where there are no others, or what they have is here.
+func (c *catchUp) needed() bool { return c.line != nil && c.cfg.Bucket == "" && !c.cfg.noCatchUp }
+
 func (c *catchUp) load() error {
 	b, err := os.ReadFile(c.file)
 	if errors.Is(err, os.ErrNotExist) {
@@ -100,6 +114,7 @@ func (c *catchUp) load() error {
 		return nil // whatever was here, it is gone
 	}
 	c.at, c.passed = mark.Index, time.Now()
+	c.backlog.end()
 	return nil
 }
 
@@ -147,15 +162,16 @@ func (c *catchUp) step(ctx context.Context) error {
 // pass goes through every valid path.
 func (c *catchUp) pass(ctx context.Context) error {
 	clear(c.lacking)
+	c.backlog.begin()
 	c.damaged.Store(false)
 	var upTo uint64
 	err := c.read(ctx, cluster.Local, func(r *cluster.Reader) error {
-		counts, err := readCounts(r)
 		upTo = r.Index()
-		c.goal.Store(int64(counts.paths))
-		c.done.Store(0)
-		return err
+		return nil
 	})
+	if err == nil {
+		err = c.lookAhead(ctx)
+	}
 	if err != nil {
 		return err
 	}
@@ -165,17 +181,15 @@ func (c *catchUp) pass(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		for _, name := range page.GetPaths() {
-			if err := c.path(ctx, name); err != nil {
-				return err
-			}
-			c.done.Add(1)
+		if err := c.paths(ctx, page.GetPaths()); err != nil {
+			return err
 		}
 		if more = page.GetMore(); more {
 			after = page.GetPaths()[len(page.GetPaths())-1]
 		}
 	}
 	c.passed = begun
+	c.backlog.end()
 	if len(c.lacking) > 0 {
 		c.cfg.Log.Warn("no other server gave the content of some paths; they are asked for again", "paths", len(c.lacking))
 	}
@@ -197,12 +211,15 @@ func (c *catchUp) follow(ctx context.Context) error {
 		if reset {
 			return c.pass(ctx)
 		}
+		var added []string
 		for _, e := range events {
-			for _, name := range e.GetAdded() {
-				if err := c.path(ctx, name); err != nil {
-					return err
-				}
-			}
+			added = append(added, e.GetAdded()...)
+		}
+		if err := c.expect(ctx, added); err != nil {
+			return err
+		}
+		if err := c.paths(ctx, added); err != nil {
+			return err
 		}
 		if err := c.reached(upTo); err != nil || len(events) < watchBatch {
 			return err
@@ -210,67 +227,69 @@ func (c *catchUp) follow(ctx context.Context) error {
 	}
 }
 
+// paths is path for each, some at a time.
+func (c *catchUp) paths(ctx context.Context, names []string) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(sideBySide)
+	for _, name := range names {
+		group.Go(func() error { return c.path(ctx, name) })
+	}
+	return group.Wait()
+}
+
 // again asks for what nobody gave before.
 func (c *catchUp) again(ctx context.Context) error {
-	for hashPart := range c.lacking {
-		if err := c.path(ctx, hashPart); err != nil {
-			return err
-		}
-	}
-	return nil
+	return c.paths(ctx, slices.Collect(maps.Keys(c.lacking)))
 }
 
 // path brings the content of one path, named by its base name or hash part. What
 // nobody gives is noted; an error is of this server.
 func (c *catchUp) path(ctx context.Context, name string) error {
 	hashPart := name[:min(len(name), flox.HashPartLen)]
-	var manifest flox.CID
-	err := c.read(ctx, cluster.Local, func(r *cluster.Reader) error {
-		m, err := readInfo(r, hashPart)
-		if err == nil {
-			manifest = flox.CID(m.GetManifest())
-		}
+	var info *floxv1.PathInfo
+	err := c.read(ctx, cluster.Local, func(r *cluster.Reader) (err error) {
+		info, err = readInfo(r, hashPart)
 		return err
 	})
-	whole := errors.Is(err, flox.ErrNotFound) // it was removed meanwhile
-	if !whole && err != nil {
-		return err
+	var missing lack
+	if err == nil {
+		missing, err = c.content(ctx, info)
+	} else if errors.Is(err, flox.ErrNotFound) { // it was removed meanwhile
+		err = nil
 	}
-	if !whole {
-		if whole, err = c.manifest(ctx, manifest); err != nil {
-			return fmt.Errorf("content of %s: %w", name, err)
-		}
+	if err != nil {
+		return fmt.Errorf("content of %s: %w", name, err)
 	}
-	if delete(c.lacking, hashPart); !whole {
-		c.lacking[hashPart] = struct{}{}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.backlog.change(c.lacking[hashPart], missing)
+	if delete(c.lacking, hashPart); missing != (lack{}) {
+		c.lacking[hashPart] = missing
 	}
-	c.lackingPaths.Store(int64(len(c.lacking)))
 	return nil
 }
 
-// manifest brings every block of one manifest and says whether all are here.
-func (c *catchUp) manifest(ctx context.Context, id flox.CID) (whole bool, err error) {
+// content brings every block of a path and says what nobody gave.
+func (c *catchUp) content(ctx context.Context, info *floxv1.PathInfo) (missing lack, err error) {
+	root := flox.CID(info.GetManifest())
+	began, err := c.packs.Has(ctx, []flox.CID{root})
+	if err != nil {
+		return lack{}, err
+	}
 	if _, err := c.disk.admit(Essential(ctx)); err != nil {
-		return false, err
+		return lack{}, err
 	}
 	session := c.packs.Session()
 	defer session.Close()
 	b := &bringing{catchUp: c, session: session}
-	m, err := content.OpenManifest(ctx, id, b)
-	if err == nil {
-		var failed error
-		err = m.Blocks(ctx, func(id flox.CID, size uint32) bool {
-			failed = b.want(ctx, id, size)
-			return failed == nil
-		})
-		if err = errors.Join(failed, err); err == nil {
-			err = b.flush(ctx)
-		}
-	}
+	err = b.all(ctx, root)
 	if errors.Is(err, flox.ErrNotFound) || errors.Is(err, flox.ErrUnreachable) {
-		return false, ctx.Err()
+		b.missing, err = lackOf(info.GetNarSize()), ctx.Err()
 	}
-	return err == nil && !b.short, err
+	if err == nil && !began[0] {
+		c.backlog.pass(info.GetNarSize())
+	}
+	return b.missing, err
 }
 
 // bringing reads a manifest whose pages may have to be fetched, and collects the
@@ -279,27 +298,45 @@ type bringing struct {
 	*catchUp
 	session *pack.Session
 	ids     []flox.CID
+	sizes   []uint32
 	size    uint64
-	short   bool // some block was had from nobody
+	missing lack // had from nobody
 }
 
 var _ flox.Blocks = (*bringing)(nil)
 
 // Get is flox.Blocks.
 func (b *bringing) Get(ctx context.Context, id flox.CID) ([]byte, error) {
-	missing, err := b.fetch(ctx, []flox.CID{id})
+	left, err := b.fetch(ctx, []flox.CID{id})
 	if err != nil {
 		return nil, err
 	}
-	if missing > 0 {
+	if len(left) > 0 {
 		return nil, fmt.Errorf("block %s: no other server gave it: %w", id, flox.ErrNotFound)
 	}
 	return b.packs.Get(ctx, id)
 }
 
+// all brings a manifest and every block it names.
+func (b *bringing) all(ctx context.Context, root flox.CID) error {
+	m, err := content.OpenManifest(ctx, root, b)
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = m.Blocks(ctx, func(id flox.CID, size uint32) bool {
+		failed = b.want(ctx, id, size)
+		return failed == nil
+	})
+	if err = errors.Join(failed, err); err != nil {
+		return err
+	}
+	return b.flush(ctx)
+}
+
 // want asks for a block with the next batch.
 func (b *bringing) want(ctx context.Context, id flox.CID, size uint32) error {
-	b.ids, b.size = append(b.ids, id), b.size+uint64(size)
+	b.ids, b.sizes, b.size = append(b.ids, id), append(b.sizes, size), b.size+uint64(size)
 	if len(b.ids) < bringBatch && b.size < bringBatch<<15 {
 		return nil
 	}
@@ -308,36 +345,51 @@ func (b *bringing) want(ctx context.Context, id flox.CID, size uint32) error {
 
 // flush fetches what of the batch is not here.
 func (b *bringing) flush(ctx context.Context) error {
-	missing, err := b.fetch(ctx, b.ids)
-	b.short = b.short || missing > 0
-	b.ids, b.size = b.ids[:0], 0
+	left, err := b.fetch(ctx, b.ids)
+	for _, i := range left {
+		b.missing = b.missing.plus(lack{1, uint64(b.sizes[i])})
+	}
+	b.ids, b.sizes, b.size = b.ids[:0], b.sizes[:0], 0
 	return err
 }
 
-// fetch brings blocks from the other servers, at the configured rate.
-func (b *bringing) fetch(ctx context.Context, ids []flox.CID) (missing int, err error) {
-	begun, before := time.Now(), b.packs.Stat().PlainBytes
+// fetch brings blocks from the other servers, at the configured rate, and gives the
+// indexes of those that none of them gave.
+func (b *bringing) fetch(ctx context.Context, ids []flox.CID) (left []uint32, err error) {
 	limited, cancel := context.WithTimeout(ctx, bringTimeout)
 	defer cancel()
 	others, _, _ := b.servers.others()
-	left, err := b.bring(limited, b.session, ids, others...)
+	left, came, err := b.bring(limited, b.session, ids, others...)
+	next := b.brought(came)
 	if err != nil {
-		if ctx.Err() == nil && limited.Err() != nil {
-			return len(ids), nil // slow peers, not us
+		if ctx.Err() == nil && limited.Err() != nil { // slow peers, not us
+			for i := range ids {
+				left = append(left, uint32(i))
+			}
+			return left, nil
 		}
-		return 0, err
+		return nil, err
 	}
-	came := b.packs.Stat().PlainBytes - before
-	b.bytes.Add(came)
-	if rate := b.cfg.CatchUpRate; rate > 0 {
-		pause := time.Duration(float64(came)/float64(rate)*float64(time.Second)) - time.Since(begun)
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return 0, ctx.Err()
+	select {
+	case <-time.After(time.Until(next)):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	return left, nil
+}
+
+// brought counts bytes that came, and says when the rate allows more.
+func (c *catchUp) brought(came uint64) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.backlog.brought(came)
+	if rate := c.cfg.CatchUpRate; rate > 0 {
+		if unused := time.Now().Add(-burst); c.free.Before(unused) {
+			c.free = unused
 		}
+		c.free = c.free.Add(time.Duration(float64(came) / float64(rate) * float64(time.Second)))
 	}
-	return len(left), nil
+	return c.free
 }
 
 // listHere lists valid paths as this server knows them.

@@ -97,6 +97,14 @@ func (h *house) start(i int) {
 	if err := s.Ready(within(h.t)); err != nil {
 		h.t.Fatal(err)
 	}
+	h.t.Cleanup(func() {
+		if h.t.Failed() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			list, err := s.node.Servers(ctx)
+			h.t.Logf("server %d is %+v and is told of %+v, %v", i, s.node.Status(), list, err)
+		}
+	})
 	eventually(h.t, "the server votes", func() bool { return h.votes(i) })
 }
 
@@ -125,10 +133,10 @@ func (h *house) votes(i int) bool {
 // eventually waits for something that other goroutines bring about.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for !ok() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 30 s: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -147,6 +155,7 @@ func whole(s *Server, p testPath) bool {
 }
 
 func TestServersShareFactsAndContent(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3)
 	first := makePath(t, "first", 300_000)
 	publish(t, h.servers[0], first)
@@ -162,6 +171,7 @@ func TestServersShareFactsAndContent(t *testing.T) {
 }
 
 func TestPathIsValidOnlyWithItsContentOnAMajority(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3)
 	h.stops[2]()
 	away := makePath(t, "away", 400_000)
@@ -185,6 +195,7 @@ func TestPathIsValidOnlyWithItsContentOnAMajority(t *testing.T) {
 // What makes a path valid is its content on a majority, not that servers bring
 // later what they lack: here they do not.
 func TestPublishingPlacesContentOnAMajority(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3, func(c *Config) { c.noCatchUp = true })
 	for i, s := range h.servers {
 		p := makePath(t, fmt.Sprint("placed-", i), 300_000)
@@ -202,6 +213,7 @@ func TestPublishingPlacesContentOnAMajority(t *testing.T) {
 }
 
 func TestServerThatLostItsDiskBringsEverythingAgain(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3)
 	var paths []testPath
 	for _, name := range []string{"one", "two", "three"} {
@@ -221,6 +233,7 @@ func TestServerThatLostItsDiskBringsEverythingAgain(t *testing.T) {
 }
 
 func TestOnlyServersFetchFromServers(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	calls := &houses{Server: s, slots: make(chan struct{}, 1)}
 	if err := calls.caller("12D3KooWJRSrypvnpHgc6ZAgyCni4KcSmbV7uGRaMw5LgMKT18fq"); !errors.Is(err, flox.ErrDenied) {
@@ -232,6 +245,7 @@ func TestOnlyServersFetchFromServers(t *testing.T) {
 }
 
 func TestServerThatIsRemovedIsCutOff(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3)
 	gone := h.servers[2]
 	version := h.servers[0].sealed.Load()
@@ -261,6 +275,7 @@ func TestServerThatIsRemovedIsCutOff(t *testing.T) {
 }
 
 func TestRotIsRepairedFromAnotherServer(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3)
 	p := makePath(t, "precious", 2_000_000)
 	publish(t, h.servers[0], p)

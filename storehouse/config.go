@@ -50,6 +50,10 @@ type Config struct {
 	// ConsensusAdvertise is the host:port told to the other servers. Default: the
 	// one listened at; needed when that is any address.
 	ConsensusAdvertise string `json:"consensus_advertise"`
+	// Heartbeat is how long this server waits for the leader of the storehouse before
+	// it stands for it, and as leader for a majority. Default 0 = 200 ms; a wait for
+	// the leader follows longer round trips by itself, that for a majority does not.
+	Heartbeat time.Duration `json:"heartbeat"`
 	// CatchUpRate bounds in bytes per second what is fetched of content that the
 	// other servers have and this one lacks. Default 0 = no bound.
 	CatchUpRate uint64 `json:"catch_up_rate"`
@@ -78,6 +82,9 @@ type Config struct {
 	// CollectGrace is how long a condemned path stays before a collection removes it.
 	// It must be longer than anybody works on with an old answer. Default 1 h.
 	CollectGrace time.Duration `json:"collect_grace"`
+	// CollectEvery is how long after a collection the leader begins the next by itself.
+	// Default 0 = never.
+	CollectEvery time.Duration `json:"collect_every"`
 	// NoMDNS turns multicast discovery on the LAN off.
 	NoMDNS bool `json:"no_mdns"`
 	// OpenMembership makes every machine that has invite.json, and so the swarm's
@@ -90,6 +97,10 @@ type Config struct {
 	// EphemeralTTL is how long an ephemeral machine stays a member that nobody sees
 	// any more. Default 1 h.
 	EphemeralTTL time.Duration `json:"ephemeral_ttl"`
+	// Builds says whether derivations are built here.
+	Builds BuildsConfig `json:"builds"`
+	// NewEpoch is AskNewEpoch(StateDir) before the start.
+	NewEpoch bool `json:"-"`
 	// Version is the program's version, told to callers. Default "dev".
 	Version string `json:"-"`
 	// Log takes what an operator may need; nil = discard.
@@ -97,9 +108,13 @@ type Config struct {
 
 	// Hooks of the tests.
 	promoteAfter time.Duration
+	level        uint32
 	noCatchUp    bool
 	scrubEvery   time.Duration
 	touchEvery   time.Duration // overrides the constant
+	backupObject int           // size of the content objects of a backup
+	signSettle   time.Duration
+	upstreams    upstreamLimits
 }
 
 // withDefaults checks c and fills in what is zero. Name stays "" until the
@@ -120,6 +135,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.CollectGrace, time.Hour)
 	setDefault(&c.Version, "dev")
 	setDefault(&c.scrubEvery, scrubEvery)
+	setDefault(&c.signSettle, signSettle)
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"0.0.0.0:7781"}
 	}
@@ -143,8 +159,8 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.checkConsensus(); err != nil {
 		return c, err
 	}
-	if c.StageTTL < 0 || c.EphemeralTTL < 0 || c.MaxStaged < 0 || c.CollectGrace < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
-		return bad("stage_ttl, ephemeral_ttl, max_staged, collect_grace, reserve_bytes and bucket_cache must not be negative")
+	if c.StageTTL < 0 || c.EphemeralTTL < 0 || c.MaxStaged < 0 || c.CollectGrace < 0 || c.CollectEvery < 0 || c.ReserveBytes > 1<<60 || c.BucketCache > 1<<60 {
+		return bad("stage_ttl, ephemeral_ttl, max_staged, collect_grace, collect_every, reserve_bytes and bucket_cache must not be negative")
 	}
 	if strings.ContainsAny(c.Name, ": \t\n/") || len(c.Name) > 64 {
 		return bad("name %q: want at most 64 characters without spaces, colons and slashes", c.Name)
@@ -253,7 +269,8 @@ func lockState(dir string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("lock state directory: %w", err), f.Close())
 	}
-	return f.Close, nil
+	// Closing is not enough: a process that is just being started has it, too.
+	return func() error { return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close()) }, nil
 }
 
 // Staged is a NAR that waits for its path info.

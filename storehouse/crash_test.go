@@ -21,7 +21,10 @@ import (
 // runChild is a storehouse process of its own. It is killed.
 func runChild(dir string) {
 	cfg := testConfig(dir)
-	collect := os.Getenv("STOREHOUSE_TEST_COLLECT")
+	collect, backupTo := os.Getenv("STOREHOUSE_TEST_COLLECT"), os.Getenv("STOREHOUSE_TEST_BACKUP")
+	if backupTo != "" {
+		cfg.backupObject = 64 << 10
+	}
 	if collect != "" {
 		cfg = quickGC(dir)
 	}
@@ -33,6 +36,13 @@ func runChild(dir string) {
 	go func() {
 		if err := s.Ready(context.Background()); err == nil {
 			fmt.Println("ready")
+			if backupTo != "" {
+				if err := s.Backup(context.Background(), BackupOptions{To: backupTo, Passphrase: []byte(testPassphrase)}, nil); err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					os.Exit(1)
+				}
+				os.Exit(0) // it was quicker than the kill
+			}
 			if collect != "" {
 				collectAndDie(s, collect)
 			}
@@ -65,6 +75,7 @@ func startChild(t *testing.T, dir string) *exec.Cmd {
 // kill -9 of a storehouse while four machines publish leaves every path whole
 // or absent, and what was acknowledged is there; the next start needs no help.
 func TestKillDuringPublish(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	const publishers, rounds = 4, 3
 	var all []testPath

@@ -20,6 +20,7 @@ const (
 	maxHashParts = 1024
 	maxAnswers   = 8192
 	maxRootBytes = 1 << 20 // of root blocks
+	fewFacts     = 64      // more in one answer are signed together
 )
 
 // read calls f with the facts as of now.
@@ -37,18 +38,10 @@ func (s *Server) Info(ctx context.Context, hashPart string) (*flox.PathInfo, err
 	if !flox.ValidHashPart(hashPart) {
 		return nil, fmt.Errorf("hash part %q: want %d characters of nix-base32: %w", hashPart[:min(len(hashPart), 64)], flox.HashPartLen, flox.ErrBadInput)
 	}
-	var info *flox.PathInfo
-	look := func(r *cluster.Reader) error {
-		m, err := readInfo(r, hashPart)
-		if err == nil {
-			info, err = api.ToPathInfo(m)
-		}
-		return err
-	}
 	// Facts do not change once there; only their absence has to be certain.
-	err := s.read(ctx, cluster.Local, look)
+	info, err := s.infoAsOf(ctx, cluster.Local, hashPart)
 	if errors.Is(err, flox.ErrNotFound) {
-		err = s.read(ctx, cluster.Linearizable, look)
+		info, err = s.infoAsOf(ctx, cluster.Linearizable, hashPart)
 	}
 	if errors.Is(err, flox.ErrNotFound) {
 		return nil, fmt.Errorf("no path with hash %s is valid here: %w", hashPart, flox.ErrNotFound)
@@ -56,16 +49,23 @@ func (s *Server) Info(ctx context.Context, hashPart string) (*flox.PathInfo, err
 	return info, err
 }
 
+// infoAsOf is Info with the facts of a moment.
+func (s *Server) infoAsOf(ctx context.Context, c cluster.Consistency, hashPart string) (info *flox.PathInfo, err error) {
+	err = s.read(ctx, c, func(r *cluster.Reader) error {
+		m, err := readInfo(r, hashPart)
+		if err == nil {
+			info, err = api.ToPathInfo(m)
+		}
+		return err
+	})
+	return info, err
+}
+
 // answerPaths answers one Paths call from one moment of the facts.
 func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*floxv1.PathsResponse, error) {
 	asked := req.GetHashParts()
-	if len(asked) > maxHashParts {
-		return nil, fmt.Errorf("%d hash parts, want at most %d: %w", len(asked), maxHashParts, flox.ErrBadInput)
-	}
-	for _, h := range asked {
-		if !flox.ValidHashPart(h) {
-			return nil, fmt.Errorf("hash part %q: want %d characters of nix-base32: %w", h[:min(len(h), 64)], flox.HashPartLen, flox.ErrBadInput)
-		}
+	if err := checkHashParts(asked); err != nil {
+		return nil, err
 	}
 	out := &floxv1.PathsResponse{}
 	valid := 0 // of what was asked for, first in out.Found
@@ -111,6 +111,9 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 	if err == nil {
 		err = s.foundUsed(ctx, out.GetFound())
 	}
+	if err == nil && len(out.GetFound()) > fewFacts {
+		out.FoundSignatures, err = s.signFound(out.GetFound())
+	}
 	if err == nil && req.GetTraces() {
 		out.Traces = s.answerTraces(ctx, out.GetFound()[:valid])
 	}
@@ -118,6 +121,27 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		out.Roots = s.answerRoots(ctx, out.GetFound()[:valid], out.GetTraces())
 	}
 	return out, err
+}
+
+func checkHashParts(asked []string) error {
+	if len(asked) > maxHashParts {
+		return fmt.Errorf("%d hash parts, want at most %d: %w", len(asked), maxHashParts, flox.ErrBadInput)
+	}
+	for _, h := range asked {
+		if !flox.ValidHashPart(h) {
+			return fmt.Errorf("hash part %q: want %d characters of nix-base32: %w", h[:min(len(h), 64)], flox.HashPartLen, flox.ErrBadInput)
+		}
+	}
+	return nil
+}
+
+// signFound signs much of an answer as one.
+func (s *Server) signFound(found []*floxv1.PathInfo) ([]string, error) {
+	have, err := s.id.ring.get()
+	if err != nil {
+		return nil, err
+	}
+	return have.signAnswer(s.cfg.StoreDir, found)
 }
 
 // foundUsed takes the marks off paths that are told of: who asks will read them.
@@ -198,12 +222,18 @@ func (s *Server) ensureTrust(ctx context.Context) (flox.CID, error) {
 	if err != nil {
 		return flox.CID{}, err
 	}
+	// A server that was away over a rotation has old keys until it has looked.
+	if err := s.roster.refresh(ctx, s); err != nil {
+		return flox.CID{}, err
+	}
 	have, err := s.id.ring.get()
 	if err != nil {
 		return flox.CID{}, err
 	}
-	if slices.Contains(newest.ManifestKeys, have.manifest[0].Public().String()) {
-		return newest.Fingerprint()
+	for _, key := range public(have.manifest) { // one that is new may not be in it yet
+		if slices.Contains(newest.ManifestKeys, key) {
+			return newest.Fingerprint()
+		}
 	}
 	return flox.CID{}, fmt.Errorf("%s/keys/manifest.key is not among the keys of trust list version %d: agents would refuse all it signs; put the right key back: %w",
 		s.cfg.StateDir, newest.Version, flox.ErrUntrusted)
@@ -211,11 +241,16 @@ func (s *Server) ensureTrust(ctx context.Context) (flox.CID, error) {
 
 // propose puts a command into the log and gives its reply.
 func propose(ctx context.Context, session *cluster.Session, c *floxv1.PathsCommand) (*floxv1.PathsReply, error) {
+	return proposeAt(ctx, session, 0, c)
+}
+
+// proposeAt is propose of a command of a level.
+func proposeAt(ctx context.Context, session *cluster.Session, level uint32, c *floxv1.PathsCommand) (*floxv1.PathsReply, error) {
 	b, err := proto.Marshal(c)
 	if err != nil {
 		return nil, err
 	}
-	answer, err := enter(ctx, session, pathsKind, b)
+	answer, err := enterAt(ctx, session, level, pathsKind, b)
 	if err != nil {
 		return nil, err
 	}

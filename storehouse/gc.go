@@ -48,7 +48,7 @@ type CollectOptions struct {
 // has to remember are the marks on condemned paths, which are facts: after a crash
 // at any moment another Collect goes on from them, and a condemned path stays valid
 // until then. progress is called from one goroutine. ErrBusy while another
-// collection runs, ErrUnreachable if this server does not lead.
+// collection runs, ErrUnreachable if this server does not lead, or no more.
 func (s *Server) Collect(ctx context.Context, opts CollectOptions, progress func(*floxv1.CollectProgress)) error {
 	if opts.KeepRecent < 0 {
 		return fmt.Errorf("collect: keep recent paths for %v, want at least 0: %w", opts.KeepRecent, flox.ErrBadInput)
@@ -58,11 +58,18 @@ func (s *Server) Collect(ctx context.Context, opts CollectOptions, progress func
 		return fmt.Errorf("collect: this server does not lead, %q does: ask that one: %w", st.Leader, flox.ErrUnreachable)
 	}
 	if !s.collecting.TryLock() {
-		return fmt.Errorf("collect: a collection is running already: wait for it, or stop it: %w", flox.ErrBusy)
+		return fmt.Errorf("collect: a collection is running already, in its phase %q: wait for it, or stop it: %w", s.collectPhase(), flox.ErrBusy)
 	}
 	defer s.collecting.Unlock()
-	c := &collection{Server: s, opts: opts, tell: progress, session: s.node.NewSession(), began: time.Now()}
+	defer s.phase.Store(nil)
+	caller := ctx
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	c := &collection{Server: s, opts: opts, tell: progress, session: s.node.NewSession(), began: time.Now(), give: cancel}
 	if err := c.run(ctx); err != nil {
+		if caller.Err() == nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
 		return fmt.Errorf("collect: %s: %w", c.now.GetPhase(), err)
 	}
 	c.now.Finished = true
@@ -77,6 +84,7 @@ type collection struct {
 	tell    func(*floxv1.CollectProgress)
 	session *cluster.Session
 	began   time.Time
+	give    context.CancelCauseFunc // gives the collection up
 	now     floxv1.CollectProgress
 }
 
@@ -101,8 +109,17 @@ func (c *collection) run(ctx context.Context) error {
 
 // begin says that a phase begins.
 func (c *collection) begin(phase string, total uint64) {
+	c.phase.Store(&phase)
 	c.now.Phase, c.now.Done, c.now.Total = phase, 0, total
 	c.report()
+}
+
+// collectPhase is the phase of the collection that runs here, "" without one.
+func (s *Server) collectPhase() string {
+	if phase := s.phase.Load(); phase != nil {
+		return *phase
+	}
+	return ""
 }
 
 // step says how far a phase is.
@@ -111,7 +128,12 @@ func (c *collection) step(done, total uint64) {
 	c.report()
 }
 
+// report says how far the collection is. It is given up once another server leads:
+// that one may begin another.
 func (c *collection) report() {
+	if st := c.node.Status(); st.State != "leader" && !c.opts.DryRun {
+		c.give(fmt.Errorf("this server leads no more; go on with what is condemned at the one that does: %w", flox.ErrUnreachable))
+	}
 	if c.tell != nil {
 		c.tell(proto.Clone(&c.now).(*floxv1.CollectProgress))
 	}
@@ -154,7 +176,7 @@ func (c *collection) condemn(ctx context.Context) error {
 }
 
 func (c *collection) condemnPaths(ctx context.Context, m *marking, since int64, names []string) error {
-	_, err := propose(ctx, c.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Condemn{Condemn: &floxv1.CondemnPaths{
+	_, err := propose(freeing(ctx), c.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Condemn{Condemn: &floxv1.CondemnPaths{
 		Paths: names, AsOf: m.asOf, UnusedSinceUnixMs: since,
 	}}})
 	return err

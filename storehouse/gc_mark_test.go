@@ -74,6 +74,7 @@ func bareServer(t testing.TB) *Server {
 
 // Marking reaches what the references from the roots lead to, and nothing else.
 func TestMarkReachesTheClosuresOfTheRoots(t *testing.T) {
+	t.Parallel()
 	s := bareServer(t)
 	const n = 3000
 	references := fillFacts(t, s, n, 2)
@@ -118,6 +119,7 @@ func TestMarkReachesTheClosuresOfTheRoots(t *testing.T) {
 
 // Keys sort as names, and every one is found where it is.
 func TestMarkKeys(t *testing.T) {
+	t.Parallel()
 	for _, n := range []int{1, 2, 2000} {
 		var hashParts []string
 		m := &marking{}
@@ -156,6 +158,7 @@ func (l *lateRoots) roots(_ context.Context, _ *cluster.Reader, yield func(root)
 
 // What becomes a root while a collection waits stays, and why it stays can be told.
 func TestWhyAndRoots(t *testing.T) {
+	t.Parallel()
 	cfg := quickGC(t.TempDir())
 	cfg.CollectGrace = time.Minute
 	late := &lateRoots{}
@@ -232,6 +235,7 @@ func checkRoots(t *testing.T, s *Server, z zoo) {
 
 // A machine's set is sent whole once, and again when the storehouse lost it.
 func TestRenewRoots(t *testing.T) {
+	t.Parallel()
 	s := bareServer(t)
 	f := &factLog{s, t}
 	p := makePath(t, "p", 1)

@@ -132,7 +132,7 @@ func (r *remover) flush(ctx context.Context) error {
 	if len(r.batch) == 0 {
 		return nil
 	}
-	reply, err := propose(ctx, r.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Remove{Remove: &floxv1.RemovePaths{
+	reply, err := propose(freeing(ctx), r.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Remove{Remove: &floxv1.RemovePaths{
 		Paths:     r.batch,
 		Condemned: &floxv1.RemoveCondemned{Index: r.last, GraceMs: uint64(r.cfg.CollectGrace.Milliseconds())}, //nolint:gosec // not negative
 	}}})

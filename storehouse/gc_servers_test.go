@@ -1,7 +1,10 @@
 package storehouse
 
 import (
+	"context"
 	"errors"
+	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -15,6 +18,7 @@ import (
 // A collection frees content on every server, and only what is dead; it is the
 // leader that collects.
 func TestCollectFreesContentOnEveryServer(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 3)
 	for _, s := range h.servers {
 		s.cfg.CollectGrace, s.cfg.touchEvery = 20*time.Millisecond, time.Millisecond
@@ -59,4 +63,61 @@ func TestCollectFreesContentOnEveryServer(t *testing.T) {
 	if err := errors.Join(stream.Err(), stream.Close()); err != nil {
 		t.Errorf("a server's sweep: %v", api.FromConnect(err))
 	}
+}
+
+// Collections, uploads to each of three servers, readers, and what a follower
+// holds, at once: nothing that was acknowledged goes before its time, and what is
+// held stays whole on every server, though nothing else wants it.
+func TestCollectRacesNothingOnThreeServers(t *testing.T) {
+	t.Parallel()
+	const keep, grace = 1500 * time.Millisecond, 2 * time.Second
+	h := newHouse(t, 3, func(c *Config) { c.CollectGrace, c.touchEvery = grace, time.Millisecond })
+	held := makePath(t, "held", 200_000)
+	publish(t, h.servers[2], held)
+	eventually(t, "a follower knows it", func() bool { return stillValid(t, h.servers[1], held) })
+	release, err := h.servers[1].Hold(within(t), held.info.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	litter := makePath(t, "litter", 20_000)
+	publish(t, h.servers[1], litter)
+	ctx, cancel := context.WithTimeout(within(t), 8*time.Second)
+	defer cancel()
+	var group sync.WaitGroup
+	collected := uint64(0)
+	group.Go(func() {
+		for i := 0; ctx.Err() == nil; i++ {
+			// On a busy machine another one may lead meanwhile.
+			err := h.servers[i%len(h.servers)].Collect(ctx, CollectOptions{KeepRecent: keep}, func(p *floxv1.CollectProgress) {
+				if p.GetFinished() {
+					collected += p.GetDeadPaths()
+				}
+			})
+			if err != nil && ctx.Err() == nil && !errors.Is(err, flox.ErrUnreachable) {
+				t.Error(err)
+			}
+		}
+	})
+	for i, s := range h.servers {
+		group.Go(func() {
+			for round := 0; ctx.Err() == nil; round++ {
+				churn(ctx, t, s, i, round, keep)
+			}
+		})
+	}
+	group.Wait()
+	if collected == 0 {
+		t.Error("nothing was ever collected: the test shows nothing")
+	}
+	for i, s := range h.servers {
+		eventually(t, fmt.Sprint("what is held is whole on server ", i), func() bool { return whole(s, held) })
+		checkWhole(t, s, held)
+		if err := s.packs.Scrub(within(t), func(id flox.CID, err error) { t.Errorf("scrub: %s: %v", id, err) }); err != nil {
+			t.Error(err)
+		}
+	}
+	release()
+	collect(t, h.servers[0], soon)
+	eventually(t, "what is held no more goes", func() bool { return !stillValid(t, h.servers[1], held) })
 }

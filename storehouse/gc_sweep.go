@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
@@ -59,8 +60,8 @@ func (l *liveBlocks) has(id flox.CID) bool {
 // its path info and to nothing that is being read. A path that becomes valid
 // meanwhile is safe by the session that its blocks came in with.
 func (s *Server) sweep(ctx context.Context, progress func(done, total uint64)) (freed int64, err error) {
-	if !s.sweeping.TryLock() {
-		return 0, fmt.Errorf("the packs are being swept already: %w", flox.ErrBusy)
+	if err := s.lockSweep(ctx, time.Second); err != nil { // a backup holds it for a moment
+		return 0, err
 	}
 	defer s.sweeping.Unlock()
 	if err := s.node.Ready(ctx); err != nil { // else the newest paths are not known
@@ -88,8 +89,9 @@ func (s *Server) liveBlocks(ctx context.Context, progress func(done, total uint6
 		return nil, err
 	}
 	live := newLiveBlocks(s.packs.Stat().Blocks)
+	blocks := &sweepBlocks{s, maxOnTheWay}
 	add := func(what string, manifest flox.CID) error {
-		m, err := content.OpenManifest(ctx, manifest, s.packs)
+		m, err := content.OpenManifest(ctx, manifest, blocks)
 		if err == nil {
 			err = m.Blocks(ctx, func(id flox.CID, _ uint32) bool {
 				live.add(id)
@@ -123,7 +125,31 @@ func (s *Server) liveBlocks(ctx context.Context, progress func(done, total uint6
 		progress(done, max(done, counts.paths))
 		return nil
 	})
+	if err == nil {
+		err = s.addFrozen(ctx, add)
+	}
 	return live, err
+}
+
+// maxOnTheWay is how many blocks of manifests a sweep gets from other servers: of
+// paths that became valid just now, and are on their way. A server that lacks more
+// sweeps when it has caught up.
+const maxOnTheWay = 1000
+
+// sweepBlocks reads manifests for a sweep.
+type sweepBlocks struct {
+	s    *Server
+	left int // of maxOnTheWay
+}
+
+// Get is flox.Blocks.
+func (b *sweepBlocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
+	data, err := b.s.packs.Get(ctx, id)
+	if err == nil || b.left == 0 {
+		return data, err
+	}
+	b.left--
+	return b.s.instead(ctx, id, err)
 }
 
 // readings are the manifests whose content is being sent.

@@ -108,6 +108,7 @@ func (z zoo) live() []testPath { return []testPath{z.base, z.kept, z.machine} }
 // A collection frees exactly what no root reaches; a dry run says so before and
 // changes nothing.
 func TestCollectFreesWhatNoRootReaches(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, quickGC(t.TempDir()))
 	z := fillZoo(t, s)
 	release, err := s.Hold(within(t), z.held.info.Path)
@@ -167,6 +168,7 @@ func TestCollectFreesWhatNoRootReaches(t *testing.T) {
 
 // Who uses a condemned path keeps it.
 func TestCondemnedPathsComeBackWhenTheyAreUsed(t *testing.T) {
+	t.Parallel()
 	cfg := quickGC(t.TempDir())
 	cfg.CollectGrace = time.Hour // until it is shortened below
 	s, _ := start(t, cfg)
@@ -221,6 +223,7 @@ func TestCondemnedPathsComeBackWhenTheyAreUsed(t *testing.T) {
 
 // One collection at a time.
 func TestCollectOneAtATime(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, quickGC(t.TempDir()))
 	err := s.Collect(within(t), soon, func(p *floxv1.CollectProgress) {
 		if err := s.Collect(within(t), soon, nil); !errors.Is(err, flox.ErrBusy) {
@@ -238,6 +241,7 @@ func TestCollectOneAtATime(t *testing.T) {
 // Collections, uploads, uploads of what is there, and readers at once: whatever was
 // acknowledged is whole for as long as it was promised.
 func TestCollectRacesNothing(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, quickGC(t.TempDir()))
 	const keep = 1500 * time.Millisecond
 	ctx, cancel := context.WithTimeout(within(t), 8*time.Second)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -15,13 +17,18 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/buildfarm"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/nix"
 )
 
 func TestMain(m *testing.M) {
+	buildfarm.Inside()
 	if dir := os.Getenv("STOREHOUSE_TEST_DIR"); dir != "" {
 		runChild(dir)
+	}
+	if dir := os.Getenv(figureServerEnv); dir != "" {
+		runFigureServer(dir)
 	}
 	goleak.VerifyTestMain(m,
 		// Processes' own, in libraries: started once, never stopped.
@@ -81,7 +88,7 @@ func startChanged(t *testing.T, cfg Config, change func(*Server)) (s *Server, st
 
 func within(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -114,11 +121,32 @@ func makePath(t testing.TB, name string, size int, refs ...flox.StorePath) testP
 	must(err)
 	must(w.Entry(nix.NarEntry{Path: "link", Kind: flox.Symlink, Target: "bin/" + name}))
 	must(w.Close())
+	return asPath(name, b.Bytes(), refs...)
+}
+
+// makeCrowded is a path of so many files that its manifest has several pages.
+func makeCrowded(t testing.TB, name string, files int) testPath {
+	t.Helper()
+	var b bytes.Buffer
+	w := nix.NewNarWriter(&b)
+	err := w.Entry(nix.NarEntry{Kind: flox.Directory})
+	for i := range files {
+		err = errors.Join(err, w.Entry(nix.NarEntry{Path: fmt.Sprintf("%06d-with-a-rather-long-name-so-that-pages-fill", i), Kind: flox.Regular}))
+	}
+	if err := errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return asPath(name, b.Bytes())
+}
+
+// asPath makes a store path of a NAR.
+func asPath(name string, nar []byte, refs ...flox.StorePath) testPath {
+	seed := sha256.Sum256([]byte(name))
 	hash := nix.EncodeBase32(nix.CompressHash(seed[:], 20))
 	slices.Sort(refs)
 	return testPath{&flox.PathInfo{
-		Path: flox.StorePath(hash + "-" + name), NarHash: sha256.Sum256(b.Bytes()), NarSize: uint64(b.Len()), References: refs,
-	}, b.Bytes()}
+		Path: flox.StorePath(hash + "-" + name), NarHash: sha256.Sum256(nar), NarSize: uint64(len(nar)), References: refs,
+	}, nar}
 }
 
 // publish publishes p and checks that it is new.

@@ -56,6 +56,7 @@ type backend interface {
 // chunks; nothing is kept as a NAR.
 type httpCache struct {
 	backend
+	built  madeHere
 	dir    flox.StoreDir
 	name   string
 	blocks flox.Blocks
@@ -64,20 +65,24 @@ type httpCache struct {
 	log    *slog.Logger
 
 	mux       *http.ServeMux
-	uploads   chan struct{} // as many as are taken in at once
-	downloads chan struct{} // as many as are sent at once
+	uploads   *shares       // NARs that are taken in at once
+	downloads *shares       // and sent
 	listings  chan struct{} // as many as are made at once
 	maxNar    uint64        // most bytes of an uploaded NAR, unpacked
 	stall     time.Duration // how long a client may neither send nor take a byte
 }
 
 // newHTTP makes the handler of the binary cache.
-func newHTTP(b backend, cfg Config, blocks flox.Blocks, stored content.StoredBlock) *httpCache {
+func newHTTP(b interface {
+	backend
+	madeHere
+}, cfg Config, blocks flox.Blocks, stored content.StoredBlock,
+) *httpCache {
 	mux := http.NewServeMux()
 	c := &httpCache{
-		backend: b, dir: cfg.StoreDir, name: cfg.Name, blocks: blocks, stored: stored,
+		backend: b, built: b, dir: cfg.StoreDir, name: cfg.Name, blocks: blocks, stored: stored,
 		pages: content.NewPageCache(manifestPages), log: cfg.Log,
-		mux: mux, uploads: make(chan struct{}, maxUploads), downloads: make(chan struct{}, maxDownloads),
+		mux: mux, uploads: newShares(maxUploads, maxUploads/2), downloads: newShares(maxDownloads, maxDownloads/2),
 		listings: make(chan struct{}, maxListings), maxNar: maxNarBytes, stall: clientStall,
 	}
 	if c.log == nil {
@@ -89,6 +94,8 @@ func newHTTP(b backend, cfg Config, blocks flox.Blocks, stored content.StoredBlo
 	mux.HandleFunc("PUT /{file}", c.putFile)
 	mux.HandleFunc("GET /nar/{file}", c.getNar)
 	mux.HandleFunc("PUT /nar/{file}", c.putNar)
+	mux.HandleFunc("GET /log/{drv}", c.getLog)
+	mux.HandleFunc("GET /realisations/{id}", c.getRealisation)
 	mux.HandleFunc("/", c.other)
 	return c
 }
@@ -139,7 +146,7 @@ Write to it with stock Nix (the token is in the storehouse's state directory, up
 func (c *httpCache) other(w http.ResponseWriter, r *http.Request) {
 	switch r.Method {
 	case http.MethodGet, http.MethodHead, http.MethodPut:
-		c.refuse(w, r, maxUnproven, fmt.Errorf("%s: this cache has nix-cache-info, HASH.narinfo, HASH.ls and nar/…; it keeps no build logs and no realisations: %w",
+		c.refuse(w, r, maxUnproven, fmt.Errorf("%s: this cache has nix-cache-info, HASH.narinfo, HASH.ls, nar/…, and of its own builds log/… and realisations/…; it takes in HASH.narinfo and nar/…: %w",
 			r.URL.Path, flox.ErrNotFound))
 	default:
 		w.Header().Set("Allow", "GET, HEAD, PUT")

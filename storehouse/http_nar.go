@@ -38,12 +38,11 @@ func (c *httpCache) getNar(w http.ResponseWriter, r *http.Request) {
 
 // send sends a path's NAR, compressed as the extension says: "", ".zst", ".br".
 func (c *httpCache) send(w http.ResponseWriter, r *http.Request, info *flox.PathInfo, ext string) {
-	select {
-	case c.downloads <- struct{}{}:
-		defer func() { <-c.downloads }()
-	case <-r.Context().Done():
+	leave, err := c.downloads.take(r.Context(), clientOf(r))
+	if err != nil {
 		return
 	}
+	defer leave()
 	done, err := c.Reading(r.Context(), info)
 	if err != nil {
 		c.fail(w, r, err)

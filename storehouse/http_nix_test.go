@@ -23,6 +23,7 @@ import (
 // Stock Nix writes a closure in every compression it has and reads back what it
 // wrote, bit for bit.
 func TestNixCompressions(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	for compression, size := range map[string]int{"": large, "zstd": large, "none": large, "bzip2": small, "gzip": small, "br": small, "lz4": small} {
 		t.Run("with "+compression, func(t *testing.T) {
@@ -110,6 +111,7 @@ func checkJSON(t *testing.T, n *stockNix, u, app string) {
 // Another machine reads from the storehouse with stock Nix if it trusts our key,
 // and gets exactly what was written; with any other key it gets nothing.
 func TestNixReads(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	app := n.build("r", large)
 	n.run("nix", "copy", "--to", cacheURL(s)+"?compression=zstd", app)
@@ -155,6 +157,7 @@ func TestNixReads(t *testing.T) {
 // Uploads without the token are refused, and Nix shows what to do about it: also
 // for a large one, which it sends only when told to.
 func TestNixToken(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	apps := []string{n.build("ts", small), n.build("tl", large)}
 	for name, token := range map[string]string{"none": "", "wrong": "0123456789abcdef0123456789abcdef"} {
@@ -182,6 +185,7 @@ func TestNixToken(t *testing.T) {
 
 // What we cannot unpack is refused, and Nix shows what we can.
 func TestNixUnknownCompression(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	app := n.build("u", small)
 	for _, compression := range []string{"lzip", "lzma"} {
@@ -194,6 +198,7 @@ func TestNixUnknownCompression(t *testing.T) {
 // with other content gets the first content's facts from stock Nix, and a clear
 // answer when it insists.
 func TestNixFirstWins(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	// The entries of its own beginning come before the count.
 	eventually(t, "the keys are sealed", func() bool { return s.sealed.Load() > 0 })
@@ -231,6 +236,7 @@ func sumOf(b []byte) []byte { h := sha256.Sum256(b); return h[:] }
 
 // Two machines copying one closure at once both succeed.
 func TestNixTwoAtOnce(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	app := n.build("two", large)
 	var group sync.WaitGroup
@@ -250,6 +256,7 @@ func TestNixTwoAtOnce(t *testing.T) {
 // A client that is killed in the middle of an upload leaves nothing valid, and the
 // next copy works.
 func TestNixKilled(t *testing.T) {
+	t.Parallel()
 	n, s := nixAndServer(t)
 	app := n.build("k", large)
 	started := make(chan *os.Process, 1)

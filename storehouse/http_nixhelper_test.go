@@ -115,7 +115,9 @@ func (n *stockNix) command(ctx context.Context, args ...string) *exec.Cmd {
 // try runs a command and gives what it wrote.
 func (n *stockNix) try(args ...string) (stdout, stderr string, err error) {
 	n.t.Helper()
-	cmd := n.command(within(n.t), args...)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute) // xz takes its time on a busy machine
+	defer cancel()
+	cmd := n.command(ctx, args...)
 	var out, bad bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &bad
 	err = cmd.Run()

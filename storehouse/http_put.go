@@ -38,6 +38,9 @@ func (c *httpCache) publisher(r *http.Request) (string, error) {
 		return "", errNoToken
 	}
 	publisher, err := c.CheckToken(token)
+	if errors.Is(err, flox.ErrUnreachable) {
+		return "", err // nothing is wrong with the token
+	}
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errNoToken, err)
 	}
@@ -53,12 +56,11 @@ func (c *httpCache) putNar(w http.ResponseWriter, r *http.Request) {
 		c.refuse(w, r, maxUnproven, err)
 		return
 	}
-	select {
-	case c.uploads <- struct{}{}:
-		defer func() { <-c.uploads }()
-	case <-r.Context().Done():
+	leave, err := c.uploads.take(r.Context(), clientOf(r))
+	if err != nil {
 		return
 	}
+	defer leave()
 	file := r.PathValue("file")
 	if err := c.stageNar(w, r, publisher, file); err != nil {
 		c.refuse(w, r, maxRefused, fmt.Errorf("upload of nar/%s: %w", file, err))

@@ -50,6 +50,7 @@ func infoOf(dir flox.StoreDir, info *flox.PathInfo, nar upload) upload {
 // A damaged or foreign NAR is refused with its name, what is wrong, and nothing
 // of it stays.
 func TestPutBadNar(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	token := uploadToken(t, s)
 	p := makePath(t, "p", 600_000)
@@ -91,6 +92,7 @@ func TestPutBadNar(t *testing.T) {
 // A narinfo that does not fit its NAR, this store or the format is refused with
 // what was expected, and the NAR still waits for a right one.
 func TestPutBadNarinfo(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	token := uploadToken(t, s)
 	p := makePath(t, "p", 60_000)
@@ -141,6 +143,7 @@ func TestPutBadNarinfo(t *testing.T) {
 // Whoever has no token, or a wrong one, changes nothing and learns what to do,
 // however much is sent and whether or not the client waits to be told to send.
 func TestPutToken(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 20<<20)
 	nar := packed(t, p.nar)
@@ -177,11 +180,17 @@ func TestPutToken(t *testing.T) {
 	ask(t, "HEAD", cacheURL(s)+"/"+nar.name, uploadToken(t, s), nil, nil).check(t, 200)
 	ask(t, "HEAD", cacheURL(s)+"/"+nar.name, "", nil, nil).check(t, 404)
 	ask(t, "GET", cacheURL(s)+"/"+nar.name, uploadToken(t, s), nil, nil).check(t, 404)
+	// A server that has not heard of the storehouse's keys blames no token.
+	have := s.id.ring.now.Load()
+	s.id.ring.set(guestKeys(have.all.GetSwarmSecrets()[0]))
+	nar.put(t, s, uploadToken(t, s)).check(t, 503)
+	s.id.ring.set(have)
 }
 
 // An upload that breaks off, by a cut or by silence, leaves nothing and ends; the
 // client that still listens is told how far it came.
 func TestPutBreaksOff(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	c := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
 	c.stall = 200 * time.Millisecond
@@ -225,6 +234,7 @@ func TestPutBreaksOff(t *testing.T) {
 
 // A NAR that unpacks to more than is allowed is refused when it gets there.
 func TestPutBomb(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	c := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
 	c.maxNar = 8 << 20
@@ -253,6 +263,7 @@ func TestPutBomb(t *testing.T) {
 // The storehouse may be restarted between a NAR and its narinfo, and knows an
 // uploaded name ever after.
 func TestPutAcrossRestarts(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s, stop := start(t, testConfig(dir))
 	p := makePath(t, "p", 60_000)

@@ -18,6 +18,7 @@ import (
 
 // Every form of a Range request gets what RFC 9110 says, with the right bytes.
 func TestRanges(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 700_000)
 	publish(t, s, p)
@@ -77,6 +78,7 @@ func TestRanges(t *testing.T) {
 
 // HEAD tells what GET would, without the bytes; what is not there is a 404.
 func TestHead(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 10_000)
 	publish(t, s, p)
@@ -115,13 +117,16 @@ func TestHead(t *testing.T) {
 	for _, c := range []struct{ method, path string }{{"DELETE", "/" + hash + ".narinfo"}, {"POST", "/nar/x"}, {"PATCH", "/"}} {
 		ask(t, c.method, cacheURL(s)+c.path, uploadToken(t, s), nil, nil).check(t, 405, "want GET, HEAD or PUT")
 	}
-	for _, method := range []string{"GET", "PUT"} {
-		ask(t, method, cacheURL(s)+"/log/x.drv", uploadToken(t, s), nil, strings.NewReader("hello")).check(t, 404, "/log/x.drv", "no build logs")
-	}
+	ask(t, "PUT", cacheURL(s)+"/log/x.drv", uploadToken(t, s), nil, strings.NewReader("hello")).check(t, 404, "/log/x.drv", "takes in HASH.narinfo")
+	ask(t, "GET", cacheURL(s)+"/log/x.drv", "", nil, nil).check(t, 400, "x.drv")
+	ask(t, "GET", cacheURL(s)+"/log/"+hash+"-x.drv", "", nil, nil).check(t, 404, "is not available")
+	ask(t, "GET", cacheURL(s)+"/realisations/x.doi", "", nil, nil).check(t, 404, "want realisations/sha256:HEX!OUTPUT.doi")
+	ask(t, "GET", cacheURL(s)+"/realisations/sha256:"+strings.Repeat("0", 64)+"!out.doi", "", nil, nil).check(t, 404, "nobody built")
 }
 
 // What a person sees in a browser says how to use the cache, with its key.
 func TestWelcome(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	ask(t, "GET", cacheURL(s)+"/", "", nil, nil).check(t, 200, s.PublicKey(), "/nix/store", "netrc")
 }
@@ -129,6 +134,7 @@ func TestWelcome(t *testing.T) {
 // A lost block breaks the connection: nobody takes half a NAR for a whole one. A
 // lost manifest is our failure, not a path that is not there.
 func TestLostBlock(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 3<<20)
 	info := publish(t, s, p)
@@ -166,12 +172,13 @@ func TestLostBlock(t *testing.T) {
 
 // A reader that takes nothing is given up, and its place goes to the next one.
 func TestStalledReader(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 48<<20) // more than sockets buffer
 	publish(t, s, p)
 	c := newHTTP(s, s.cfg, s.packs, s.packs.Stored)
-	c.stall = 200 * time.Millisecond
-	c.downloads = make(chan struct{}, 1)
+	c.stall = 2 * time.Second // the next reader must not seem to stall on a busy machine
+	c.downloads = newShares(1, 1)
 	web := httptest.NewServer(c)
 	defer web.Close()
 	conn, err := net.Dial("tcp", web.Listener.Addr().String()) //nolint:noctx // a test's own server
@@ -197,8 +204,9 @@ func TestStalledReader(t *testing.T) {
 // Strangers can neither hold more connections than there are places nor send
 // headers without end; a place that is left goes to the next one.
 func TestStrangersAreBounded(t *testing.T) {
+	t.Parallel()
 	web := httptest.NewUnstartedServer(http.NotFoundHandler())
-	web.Config.ConnState = atMost(1)
+	web.Config.ConnState = atMost(2, 1)
 	web.Start()
 	defer web.Close()
 	first, err := net.Dial("tcp", web.Listener.Addr().String()) //nolint:noctx // a test's own server

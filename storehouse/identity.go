@@ -13,6 +13,7 @@ import (
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/nix"
 	"github.com/floxctl/flox/p2p"
@@ -35,12 +36,18 @@ type identity struct {
 	machine ed25519.PrivateKey
 	peer    p2p.PeerID
 	ring    *keyring
-	joined  *api.Invite // what a server that joined others was told; nil = the first one
+	joined  *api.Invite      // what a server that joined others was told; nil = the first one
+	others  []api.InvitePeer // the other servers, as they are known without the log
 }
 
-// joinedName is the file in the state directory that makes its server one of
-// those named in it, instead of the first of a new storehouse.
-const joinedName = "joined.json"
+// Names in the state directory. joinedName is the file that makes its server one
+// of those named in it, instead of the first of a new storehouse.
+const (
+	joinedName     = "joined.json"
+	fixedName      = "storehouse.json"
+	keysDir        = "keys"
+	machineKeyName = "machine.key"
+)
 
 // loadIdentity reads the identity in cfg.StateDir, making what is missing. The
 // caller has the directory for itself.
@@ -59,54 +66,80 @@ func loadIdentity(cfg Config) (*identity, error) {
 	if err := id.loadFixed(cfg); err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(cfg.StateDir, "keys")
+	if id.others, err = loadOthers(cfg.StateDir, id.joined); err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(cfg.StateDir, keysDir)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make key directory: %w", err)
 	}
-	if id.machine, err = p2p.LoadOrCreateKey(filepath.Join(dir, "machine.key")); err != nil {
+	if id.machine, err = p2p.LoadOrCreateKey(filepath.Join(dir, machineKeyName)); err != nil {
 		return nil, err
 	}
-	public, _ := id.machine.Public().(ed25519.PublicKey)
-	if id.peer, err = p2p.IDFromKey(public); err != nil {
+	if id.peer, err = idOf(id.machine); err != nil {
 		return nil, err
 	}
 	if id.joined != nil {
 		// The storehouse's keys come through the log.
-		id.ring.set(&keys{swarm: [][]byte{id.joined.Secret}})
+		id.ring.set(guestKeys(id.joined.Secret))
 		return id, nil
 	}
+	if _, err := os.Stat(filepath.Join(cfg.StateDir, restoredName)); err == nil {
+		return id, nil // they are in the log
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("read state directory: %w", err)
+	}
+	if inLog, err := keysInLog(cfg.StateDir); err != nil || inLog {
+		return id, err
+	}
 	first, err := ownKeys(cfg, dir, id.Name)
+	if err != nil {
+		return nil, err
+	}
 	id.ring.set(first)
-	return id, err
+	return id, nil
+}
+
+// idOf is the name of the machine with a key.
+func idOf(key ed25519.PrivateKey) (p2p.PeerID, error) {
+	public, _ := key.Public().(ed25519.PublicKey)
+	return p2p.IDFromKey(public)
 }
 
 // ownKeys reads the keys that the first server begins with, making what is missing.
 func ownKeys(cfg Config, dir, name string) (*keys, error) {
-	nixKey, err := signingKey(filepath.Join(dir, "nix.key"), name+"-1")
+	nixKey, err := signingKey(filepath.Join(dir, nixKeyName), name+"-1")
 	if err != nil {
 		return nil, err
 	}
-	manifestKey, err := signingKey(filepath.Join(dir, "manifest.key"), name+"-1")
+	manifestKey, err := signingKey(filepath.Join(dir, manifestName), name+"-1")
 	if err != nil {
 		return nil, err
 	}
-	secret, err := secretFile(filepath.Join(dir, "swarm.secret"), rand.Text)
+	secret, err := secretFile(filepath.Join(dir, swarmName), rand.Text)
 	if err != nil {
 		return nil, err
 	}
-	// The file holds text; its hash gives the members' secret its length.
-	sum := content.Hash([]byte("flox-swarm-1;" + secret))
 	token, err := secretFile(cfg.UploadTokenFile, rand.Text)
-	return &keys{
-		nix: []nix.SecretKey{nixKey}, manifest: []nix.SecretKey{manifestKey},
-		swarm: [][]byte{sum[:swarmSecretBytes]}, token: token,
-	}, err
+	if err != nil {
+		return nil, err
+	}
+	return parseKeys(&floxv1.ClusterSecrets{
+		NixKeys: []string{nixKey.String()}, ManifestKeys: []string{manifestKey.String()},
+		SwarmSecrets: [][]byte{swarmSecret(secret)}, UploadToken: token,
+	})
+}
+
+// swarmSecret is the members' secret of the text in its file: the hash gives it its length.
+func swarmSecret(text string) []byte {
+	sum := content.Hash([]byte("flox-swarm-1;" + text))
+	return sum[:swarmSecretBytes]
 }
 
 // loadFixed reads storehouse.json or writes the first one, and refuses a
 // configuration that says otherwise.
 func (id *identity) loadFixed(cfg Config) error {
-	path := filepath.Join(cfg.StateDir, "storehouse.json")
+	path := filepath.Join(cfg.StateDir, fixedName)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		id.fixed = fixed{Format: 1, Name: cfg.Name, StoreDir: cfg.StoreDir}
@@ -194,9 +227,7 @@ func (id *identity) firstTrust() (*content.TrustList, error) {
 	}
 	list := &content.TrustList{
 		Version: 1, Epoch: 1,
-		NixKeys:      []string{have.nix[0].Public().String()},
-		ManifestKeys: []string{have.manifest[0].Public().String()},
-		Voters:       []string{string(id.peer)},
+		NixKeys: public(have.nix), ManifestKeys: public(have.manifest), Voters: []string{string(id.peer)},
 	}
 	return list, list.Sign(have.manifest[0])
 }

@@ -1,12 +1,10 @@
 package storehouse
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"strings"
 	"sync"
 	"time"
 
@@ -34,8 +32,8 @@ const importProgress = 200 * time.Millisecond
 
 // ImportOptions say what to import.
 type ImportOptions struct {
-	// From is a binary cache: http://…, https://…, or a directory on the server with
-	// narinfos and NARs.
+	// From is a binary cache: http://…, https://…, s3://…, or a directory on the server
+	// with narinfos and NARs; or ssh-ng://HOST, the store of Nix there.
 	From string
 	// Paths are imported with their closures; empty = everything a directory lists.
 	Paths []flox.StorePath
@@ -61,13 +59,28 @@ func (s *Server) Import(ctx context.Context, opts ImportOptions, progress func(*
 			return fmt.Errorf("import: %w", err)
 		}
 	}
-	source, err := openSource(opts.From, opts.Jobs)
+	source, err := openSource(opts.From, sourceOptions{jobs: opts.Jobs, stall: importStall, dir: s.cfg.StoreDir})
 	if err != nil {
-		return err
+		return fmt.Errorf("import from %w", err)
 	}
-	im := &importing{Server: s, opts: opts, source: source, tell: progress, nodes: map[string]*importNode{}}
-	if im.keys, err = s.acceptedKeys(ctx, opts.Keys); err == nil {
-		err = im.run(ctx)
+	from := &importedCache{Server: s, source: source}
+	if from.keys, err = s.acceptedKeys(ctx, opts.Keys); err == nil {
+		err = from.checkCache(ctx)
+	}
+	if err == nil {
+		im := newImporting(s, from, opts.Jobs)
+		im.failed = func(n *importNode, err error) {
+			if len(im.now.GetFailed()) < maxFailedListed {
+				im.now.Failed = append(im.now.Failed, fmt.Sprintf("%s: %v", n, err))
+			}
+		}
+		if progress != nil {
+			im.tell = func() {
+				progress(proto.Clone(&im.now).(*floxv1.ImportProgress)) //nolint:forcetypeassert // a clone
+				im.now.Failed = nil
+			}
+		}
+		err = im.run(ctx, func() error { return im.wanted(ctx, opts.Paths, source) })
 	}
 	if err = errors.Join(err, source.close()); err != nil {
 		return fmt.Errorf("import from %s: %w", opts.From, err)
@@ -91,15 +104,57 @@ func (s *Server) acceptedKeys(ctx context.Context, keys []string) (nix.KeyRing, 
 	return nix.ParseKeyRing(list.NixKeys)
 }
 
+// wanted begins with what is to be imported.
+func (im *importing) wanted(ctx context.Context, paths []flox.StorePath, source cacheSource) error {
+	for _, p := range paths {
+		im.node(p.HashPart(), p)
+	}
+	if len(paths) > 0 {
+		return nil
+	}
+	return source.list(ctx, func(hashPart string) error { im.node(hashPart, ""); return nil })
+}
+
+// importFrom is where paths are imported from.
+type importFrom interface {
+	// find reads and checks what is said of a path: it may enter. ErrNotFound,
+	// ErrUntrusted.
+	find(ctx context.Context, hashPart string) (*offer, error)
+	// bring makes a path valid whose references are.
+	bring(ctx context.Context, o *offer) error
+}
+
+// offer is a path that a cache has, or what it says an output became.
+type offer struct {
+	*nix.NarInfo        // nil if realised is set
+	from         string // the cache's URL
+	realised     *nix.Realisation
+}
+
+// downloadSize is how much is fetched for a path; 0 = its cache does not say.
+func (o *offer) downloadSize() uint64 {
+	if o.FileSize == 0 && o.Compression == "none" {
+		return o.Info.NarSize
+	}
+	return o.FileSize
+}
+
 // importNode is one path of an import.
 type importNode struct {
 	hashPart string
-	path     flox.StorePath // "" until its narinfo was read
-	info     *nix.NarInfo   // nil = not read, or to be read again
+	path     flox.StorePath // "" until its name is known
+	offer    *offer         // nil = not read, or to be read again
 	size     uint64         // of its NAR
 	waits    int            // references that are not here yet
 	needed   []*importNode  // what waits for it
 	state    importState
+}
+
+func (n *importNode) String() string {
+	if n.path == "" {
+		return n.hashPart
+	}
+	return string(n.path)
 }
 
 type importState uint8
@@ -111,48 +166,52 @@ const (
 	importFailed
 )
 
-// importing is one import. One goroutine decides, the others read and publish.
+// importing is one import. One goroutine decides, and calls found, failed and
+// tell; the others read and publish.
 type importing struct {
 	*Server
-	opts   ImportOptions
-	source cacheSource
-	keys   nix.KeyRing
-	tell   func(*floxv1.ImportProgress)
+	jobs int
+	from importFrom
+	// What is described is not fetched; if alone, what it refers to is not looked for.
+	dry, alone bool
+
+	found  func(*offer)
+	failed func(*importNode, error)
+	tell   func()
 
 	nodes    map[string]*importNode // by hash part
 	describe []*importNode          // narinfo to be read
 	fetch    []*importNode          // NAR to be fetched: all references are here
-	infos    int                    // narinfos kept
+	offers   int                    // kept
 	now      floxv1.ImportProgress
 	told     time.Time
+}
+
+func newImporting(s *Server, from importFrom, jobs int) *importing {
+	return &importing{
+		Server: s, from: from, jobs: jobs, nodes: map[string]*importNode{},
+		found: func(*offer) {}, failed: func(*importNode, error) {}, tell: func() {},
+	}
 }
 
 // importTask is something for a worker, and then what came of it.
 type importTask struct {
 	node  *importNode
 	fetch bool // else describe
-	info  *nix.NarInfo
-	valid bool // it was valid before
+	offer *offer
+	valid flox.StorePath // it was valid before
 	err   error
 }
 
-func (im *importing) run(ctx context.Context) error {
-	if err := im.checkCache(ctx); err != nil {
+// run imports what begin says.
+func (im *importing) run(ctx context.Context, begin func() error) error {
+	if err := begin(); err != nil {
 		return err
-	}
-	for _, p := range im.opts.Paths {
-		im.node(p.HashPart())
-	}
-	if len(im.opts.Paths) == 0 {
-		err := im.source.list(ctx, func(hashPart string) error { im.node(hashPart); return nil })
-		if err != nil {
-			return err
-		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	tasks, results := make(chan *importTask), make(chan *importTask)
 	var workers sync.WaitGroup
-	for range im.opts.Jobs {
+	for range im.jobs {
 		workers.Go(func() {
 			for task := range tasks {
 				im.work(ctx, task)
@@ -165,15 +224,27 @@ func (im *importing) run(ctx context.Context) error {
 	close(tasks)
 	workers.Wait()
 	if err == nil {
+		im.endCircles()
 		im.now.Finished = true
 		im.report(true)
 	}
 	return err
 }
 
+// endCircles gives up what waits for itself. No store path does; a cache can say so.
+func (im *importing) endCircles() {
+	for _, n := range im.nodes {
+		if n.state == importDescribed {
+			im.fail(n, fmt.Errorf("its references lead back to it: %w", flox.ErrBadInput))
+		}
+	}
+}
+
 // schedule hands out what can be done until nothing is left, or all is lost; then
 // no worker has a task.
 func (im *importing) schedule(ctx context.Context, tasks chan<- *importTask, results <-chan *importTask) (fatal error) {
+	tick := time.NewTicker(importProgress)
+	defer tick.Stop()
 	for busy := 0; ; {
 		var next *importTask
 		var out chan<- *importTask
@@ -184,7 +255,7 @@ func (im *importing) schedule(ctx context.Context, tasks chan<- *importTask, res
 		case fatal != nil:
 		case len(im.fetch) > 0:
 			next, out = &importTask{node: im.fetch[len(im.fetch)-1], fetch: true}, tasks
-			next.info = next.node.info
+			next.offer = next.node.offer
 		case len(im.describe) > 0:
 			next, out = &importTask{node: im.describe[len(im.describe)-1]}, tasks
 		}
@@ -199,6 +270,8 @@ func (im *importing) schedule(ctx context.Context, tasks chan<- *importTask, res
 			} else {
 				im.describe = im.describe[:len(im.describe)-1]
 			}
+		case <-tick.C:
+			im.report(false)
 		case done := <-results:
 			busy--
 			// Without room or without anybody to answer, the others fail as well.
@@ -212,11 +285,12 @@ func (im *importing) schedule(ctx context.Context, tasks chan<- *importTask, res
 	}
 }
 
-// node gives the node of a path, a new one if need be.
-func (im *importing) node(hashPart string) *importNode {
+// node gives the node of a path, a new one if need be. path is "" if only its hash
+// part is known.
+func (im *importing) node(hashPart string, path flox.StorePath) *importNode {
 	n := im.nodes[hashPart]
 	if n == nil {
-		n = &importNode{hashPart: hashPart}
+		n = &importNode{hashPart: hashPart, path: path}
 		im.nodes[hashPart] = n
 		im.describe = append(im.describe, n)
 		im.now.TotalPaths++
@@ -227,29 +301,39 @@ func (im *importing) node(hashPart string) *importNode {
 // take draws the consequences of a task.
 func (im *importing) take(t *importTask) {
 	n := t.node
+	is := t.valid
+	if t.offer != nil {
+		is = t.offer.Info.Path
+	}
 	switch {
 	case n.state == importFailed: // for a reference of it that failed meanwhile
+	case is != "" && n.path != "" && is != n.path:
+		im.fail(n, fmt.Errorf("the hash part belongs to %s: %w", is, flox.ErrNotFound))
 	case t.err != nil:
-		if t.info != nil {
-			n.path = t.info.Info.Path
-		}
+		n.path = cmp.Or(is, n.path)
 		im.fail(n, t.err)
-	case t.valid || t.fetch:
+	case t.valid != "" || t.fetch:
+		n.path = is
 		im.done(n)
 	default:
-		im.described(n, t.info)
+		im.described(n, t.offer)
 	}
 }
 
 // described finds out what a path has to wait for.
-func (im *importing) described(n *importNode, info *nix.NarInfo) {
-	n.state, n.path, n.size = importDescribed, info.Info.Path, info.Info.NarSize
+func (im *importing) described(n *importNode, o *offer) {
+	n.state, n.path, n.size = importDescribed, o.Info.Path, o.Info.NarSize
 	im.now.TotalBytes += n.size
-	for _, ref := range info.Info.References {
+	im.found(o)
+	if im.dry && im.alone {
+		im.done(n)
+		return
+	}
+	for _, ref := range o.Info.References {
 		if ref == n.path {
 			continue
 		}
-		on := im.node(ref.HashPart())
+		on := im.node(ref.HashPart(), ref)
 		switch on.state {
 		case importDone:
 		case importFailed:
@@ -260,19 +344,28 @@ func (im *importing) described(n *importNode, info *nix.NarInfo) {
 			on.needed = append(on.needed, n)
 		}
 	}
-	if im.infos < maxNarInfos {
-		im.infos++
-		n.info = info
+	if im.offers < maxNarInfos && !im.dry {
+		im.offers++
+		n.offer = o
 	}
 	if n.waits == 0 {
-		im.fetch = append(im.fetch, n)
+		im.next(n)
 	}
 }
 
+// next has a path fetched whose references are here.
+func (im *importing) next(n *importNode) {
+	if im.dry {
+		im.done(n)
+		return
+	}
+	im.fetch = append(im.fetch, n)
+}
+
 func (im *importing) forget(n *importNode) {
-	if n.info != nil {
-		im.infos--
-		n.info = nil
+	if n.offer != nil {
+		im.offers--
+		n.offer = nil
 	}
 }
 
@@ -285,7 +378,7 @@ func (im *importing) done(n *importNode) {
 	im.now.Now = string(n.path)
 	for _, by := range n.needed {
 		if by.waits--; by.waits == 0 && by.state == importDescribed {
-			im.fetch = append(im.fetch, by)
+			im.next(by)
 		}
 	}
 	n.needed = nil
@@ -304,57 +397,19 @@ func (im *importing) fail(n *importNode, err error) {
 		}
 		n.state = importFailed
 		im.forget(n)
-		name := string(n.path)
-		if name == "" {
-			name = n.hashPart
-		}
 		im.now.FailedPaths++
-		if len(im.now.GetFailed()) < maxFailedListed {
-			im.now.Failed = append(im.now.Failed, fmt.Sprintf("%s: %v", name, err))
-		}
+		im.failed(n, err)
 		for _, by := range n.needed {
-			lost = append(lost, loss{by, fmt.Errorf("%s, which it refers to, is not here: %w", name, flox.ErrNotFound)})
+			lost = append(lost, loss{by, fmt.Errorf("%s, which it refers to, is not here: %w", n, flox.ErrNotFound)})
 		}
 		n.needed = nil
 	}
 }
 
 func (im *importing) report(always bool) {
-	if im.tell == nil || !always && time.Since(im.told) < importProgress {
+	if !always && time.Since(im.told) < importProgress {
 		return
 	}
 	im.told = time.Now()
-	im.tell(proto.Clone(&im.now).(*floxv1.ImportProgress)) //nolint:forcetypeassert // a clone
-	im.now.Failed = nil
-}
-
-// checkCache refuses a cache of another store directory.
-func (im *importing) checkCache(ctx context.Context) error {
-	b, err := im.small(ctx, "nix-cache-info")
-	if errors.Is(err, flox.ErrNotFound) { // some have none; every narinfo says it as well
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for line := range strings.Lines(string(b)) {
-		if dir, ok := strings.CutPrefix(line, "StoreDir:"); ok && strings.TrimSpace(dir) != string(im.cfg.StoreDir) {
-			return fmt.Errorf("it is a cache of store directory %s, this storehouse has %s, and paths do not go from one to the other: %w",
-				strings.TrimSpace(dir), im.cfg.StoreDir, flox.ErrBadInput)
-		}
-	}
-	return nil
-}
-
-// small reads a file of no more than a narinfo's size.
-func (im *importing) small(ctx context.Context, name string) (b []byte, err error) {
-	err = again(ctx, func() error {
-		r, err := im.source.open(ctx, name)
-		if err != nil {
-			return err
-		}
-		b, err = io.ReadAll(io.LimitReader(r, nix.MaxNarInfo+1))
-		return errors.Join(err, r.Close())
-	})
-	return bytes.Clone(b), err
+	im.tell()
 }

@@ -54,7 +54,14 @@ func (s *Server) tendServers(ctx context.Context) error {
 	if !slices.ContainsFunc(machines, func(m *floxv1.Machine) bool { return m.GetPeer() == string(s.id.peer) }) {
 		return nil // it has not said yet who it is
 	}
-	return errors.Join(s.sealTo(ctx, machines), s.admitServers(ctx, machines), s.dropServers(ctx, machines), s.listVoters(ctx, machines))
+	err := errors.Join(s.sealTo(ctx, machines), s.admitServers(ctx, machines), s.dropServers(ctx, machines))
+	if _, _, none := s.keysInForce(); none != nil {
+		return err // sealed a moment ago, or another server has to lead
+	}
+	if _, failed := s.settleTrust(ctx); failed != nil {
+		return errors.Join(err, failed)
+	}
+	return errors.Join(err, s.retireKeys(ctx))
 }
 
 // sealTo seals the cluster's secrets anew, under a new cluster key, when they are
@@ -77,17 +84,17 @@ func (s *Server) sealTo(ctx context.Context, machines []*floxv1.Machine) error {
 	if err != nil {
 		return err
 	}
-	return s.putSecrets(ctx, have.message(), to, sealed.GetVersion())
+	return s.putSecrets(ctx, s.actor(), have.message(), to, sealed.GetVersion())
 }
 
 // putSecrets seals secrets and puts them into the log in place of a version.
-func (s *Server) putSecrets(ctx context.Context, secrets *floxv1.ClusterSecrets, to map[p2p.PeerID][]byte, after uint64) error {
+func (s *Server) putSecrets(ctx context.Context, who *floxv1.Actor, secrets *floxv1.ClusterSecrets, to map[p2p.PeerID][]byte, after uint64) error {
 	next, err := sealSecrets(after+1, secrets, to)
 	if err != nil {
 		return err
 	}
 	_, err = s.proposeMembers(ctx, &floxv1.MembersCommand{
-		Actor:   s.actor(),
+		Actor:   who,
 		Command: &floxv1.MembersCommand_Secrets{Secrets: &floxv1.SetSecrets{After: after, Secrets: next}},
 	})
 	if err != nil {
@@ -103,7 +110,9 @@ func (s *Server) actor() *floxv1.Actor {
 
 // admitServers takes machines into the log's servers that run and are none yet.
 func (s *Server) admitServers(ctx context.Context, machines []*floxv1.Machine) (err error) {
-	have := map[string]string{}
+	have, old := map[string]string{}, map[string]string{}
+	defer s.servers.old.Store(&old)
+	before := s.servers.tooOld()
 	for _, m := range s.servers.members() {
 		have[m.ID] = m.Address
 	}
@@ -113,6 +122,13 @@ func (s *Server) admitServers(ctx context.Context, machines []*floxv1.Machine) (
 			continue
 		}
 		if err := s.node.AddServer(ctx, m.GetPeer(), m.GetRaftAddress(), members.Label(m, "voter") != "false"); err != nil {
+			if errors.Is(err, cluster.ErrLevel) {
+				old[m.GetPeer()] = err.Error()
+				if _, told := before[m.GetPeer()]; !told {
+					s.cfg.Log.Warn("a server is not taken in: its program is too old", "server", m.GetName(), "address", m.GetRaftAddress(), "error", err)
+				}
+				continue
+			}
 			s.cfg.Log.Debug("a server is not there yet", "server", m.GetName(), "address", m.GetRaftAddress(), "error", err)
 			continue
 		}
@@ -127,36 +143,13 @@ func (s *Server) dropServers(ctx context.Context, machines []*floxv1.Machine) (e
 		if slices.ContainsFunc(machines, func(o *floxv1.Machine) bool { return o.GetPeer() == m.ID }) {
 			continue
 		}
-		if dropErr := s.node.RemoveServer(ctx, m.ID); dropErr != nil {
+		if dropErr := s.node.ForceRemoveServer(ctx, m.ID); dropErr != nil {
 			err = errors.Join(err, dropErr)
 			continue
 		}
 		s.cfg.Log.Info("server takes part no more", "server", m.ID)
 	}
 	return err
-}
-
-// listVoters puts a trust list in force that names the servers there are, and
-// the keys that sign.
-func (s *Server) listVoters(ctx context.Context, machines []*floxv1.Machine) error {
-	lists, err := s.trustLists(ctx, 0)
-	if err != nil || len(lists) == 0 {
-		return err
-	}
-	newest, err := content.ParseTrustList(lists[len(lists)-1])
-	if err != nil {
-		return err
-	}
-	var voters []string
-	for _, m := range machines {
-		voters = append(voters, m.GetPeer())
-	}
-	if slices.Equal(voters, newest.Voters) {
-		return nil
-	}
-	next := *newest
-	next.Voters = voters
-	return s.putTrust(ctx, newest, &next)
 }
 
 // putTrust signs a list that follows another and puts it in force.
@@ -185,7 +178,7 @@ func (s *Server) putTrust(ctx context.Context, old, next *content.TrustList) (er
 	if err != nil {
 		return err
 	}
-	_, err = propose(ctx, s.node.NewSession(), &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Trust{Trust: &floxv1.SetTrustList{List: b}}})
+	_, err = propose(freeing(ctx), s.node.NewSession(), &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Trust{Trust: &floxv1.SetTrustList{List: b}}})
 	return err
 }
 
@@ -196,10 +189,27 @@ func (s *Server) machineName() string {
 	}
 	for _, name := range []string{s.cfg.ServerName, s.cfg.Name} {
 		if members.CheckName(name) == nil {
-			return name
+			return s.freeName(name)
 		}
 	}
 	return "server"
+}
+
+// freeName is a name like one that no other machine has. In a storehouse that was
+// restored under another key the server of before still has its own.
+func (s *Server) freeName(name string) string {
+	if !s.servers.alone.Load() {
+		return name // whoever has it may be in use
+	}
+	taken := map[string]bool{}
+	for _, m := range s.roster.now.Load().machines {
+		taken[strings.ToLower(m.GetName())] = true
+	}
+	try := name
+	for i := 2; taken[strings.ToLower(try)]; i++ {
+		try = fmt.Sprintf("%s-%d", name[:min(len(name), 56)], i)
+	}
+	return try
 }
 
 // introduce makes this server a member if it is the first, and keeps what the

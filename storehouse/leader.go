@@ -36,8 +36,13 @@ func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (
 
 // enter puts a command into the log. It waits for a majority only so long.
 func enter(ctx context.Context, session *cluster.Session, kind uint32, command []byte) ([]byte, error) {
+	return enterAt(ctx, session, 0, kind, command)
+}
+
+// enterAt is enter of a command of a level.
+func enterAt(ctx context.Context, session *cluster.Session, level, kind uint32, command []byte) ([]byte, error) {
 	limited, cancel := context.WithTimeout(ctx, proposeWait)
 	defer cancel()
-	answer, _, err := session.Propose(limited, kind, command)
+	answer, _, err := session.ProposeWith(limited, kind, command, cluster.ProposeOptions{Level: level, Freeing: isFreeing(ctx)})
 	return answer, noMajority(ctx, proposeWait, err)
 }

@@ -18,6 +18,7 @@ import (
 // Valid paths are listed in the order of their names, each once, whatever the
 // size of a page and wherever it begins; paths that are valid no longer are not.
 func TestListPathsInPages(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	var all []testPath
 	for i := range 60 {
@@ -62,6 +63,7 @@ func TestListPathsInPages(t *testing.T) {
 }
 
 func TestListPathsOverTheWire(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	m := join(t, s.Invite())
 	a := publish(t, s, makePath(t, "a", 10))

@@ -25,6 +25,14 @@ func (s *Server) allowed(peer p2p.PeerID) bool {
 	return s.cfg.OpenMembership && !s.revoked(peer)
 }
 
+// vouched reports whether a machine's key alone is proof enough: it is in the
+// member list. So one that was away while the swarm's secret changed comes back,
+// and hears of the new one.
+func (s *Server) vouched(peer p2p.PeerID) bool {
+	_, ok := s.roster.machine(peer)
+	return ok
+}
+
 // revoked reports whether a key was revoked. It reads the state here and waits
 // for nobody; what cannot be read counts as revoked.
 func (s *Server) revoked(peer p2p.PeerID) bool {
@@ -75,6 +83,8 @@ func (s *Server) runMembers(ctx context.Context, operators *admin) error {
 	group.Go(func() error { return s.serveJoin(parts) })
 	group.Go(func() error { return s.serveSocket(parts, operators) })
 	group.Go(func() error { return s.runKick(parts) })
+	group.Go(func() error { return s.runDoors(parts) })
+	group.Go(func() error { return s.runRootless(parts) })
 	group.Go(func() error { return s.runSeen(parts) })
 	err := group.Wait()
 	if ctx.Err() != nil {

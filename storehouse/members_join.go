@@ -36,8 +36,9 @@ type guestKey struct{}
 
 // guest is what a guest's connection has proven.
 type guest struct {
-	invite string // "" = within a window
+	invite string // "" = within a window, or a member already
 	peer   p2p.PeerID
+	addr   string
 }
 
 // joining answers guests.
@@ -55,13 +56,23 @@ func (s *Server) serveJoin(ctx context.Context) error {
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 20 * time.Second, MaxHeaderBytes: maxWebHeader,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			invite, peer := p2p.GuestInvite(conn)
-			return context.WithValue(ctx, guestKey{}, guest{invite, peer})
+			return context.WithValue(ctx, guestKey{}, guest{invite, peer, conn.RemoteAddr().String()})
 		},
 	})
 }
 
-// invited gives the invite a guest came with.
+// invited gives the invite a guest came with. Who comes with one that is over is
+// audited like those whom the handshake refuses: it lets those pass whose answer
+// may have been lost.
 func (j joining) invited(ctx context.Context) (g guest, inv *floxv1.InviteRecord, err error) {
+	g, inv, err = j.findInvite(ctx)
+	if errors.Is(err, flox.ErrDenied) && g.peer != "" {
+		j.doors.refused(p2p.Refusal{Peer: g.peer, Addr: g.addr, Why: err})
+	}
+	return g, inv, err
+}
+
+func (j joining) findInvite(ctx context.Context) (g guest, inv *floxv1.InviteRecord, err error) {
 	g, ok := ctx.Value(guestKey{}).(guest)
 	if !ok || g.peer == "" {
 		return g, nil, fmt.Errorf("join: the connection does not say who it is: %w", flox.ErrDenied)
@@ -74,33 +85,98 @@ func (j joining) invited(ctx context.Context) (g guest, inv *floxv1.InviteRecord
 			return err
 		})
 	}
+	if err == nil && inv.GetUses() == 0 {
+		err = j.joinedWith(ctx, g.peer, inv.GetId())
+	}
 	if errors.Is(err, flox.ErrNotFound) {
 		err = fmt.Errorf("join: the invite is not valid any more: ask for a new one: %w", flox.ErrDenied)
 	}
 	return g, inv, err
 }
 
+// member gives the machine of a guest that came without an invite and is a member
+// already: the answer to its join was lost, or it joins again.
+func (j joining) member(ctx context.Context) (*floxv1.Machine, bool) {
+	g, ok := ctx.Value(guestKey{}).(guest)
+	if !ok || g.invite != "" {
+		return nil, false
+	}
+	return j.roster.machine(g.peer)
+}
+
+// joinedWith refuses everybody an invite that is used up, but for those who joined
+// with it: their answer was lost. ErrDenied.
+func (j joining) joinedWith(ctx context.Context, peer p2p.PeerID, invite string) error {
+	return j.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		m, err := members.Machine(r, string(peer))
+		if errors.Is(err, flox.ErrNotFound) || err == nil && m.GetInvite() != invite {
+			return fmt.Errorf("join: the invite %s was used up by other machines: ask for a new one: %w", invite, flox.ErrDenied)
+		}
+		return err
+	})
+}
+
 // Look is floxv1connect.JoinHandler.
 func (j joining) Look(ctx context.Context, _ *connect.Request[floxv1.LookRequest]) (*connect.Response[floxv1.LookResponse], error) {
-	_, inv, err := j.invited(ctx)
-	if err != nil {
-		return nil, api.ToConnect(err)
+	role := ""
+	if m, ok := j.member(ctx); ok {
+		role = m.GetRole()
+	} else {
+		_, inv, err := j.invited(ctx)
+		if err != nil {
+			return nil, api.ToConnect(err)
+		}
+		role = inv.GetRole()
 	}
 	trust, err := j.newestTrust(ctx)
-	return answer(&floxv1.LookResponse{Name: j.cfg.Name, StoreDir: string(j.cfg.StoreDir), TrustList: trust[:], Role: inv.GetRole()}, err)
+	return answer(&floxv1.LookResponse{Name: j.cfg.Name, StoreDir: string(j.cfg.StoreDir), TrustList: trust[:], Role: role}, err)
 }
 
 // Join is floxv1connect.JoinHandler. The log decides, so that an invite counts
 // once however many servers are asked at once.
 func (j joining) Join(ctx context.Context, req *connect.Request[floxv1.JoinRequest]) (*connect.Response[floxv1.JoinResponse], error) {
-	out, err := j.join(ctx, req.Msg)
-	return answer(out, err)
+	if m, ok := j.member(ctx); ok {
+		return answer(j.again(ctx, m, req.Msg.GetMachine()))
+	}
+	return answer(j.join(ctx, req.Msg))
+}
+
+// again answers a member that joins. A server may say that it will be elsewhere:
+// before it was ever reached, it has no other way to.
+func (j joining) again(ctx context.Context, m, asked *floxv1.Machine) (*floxv1.JoinResponse, error) {
+	if at := asked.GetRaftAddress(); m.GetRole() == members.Server && at != "" && at != m.GetRaftAddress() {
+		reply, err := j.proposeMembers(ctx, &floxv1.MembersCommand{
+			Actor:   &floxv1.Actor{Peer: m.GetPeer(), Machine: m.GetName()},
+			Command: &floxv1.MembersCommand_Change{Change: &floxv1.ChangeMachine{Peer: m.GetPeer(), RaftAddress: at, SealKey: asked.GetSealKey()}},
+		})
+		if err != nil {
+			return nil, err
+		}
+		m = reply.GetMachine()
+	}
+	return j.welcome(ctx, m)
+}
+
+// welcome is what a machine is told that is a member now.
+func (j joining) welcome(ctx context.Context, m *floxv1.Machine) (*floxv1.JoinResponse, error) {
+	if err := j.roster.refresh(ctx, j.Server); err != nil { // its first connection may come next
+		return nil, err
+	}
+	keep, err := j.inviteFile(ctx)
+	if err != nil {
+		return nil, err
+	}
+	told := j.everybody()
+	return &floxv1.JoinResponse{Invite: keep, Machine: m, Members: told[:min(len(told), maxTold)]}, nil
 }
 
 func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.JoinResponse, error) {
 	g, inv, err := j.invited(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if err := j.takesMachines(ctx, inv.GetRole()); err != nil {
+		return nil, fmt.Errorf("join: %w", err)
 	}
 	if len(req.GetUser()) > maxUserName {
 		return nil, fmt.Errorf("join: a user's name of %d bytes, want at most %d: %w", len(req.GetUser()), maxUserName, flox.ErrBadInput)
@@ -120,15 +196,16 @@ func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.Joi
 	if reply.GetRefused() != "" {
 		return nil, refusedJoin(reply.GetRefused())
 	}
-	if err := j.roster.refresh(ctx, j.Server); err != nil { // its first connection may come next
-		return nil, err
+	return j.welcome(ctx, reply.GetMachine())
+}
+
+// takesMachines refuses more machines when the disk is read-only, but for servers:
+// one with a larger disk is a way out. ErrFull.
+func (s *Server) takesMachines(ctx context.Context, role string) error {
+	if role == members.Server {
+		return nil
 	}
-	keep, err := j.inviteFile(ctx)
-	if err != nil {
-		return nil, err
-	}
-	told := j.everybody()
-	return &floxv1.JoinResponse{Invite: keep, Machine: reply.GetMachine(), Members: told[:min(len(told), maxTold)]}, nil
+	return s.takesFacts(ctx)
 }
 
 // inviteFile is what a machine that joined keeps.

@@ -2,6 +2,7 @@ package storehouse
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -9,7 +10,9 @@ import (
 
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/members"
 	"github.com/floxctl/flox/p2p"
+	cluster "github.com/floxctl/flox/raft"
 )
 
 const (
@@ -17,20 +20,28 @@ const (
 	ephemeralTTL = time.Hour
 	// maxSeen bounds the machines whose streams one server tells of at once.
 	maxSeen = maxWatchers
-	// forgetBatch is how many machines one entry of the log forgets.
+	// forgetBatch is how many machines one entry of the log forgets, seenBatch of how
+	// many it says when they were there.
 	forgetBatch = 64
+	seenBatch   = 4096
+	// seenParts is how often within EphemeralTTL the log hears who is there.
+	seenParts = 6
+	// seenGrace is how long a new leader listens to the other servers before it
+	// forgets a machine: a few of their ticks.
+	seenGrace = 2 * time.Minute
 )
 
-// seenBook knows which machines are there. It is in memory alone: after a change
-// of the leader all machines count as seen at that moment.
+// seenBook knows which machines are there. The log hears of ephemeral ones now and
+// then: a new leader goes on from that.
 type seenBook struct {
-	mu   sync.Mutex
-	open map[string]int       // watch streams of a machine at this server
-	last map[string]time.Time // of members only, see forgetUnseen
+	mu     sync.Mutex
+	open   map[string]int       // watch streams of a machine at this server
+	last   map[string]time.Time // of members only, see forgetUnseen
+	logged map[string]time.Time // of ephemeral ones, as the log has it; on the leader
 }
 
 func newSeenBook() *seenBook {
-	return &seenBook{open: map[string]int{}, last: map[string]time.Time{}}
+	return &seenBook{open: map[string]int{}, last: map[string]time.Time{}, logged: map[string]time.Time{}}
 }
 
 // enter counts a watch stream of a machine until leave.
@@ -90,9 +101,11 @@ func (b *seenBook) unseen(all map[p2p.PeerID]*floxv1.Machine, ttl time.Duration)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	now := time.Now()
-	for p := range b.last {
-		if _, ok := all[p2p.PeerID(p)]; !ok {
-			delete(b.last, p)
+	for _, times := range []map[string]time.Time{b.last, b.logged} {
+		for p := range times {
+			if _, ok := all[p2p.PeerID(p)]; !ok {
+				delete(times, p)
+			}
 		}
 	}
 	for id, m := range all {
@@ -108,11 +121,52 @@ func (b *seenBook) unseen(all map[p2p.PeerID]*floxv1.Machine, ttl time.Duration)
 	return peers
 }
 
-// restart makes the clocks of all machines start anew.
-func (b *seenBook) restart() {
+// restart makes the clocks of all machines start anew, of ephemeral ones where the
+// log says.
+func (b *seenBook) restart(logged map[string]time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	clear(b.last)
+	b.logged = logged
+	for p, at := range logged {
+		b.last[p] = at
+	}
+}
+
+// due gives when ephemeral machines were there of which the log does not know yet.
+func (b *seenBook) due(all map[p2p.PeerID]*floxv1.Machine) (list []*floxv1.SeenMachine) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := time.Now()
+	for id, m := range all {
+		if !m.GetEphemeral() || len(list) == seenBatch {
+			continue
+		}
+		at := b.last[string(id)]
+		if b.open[string(id)] > 0 {
+			at = now
+		}
+		if !at.IsZero() && at.UnixMilli() > b.logged[string(id)].UnixMilli() {
+			list = append(list, &floxv1.SeenMachine{Peer: string(id), AtUnixMs: at.UnixMilli()})
+		}
+	}
+	return list
+}
+
+// told notes what the log knows now.
+func (b *seenBook) told(list []*floxv1.SeenMachine) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, m := range list {
+		b.logged[m.GetPeer()] = time.UnixMilli(m.GetAtUnixMs())
+	}
+}
+
+// seenLeader is what a leader remembers about the book.
+type seenLeader struct {
+	term     uint64 // this server last led in
+	since    time.Time
+	recorded time.Time // when the log last heard
 }
 
 // runSeen forgets ephemeral machines on the leader, and tells the leader of
@@ -120,7 +174,7 @@ func (b *seenBook) restart() {
 func (s *Server) runSeen(ctx context.Context) error {
 	tick := time.NewTicker(min(s.cfg.EphemeralTTL/8, 30*time.Second))
 	defer tick.Stop()
-	led := uint64(0) // the term this server last led in
+	l := &seenLeader{}
 	for {
 		select {
 		case <-tick.C:
@@ -132,14 +186,66 @@ func (s *Server) runSeen(ctx context.Context) error {
 		switch {
 		case st.State != "leader" && st.Leader != "":
 			err = s.tellSeen(ctx, p2p.PeerID(st.Leader))
-		case st.State == "leader" && led != st.Term:
-			led = st.Term
-			s.seen.restart()
 		case st.State == "leader":
-			err = s.forgetUnseen(ctx)
+			err = s.leadSeen(ctx, l, st.Term)
 		}
 		if err != nil && ctx.Err() == nil {
 			s.cfg.Log.Debug("who is there could not be settled", "error", err)
+		}
+	}
+}
+
+// leadSeen is what a leader does at every tick.
+func (s *Server) leadSeen(ctx context.Context, l *seenLeader, term uint64) error {
+	now := time.Now()
+	if l.term != term {
+		logged := map[string]time.Time{}
+		r, err := s.view(ctx, members.Kind, cluster.Linearizable)
+		if err == nil {
+			err = errors.Join(members.Seen(r, func(peer string, at time.Time) bool {
+				logged[peer] = at
+				return true
+			}), r.Close())
+		}
+		if err != nil {
+			return err
+		}
+		s.seen.restart(logged)
+		*l = seenLeader{term: term, since: now} // what it hears until the grace is over is told then
+		return nil
+	}
+	if now.Sub(l.since) < min(s.cfg.EphemeralTTL/4, seenGrace) {
+		return nil
+	}
+	var err error
+	if now.Sub(l.recorded) >= s.cfg.EphemeralTTL/seenParts {
+		if err = s.recordSeen(ctx); err == nil {
+			l.recorded = now
+		}
+	}
+	return errors.Join(err, s.forgetUnseen(ctx))
+}
+
+// recordSeen has the log note when ephemeral machines were there. While a server
+// runs a program that does not know this, the next leader takes them for seen.
+func (s *Server) recordSeen(ctx context.Context) error {
+	for {
+		list := s.seen.due(s.roster.now.Load().machines)
+		if len(list) == 0 {
+			return nil
+		}
+		_, err := s.enterMembers(freeing(ctx), &floxv1.MembersCommand{
+			Level: seenLevel, Command: &floxv1.MembersCommand_Seen{Seen: &floxv1.NoteSeen{Machines: list}},
+		})
+		if errors.Is(err, cluster.ErrLevel) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		s.seen.told(list)
+		if len(list) < seenBatch {
+			return nil
 		}
 	}
 }

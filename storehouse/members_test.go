@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -55,6 +56,8 @@ type computer struct {
 	t    *testing.T
 	key  ed25519.PrivateKey
 	host *p2p.Host
+	// vouched is p2p.Config.Vouched.
+	vouched func(p2p.PeerID) bool
 }
 
 func newComputer(t *testing.T) *computer {
@@ -113,7 +116,7 @@ func (c *computer) join(s *Server, text, name string) (*floxv1.JoinResponse, err
 func (c *computer) online(s *Server, secret []byte) *p2p.Host {
 	c.t.Helper()
 	h, err := p2p.New(p2p.Config{
-		Key: c.key, Listen: []string{"127.0.0.1:0"}, Secret: secret, NoMDNS: true,
+		Key: c.key, Listen: []string{"127.0.0.1:0"}, Secret: secret, NoMDNS: true, Vouched: c.vouched,
 		Bootstrap: []p2p.PeerAddr{{ID: s.id.peer, Addrs: s.swarm.Addrs()}},
 	})
 	if err != nil {
@@ -172,6 +175,7 @@ func auditOf(t *testing.T, a floxv1connect.AdminClient, q *floxv1.AuditRequest) 
 }
 
 func TestMachineJoinsAndIsCutWhenRevoked(t *testing.T) {
+	t.Parallel()
 	s, admin := closedHouse(t, nil)
 	stranger := newComputer(t)
 	if conn, err := stranger.online(s, s.id.ring.secrets()[0]).Dial(within(t), s.id.peer, rpcProtocol); !errors.Is(err, flox.ErrDenied) {
@@ -236,13 +240,18 @@ func TestMachineJoinsAndIsCutWhenRevoked(t *testing.T) {
 		t.Errorf("a revoked key joins again: %v", err)
 	}
 	want := "machine.join !machine.revoke machine.revoke invite.make !machine.join"
-	if got := strings.Join(auditOf(t, admin, &floxv1.AuditRequest{Limit: 5}), " "); got != want {
+	log := auditOf(t, admin, &floxv1.AuditRequest{Limit: 12})
+	log = slices.DeleteFunc(log, func(action string) bool {
+		return action == "keys.seal" || action == "!machine.connect" // when the server gets to it; when the laptop tries by itself
+	})
+	if got := strings.Join(log[len(log)-5:], " "); got != want {
 		t.Errorf("the audit log ends with %q, want %q", got, want)
 	}
 }
 
 // TestOneInviteUsedTwiceAtOnce redeems one invite at two servers at the same time.
 func TestOneInviteUsedTwiceAtOnce(t *testing.T) {
+	t.Parallel()
 	h := newHouse(t, 2)
 	admin := &admin{s: h.servers[0], refusals: &refusals{last: map[string]time.Time{}}}
 	made, err := admin.makeInvite(within(t), &floxv1.Actor{User: "test"}, &floxv1.MakeInviteRequest{Role: members.Worker})
@@ -279,6 +288,7 @@ func TestOneInviteUsedTwiceAtOnce(t *testing.T) {
 }
 
 func TestInvitesThatAreOverOrTaken(t *testing.T) {
+	t.Parallel()
 	s, admin := closedHouse(t, nil)
 	short := makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Agent, TtlSeconds: 1})
 	inv, err := api.ParseJoinInvite(short)
@@ -326,6 +336,7 @@ func mustInvite(t *testing.T, text string) *api.JoinInvite {
 }
 
 func TestEphemeralMachineIsForgottenOnceItsStreamEnds(t *testing.T) {
+	t.Parallel()
 	s, admin := closedHouse(t, func(c *Config) { c.EphemeralTTL = 3 * time.Second })
 	runner := newComputer(t)
 	joined, err := runner.join(s, makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Agent, Ephemeral: true}), "runner")

@@ -80,8 +80,8 @@ func (w *memberWatch) run(ctx context.Context) error {
 
 // tell sends what changed, or a heartbeat: the list is what it was a moment ago.
 func (w *memberWatch) tell(ctx context.Context, first bool) error {
-	e := &floxv1.MembersEvent{}
-	r, err := w.s.node.ViewWithin(ctx, members.Kind, memberAge)
+	e := &floxv1.MembersEvent{Open: w.s.cfg.OpenMembership}
+	r, err := w.view(ctx, first)
 	if err != nil {
 		return err
 	}
@@ -89,20 +89,36 @@ func (w *memberWatch) tell(ctx context.Context, first bool) error {
 	if err := errors.Join(err, r.Close()); err != nil {
 		return err
 	}
-	e.Heartbeat = !e.GetReset_() && len(e.GetPut())+len(e.GetGone()) == 0
+	e.Heartbeat = !e.GetReset_() && len(e.GetPut())+len(e.GetGone())+len(e.GetRevoked()) == 0
 	if secrets := w.s.id.ring.secrets(); e.GetReset_() || !slices.EqualFunc(secrets, w.secrets, bytes.Equal) {
 		e.SwarmSecrets, w.secrets = secrets, secrets
 	}
-	put := e.GetPut()
-	for len(put) > memberBatch {
-		if err := w.send(&floxv1.MembersEvent{Reset_: e.GetReset_(), Put: put[:memberBatch]}); err != nil {
+	for len(e.GetPut()) > memberBatch || len(e.GetRevoked()) > memberBatch {
+		part := &floxv1.MembersEvent{Reset_: e.GetReset_(), Open: e.GetOpen()}
+		n := min(len(e.GetPut()), memberBatch)
+		part.Put, e.Put = e.GetPut()[:n], e.GetPut()[n:]
+		n = min(len(e.GetRevoked()), memberBatch)
+		part.Revoked, e.Revoked = e.GetRevoked()[:n], e.GetRevoked()[n:]
+		if err := w.send(part); err != nil {
 			return err
 		}
-		e.Reset_, put = false, put[memberBatch:]
+		e.Reset_ = false
 	}
-	e.Put = put
 	w.at = e.GetIndex()
 	return w.send(e)
+}
+
+// view gives the state here, if it is not too old. One that knows less than the
+// watcher is brought up to date first: another server may have told it more.
+func (w *memberWatch) view(ctx context.Context, first bool) (*cluster.Reader, error) {
+	r, err := w.s.node.ViewWithin(ctx, members.Kind, memberAge)
+	if err != nil || !first || w.at <= r.Index() {
+		return r, err
+	}
+	if err := r.Close(); err != nil {
+		return nil, err
+	}
+	return w.s.view(ctx, members.Kind, cluster.Linearizable)
 }
 
 // read fills e with what changed behind w.at.
@@ -114,8 +130,15 @@ func (w *memberWatch) read(r *cluster.Reader, e *floxv1.MembersEvent, first bool
 	}
 	if !ok || first && w.at == 0 {
 		e.Reset_ = true
-		return members.Machines(r, func(m *floxv1.Machine) bool {
+		err := members.Machines(r, func(m *floxv1.Machine) bool {
 			e.Put = append(e.Put, memberOf(m))
+			return true
+		})
+		if err != nil || !e.GetOpen() {
+			return err
+		}
+		return members.Revocations(r, func(rev *floxv1.Revoked) bool {
+			e.Revoked = append(e.Revoked, rev.GetPeer())
 			return true
 		})
 	}
@@ -124,6 +147,11 @@ func (w *memberWatch) read(r *cluster.Reader, e *floxv1.MembersEvent, first bool
 		switch {
 		case errors.Is(err, flox.ErrNotFound):
 			e.Gone = append(e.Gone, p)
+			if _, err := members.Revocation(r, p); err == nil && e.GetOpen() {
+				e.Revoked = append(e.Revoked, p)
+			} else if err != nil && !errors.Is(err, flox.ErrNotFound) {
+				return err
+			}
 		case err != nil:
 			return err
 		default:

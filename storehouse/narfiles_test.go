@@ -38,6 +38,7 @@ func (f *factLog) checkFile(name string, want flox.StorePath) {
 // A NAR's names lead to its path as long as that is valid, the first one wins,
 // and they are bounded.
 func TestNarFiles(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	name := func(i int) string { return nix.EncodeBase32(sumOf([]byte(fmt.Sprint(i)))) + ".nar.xz" }
 	a, b := makePath(t, "a", 1), makePath(t, "b", 1)

@@ -115,6 +115,10 @@ func (a *applying) command(c *floxv1.PathsCommand) error {
 		return a.keep(c.Keep)
 	case *floxv1.PathsCommand_Roots:
 		return a.setRoots(c.Roots)
+	case *floxv1.PathsCommand_Sign:
+		return a.sign(c.Sign)
+	case *floxv1.PathsCommand_Build:
+		return a.noteBuild(c.Build)
 	default:
 		return fmt.Errorf("paths: no command inside: %w", cluster.ErrUnknownCommand)
 	}
@@ -376,7 +380,7 @@ func (a *applying) removeOne(p flox.StorePath, info *floxv1.PathInfo, going map[
 		err = errors.Join(err, a.tx.Delete(referrer(flox.StorePath(ref), p)))
 	}
 	_, failed := a.revive(p.HashPart())
-	err = errors.Join(err, failed, a.removeFiles(p), a.tx.Delete(hashKey(touchedKey, p.HashPart())))
+	err = errors.Join(err, failed, a.removeFiles(p), a.removeBuilds(p), a.tx.Delete(hashKey(touchedKey, p.HashPart())))
 	a.counts.paths--
 	a.counts.narBytes -= info.GetNarSize()
 	a.event.Removed = append(a.event.Removed, string(p))

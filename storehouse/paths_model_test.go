@@ -273,6 +273,7 @@ func (m *pathMachine) checkSets(r *cluster.Reader) error {
 // where they should be, and nothing goes that a valid path refers to, or that was
 // wanted after it was condemned.
 func TestCollectionCommandsAgreeWithAModel(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	run := 0
 	rapid.Check(t, func(rt *rapid.T) {
@@ -313,6 +314,7 @@ func (m *pathMachine) clear(t *rapid.T) {
 // A path in use by somebody who publishes it again is not condemned, and one that
 // was condemned lately is not removed.
 func TestCondemnWaits(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{touchEvery: time.Millisecond})
 	p := makePath(t, "p", 1)
 	if _, err := f.add(p); err != nil {
@@ -361,6 +363,7 @@ func TestCondemnWaits(t *testing.T) {
 
 // What makes no sense is refused, and changes nothing.
 func TestCollectionCommandsRefuse(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	many := make([]string, maxMarked+1)
 	for i := range many {

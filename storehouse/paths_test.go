@@ -81,6 +81,7 @@ func (f *factLog) valid(p testPath) bool {
 
 // Paths become valid all or none, in order; a reference must be there before.
 func TestAddAllOrNone(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	a := makePath(t, "a", 1)
 	b := makePath(t, "b", 1, a.info.Path)
@@ -108,6 +109,7 @@ func TestAddAllOrNone(t *testing.T) {
 
 // A path goes only when nothing else refers to it, and can come back.
 func TestRemove(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	a := makePath(t, "a", 1)
 	b := makePath(t, "b", 1, a.info.Path)
@@ -137,6 +139,7 @@ func TestRemove(t *testing.T) {
 
 // Trust lists follow each other by signature; the chain is kept.
 func TestTrustChain(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{})
 	key, err := nix.GenerateKey("k-1")
 	if err != nil {
@@ -189,6 +192,7 @@ func TestTrustChain(t *testing.T) {
 
 // The list of changes is bounded; who slept through more is told to forget.
 func TestChangesBounded(t *testing.T) {
+	t.Parallel()
 	f := newFactLog(t, paths{changes: 3})
 	var index []uint64
 	for i := range 6 {
@@ -235,6 +239,7 @@ func TestChangesBounded(t *testing.T) {
 
 // What this program does not know must stop the node, at any depth.
 func TestUnknownFields(t *testing.T) {
+	t.Parallel()
 	p := makePath(t, "p", 1)
 	p.info.Manifest = flox.CID{1}
 	unknown := []byte{0xf8, 0x07, 1}

@@ -28,10 +28,10 @@ const (
 	heldFor = time.Hour
 )
 
-// place has every block of a manifest copied to other voters, until a majority of
-// them holds it durably. It is here already. It gives the servers that hold it.
+// place has every block of manifests copied to other voters, until a majority of
+// them holds all durably. They are here already. It gives the servers that hold them.
 // ErrUnreachable when no majority can be had.
-func (s *Server) place(ctx context.Context, manifest flox.CID) ([]string, error) {
+func (s *Server) place(ctx context.Context, manifests ...flox.CID) ([]string, error) {
 	_, voters, votes := s.servers.others()
 	all := len(voters)
 	placed := []string{string(s.id.peer)}
@@ -52,7 +52,7 @@ func (s *Server) place(ctx context.Context, manifest flox.CID) ([]string, error)
 	}
 	answers := make(chan answer, all)
 	for _, v := range voters {
-		group.Go(func() { answers <- answer{v, s.placeOn(ctx, v, manifest)} })
+		group.Go(func() { answers <- answer{v, s.placeOn(ctx, v, manifests)} })
 	}
 	var failed error
 	for range voters {
@@ -71,8 +71,8 @@ func (s *Server) place(ctx context.Context, manifest flox.CID) ([]string, error)
 		len(placed), all+1, failed, flox.ErrUnreachable)
 }
 
-// placeOn has one server fetch what it lacks of a manifest's blocks from here.
-func (s *Server) placeOn(ctx context.Context, to p2p.PeerID, manifest flox.CID) error {
+// placeOn has one server fetch what it lacks of manifests' blocks from here.
+func (s *Server) placeOn(ctx context.Context, to p2p.PeerID, manifests []flox.CID) error {
 	client := s.servers.client(to)
 	send := func(ids [][]byte) error {
 		ctx, cancel := context.WithTimeout(ctx, placeTimeout)
@@ -86,20 +86,22 @@ func (s *Server) placeOn(ctx context.Context, to p2p.PeerID, manifest flox.CID) 
 		}
 		return nil
 	}
-	ids := [][]byte{manifest[:]}
-	m, err := content.OpenManifest(ctx, manifest, s.packs)
-	if err != nil {
-		return err
-	}
-	var failed error
-	err = m.Blocks(ctx, func(id flox.CID, _ uint32) bool {
-		if ids = append(ids, id[:]); len(ids) == placeBatch {
-			failed, ids = send(ids), ids[:0]
+	var ids [][]byte
+	for _, manifest := range manifests {
+		m, err := content.OpenManifest(ctx, manifest, s.packs)
+		if err != nil {
+			return err
 		}
-		return failed == nil
-	})
-	if err = errors.Join(failed, err); err != nil {
-		return err
+		var failed error
+		err = m.Blocks(ctx, func(id flox.CID, _ uint32) bool {
+			if ids = append(ids, id[:]); len(ids) == placeBatch {
+				failed, ids = send(ids), ids[:0]
+			}
+			return failed == nil
+		})
+		if err = errors.Join(failed, err); err != nil {
+			return err
+		}
 	}
 	if len(ids) == 0 {
 		return nil
@@ -152,16 +154,17 @@ func (h *houses) fetch(ctx context.Context, caller string, req *floxv1.FetchRequ
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	return h.bring(ctx, h.held.session(), ids, from)
+	missing, _, err = h.bring(ctx, h.held.session(), ids, from)
+	return missing, err
 }
 
 // bring makes blocks durable here, fetching those that are not from the servers
-// named, in that order. It gives the indexes of those that nobody gave. What is
-// put into the session stays as long as that is open.
-func (s *Server) bring(ctx context.Context, session *pack.Session, ids []flox.CID, from ...p2p.PeerID) (missing []uint32, err error) {
+// named, in that order. It gives the indexes of those that nobody gave, and how many
+// bytes came, also when it fails. What is put into the session stays as long as that is open.
+func (s *Server) bring(ctx context.Context, session *pack.Session, ids []flox.CID, from ...p2p.PeerID) (missing []uint32, came uint64, err error) {
 	has, err := session.Pin(ctx, ids)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	for i, ok := range has {
 		if !ok {
@@ -172,15 +175,17 @@ func (s *Server) bring(ctx context.Context, session *pack.Session, ids []flox.CI
 		if len(missing) == 0 {
 			break
 		}
-		if missing, err = s.bringFrom(ctx, session, ids, missing, peer); err != nil {
-			return nil, err
+		var n uint64
+		missing, n, err = s.bringFrom(ctx, session, ids, missing, peer)
+		if came += n; err != nil {
+			return nil, came, err
 		}
 	}
-	return missing, session.Sync(ctx)
+	return missing, came, session.Sync(ctx)
 }
 
 // bringFrom is bring of some of ids from one server. It gives what that did not give.
-func (s *Server) bringFrom(ctx context.Context, session *pack.Session, ids []flox.CID, wanted []uint32, peer p2p.PeerID) (missing []uint32, err error) {
+func (s *Server) bringFrom(ctx context.Context, session *pack.Session, ids []flox.CID, wanted []uint32, peer p2p.PeerID) (missing []uint32, came uint64, err error) {
 	wants := make([]p2p.Want, len(wanted))
 	for i, k := range wanted {
 		wants[i] = p2p.Want{ID: ids[k]}
@@ -191,13 +196,14 @@ func (s *Server) bringFrom(ctx context.Context, session *pack.Session, ids []flo
 		if failed == nil {
 			failed = session.Put(ctx, wants[i].ID, data)
 			got[i] = failed == nil
+			came += uint64(len(data))
 		}
 	})
 	if failed != nil {
-		return nil, failed // the disk, not the peer
+		return nil, came, failed // the disk, not the peer
 	}
 	if err := ctx.Err(); err != nil {
-		return nil, err
+		return nil, came, err
 	}
 	for i, ok := range got {
 		if !ok {
@@ -207,7 +213,7 @@ func (s *Server) bringFrom(ctx context.Context, session *pack.Session, ids []flo
 	if len(missing) > 0 {
 		s.cfg.Log.Debug("blocks not had from a server", "server", string(peer), "blocks", len(missing), "error", fetchErr)
 	}
-	return missing, nil
+	return missing, came, nil
 }
 
 // holding keeps blocks that came for a path that is not valid yet, for heldFor

@@ -109,7 +109,7 @@ func (s *Server) touch(ctx context.Context, valid *flox.PathInfo) error {
 	}
 	_, err = s.batch.add(ctx, valid, "", "", nil)
 	if errors.Is(err, flox.ErrFull) {
-		// It is valid, which is what was asked; nothing can be condemned either now.
+		// It is valid, which is what was asked.
 		s.cfg.Log.Warn("a use of a path is not noted", "path", string(valid.Path), "error", err)
 		return nil
 	}
@@ -118,6 +118,12 @@ func (s *Server) touch(ctx context.Context, valid *flox.PathInfo) error {
 
 // checkInfo says what is wrong with info whatever its NAR is.
 func (s *Server) checkInfo(ctx context.Context, info *flox.PathInfo) error {
+	return s.checkInfoBeside(ctx, info, nil)
+}
+
+// checkInfoBeside is checkInfo of a path that becomes valid together with others,
+// behind them.
+func (s *Server) checkInfoBeside(ctx context.Context, info *flox.PathInfo, others map[flox.StorePath]flox.CID) error {
 	bad := func(format string, args ...any) error {
 		return fmt.Errorf("path info of %s: %s: %w", info.Path, fmt.Sprintf(format, args...), flox.ErrBadInput)
 	}
@@ -137,7 +143,7 @@ func (s *Server) checkInfo(ctx context.Context, info *flox.PathInfo) error {
 	}
 	return s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 		for _, ref := range info.References {
-			if ref == info.Path {
+			if _, beside := others[ref]; beside || ref == info.Path {
 				continue
 			}
 			m, err := readInfo(r, ref.HashPart())
@@ -155,19 +161,11 @@ func (s *Server) checkInfo(ctx context.Context, info *flox.PathInfo) error {
 // checkCA checks that a content address leads to the path it stands by, and
 // to the NAR where it is a hash of that.
 func (s *Server) checkCA(info *flox.PathInfo) error {
-	ca, err := nix.ParseContentAddress(info.CA)
+	ca, err := content.CheckAddressPath(s.cfg.StoreDir, info)
 	if err != nil {
-		return fmt.Errorf("path info of %s: %w", info.Path, err)
+		return err
 	}
-	refs := slices.DeleteFunc(slices.Clone(info.References), func(r flox.StorePath) bool { return r == info.Path })
-	self := len(refs) != len(info.References)
-	want, err := nix.ContentAddressPath(s.cfg.StoreDir, info.Path.Name(), info.CA, refs, self)
-	if err != nil {
-		return fmt.Errorf("path info of %s: %w", info.Path, err)
-	}
-	if want != info.Path {
-		return fmt.Errorf("path info of %s: its content address %s belongs to %s: %w", info.Path, info.CA, want, flox.ErrBadInput)
-	}
+	_, self := content.SplitReferences(info)
 	if ca.Method == nix.CANar && ca.Hash.Algo == nix.SHA256 && !self && [32]byte(ca.Hash.Sum) != info.NarHash {
 		return fmt.Errorf("path info of %s: its content address %s is not the hash of its NAR: %w", info.Path, info.CA, flox.ErrBadInput)
 	}
@@ -183,6 +181,9 @@ func (s *Server) validate(ctx context.Context, info *flox.PathInfo, got *content
 	}
 	have, err := s.id.ring.get()
 	if err != nil {
+		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
+	}
+	if err := s.takesFacts(ctx); err != nil {
 		return nil, false, fmt.Errorf("publish %s: %w", info.Path, err)
 	}
 	signed := have.sign(s.cfg.StoreDir, info, got.Manifest)
@@ -212,8 +213,11 @@ func (s *Server) differs(info *flox.PathInfo, d *floxv1.Difference, publisher st
 	s.cfg.Log.Warn("a different NAR was offered for a valid path", "path", string(info.Path),
 		"valid", valid.String(), "offered", nix.SHA256Hash(info.NarHash).String(), "publisher", publisher)
 	return fmt.Errorf("%s is valid with NAR hash %s; the NAR offered has %s and is not taken, the first one stays: %w",
-		info.Path, valid, nix.SHA256Hash(info.NarHash), flox.ErrBadInput)
+		info.Path, valid, nix.SHA256Hash(info.NarHash), errDiffers)
 }
+
+// errDiffers: another NAR is valid under that name.
+var errDiffers = fmt.Errorf("it has other content: %w", flox.ErrBadInput)
 
 // appendNew appends a signature unless it is there.
 func appendNew(sigs []string, sig string) []string {

@@ -28,6 +28,7 @@ const (
 	rootRecent  = "recent"
 	rootMachine = "machine"
 	rootUpload  = "upload"
+	rootLog     = "build log"
 )
 
 // root is a path that stays, with its closure.
@@ -221,7 +222,7 @@ func (s *Server) Revive(ctx context.Context, paths ...flox.StorePath) error {
 			c.Paths = append(c.Paths, string(p))
 		}
 		paths = paths[n:]
-		if _, err := propose(ctx, s.marker, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Condemn{Condemn: c}}); err != nil {
+		if _, err := propose(freeing(ctx), s.marker, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Condemn{Condemn: c}}); err != nil {
 			return fmt.Errorf("revive condemned paths: %w", err)
 		}
 	}
@@ -276,7 +277,8 @@ func (s *Server) setRoots(ctx context.Context, peer string, hashes []byte) (flox
 }
 
 func (s *Server) proposeRoots(ctx context.Context, c *floxv1.SetRootSet) (*floxv1.PathsReply, error) {
-	return propose(ctx, s.marker, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Roots{Roots: c}})
+	// Without it a collection that makes room would take what is in use.
+	return propose(freeing(ctx), s.marker, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Roots{Roots: c}})
 }
 
 // forgetRoots forgets the sets of machines that were not seen for too long.
@@ -304,6 +306,11 @@ func (s *Server) forgetRoots(ctx context.Context, now time.Time) error {
 func (s *Server) KeepPath(ctx context.Context, path flox.StorePath, undo bool, reason, by string) error {
 	if _, err := flox.ParseStorePath(string(path)); err != nil {
 		return err
+	}
+	if undo {
+		ctx = freeing(ctx)
+	} else if err := s.takesFacts(ctx); err != nil {
+		return fmt.Errorf("keep %s: %w", path, err)
 	}
 	_, err := propose(ctx, s.marker, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Keep{Keep: &floxv1.KeepPaths{
 		Paths: []string{string(path)}, Undo: undo, Reason: reason, By: by,

@@ -175,14 +175,26 @@ func (r *roster) run(ctx context.Context, s *Server) error {
 	}
 }
 
-// proposeMembers puts a members command into the log. Refused redemptions are
-// answers.
-func (s *Server) proposeMembers(ctx context.Context, c *floxv1.MembersCommand) (*floxv1.MembersReply, error) {
+func (s *Server) enterMembers(ctx context.Context, c *floxv1.MembersCommand) ([]byte, error) {
 	b, err := proto.Marshal(c)
 	if err != nil {
 		return nil, err
 	}
-	answer, err := enter(ctx, s.memberLog, members.Kind, b)
+	return enterAt(ctx, s.memberLog, c.GetLevel(), members.Kind, b)
+}
+
+// proposeMembers puts a members command into the log. Refused redemptions are
+// answers.
+func (s *Server) proposeMembers(ctx context.Context, c *floxv1.MembersCommand) (*floxv1.MembersReply, error) {
+	c.Level = membersLevel
+	if c.GetMakeInvite() == nil && c.GetRedeem() == nil {
+		ctx = freeing(ctx)
+	}
+	answer, err := s.enterMembers(ctx, c)
+	if errors.Is(err, cluster.ErrLevel) { // until the last server is upgraded
+		c.Level = 0
+		answer, err = s.enterMembers(ctx, c)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -22,8 +22,13 @@ const rpcProtocol = "/flox/rpc/1"
 // maxMessage bounds one message of a call in bytes.
 const maxMessage = 4 << 20
 
-// maxUploads is how many AddPath calls are taken in at once; the others wait.
-const maxUploads = 16
+const (
+	// maxUploads is how many uploads are taken in at once; the others wait. One that
+	// waits for its client is in nobody's way.
+	maxUploads = 16
+	// maxAdding is how many AddPath calls are under way, an eighth of them of one peer.
+	maxAdding = 256
+)
 
 // serveRPC answers the calls of members until ctx ends.
 func (s *Server) serveRPC(ctx context.Context, operators *admin) error {
@@ -31,14 +36,19 @@ func (s *Server) serveRPC(ctx context.Context, operators *admin) error {
 	if err != nil {
 		return err
 	}
-	calls := &rpc{Server: s, uploads: make(chan struct{}, maxUploads), watchers: make(chan struct{}, maxWatchers), stop: ctx}
-	calls.memberWatchers = make(chan struct{}, maxWatchers)
+	calls := &rpc{Server: s, uploads: newShares(maxUploads, maxUploads/2), adding: newShares(maxAdding, maxAdding/8), watchers: make(chan struct{}, maxWatchers), stop: ctx}
+	calls.memberWatchers, calls.substitutions = make(chan struct{}, maxWatchers), make(chan struct{}, maxSubstitutions)
+	calls.takes = make(chan struct{}, maxTakes)
 	mux := http.NewServeMux()
-	limit := connect.WithReadMaxBytes(maxMessage)
+	// What is asked for most, path infos and traces, is hashes and signatures: packing
+	// them took a quarter of the time of an answer and saved little.
+	limit := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxMessage), connect.WithCompression("gzip", nil, nil))
 	mux.Handle(floxv1connect.NewFactsHandler(calls, limit))
 	mux.Handle(floxv1connect.NewStorehouseHandler(calls, limit))
 	mux.Handle(floxv1connect.NewMembershipHandler(calls, limit))
+	mux.Handle(floxv1connect.NewBuildsHandler(newBuildsRPC(s.builds, ctx), limit))
 	mux.Handle(floxv1connect.NewAdminHandler(operators, limit))
+	mux.Handle(floxv1connect.NewUpstreamsHandler(calls, limit))
 	mux.Handle(floxv1connect.NewServersHandler(&houses{Server: s, slots: make(chan struct{}, maxPlacing)}, limit))
 	return serve(ctx, l, &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute})
 }
@@ -48,9 +58,12 @@ type rpc struct {
 	floxv1connect.UnimplementedStorehouseHandler
 	floxv1connect.UnimplementedMembershipHandler
 	*Server
-	uploads        chan struct{}
+	uploads        *shares
+	adding         *shares
+	takes          chan struct{}
 	watchers       chan struct{}
 	memberWatchers chan struct{}
+	substitutions  chan struct{}
 	stop           context.Context //nolint:containedctx // ends streams that would not end by themselves
 }
 
@@ -171,12 +184,17 @@ func (s *rpc) addPath(ctx context.Context, stream *connect.ClientStream[floxv1.A
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case s.uploads <- struct{}{}:
-		defer func() { <-s.uploads }()
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	who := stream.Peer().Addr
+	done, err := s.adding.take(ctx, who)
+	if err != nil {
+		return nil, err
 	}
+	defer done()
+	nar.place = func() (func(), error) { return s.uploads.take(ctx, who) }
+	if err := nar.begin(); err != nil {
+		return nil, err
+	}
+	defer nar.end()
 	var valid *flox.PathInfo
 	var wasValid bool
 	if first.GetInfo() == nil {
@@ -211,16 +229,38 @@ func uploadInfo(m *floxv1.PathInfo) (*flox.PathInfo, error) {
 type narStream struct {
 	stream *connect.ClientStream[floxv1.AddPathRequest]
 	left   []byte
+	place  func() (leave func(), err error) // among those whose bytes are worked on; nil = none is needed
+	leave  func()                           // gives the place back; nil = it has none
+}
+
+// begin waits for a place.
+func (n *narStream) begin() (err error) {
+	if n.place != nil {
+		n.leave, err = n.place()
+	}
+	return err
+}
+
+// end gives the place back.
+func (n *narStream) end() {
+	if n.leave != nil {
+		n.leave()
+		n.leave = nil
+	}
 }
 
 // Read is io.Reader.
 func (n *narStream) Read(p []byte) (int, error) {
 	for len(n.left) == 0 {
+		n.end() // however long the client is silent, it is in nobody's way
 		if !n.stream.Receive() {
 			if err := n.stream.Err(); err != nil {
 				return 0, err
 			}
 			return 0, io.EOF
+		}
+		if err := n.begin(); err != nil {
+			return 0, err
 		}
 		n.left = n.stream.Msg().GetNar()
 	}
@@ -236,6 +276,7 @@ const maxDrained = 4 << 30
 // drain reads what is left: over HTTP/1.1 a caller that is still sending when
 // the connection closes never sees the answer.
 func (n *narStream) drain() {
+	n.place = nil
 	if n.stream.Err() == nil {
 		_, _ = io.CopyN(io.Discard, n, maxDrained)
 	}

@@ -25,11 +25,12 @@ import (
 
 // member is another machine that joined by the invite.
 type member struct {
-	host  *p2p.Host
-	house p2p.PeerID
-	facts floxv1connect.FactsClient
-	store floxv1connect.StorehouseClient
-	token string
+	host   *p2p.Host
+	house  p2p.PeerID
+	facts  floxv1connect.FactsClient
+	store  floxv1connect.StorehouseClient
+	builds floxv1connect.BuildsClient
+	token  string
 }
 
 // join starts a machine with an invite of a storehouse.
@@ -62,6 +63,7 @@ func join(t *testing.T, inv *api.Invite) *member {
 	})
 	client := &http.Client{Transport: transport}
 	m.facts, m.store = floxv1connect.NewFactsClient(client, "http://house"), floxv1connect.NewStorehouseClient(client, "http://house")
+	m.builds = floxv1connect.NewBuildsClient(client, "http://house")
 	return m
 }
 
@@ -99,6 +101,7 @@ func tokenOf(t *testing.T, s *Server) string {
 // A machine that joined by the invite publishes, looks up, fetches blocks,
 // finds holders and follows changes, all over peer streams.
 func TestCalls(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	m := join(t, s.Invite())
 	m.token = tokenOf(t, s)
@@ -255,6 +258,7 @@ func checkTracker(t *testing.T, a, b *member) {
 
 // Who has another secret gets no answer.
 func TestStrangerRefused(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	inv := *s.Invite()
 	inv.Secret = []byte("0123456789abcdef0123456789abcdef")
@@ -266,6 +270,7 @@ func TestStrangerRefused(t *testing.T) {
 
 // The tracker forgets after a while, and refuses more than it has room for.
 func TestTracker(t *testing.T) {
+	t.Parallel()
 	tr := newTracker()
 	now := tr.now()
 	k1, k2 := flox.CID{1}, flox.CID{2}
@@ -300,6 +305,7 @@ func TestTracker(t *testing.T) {
 // Whoever makes up names for itself does not fill the tracker's memory, even
 // with peers that hold nothing; those known stay and may announce again.
 func TestTrackerIsBounded(t *testing.T) {
+	t.Parallel()
 	tr := newTracker()
 	for i := range maxTracked {
 		if err := tr.announce(fmt.Sprint(i), nil, []string{"/ip4/10.0.0.1/tcp/1"}); err != nil {

@@ -41,6 +41,7 @@ func flipIn(t *testing.T, dir string, needle []byte) {
 
 // Scrub names the store path a flipped bit hurts, and no other.
 func TestScrubNamesTheStorePath(t *testing.T) {
+	t.Parallel()
 	cfg := testConfig(t.TempDir())
 	s, stop := start(t, cfg)
 	sound, hurt, rootless := makePath(t, "sound", 200_000), makePath(t, "hurt", 200_000), makePath(t, "rootless", 1000)

@@ -13,6 +13,7 @@ import (
 )
 
 func TestClusterSecretsOpenOnlyForWhomTheyAreSealedTo(t *testing.T) {
+	t.Parallel()
 	machine := map[p2p.PeerID]ed25519.PrivateKey{}
 	to := map[p2p.PeerID][]byte{}
 	for _, peer := range []p2p.PeerID{"a", "b", "stranger"} {
@@ -59,6 +60,7 @@ func TestClusterSecretsOpenOnlyForWhomTheyAreSealedTo(t *testing.T) {
 }
 
 func TestKeysAreTheSameOnEveryServer(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	have, err := s.id.ring.get()
 	if err != nil {

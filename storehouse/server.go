@@ -1,6 +1,7 @@
 package storehouse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,6 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
-	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/content/pack"
 	"github.com/floxctl/flox/content/pack/bucket"
 	"github.com/floxctl/flox/members"
@@ -41,14 +41,19 @@ type Server struct {
 	servers   *servers
 	roster    *roster
 	sealed    atomic.Uint64 // version of the secrets in force; 0 = those of the key files
+	filed     uint64        // version that the files people read are of; only runServers uses it
 	memberLog *cluster.Session
 	news      bell      // rings when the member list or the keys changed
 	seen      *seenBook // which machines are there
+	doors     *doorBook // who was not let in
 	held      *holding
 	catchUp   *catchUp
+	mender    *mender
 	web       net.Listener // nil = no HTTP
 	batch     *batcher
+	upstreams *upstreams
 	staging   *staging
+	builds    *builds
 	tracker   *tracker
 	reports   reportCounts
 	made      *traceMaker
@@ -58,9 +63,13 @@ type Server struct {
 	marker     *cluster.Session // puts roots, and that marks are taken back, into the log
 	holds      *holds
 	reading    *readings
-	moreRoots  []rootSource // beside the storehouse's own
-	collecting sync.Mutex   // held by the collection that runs
-	sweeping   sync.Mutex   // held by the sweep of the packs that runs
+	moreRoots  []rootSource           // beside the storehouse's own
+	collecting sync.Mutex             // held by the collection that runs
+	phase      atomic.Pointer[string] // of that collection
+	sweeping   sync.Mutex             // held by the sweep of the packs that runs
+	collected  collectBook
+	backingUp  sync.Mutex // held by the backup that runs
+	frozen     frozen     // the facts it is of
 
 	// buildTrace makes a trace; another one in tests.
 	buildTrace func(context.Context, *floxv1.StartState) (*floxv1.StartTrace, error)
@@ -100,6 +109,14 @@ func (s *Server) open() (err error) {
 		return err
 	}
 	s.closers = append(s.closers, unlock)
+	if err := halfRestored(s.cfg.StateDir); err != nil {
+		return err
+	}
+	if s.cfg.NewEpoch {
+		if err := AskNewEpoch(s.cfg.StateDir); err != nil {
+			return err
+		}
+	}
 	if s.id, err = loadIdentity(s.cfg); err != nil {
 		return err
 	}
@@ -110,8 +127,10 @@ func (s *Server) open() (err error) {
 	s.node.Register(pathsKind, paths{touchEvery: s.cfg.touchEvery})
 	s.node.Register(tracesKind, traces{})
 	s.node.Register(members.Kind, members.Processor{})
+	s.node.Register(upstreamsKind, upstreamFacts{})
+	s.upstreams = newUpstreams(s)
 	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
-	s.catchUp = newCatchUp(s)
+	s.catchUp, s.mender = newCatchUp(s), newMender(s)
 	if s.packs, err = s.openPacks(); err != nil {
 		return err
 	}
@@ -124,6 +143,8 @@ func (s *Server) open() (err error) {
 	s.closers = append(s.closers, s.staging.close)
 	s.batch = newBatcher(s.node)
 	s.starts, s.marker, s.memberLog = s.node.NewSession(), s.node.NewSession(), s.node.NewSession()
+	s.builds = newBuilds(s)
+	s.moreRoots = append(s.moreRoots, buildLogs{})
 	return s.listen()
 }
 
@@ -132,18 +153,25 @@ func (s *Server) openLog() (err error) {
 	s.roster = newRoster()
 	s.roster.notify(s.openKeys)
 	s.roster.notify(s.news.ring)
-	s.seen = newSeenBook()
+	s.seen, s.doors = newSeenBook(), newDoorBook()
 	s.servers = newServers(s.id, s.roster)
+	alone, err := epochAsked(s.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	s.servers.alone.Store(alone)
 	cfg := cluster.Config{
 		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: s.id.joined == nil,
 		// Less than what content leaves free: facts can be written to the last.
-		ReserveBytes: s.cfg.ReserveBytes / 2, Version: s.cfg.Version, PromoteAfter: s.cfg.promoteAfter,
-		Log: s.cfg.Log.With("part", "raft"),
+		ReserveBytes: s.cfg.ReserveBytes / 2, Version: s.cfg.Version, Level: cmp.Or(s.cfg.level, level), PromoteAfter: s.cfg.promoteAfter,
+		Heartbeat: s.cfg.Heartbeat,
+		Log:       s.cfg.Log.With("part", "raft"),
 	}
 	if s.cfg.Consensus != "" {
 		s.line, err = p2p.NewLine(p2p.LineConfig{
 			Key: s.id.machine, Listen: s.cfg.Consensus, Announce: s.cfg.ConsensusAdvertise,
-			Secrets: s.id.ring.secrets, Allowed: s.servers.allowed, Log: s.cfg.Log.With("part", "consensus"),
+			Secrets: s.id.ring.secrets, Allowed: s.servers.allowed, Vouched: s.vouched, Refused: s.doors.refused,
+			Log: s.cfg.Log.With("part", "consensus"),
 		})
 		if err != nil {
 			return err
@@ -151,7 +179,7 @@ func (s *Server) openLog() (err error) {
 		s.closers = append(s.closers, s.line.Close)
 		cfg.Layer = s.line
 	}
-	if s.node, err = cluster.Open(cfg); err != nil {
+	if s.node, err = s.openNode(cfg); err != nil {
 		return err
 	}
 	s.closers = append(s.closers, s.node.Close)
@@ -181,21 +209,18 @@ func (s *Server) listen() (err error) {
 	}
 	s.swarm, err = p2p.New(p2p.Config{
 		Key: s.id.machine, Listen: s.cfg.Listen, Announce: s.cfg.Advertise, Site: s.cfg.Site,
-		Secrets: s.id.ring.secrets, Allowed: s.allowed, Invites: s.inviteProof, Window: s.windowOpen,
-		Role: p2p.Storehouse, NoMDNS: s.cfg.NoMDNS, Blocks: held{s.packs}, Log: s.cfg.Log.With("part", "p2p"),
+		Secrets: s.id.ring.secrets, Allowed: s.allowed, Vouched: s.vouched, Refused: s.doors.refused, Invites: s.inviteProof, Window: s.windowOpen,
+		Role: p2p.Storehouse, NoMDNS: s.cfg.NoMDNS, Blocks: held{s.packs, s.mender}, Log: s.cfg.Log.With("part", "p2p"),
 	})
 	if err != nil {
 		return err
 	}
+	s.servers.calls = p2p.NewCallers(s.swarm.Dial, rpcProtocol, maxServers)
 	s.closers = append(s.closers, s.swarm.Close, s.servers.close)
-	s.servers.dial = s.swarm.Dial
 	s.roster.notify(s.meetServers)
-	if s.id.joined != nil {
-		for _, p := range s.id.joined.Storehouse {
-			if err := s.swarm.AddPeer(p2p.PeerAddr{ID: p2p.PeerID(p.ID), Addrs: p.Addrs}); err != nil {
-				return fmt.Errorf("%s: %w", joinedName, err)
-			}
-		}
+	s.roster.notify(s.noteOthers)
+	if err := s.meetOthers(); err != nil {
+		return err
 	}
 	if s.cfg.HTTPListen == noHTTP {
 		return nil
@@ -234,6 +259,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	})
 	group.Go(func() error { return s.swarm.Run(gctx) })
 	group.Go(func() error { return s.batch.run(gctx) })
+	group.Go(func() error { return s.upstreams.run(gctx) })
 	group.Go(func() error { return s.made.run(gctx, s.makeTrace) })
 	group.Go(func() error { return s.begin(gctx) })
 	operators := newAdmin(s, gctx)
@@ -242,16 +268,23 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.packs.Run(gctx) })
 	group.Go(func() error { return s.roster.run(gctx, s) })
 	group.Go(func() error { return s.runServers(gctx) })
+	group.Go(func() error { return s.runSigning(gctx) })
 	group.Go(func() error { return s.runMembers(gctx, operators) })
 	group.Go(func() error { return s.catchUp.run(gctx) })
 	group.Go(func() error { return s.scrubLoop(gctx) })
+	group.Go(func() error { return s.mender.run(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
+	group.Go(func() error { return s.builds.run(gctx) })
 	group.Go(func() error { return s.guard(gctx) })
+	group.Go(func() error { return s.collectLoop(gctx) })
 	err = group.Wait()
 	stopLog()
 	if logErr := <-logDone; logErr != nil {
 		err = logErr // the reason; what else ended, ended because of it
+		if s.giveUpFacts(logErr) {
+			err = fmt.Errorf("%w; start this server again: it gets its facts from the others", logErr)
+		}
 	}
 	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, flox.ErrClosed)) {
 		return nil
@@ -272,6 +305,9 @@ func (s *Server) begin(ctx context.Context) error {
 	err := s.introduce(ctx)
 	if err == nil {
 		err = s.id.ring.wait(ctx)
+	}
+	if err == nil {
+		err = s.beginEpoch(ctx)
 	}
 	if err == nil {
 		fingerprint, err = s.ensureTrust(ctx)
@@ -345,12 +381,30 @@ func (s *Server) Packs() *pack.Store { return s.packs }
 func (s *Server) Blocks() flox.Blocks { return s.packs }
 
 // held serves the packs to peers.
-type held struct{ packs *pack.Store }
+type held struct {
+	packs  *pack.Store
+	mender *mender
+}
 
-var _ p2p.Holder = held{}
+var _ p2p.PackedHolder = held{}
 
 // Get is p2p.Holder.
-func (h held) Get(ctx context.Context, id flox.CID) ([]byte, error) { return h.packs.Get(ctx, id) }
+func (h held) Get(ctx context.Context, id flox.CID) ([]byte, error) {
+	b, err := h.packs.Get(ctx, id)
+	if errors.Is(err, flox.ErrCorrupt) {
+		h.mender.note(id) // the peer asks another server
+	}
+	return b, err
+}
+
+// Packed is p2p.PackedHolder.
+func (h held) Packed(ctx context.Context, id flox.CID) (data []byte, size int, zstd bool, err error) {
+	data, size, zstd, err = h.packs.Packed(ctx, id)
+	if errors.Is(err, flox.ErrCorrupt) {
+		h.mender.note(id)
+	}
+	return data, size, zstd, err
+}
 
 // Has is p2p.Holder.
 func (h held) Has(ids []flox.CID) []bool {
@@ -370,35 +424,19 @@ func (s *Server) serveWeb(ctx context.Context) error {
 	if s.web == nil {
 		return nil
 	}
-	handler := newHTTP(s, s.cfg, s.packs.Checksummed(), content.StoredBlock(s.packs.Stored))
+	handler := newHTTP(s, s.cfg, s.readable(s.packs.Checksummed()), s.stored)
 	return serve(ctx, s.web, &http.Server{
 		Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: maxWebHeader, ConnState: atMost(maxWebClients),
+		MaxHeaderBytes: maxWebHeader, ConnState: atMost(maxWebClients, maxWebClients/2),
 	})
 }
 
 // What strangers at the binary cache may take: connections, each a descriptor
-// and a goroutine, and bytes of a request's header.
+// and a goroutine, of which one address has half at most, and bytes of a request's header.
 const (
 	maxWebClients = 4096
 	maxWebHeader  = 32 << 10
 )
-
-// atMost closes connections beyond so many.
-func atMost(most int64) func(net.Conn, http.ConnState) {
-	var open atomic.Int64
-	return func(conn net.Conn, state http.ConnState) {
-		switch state {
-		case http.StateNew:
-			if open.Add(1) > most {
-				_ = conn.Close() // counted until the server notices
-			}
-		case http.StateClosed, http.StateHijacked:
-			open.Add(-1)
-		case http.StateActive, http.StateIdle:
-		}
-	}
-}
 
 // serve runs an HTTP server until ctx ends, giving requests under way a moment.
 func serve(ctx context.Context, l net.Listener, server *http.Server) error {

@@ -21,6 +21,7 @@ import (
 // The first start makes keys, token, trust list and invite, all readable by
 // the owner only; a second start changes none of them.
 func TestFirstStart(t *testing.T) {
+	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "a", "state")
 	s, stop := start(t, testConfig(dir))
 	first := *s.Invite()
@@ -67,6 +68,7 @@ func TestFirstStart(t *testing.T) {
 
 // What a storehouse cannot start with is said with what to do.
 func TestStartErrors(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s, stop := start(t, testConfig(dir))
 	port := s.web.Addr().String()
@@ -115,6 +117,7 @@ func refused(t *testing.T, dir string, edit func(*Config), is error, want string
 
 // A key that the trust list does not know signs nothing.
 func TestForeignKey(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	_, stop := start(t, testConfig(dir))
 	stop()
@@ -137,6 +140,7 @@ func TestForeignKey(t *testing.T) {
 // A published path is valid, signed and whole, also after a restart; publishing
 // it again changes nothing and reads nothing.
 func TestPublish(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s, stop := start(t, testConfig(dir))
 	lib := makePath(t, "lib", 300_000)
@@ -163,6 +167,7 @@ func TestPublish(t *testing.T) {
 
 // Ingest refuses what does not fit together, says why, and leaves nothing valid.
 func TestPublishRefuses(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	base := makePath(t, "base", 5000)
 	publish(t, s, base)
@@ -213,6 +218,7 @@ func TestPublishRefuses(t *testing.T) {
 
 // A second NAR for a valid path is refused, recorded, and changes nothing.
 func TestFirstWins(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	p := makePath(t, "p", 1000)
 	publish(t, s, p)
@@ -232,6 +238,7 @@ func TestFirstWins(t *testing.T) {
 // Publishes that wait together share one entry of the log; one that is refused
 // does not hurt the others.
 func TestBatch(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	b := newBatcher(s.node)
 	const n = 20
@@ -279,7 +286,7 @@ func TestBatch(t *testing.T) {
 	for i := range n {
 		p := makePath(t, fmt.Sprint("q", i), 10)
 		p.info.Manifest = flox.CID{1}
-		c = append(c, &addition{info: api.FromPathInfo(p.info), publisher: "a", done: make(chan added, 1)})
+		c = append(c, &addition{infos: []*floxv1.PathInfo{api.FromPathInfo(p.info)}, publisher: "a", done: make(chan added, 1)})
 	}
 	b.propose(within(t), c)
 	if got := s.node.Status().Last - before; got != 1 {
@@ -295,6 +302,7 @@ func TestBatch(t *testing.T) {
 // A staged NAR survives a restart and becomes a path by its info; what does
 // not fit leaves it staged.
 func TestStageCommit(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s, stop := start(t, testConfig(dir))
 	p := makePath(t, "p", 200_000)
@@ -338,6 +346,7 @@ func TestStageCommit(t *testing.T) {
 
 // What is staged is bounded in number and time, and damaged records are dropped.
 func TestStageBounds(t *testing.T) {
+	t.Parallel()
 	cfg := testConfig(t.TempDir())
 	cfg.MaxStaged = 2
 	s, stop := start(t, cfg)
@@ -386,6 +395,7 @@ func TestStageBounds(t *testing.T) {
 
 // The HTTP port may be turned off.
 func TestNoHTTP(t *testing.T) {
+	t.Parallel()
 	cfg := testConfig(t.TempDir())
 	cfg.HTTPListen = noHTTP
 	s, _ := start(t, cfg)
@@ -396,6 +406,7 @@ func TestNoHTTP(t *testing.T) {
 
 // The URL in the invite is one that others can use.
 func TestReachable(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		addrs []string
 		want  string

@@ -2,10 +2,7 @@ package storehouse
 
 import (
 	"context"
-	"net"
-	"net/http"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -19,15 +16,26 @@ import (
 
 // servers says which machines are servers of this storehouse, and calls them.
 type servers struct {
-	self p2p.PeerID
-	told []p2p.PeerID                 // the servers that a new one was told of when it joined
-	node atomic.Pointer[cluster.Node] // set once it is open; connections come before
-	dial func(ctx context.Context, peer p2p.PeerID, protocol string) (net.Conn, error)
+	self  p2p.PeerID
+	told  []p2p.PeerID                 // the servers that are known without the log
+	node  atomic.Pointer[cluster.Node] // set once it is open; connections come before
+	calls *p2p.Callers                 // set with the swarm
 
 	roster *roster
+	// alone: a storehouse that was restored has not begun its epoch. Whoever was a
+	// server before may still run, and would take this one for what it was.
+	alone atomic.Bool
+	// old: why the leader does not take servers in whose program is too old, by peer
+	// ID; of the leader alone. It is replaced, not changed.
+	old atomic.Pointer[map[string]string]
+}
 
-	mu      sync.Mutex
-	clients map[p2p.PeerID]*http.Client
+// tooOld gives why servers are not taken in whose program is too old.
+func (s *servers) tooOld() map[string]string {
+	if old := s.old.Load(); old != nil {
+		return *old
+	}
+	return nil
 }
 
 // maxServers bounds what is kept per server: a storehouse has 1, 3 or 5 voters
@@ -35,18 +43,19 @@ type servers struct {
 const maxServers = 64
 
 func newServers(id *identity, list *roster) *servers {
-	s := &servers{self: id.peer, roster: list, clients: map[p2p.PeerID]*http.Client{}}
-	if id.joined != nil {
-		for _, p := range id.joined.Storehouse {
-			s.told = append(s.told, p2p.PeerID(p.ID))
-		}
+	s := &servers{self: id.peer, roster: list}
+	for _, p := range id.others {
+		s.told = append(s.told, p2p.PeerID(p.ID))
 	}
 	return s
 }
 
 // allowed reports whether a machine is a server. What the log says counts, and
-// before there is any of it, what this server was told when it joined.
+// before there is any of it, what this server noted of it, or was told when it joined.
 func (s *servers) allowed(id p2p.PeerID) bool {
+	if s.alone.Load() {
+		return id == s.self
+	}
 	known := s.members()
 	if slices.ContainsFunc(known, func(m cluster.Member) bool { return m.ID == string(id) }) {
 		return true
@@ -82,33 +91,22 @@ func (s *servers) others() (all, voters []p2p.PeerID, votes bool) {
 
 // client calls a server over its /flox/rpc/1.
 func (s *servers) client(id p2p.PeerID) floxv1connect.ServersClient {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	hc := s.clients[id]
-	if hc == nil {
-		if len(s.clients) >= maxServers {
-			for old, c := range s.clients { // any one: it is made again when needed
-				c.CloseIdleConnections()
-				delete(s.clients, old)
-				break
-			}
-		}
-		hc = &http.Client{Transport: &http.Transport{
-			DialContext:         func(ctx context.Context, _, _ string) (net.Conn, error) { return s.dial(ctx, id, rpcProtocol) },
-			MaxIdleConnsPerHost: 4, IdleConnTimeout: time.Minute, DisableCompression: true,
-		}}
-		s.clients[id] = hc
-	}
-	return floxv1connect.NewServersClient(hc, "http://server", connect.WithReadMaxBytes(maxMessage))
+	return floxv1connect.NewServersClient(s.calls.Client(id), "http://server", connect.WithReadMaxBytes(maxMessage))
+}
+
+// upstreams has a server fetch what a machine asked this one for.
+func (s *servers) upstreams(id p2p.PeerID) floxv1connect.UpstreamsClient {
+	return floxv1connect.NewUpstreamsClient(s.calls.Client(id), "http://server", connect.WithReadMaxBytes(maxMessage))
+}
+
+// admin has a server do what an operator asked of this one.
+func (s *servers) admin(id p2p.PeerID) floxv1connect.AdminClient {
+	return floxv1connect.NewAdminClient(s.calls.Client(id), "http://server", connect.WithReadMaxBytes(maxMessage))
 }
 
 // close ends idle connections.
 func (s *servers) close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, c := range s.clients {
-		c.CloseIdleConnections()
-	}
+	s.calls.Close()
 	return nil
 }
 
@@ -134,6 +132,9 @@ func (s *Server) runServers(ctx context.Context) error {
 		limited, cancel := context.WithTimeout(ctx, 10*time.Second)
 		err := s.tendServers(limited)
 		cancel()
+		if err := s.keepFiles(ctx); err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("the upload token or invite.json on disk is not the one in force", "error", err)
+		}
 		if err != nil && ctx.Err() == nil {
 			s.cfg.Log.Warn("the servers are not yet as the member list says", "error", err)
 		}

@@ -390,6 +390,9 @@ func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, pu
 	if errors.Is(missing, flox.ErrNotFound) {
 		p, missing = s.uploaded(ctx, key, missing)
 	}
+	if errors.Is(missing, flox.ErrNotFound) {
+		p, missing = s.stagedElsewhere(ctx, publisher, key, missing)
+	}
 	if valid, err = s.known(ctx, info); err != nil {
 		return nil, false, err
 	}
@@ -402,10 +405,6 @@ func (s *Server) Commit(ctx context.Context, key string, info *flox.PathInfo, pu
 	}
 	if missing != nil {
 		return nil, false, missing
-	}
-	// Its bytes are here: it is taken in for as long as anything is.
-	if _, err := s.disk.admit(Essential(ctx)); err != nil {
-		return nil, false, fmt.Errorf("commit %s: %w", info.Path, err)
 	}
 	if err := s.checkInfo(ctx, info); err != nil {
 		return nil, false, err

@@ -63,6 +63,7 @@ func askTraces(t *testing.T, s *Server, paths ...flox.StorePath) []*floxv1.Start
 // Facts do not wait for a trace that is not ready, however long it takes, and it
 // is made once however many ask.
 func TestFactsDoNotWaitForTraces(t *testing.T) {
+	t.Parallel()
 	began, ended := make(chan struct{}, 100), make(chan struct{}, 100)
 	s, stop := startChanged(t, testConfig(t.TempDir()), func(s *Server) {
 		s.buildTrace = func(ctx context.Context, _ *floxv1.StartState) (*floxv1.StartTrace, error) {
@@ -113,6 +114,7 @@ func (d *damaging) Apply(tx *cluster.Tx, command []byte, at time.Time, index uin
 // Whatever is wrong with one trace, the facts and the other traces are answered,
 // and the trace is not tried anew for each who asks.
 func TestBadTraceSpoilsNothing(t *testing.T) {
+	t.Parallel()
 	bad := makePath(t, "bad", 100_000)
 	failing := makePath(t, "failing", 100_000)
 	tries := make(chan struct{}, 100)
@@ -150,6 +152,7 @@ func TestBadTraceSpoilsNothing(t *testing.T) {
 // Who asks right after a restart, or after a report that another server took, has
 // the trace made; one that is outdated is served until then.
 func TestTracesAreMadeForWhoAsks(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s, stop := start(t, testConfig(dir))
 	app := publish(t, s, makePath(t, "app", 300_000))
@@ -191,6 +194,7 @@ func TestTracesAreMadeForWhoAsks(t *testing.T) {
 
 // The queue of traces to be made is bounded, and holds a path once.
 func TestTraceQueueIsBounded(t *testing.T) {
+	t.Parallel()
 	m := newTraceMaker()
 	for i := range 2 * maxTraceQueue {
 		a, b := m.want(fmt.Sprint(i)), m.want(fmt.Sprint(i))
@@ -234,6 +238,7 @@ func sessionsIn(t *testing.T, s *Server) map[string]bool {
 
 // However many reports there are, the log has to remember one session for them.
 func TestReportsShareASession(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	app := publish(t, s, makePath(t, "app", 10_000))
 	trace := traceOf(t, s, app)
@@ -257,6 +262,7 @@ func TestReportsShareASession(t *testing.T) {
 
 // What is not listened to is not checked, and so many checks run at once.
 func TestRefusedReportsCostNoCheck(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	app := publish(t, s, makePath(t, "app", 10_000))
 	trace := traceOf(t, s, app)
@@ -294,6 +300,7 @@ func TestRefusedReportsCostNoCheck(t *testing.T) {
 // Root blocks are sent to who asks for them: of the paths asked for, not of what
 // those refer to, nor of one that is not valid.
 func TestRootsAreServed(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	lib := publish(t, s, makePath(t, "lib", 100_000))
 	app := publish(t, s, makePath(t, "app", 100_000, lib.Path))
@@ -317,6 +324,7 @@ func TestRootsAreServed(t *testing.T) {
 // With its root block come the pages that a path's trace names, of that path only,
 // each once.
 func TestPagesAreServedWithRoots(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	lib := publish(t, s, makePath(t, "lib", 100_000))
 	app := publish(t, s, makePath(t, "app", 100_000, lib.Path))
@@ -329,5 +337,39 @@ func TestPagesAreServedWithRoots(t *testing.T) {
 	got := s.answerRoots(within(t), []*floxv1.PathInfo{{Path: string(app.Path), Manifest: app.Manifest[:]}}, []*floxv1.StartTrace{trace})
 	if len(got) != 2 || content.Hash(got[0]) != app.Manifest || content.Hash(got[1]) != lib.Manifest {
 		t.Errorf("%d blocks, want the root and one page", len(got))
+	}
+}
+
+// What no start reported of a path's closure was warm there, and is looked up all
+// the same where nothing is: the pages of those manifests come with the trace.
+func TestUnreportedManifestsAreNamed(t *testing.T) {
+	t.Parallel()
+	s, _ := start(t, testConfig(t.TempDir()))
+	small := publish(t, s, makePath(t, "small", 1000))
+	lib := publish(t, s, makeCrowded(t, "crowded", 2000))
+	app := publish(t, s, makePath(t, "app", 200_000, small.Path, lib.Path))
+	state := &floxv1.StartState{Path: string(app.Path)}
+	for _, tree := range traceOf(t, s, app).GetTrees() {
+		seen := &floxv1.SeenTree{Path: tree.GetPath()}
+		for _, c := range tree.GetChunks() {
+			seen.Chunks = append(seen.Chunks, &floxv1.SeenChunk{Entry: c.GetEntry(), Offset: c.GetOffset(), Size: c.GetSize(), Rank: c.GetRank()})
+		}
+		state.Trees = append(state.Trees, seen)
+	}
+	got, err := s.startTrace(within(t), state)
+	if err != nil || len(got.GetTrees()) != 2 {
+		t.Fatalf("%v, %v", got, err)
+	}
+	m, err := content.OpenManifest(within(t), lib.Manifest, s.Blocks())
+	if err != nil {
+		t.Fatal(err)
+	}
+	silent := got.GetTrees()[1]
+	if silent.GetPath() != string(lib.Path) || len(silent.GetChunks()) > 0 || len(silent.GetPages()) != len(m.Pages()) || len(m.Pages()) < 2 {
+		t.Errorf("%d pages, %d chunks of %s, want %d pages of %s", len(silent.GetPages()), len(silent.GetChunks()), silent.GetPath(), len(m.Pages()), lib.Path)
+	}
+	state.Trees = nil
+	if got, err := s.startTrace(within(t), state); err != nil || len(got.GetTrees()) > 0 {
+		t.Errorf("%v of a path nobody reported, %v", got, err)
 	}
 }

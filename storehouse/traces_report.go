@@ -125,6 +125,9 @@ func (s *Server) putReports(ctx context.Context, m *floxv1.MergeStarts) error {
 }
 
 func (s *Server) mergeStarts(ctx context.Context, m *floxv1.MergeStarts) error {
+	if _, err := s.disk.admit(ctx); err != nil {
+		return fmt.Errorf("report starts: %w", err)
+	}
 	_, err := s.proposeTraces(ctx, &floxv1.TracesCommand{Command: &floxv1.TracesCommand_Merge{Merge: m}})
 	return err
 }

@@ -23,6 +23,12 @@ const (
 	// traceWait is how long an answer waits at most for traces that are being made:
 	// those of who asks first after a restart, or right after a report.
 	traceWait = 10 * time.Millisecond
+	// maxSilentPaths is from how many unreported store paths on a trace says nothing
+	// of their manifests, maxSilentPages how many pages of such it names.
+	maxSilentPaths, maxSilentPages = 128, 32
+	// maxWholeManifest is up to how many pages a reported manifest has all of them
+	// named: a warm start reads pages that its recorder does not see.
+	maxWholeManifest = 8
 )
 
 // answerTraces gives the accepted traces of valid paths, as far as they are made.
@@ -146,8 +152,51 @@ func (s *Server) startTrace(ctx context.Context, state *floxv1.StartState) (*flo
 			return nil, err
 		}
 		out.Trees = append(out.Trees, tree)
+		delete(closure, flox.StorePath(t.GetPath()))
+	}
+	if len(out.Trees) > 0 {
+		out.Trees = append(out.Trees, s.silentTrees(ctx, closure)...)
 	}
 	return out, nil
+}
+
+// silentTrees names the pages of manifests that no start reported, those with the
+// fewest first: what was warm where a start was recorded is looked up all the same
+// where nothing is, and asking for it later is a round trip. None of a large
+// closure: see maxSilentPaths.
+func (s *Server) silentTrees(ctx context.Context, closure map[flox.StorePath]flox.CID) (trees []*floxv1.TraceTree) {
+	if len(closure) > maxSilentPaths {
+		return nil
+	}
+	var manifests []*content.Manifest
+	paths := make(map[*content.Manifest]flox.StorePath, len(closure))
+	for p, id := range closure {
+		m, err := content.OpenManifest(ctx, id, s.packs)
+		if err != nil {
+			s.cfg.Log.Warn("manifest of a start trace not read", "path", p, "error", err)
+			continue
+		}
+		manifests, paths[m] = append(manifests, m), p
+	}
+	slices.SortFunc(manifests, func(x, y *content.Manifest) int {
+		return cmp.Or(cmp.Compare(len(x.Pages()), len(y.Pages())), cmp.Compare(paths[x], paths[y]))
+	})
+	pages := 0
+	for _, m := range manifests {
+		if pages += len(m.Pages()); pages > maxSilentPages {
+			break
+		}
+		if len(m.Pages()) == 0 {
+			continue // all of it lies in the root block
+		}
+		id := m.ID()
+		tree := &floxv1.TraceTree{Path: string(paths[m]), Manifest: id[:]}
+		for _, page := range m.Pages() {
+			tree.Pages = append(tree.Pages, page[:])
+		}
+		trees = append(trees, tree)
+	}
+	return trees
 }
 
 // accepted reports whether two machines saw a chunk.
@@ -188,6 +237,11 @@ func (s *Server) traceTree(ctx context.Context, manifest flox.CID, t *floxv1.See
 				return nil, err
 			}
 			out.Chunks = append(out.Chunks, &floxv1.TraceChunk{Entry: c.GetEntry(), Offset: c.GetOffset(), Size: c.GetSize(), Id: id[:], Rank: c.GetRank()})
+		}
+	}
+	if len(pages) <= maxWholeManifest {
+		for _, page := range pages {
+			need(page)
 		}
 	}
 	slices.SortStableFunc(out.Chunks, func(a, b *floxv1.TraceChunk) int { return cmp.Compare(a.GetRank(), b.GetRank()) })

@@ -3,6 +3,7 @@ package storehouse
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -44,6 +45,7 @@ const startPath = "00000000000000000000000000000000-a"
 
 // Only what two machines saw is accepted, and then nobody is named any more.
 func TestTwoMachinesAgree(t *testing.T) {
+	t.Parallel()
 	s := mergeStart(&floxv1.StartState{}, seenReport(startPath, "aaaa", 0, 10, 20))
 	if got := of(s, true); got != nil {
 		t.Errorf("one machine alone made %v accepted", got)
@@ -74,6 +76,7 @@ func TestTwoMachinesAgree(t *testing.T) {
 
 // What no start reads any more goes, but not at once; what every start reads stays.
 func TestDecay(t *testing.T) {
+	t.Parallel()
 	s := mergeStart(&floxv1.StartState{}, seenReport(startPath, "aaaa", 0, 10))
 	s = mergeStart(s, seenReport(startPath, "bbbb", 0, 10))
 	s = mergeStart(s, seenReport(startPath, "cccc", 99)) // of one machine, once
@@ -93,6 +96,7 @@ func TestDecay(t *testing.T) {
 
 // A path's trace is bounded, and nobody alone can push accepted chunks out of it.
 func TestStartsAreBounded(t *testing.T) {
+	t.Parallel()
 	s := mergeStart(&floxv1.StartState{}, seenReport(startPath, "aaaa", 0, 10))
 	s = mergeStart(s, seenReport(startPath, "bbbb", 0, 10))
 	flood := make([]uint64, 2*maxStartChunks)
@@ -125,7 +129,8 @@ type startLog struct {
 func newStartLog(t *testing.T, p traces) *startLog {
 	t.Helper()
 	n := newLog(t, tracesKind, p)
-	return &startLog{&Server{node: n, starts: n.NewSession()}, t}
+	disk := &gauge{dir: t.TempDir(), marks: testConfig("").Watermarks, log: slog.New(slog.DiscardHandler)}
+	return &startLog{&Server{node: n, starts: n.NewSession(), disk: disk}, t}
 }
 
 func (l *startLog) merge(reports ...*floxv1.StartReport) error {
@@ -152,6 +157,7 @@ func (l *startLog) state(path string) *floxv1.StartState {
 // The path that nobody started for longest is forgotten, and the counters say
 // how much there is.
 func TestOldestStartsAreForgotten(t *testing.T) {
+	t.Parallel()
 	path := func(i int) string { return fmt.Sprintf("%032d-p", i) }
 	l := newStartLog(t, traces{paths: 3, chunks: 8})
 	for i := range 3 {
@@ -179,6 +185,7 @@ func TestOldestStartsAreForgotten(t *testing.T) {
 // The first salt is in force for ever; bad commands are refused and unknown ones
 // stop the node.
 func TestTraceCommands(t *testing.T) {
+	t.Parallel()
 	l := newStartLog(t, traces{})
 	first := []byte(strings.Repeat("a", saltLen))
 	for _, salt := range []string{strings.Repeat("a", saltLen), strings.Repeat("b", saltLen)} {
@@ -210,6 +217,7 @@ func TestTraceCommands(t *testing.T) {
 // Servers that apply the same reports in another process, with other maps, have
 // the same state to the byte.
 func TestMergingIsDeterministic(t *testing.T) {
+	t.Parallel()
 	var want []byte
 	for range 20 {
 		s := &floxv1.StartState{}
@@ -262,6 +270,7 @@ func traceOf(t *testing.T, s *Server, of ...*flox.PathInfo) *floxv1.StartTrace {
 // Reports over the wire: what two machines tell is served, to who asks for it;
 // what does not fit the manifests is never taken.
 func TestReportStarts(t *testing.T) {
+	t.Parallel()
 	s, _ := start(t, testConfig(t.TempDir()))
 	lib := publish(t, s, makePath(t, "lib", 300_000))
 	app := publish(t, s, makePath(t, "app", 200_000, lib.Path))
@@ -341,6 +350,7 @@ func TestReportStarts(t *testing.T) {
 
 // A machine that tells too much is not listened to for a while; others are.
 func TestReportsAreCounted(t *testing.T) {
+	t.Parallel()
 	var c reportCounts
 	now := time.Now()
 	for i := range reportsOfPath + 1 {
@@ -364,6 +374,7 @@ func TestReportsAreCounted(t *testing.T) {
 
 // Tags of one machine cannot be linked over paths, nor made without the salt.
 func TestTags(t *testing.T) {
+	t.Parallel()
 	tags := map[string]string{}
 	for _, salt := range []string{"s1", "s2"} {
 		for _, peer := range []string{"a", "b"} {

@@ -19,9 +19,10 @@ type Watermarks struct {
 	// Slow: from here on uploads are slowed down, the more the fuller. Default 85.
 	Slow float64 `json:"slow"`
 	// Essential: from here on only profile changes and what running builds need are
-	// taken in. Default 92.
+	// taken in. No build begins. Default 92.
 	Essential float64 `json:"essential"`
-	// ReadOnly: from here on nothing is. Default 97.
+	// ReadOnly: from here on nothing is but what makes room, guards what is here
+	// from a collection, or changes servers and who may enter. Default 97.
 	ReadOnly float64 `json:"read_only"`
 }
 
@@ -45,6 +46,22 @@ func Essential(ctx context.Context) context.Context {
 }
 
 func isEssential(ctx context.Context) bool { return ctx.Value(essentialKey{}) != nil }
+
+type freeingKey struct{}
+
+// freeing marks commands by which one gets out of a full disk: they may use what is
+// kept free for the log.
+func freeing(ctx context.Context) context.Context {
+	return context.WithValue(ctx, freeingKey{}, true)
+}
+
+func isFreeing(ctx context.Context) bool { return ctx.Value(freeingKey{}) != nil }
+
+// takesFacts refuses facts that let the storehouse grow when the disk is read-only.
+func (s *Server) takesFacts(ctx context.Context) error {
+	_, err := s.disk.admit(Essential(ctx))
+	return err
+}
 
 // gauge watches the disk of StateDir.
 type gauge struct {
@@ -146,6 +163,27 @@ func (g *gauge) upload(ctx context.Context, r io.Reader) (io.Reader, error) {
 	return &pacedReader{ctx: ctx, g: g, r: r}, nil
 }
 
+// pause is what an upload does after so many steps: it waits as the disk says, or is
+// refused. ErrFull.
+func (g *gauge) pause(ctx context.Context, steps float64) error {
+	usage, err := g.admit(ctx)
+	if err != nil || isEssential(ctx) {
+		return err
+	}
+	wait := min(maxPace, time.Duration(steps*float64(g.marks.pace(usage))))
+	if wait == 0 {
+		return nil
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // pacedReader is an upload under way.
 type pacedReader struct {
 	ctx context.Context // an io.Reader has no other way to it
@@ -158,18 +196,8 @@ type pacedReader struct {
 func (p *pacedReader) Read(b []byte) (int, error) {
 	if p.n >= paceStep {
 		p.n = 0
-		usage, err := p.g.admit(p.ctx)
-		if err != nil {
+		if err := p.g.pause(p.ctx, 1); err != nil {
 			return 0, err
-		}
-		if wait := p.g.marks.pace(usage); wait > 0 && !isEssential(p.ctx) {
-			t := time.NewTimer(wait)
-			defer t.Stop()
-			select {
-			case <-t.C:
-			case <-p.ctx.Done():
-				return 0, p.ctx.Err()
-			}
 		}
 	}
 	n, err := p.r.Read(b[:min(len(b), paceStep)])

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/members"
 )
 
 // loopDisk mounts an ext4 file system of its own.
@@ -85,9 +87,10 @@ func fillTo(t *testing.T, dir string, percent float64) {
 func TestWatermarks(t *testing.T) {
 	isRoot(t)
 	disk := loopDisk(t, 1<<30)
-	cfg := testConfig(filepath.Join(disk, "state"))
+	cfg := quickGC(filepath.Join(disk, "state"))
 	cfg.Watermarks = Watermarks{}
 	s, _ := start(t, cfg)
+	m := join(t, s.Invite())
 	ctx := within(t)
 	next := 0
 	// publish takes in a new source of some bytes.
@@ -99,6 +102,9 @@ func TestWatermarks(t *testing.T) {
 	}
 	first, err := publish(ctx, 100_000, nil)
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.KeepPath(ctx, first.Path, false, "it is read", "tester"); err != nil {
 		t.Fatal(err)
 	}
 	readable := func() {
@@ -133,9 +139,21 @@ func TestWatermarks(t *testing.T) {
 	refused(err, "93.", "92 %", "only profile changes and running builds")
 	_, err = s.Stage(ctx, "tester", "nar/x", makePath(t, "x", 100).reader())
 	refused(err, "92 %")
-	if _, err := publish(Essential(ctx), 10_000, nil); err != nil {
+	running, err := publish(Essential(ctx), 10_000, nil)
+	if err != nil {
 		t.Fatalf("a running build: %v", err)
 	}
+	textInfo, blocks := textPath(t, "text", []byte("a text"))
+	_, err = m.take(ctx, partOf(blocks, textInfo))
+	refused(err, "92 %")
+	drv := makePath(t, "new.drv", 1).info.Path
+	refused(s.builds.begins(ctx, &graph{order: []*node{{path: drv}}}, false), "92 %", string(drv))
+	s.builds.flights[buildKey{drv: drv}] = &buildFlight{}
+	if err := s.builds.begins(ctx, &graph{order: []*node{{path: drv}}}, false); err != nil {
+		t.Errorf("who asks for what is built already: %v", err)
+	}
+	delete(s.builds.flights, buildKey{drv: drv})
+	refused(s.mergeStarts(ctx, &floxv1.MergeStarts{}), "92 %")
 	readable()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, s.Invite().HTTPURL+"/nar/"+strings.Repeat("1", 52)+".nar", makePath(t, "x", 100).reader())
 	if err != nil {
@@ -157,10 +175,18 @@ func TestWatermarks(t *testing.T) {
 		t.Fatalf("HTTP says %s: %s", resp.Status, text)
 	}
 
+	uploaded := makePath(t, "uploaded", 100)
+	if _, err := s.Stage(Essential(ctx), "tester", "nar/uploaded", uploaded.reader()); err != nil {
+		t.Fatal(err)
+	}
+
 	fillTo(t, disk, 98)
 	_, err = publish(Essential(ctx), 10_000, nil)
 	refused(err, "98.", "97 %", "nothing is taken in")
+	_, _, err = s.Commit(ctx, "nar/uploaded", uploaded.info, "tester")
+	refused(err, "97 %", string(uploaded.info.Path))
 	readable()
+	waysOut(t, s, refused, running)
 
 	// A disk that fills up during an upload ends it.
 	fillTo(t, disk, 86)
@@ -172,6 +198,37 @@ func TestWatermarks(t *testing.T) {
 		t.Fatalf("with space again: %v", err)
 	}
 	readable()
+}
+
+// waysOut: on a read-only disk no fact is taken in that lets it grow, and one gets
+// out of it all the same: a collection, a machine that is thrown out, another server.
+func waysOut(t *testing.T, s *Server, refused func(err error, words ...string), dead *flox.PathInfo) {
+	t.Helper()
+	ctx := within(t)
+	a := &admin{s: s, refusals: &refusals{last: map[string]time.Time{}}}
+	who := &floxv1.Actor{User: "test"}
+	refused(s.KeepPath(ctx, dead.Path, false, "", "tester"), "97 %")
+	_, err := a.makeInvite(ctx, who, &floxv1.MakeInviteRequest{Role: members.Agent})
+	refused(err, "97 %")
+	refused(s.builds.note(ctx, &floxv1.NoteBuild{}), "97 %")
+	refused(s.takesMachines(ctx, members.Worker), "97 %")
+	if err := s.takesMachines(ctx, members.Server); err != nil {
+		t.Errorf("another server: %v", err)
+	}
+	lost := addServer(t, s, "lost")
+	if _, err := s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: &floxv1.RemoveMachine{Peer: lost, Revoked: true, Reason: "stolen"}}}); err != nil {
+		t.Errorf("a machine is thrown out: %v", err)
+	}
+	if _, err := s.setRoots(ctx, "peer", nil); err != nil {
+		t.Errorf("what a machine holds on to: %v", err)
+	}
+	aged()
+	if got := collect(t, s, soon); got.GetDeadPaths() == 0 {
+		t.Errorf("the collection found nothing: %v", got)
+	}
+	if _, err := s.Info(ctx, dead.Path.HashPart()); !errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("what nobody needs is still there: %v", err)
+	}
 }
 
 // duringReader does something once after so many bytes.
@@ -192,6 +249,7 @@ func (d *duringReader) Read(b []byte) (int, error) {
 
 // Uploads wait the longer the fuller the disk is.
 func TestPace(t *testing.T) {
+	t.Parallel()
 	w, err := Watermarks{}.withDefaults()
 	if err != nil {
 		t.Fatal(err)

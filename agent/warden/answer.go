@@ -24,8 +24,9 @@ import (
 )
 
 const (
-	// askedAtOnce bounds the questions of one child being answered.
-	askedAtOnce = 8
+	// askedAtOnce bounds the questions of one child being answered, slowAtOnce
+	// beside them those for which other file systems may be waited for.
+	askedAtOnce, slowAtOnce = 8, 64
 	// writeTimeout is how long a child may leave answers unread.
 	writeTimeout = 5 * time.Second
 )
@@ -35,10 +36,14 @@ type clerk struct {
 	mountDir string
 	bdi      string
 	scans    *scanner
+	roots    *rootFinder
 	log      *slog.Logger
+
+	mu      sync.Mutex
+	targets map[string]string // of indirect roots, as they were when they could be read
 }
 
-// serve answers until the child is gone. What it tells of itself goes to heard.
+// serve answers until the child is gone. All it says goes to heard.
 func (k *clerk) serve(ctx context.Context, line *net.UnixConn, heard func(question)) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -46,7 +51,7 @@ func (k *clerk) serve(ctx context.Context, line *net.UnixConn, heard func(questi
 	defer handlers.Wait()
 	defer func() { _ = line.Close() }()
 	defer context.AfterFunc(ctx, func() { _ = line.SetReadDeadline(time.Unix(1, 0)) })()
-	room := make(chan struct{}, askedAtOnce)
+	quick, slow := make(chan struct{}, askedAtOnce), make(chan struct{}, slowAtOnce)
 	b := make([]byte, maxMessage)
 	for {
 		n, err := line.Read(b)
@@ -60,19 +65,41 @@ func (k *clerk) serve(ctx context.Context, line *net.UnixConn, heard func(questi
 			k.send(line, refusal(q.ID, err))
 			continue
 		}
-		if q.Ask == tellServing || q.Ask == tellReady {
-			heard(q)
+		heard(q)
+		if q.Ask == tellServing || q.Ask == tellReady || q.Ask == tellBeat {
 			continue
 		}
-		select {
-		case room <- struct{}{}:
-		case <-ctx.Done():
+		room := quick
+		if q.Ask == askRoots || q.Ask == askRoot || q.Ask == askProfile {
+			if room = slow; len(room) == cap(room) {
+				k.send(line, refusal(q.ID, fmt.Errorf("%d questions for roots wait already: %w", slowAtOnce, flox.ErrBusy)))
+				continue
+			}
+		}
+		if !enter(ctx, room, func() { heard(q) }) { // it speaks, only we do not listen
 			return
 		}
 		handlers.Go(func() {
 			defer func() { <-room }()
 			k.answer(ctx, line, q)
 		})
+	}
+}
+
+// enter waits for a place in room, calling meanwhile every second; false: ctx is
+// done.
+func enter(ctx context.Context, room chan struct{}, meanwhile func()) bool {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case room <- struct{}{}:
+			return true
+		case <-tick.C:
+			meanwhile()
+		case <-ctx.Done():
+			return false
+		}
 	}
 }
 
@@ -95,7 +122,14 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 	case askExe:
 		a.Text, err = exe(q.PID)
 	case askRoot:
-		a.Text, err = rootTarget(q.Link, k.mountDir)
+		a.Text, a.Unread, err = k.rootTarget(q.Link)
+	case askProfile:
+		profiles := &Profiles{storeDir: k.roots.storeDir, mountDir: k.mountDir, reads: &k.roots.reads}
+		a.Text, err = profiles.Read(q.Link)
+	case askRoots:
+		if err = k.sendRoots(func(a answer) { k.send(line, a) }, q.ID); err == nil {
+			return
+		}
 	case askReadAhead:
 		err = setReadAhead(k.bdi, q.KiB)
 	case askWaiting:
@@ -103,7 +137,7 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 	case askMapped:
 		var u usage
 		if u, err = k.scans.get(ctx); err == nil {
-			_, a.Yes = u.mapped[q.Node]
+			a.Yes = k.scans.uses(u, q.Node, q.PID)
 		}
 	case askPages:
 		var runs []PageRun
@@ -147,17 +181,38 @@ func exe(pid uint32) (string, error) {
 }
 
 // rootTarget reads a link somebody made a garbage collector root of. It tells
-// only of links into the store: what else root can read is nobody's business.
-func rootTarget(link, mountDir string) (string, error) {
-	missing := fmt.Errorf("root %s: no link into %s: %w", link, mountDir, flox.ErrNotFound)
-	if link == mountDir || strings.HasPrefix(link, mountDir+"/") {
-		return "", missing // would be asked of whom it is asked for
+// only of links into the store: what else root can read is nobody's business. One
+// in a file system that does not answer cannot be read, and points where it did.
+func (k *clerk) rootTarget(link string) (target string, unread []string, err error) {
+	missing := fmt.Errorf("root %s: no link into %s: %w", link, k.mountDir, flox.ErrNotFound)
+	if link == k.mountDir || strings.HasPrefix(link, k.mountDir+"/") {
+		return "", nil, missing // would be asked of whom it is asked for
 	}
-	target, err := os.Readlink(link)
-	if err != nil || len(target) >= maxLink || filepath.Clean(target) != target || !strings.HasPrefix(target, mountDir+"/") {
-		return "", missing
+	read, ok := patiently(&k.roots.reads, link, rootOwner(link, link), func() linkRead { return readLink(link) })
+	ok = ok && !read.failed
+	target = read.target
+	if len(target) >= maxLink || filepath.Clean(target) != target || !strings.HasPrefix(target, k.mountDir+"/") {
+		target = ""
 	}
-	return target, nil
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	known := k.targets[link]
+	switch {
+	case !ok && known == "":
+		return "", nil, fmt.Errorf("root %s: its file system does not answer, or refuses: %w", link, ErrUnread)
+	case !ok:
+		return known, []string{link}, nil
+	case target == "":
+		delete(k.targets, link)
+		return "", nil, missing
+	}
+	if k.targets == nil {
+		k.targets = make(map[string]string)
+	}
+	if _, had := k.targets[link]; had || len(k.targets) < maxRoots {
+		k.targets[link] = target
+	}
+	return target, nil, nil
 }
 
 // waiting reads how many requests of a mount are not answered (Linux

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -32,17 +33,30 @@ type child struct {
 	state  string        // how it ended, valid after reaped
 	ready  chan struct{} // closed when it says that everything of it runs
 
+	messages atomic.Uint64 // on its line
+	beats    atomic.Bool   // it says that it lives, as older ones do not
+
 	mu      sync.Mutex
 	serving time.Time // when it said that it reads requests
 	version string    // as it says
+	format  int       // of its state, too
 	readyAt time.Time // when it said that everything runs
 }
 
-// heard takes what a child says of itself.
+// heard takes what a child says; most of it is for others.
 func (c *child) heard(q question) {
+	c.messages.Add(1)
+	switch q.Ask {
+	case tellBeat:
+		c.beats.Store(true)
+		return
+	case tellServing, tellReady:
+	default:
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.version = printable(q.Version)
+	c.version, c.format = printable(q.Version), max(q.StateFormat, 1)
 	if c.serving.IsZero() {
 		c.serving = time.Now()
 	}
@@ -59,9 +73,15 @@ func (c *child) readySince() time.Time {
 }
 
 func (c *child) saidVersion() string {
+	version, _ := c.said()
+	return version
+}
+
+// said is what it said of itself; format 0 is nothing yet.
+func (c *child) said() (version string, format int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.version
+	return c.version, c.format
 }
 
 func (c *child) servingSince() time.Time {
@@ -72,7 +92,9 @@ func (c *child) servingSince() time.Time {
 
 // startChild starts the child with the mount's device, a line and a life pipe.
 func (w *warden) startChild() (*child, error) {
-	value, err := json.Marshal(inheritance{Init: w.dev.Init, MountDir: w.cfg.MountDir, RunDir: w.cfg.RunDir})
+	value, err := json.Marshal(inheritance{
+		Init: w.dev.Init, MountDir: w.cfg.MountDir, RunDir: w.cfg.RunDir, Beat: w.cfg.Silence / looksPerSilence / 2, Before: w.before,
+	})
 	if err != nil {
 		return nil, err
 	}

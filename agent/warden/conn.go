@@ -29,6 +29,9 @@ const (
 type inheritance struct {
 	Init             []byte
 	MountDir, RunDir string
+
+	Beat   time.Duration `json:",omitempty"` // how often to tell that it lives; an older parent does not want to know
+	Before *Ended        `json:",omitempty"`
 }
 
 const (
@@ -46,9 +49,15 @@ type Conn struct {
 	Init   []byte
 	// MountDir and RunDir are the parent's; the child may write in RunDir.
 	MountDir, RunDir string
+	// StateFormat is the version of what this process writes into its state, told
+	// with Serving: a program that says of itself that it knows only less is not
+	// put in its place. 0 = 1. It is set before Run.
+	StateFormat int
 
-	line *net.UnixConn
-	life *os.File // closed by the end of this process, which the warden sees
+	beat   time.Duration
+	before *Ended
+	line   *net.UnixConn
+	life   *os.File // closed by the end of this process, which the warden sees
 
 	gone    chan struct{} // closed when Run ends
 	writing chan struct{} // has room for the one that writes
@@ -83,7 +92,7 @@ func FromEnv() (*Conn, error) {
 	}
 	c := &Conn{
 		Device: os.NewFile(deviceFD, "/dev/fuse"), Init: in.Init, MountDir: in.MountDir, RunDir: in.RunDir,
-		life: os.NewFile(lifeFD, "life"),
+		life: os.NewFile(lifeFD, "life"), beat: in.Beat, before: in.Before,
 	}
 	line := os.NewFile(lineFD, "warden")
 	defer line.Close()
@@ -150,8 +159,10 @@ func (c *Conn) take(a answer) {
 	a.Open = append(p.sofar.Open, a.Open...)
 	a.Mapped = append(p.sofar.Mapped, a.Mapped...)
 	a.Runs = append(p.sofar.Runs, a.Runs...)
+	a.Roots = append(p.sofar.Roots, a.Roots...)
+	a.Unread = append(p.sofar.Unread, a.Unread...)
 	p.sofar = a
-	if !a.More || len(a.Open)+len(a.Mapped)+len(a.Runs) > maxUsed {
+	if !a.More || len(a.Open)+len(a.Mapped)+len(a.Runs)+len(a.Roots)+len(a.Unread) > maxUsed {
 		delete(c.asked, a.ID)
 		close(p.done)
 	}
@@ -199,7 +210,7 @@ func (c *Conn) Exe(ctx context.Context, pid uint32) (string, error) {
 
 // Pages lists what of the mount's files a process has in its page tables, that
 // is, what it used of them by mapping, whether or not it was read for it.
-// ErrNotFound: there is no such process.
+// ErrNotFound: there is no such process. ErrUnread: it does not tell now.
 func (c *Conn) Pages(ctx context.Context, pid uint32) ([]PageRun, error) {
 	a, err := c.ask(ctx, question{Ask: askPages, PID: pid})
 	return unflatten(a.Runs), err
@@ -232,19 +243,34 @@ func (c *Conn) MappedNodes(ctx context.Context) ([]uint64, error) {
 // did at most a second ago; so fuse.ServerConfig.ReadTimeout must be more than
 // that. When it cannot be found out it says true, unless nobody is left to ask:
 // waiting is safer than killing.
-func (c *Conn) Mapped(ctx context.Context, node uint64) bool {
-	a, err := c.ask(ctx, question{Ask: askMapped, Node: node})
+//
+// thread is who reads it, 0 = not known: for a process that does not tell what it
+// has mapped the answer is true.
+func (c *Conn) Mapped(ctx context.Context, node uint64, thread uint32) bool {
+	a, err := c.ask(ctx, question{Ask: askMapped, Node: node, PID: thread})
 	if err != nil {
 		return !errors.Is(err, flox.ErrClosed)
 	}
 	return a.Yes
 }
 
-// RootTarget reads the symlink of an indirect root. ErrNotFound: there is no
-// such link, or it does not point below the mount.
-func (c *Conn) RootTarget(ctx context.Context, link string) (string, error) {
+// RootTarget reads the symlink of an indirect root. unread says that it lies in a
+// file system that does not answer, and pointed there when it last did; ErrUnread
+// that it never did. ErrNotFound: there is no such link, or it does not point
+// below the mount.
+func (c *Conn) RootTarget(ctx context.Context, link string) (target string, unread bool, err error) {
 	a, err := c.ask(ctx, question{Ask: askRoot, Link: link})
-	return a.Text, err
+	return a.Text, len(a.Unread) > 0, err
+}
+
+// Roots lists the garbage collector roots of this machine: links below gcroots,
+// profiles, and what processes use or name, in no order. unread are those that
+// units lie in file systems that do not answer: roots has what they pointed to
+// when they last did while this parent ran. ErrBadInput: the parent is older
+// and cannot tell.
+func (c *Conn) Roots(ctx context.Context) (roots []Root, unread []string, err error) {
+	a, err := c.ask(ctx, question{Ask: askRoots})
+	return a.Roots, a.Unread, err
 }
 
 // Waiting is how many requests of the mount the kernel waits for, those it has
@@ -263,7 +289,7 @@ func (c *Conn) Serving(version string) error { return c.tell(tellServing, versio
 func (c *Conn) Ready(version string) error { return c.tell(tellReady, version) }
 
 func (c *Conn) tell(what, version string) error {
-	b, err := json.Marshal(question{Ask: what, Version: version})
+	b, err := json.Marshal(question{Ask: what, Version: version, StateFormat: c.StateFormat})
 	if err != nil {
 		return err
 	}

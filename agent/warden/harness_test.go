@@ -49,6 +49,18 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	case "hold":
+		if err := holdMain(os.Getenv("FLOX_WARDEN_MAP")); err != nil {
+			fmt.Fprintln(os.Stderr, "hold:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case "debugger":
+		if err := debugMain(); err != nil {
+			fmt.Fprintln(os.Stderr, "debugger:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	case "exit":
 		os.Exit(3)
 	case "warden":
@@ -148,7 +160,7 @@ func (h *host) path(rest string) string { return filepath.Join(h.cfg.MountDir, s
 func (h *host) report(t *testing.T, n int) report {
 	t.Helper()
 	var r report
-	for range 1000 {
+	for range 6000 {
 		b, err := os.ReadFile(filepath.Join(h.cfg.RunDir, fmt.Sprintf("report-%d", n)))
 		if err == nil && json.Unmarshal(b, &r) == nil {
 			return r
@@ -212,7 +224,7 @@ func behave() {
 			fmt.Fprintln(os.Stderr, "what do you\x1b want?")
 			os.Exit(2)
 		}
-		fmt.Printf("{\"version\": %q}\n", version())
+		fmt.Printf("{\"version\": %q, \"stateFormat\": %d}\n", version(), stateFormat())
 		os.Exit(0)
 	}
 	if strings.Contains(name, "exits") {
@@ -229,12 +241,21 @@ func version() string {
 	return fmt.Sprintf("v%d", info.Size())
 }
 
+// stateFormat is what a copy of this program says it knows.
+func stateFormat() int {
+	if strings.Contains(filepath.Base(os.Args[0]), "older") {
+		return 1
+	}
+	return 2
+}
+
 // report is what a child says about itself when it serves.
 type report struct {
 	PID    int
 	Took   fuse.Takeover
 	Status string // of /proc/self
 	Env    []string
+	Before *Ended
 }
 
 // query is a question a test wants asked.
@@ -268,6 +289,55 @@ func mapMain(path string) error {
 	return nil
 }
 
+// holdMain has the lock of its own memory held by a thread that waits for the bytes
+// of a mapped file, and another thread wait for that lock to change it: whoever
+// wants to read what is mapped waits behind both.
+func holdMain(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	addr, err := unix.MmapPtr(int(f.Fd()), 0, nil, fileSize, unix.PROT_READ, unix.MAP_PRIVATE)
+	if err != nil {
+		return err
+	}
+	mem, err := os.Open("/proc/self/mem")
+	if err != nil {
+		return err
+	}
+	read := make(chan error, 1)
+	go func() {
+		_, err := mem.ReadAt(make([]byte, 1), int64(uintptr(addr)))
+		read <- err
+	}()
+	for {
+		select {
+		case err := <-read:
+			return err
+		case <-time.After(10 * time.Millisecond):
+			b, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ, unix.MAP_PRIVATE|unix.MAP_ANON)
+			if err != nil {
+				return err
+			}
+			if err := unix.Munmap(b); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// wedged makes a child say nothing any more.
+var wedged atomic.Bool
+
+// closedUnless gives what is closed, or never is if stuck.
+func closedUnless(stuck *atomic.Bool) <-chan struct{} {
+	c := make(chan struct{})
+	if !stuck.Load() {
+		close(c)
+	}
+	return c
+}
+
 // letGo makes a child live on when its warden has let it go.
 var letGo atomic.Bool
 
@@ -280,6 +350,7 @@ func childMain() error {
 	if _, err := FromEnv(); !errors.Is(err, flox.ErrNotFound) {
 		return fmt.Errorf("FromEnv leaves itself in the environment: %w", err)
 	}
+	c.StateFormat = stateFormat()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	store := &tinyStore{release: filepath.Join(c.RunDir, "release")}
@@ -296,6 +367,13 @@ func childMain() error {
 			stop()
 		}
 	}()
+	beaten := false // one that never beat is not missed: it may be of a version that does not
+	go c.Beats(ctx, func() {
+		if s.Stats(); beaten {
+			<-closedUnless(&wedged)
+		}
+		beaten = true
+	})
 	go func() {
 		for ctx.Err() == nil {
 			answerTest(ctx, c, s)
@@ -325,7 +403,7 @@ func childMain() error {
 
 func writeReport(c *Conn, s *fuse.Server) {
 	status, _ := os.ReadFile("/proc/self/status")
-	b, _ := json.Marshal(report{PID: os.Getpid(), Took: s.Takeover(), Status: string(status), Env: os.Environ()})
+	b, _ := json.Marshal(report{PID: os.Getpid(), Took: s.Takeover(), Status: string(status), Env: os.Environ(), Before: c.Before()})
 	for n := 1; ; n++ {
 		f, err := os.OpenFile(filepath.Join(c.RunDir, fmt.Sprintf("report-%d", n)), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 		if errors.Is(err, os.ErrExist) {
@@ -356,7 +434,7 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 	case askExe:
 		q.Text, err = c.Exe(ctx, q.PID)
 	case askRoot:
-		q.Text, err = c.RootTarget(ctx, q.Link)
+		q.Text, _, err = c.RootTarget(ctx, q.Link)
 	case askReadAhead:
 		err = c.SetReadAhead(ctx, q.KiB)
 	case "reading": // the one file whose READs take long
@@ -367,6 +445,8 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 		}
 	case askWaiting:
 		q.Waiting, err = c.Waiting(ctx)
+	case "wedge":
+		wedged.Store(true)
 	case "let go":
 		letGo.Store(true)
 		err = c.life.Close()
@@ -392,7 +472,7 @@ func answerTest(ctx context.Context, c *Conn, s *fuse.Server) {
 			if _, ok := used[node]; ok {
 				q.InUse = append(q.InUse, e.Name)
 			}
-			if c.Mapped(ctx, node) {
+			if c.Mapped(ctx, node, 1) {
 				q.Mapped = append(q.Mapped, e.Name)
 			}
 		}
@@ -451,16 +531,20 @@ func (s *tinyStore) wait(ctx context.Context) error {
 	}
 }
 
-func (s *tinyStore) Lookup(ctx context.Context, name string) (flox.CID, bool, error) {
+func (s *tinyStore) Lookup(ctx context.Context, name string, _ flox.Reader) (flox.CID, bool, error) {
 	switch name {
 	case storePath:
-		return tinyID, false, nil
+		return tinyID, true, nil
 	case hungPath:
 		if err := s.wait(ctx); err != nil {
 			return flox.CID{}, false, err
 		}
 	}
 	return flox.CID{}, false, flox.ErrNotFound
+}
+
+func (s *tinyStore) Log(context.Context, string) (flox.CID, error) {
+	return flox.CID{}, flox.ErrNotFound
 }
 
 func (s *tinyStore) Names(context.Context, string, int) ([]flox.Named, error) { return nil, nil }

@@ -67,7 +67,7 @@ func line(t *testing.T, k *clerk) *Conn {
 		if _, err := c.Exe(context.Background(), 1); !errors.Is(err, flox.ErrClosed) {
 			t.Errorf("a question when the warden was gone: %v", err)
 		}
-		if c.Mapped(context.Background(), 1) {
+		if c.Mapped(context.Background(), 1, 1) {
 			t.Error("waits for a mapped file when the warden was gone")
 		}
 	})
@@ -134,7 +134,7 @@ func TestWardenThatDoesNotRead(t *testing.T) {
 	const asking = 1000 // the kernel keeps fewer messages than that
 	for range asking {
 		go func() {
-			_, err := c.RootTarget(ctx, "/"+strings.Repeat("x", maxLink/2))
+			_, _, err := c.RootTarget(ctx, "/"+strings.Repeat("x", maxLink/2))
 			failed <- err
 		}()
 	}
@@ -154,7 +154,7 @@ func TestWardenThatDoesNotRead(t *testing.T) {
 	if err := c.Ready("v1"); !errors.Is(err, flox.ErrUnreachable) {
 		t.Errorf("told: %v", err)
 	}
-	if !c.Mapped(ctx, 1) {
+	if !c.Mapped(ctx, 1, 1) {
 		t.Error("a file may be mapped when nobody says that it is not")
 	}
 	ours.Close()

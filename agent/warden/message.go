@@ -29,8 +29,10 @@ const (
 const (
 	askExe       = "exe"       // PID: what it executes
 	askInUse     = "inuse"     // the inodes of the mount that are in use
-	askMapped    = "mapped"    // Node: whether it is mapped or executed
+	askMapped    = "mapped"    // Node: whether it is mapped or executed; PID: the thread that reads it
 	askRoot      = "root"      // Link: where it points
+	askRoots     = "roots"     // all roots of this machine
+	askProfile   = "profile"   // Link: the store path it leads to, over other links
 	askReadAhead = "readahead" // KiB: set it
 	askPages     = "pages"     // PID: what of the mount's files is in its page tables
 	askWaiting   = "waiting"   // how many requests of the mount are not answered
@@ -38,6 +40,7 @@ const (
 	// What a child tells of itself, with its Version. There is no answer.
 	tellServing = "serving" // requests are read
 	tellReady   = "ready"   // and everything else runs
+	tellBeat    = "beat"    // it lives
 )
 
 // question goes from the child to the parent.
@@ -49,7 +52,8 @@ type question struct {
 	Link string `json:",omitempty"`
 	KiB  int    `json:",omitempty"`
 
-	Version string `json:",omitempty"`
+	Version     string `json:",omitempty"`
+	StateFormat int    `json:",omitempty"` // see Conn
 }
 
 // answer goes from the parent to the child.
@@ -61,10 +65,15 @@ type answer struct {
 	Open   []uint64 `json:",omitempty"` // inodes open, or somebody's directory
 	Mapped []uint64 `json:",omitempty"` // inodes mapped or executed
 	Runs   []uint64 `json:",omitempty"` // inode, offset, length; and so on
+	Roots  []Root   `json:",omitempty"`
 	Yes    bool     `json:",omitempty"`
 	Count  int      `json:",omitempty"`
+	Unread []string `json:",omitempty"` // what does not answer, and is told as it was
 	More   bool     `json:",omitempty"` // another part follows
 }
+
+// ErrUnread says that what a root points to cannot be read now, and was not before.
+var ErrUnread = errors.New("not read")
 
 // errFailed is what nothing more is known of.
 var errFailed = errors.New("failed")
@@ -75,6 +84,7 @@ var errorKinds = map[string]error{
 	"bad input": flox.ErrBadInput,
 	"busy":      flox.ErrBusy,
 	"closed":    flox.ErrClosed,
+	"unread":    ErrUnread,
 	"failed":    errFailed,
 }
 
@@ -88,12 +98,12 @@ func parseQuestion(b []byte) (question, error) {
 		return bad(question{}, err.Error())
 	}
 	switch q.Ask {
-	case askInUse, askMapped, askWaiting, tellServing, tellReady:
+	case askInUse, askMapped, askWaiting, askRoots, tellServing, tellReady, tellBeat:
 	case askExe, askPages:
 		if q.PID == 0 || q.PID > 1<<22 { // PID_MAX_LIMIT
 			return bad(q, fmt.Sprintf("process %d", q.PID))
 		}
-	case askRoot:
+	case askRoot, askProfile:
 		if len(q.Link) >= maxLink || !filepath.IsAbs(q.Link) || filepath.Clean(q.Link) != q.Link || strings.ContainsRune(q.Link, 0) {
 			return bad(q, "a link must be a clean absolute path")
 		}

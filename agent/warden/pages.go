@@ -41,9 +41,25 @@ type mapping struct {
 
 // pages lists what of the file system's files a process has in its page tables:
 // what it used, or the kernel mapped beside that. It asks the page tables only,
-// so that nothing is read, and nobody waits.
+// so that nothing is read.
+// ErrUnread: it does not tell now, as it waits for bytes itself.
 func (s *scanner) pages(pid uint32) ([]PageRun, error) {
 	dir := filepath.Join(s.proc, strconv.FormatUint(uint64(pid), 10))
+	type told struct {
+		runs []PageRun
+		err  error
+	}
+	t, ok := patiently(&s.memory, dir, processOwner(dir), func() (t told) {
+		t.runs, t.err = s.present(dir, pid)
+		return t
+	})
+	if !ok {
+		return nil, fmt.Errorf("process %d does not tell what it has mapped: %w", pid, ErrUnread)
+	}
+	return t.runs, t.err
+}
+
+func (s *scanner) present(dir string, pid uint32) ([]PageRun, error) {
 	mappings, err := s.mappings(dir)
 	if err != nil || len(mappings) == 0 {
 		return nil, gone(pid, err)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	iofs "io/fs"
+	"math"
 	"os"
 	"os/exec"
 	"strings"
@@ -121,11 +122,17 @@ func (p *program) command(args ...string) *exec.Cmd {
 
 func (p *program) close() { p.file.Close() }
 
+// build is what a program says of itself.
+type build struct {
+	Version     string
+	StateFormat int // see Conn
+}
+
 // version asks a program, as an ordinary user, for its version: whether it can
 // be executed here at all is best found out while nobody needs it yet.
-func (w *warden) version(ctx context.Context, p *program) (string, error) {
+func (w *warden) version(ctx context.Context, p *program) (v build, err error) {
 	if len(w.cfg.VersionArgs) == 0 {
-		return "", nil
+		return build{StateFormat: math.MaxInt}, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
@@ -136,23 +143,22 @@ func (w *warden) version(ctx context.Context, p *program) (string, error) {
 	cmd.WaitDelay = time.Second
 	run := &child{reaped: make(chan struct{})}
 	if err := run.start(cmd); err != nil {
-		return "", fmt.Errorf("%s cannot be executed: %w", p.name, err)
+		return v, fmt.Errorf("%s cannot be executed: %w", p.name, err)
 	}
 	select {
 	case <-run.reaped:
 	case <-ctx.Done():
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // its session is its own
 		<-run.reaped
-		return "", fmt.Errorf("%s did not say its version within %v: %w", p.name, checkTimeout, flox.ErrBadInput)
+		return v, fmt.Errorf("%s did not say its version within %v: %w", p.name, checkTimeout, flox.ErrBadInput)
 	}
-	var v struct{ Version string }
 	if !cmd.ProcessState.Success() {
-		return "", fmt.Errorf("%s did not say its version (%s): %s: %w", p.name, run.state, printable(said.String()), flox.ErrBadInput)
+		return v, fmt.Errorf("%s did not say its version (%s): %s: %w", p.name, run.state, printable(said.String()), flox.ErrBadInput)
 	}
 	if err := json.Unmarshal(out.Bytes(), &v); err != nil || v.Version == "" {
-		return "", fmt.Errorf("%s did not say its version but %q: %w", p.name, printable(out.String()), flox.ErrBadInput)
+		return v, fmt.Errorf("%s did not say its version but %q: %w", p.name, printable(out.String()), flox.ErrBadInput)
 	}
-	return printable(v.Version), nil
+	return build{printable(v.Version), max(v.StateFormat, 1)}, nil
 }
 
 // limited keeps the first bytes of what a program writes.

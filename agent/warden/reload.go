@@ -29,6 +29,7 @@ type Reloaded struct {
 // from warden.changes.
 type change struct {
 	from, to *program
+	format   int // of state, that to knows
 	report   Reloaded
 	stopped  time.Time  // when the old child was ended
 	failed   error      // why to does not serve: from is started again
@@ -50,12 +51,12 @@ func (w *warden) reload(ctx context.Context, name string) (Reloaded, error) {
 	if err != nil {
 		return Reloaded{}, unchanged(err)
 	}
-	version, err := w.version(ctx, p)
+	said, err := w.version(ctx, p)
 	if err != nil {
 		p.close()
 		return Reloaded{}, unchanged(err)
 	}
-	c := &change{to: p, report: Reloaded{Program: name, To: version}, done: make(chan error, 1)}
+	c := &change{to: p, format: said.StateFormat, report: Reloaded{Program: name, To: said.Version}, done: make(chan error, 1)}
 	select {
 	case w.changes <- c:
 	case <-ctx.Done():
@@ -75,6 +76,17 @@ func unchanged(err error) error {
 	return fmt.Errorf("nothing was changed, the running program serves on: %w", err)
 }
 
+// older refuses a change to a program that would not know what the running one
+// wrote; it is asked before that one is ended.
+func (c *change) older(than *child) error {
+	version, format := than.said()
+	if format <= c.format {
+		return nil
+	}
+	return fmt.Errorf("%s is floxd %s, which knows the agent's state up to format %d, and floxd %s, which serves, writes format %d; name a program that is as new (--program): %w",
+		c.to.name, c.report.To, c.format, version, format, flox.ErrBadInput)
+}
+
 // begin makes a change the program that is started next. old is what runs, and
 // is ended; nil if nothing does.
 func (w *warden) begin(ctx context.Context, c *change, old *child) {
@@ -87,7 +99,7 @@ func (w *warden) begin(ctx context.Context, c *change, old *child) {
 	}
 	if c.report.From = old.saidVersion(); c.report.From == "" { // it has just begun
 		if said, err := w.version(ctx, c.from); err == nil {
-			c.report.From = said
+			c.report.From = said.Version
 		}
 	}
 	w.log.Info("the child is replaced", "program", c.to.name, "version", c.report.To)

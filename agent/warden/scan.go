@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -25,6 +28,9 @@ const scanEvery = time.Second
 type usage struct {
 	open   map[uint64]struct{} // open, or somebody's current or root directory
 	mapped map[uint64]struct{} // mapped or executed
+	// unread are the processes that do not tell what they have mapped now; mapped
+	// has what they had when they did.
+	unread []uint32
 }
 
 // scanner finds out which inodes of one file system processes use. It never
@@ -32,6 +38,10 @@ type usage struct {
 type scanner struct {
 	major, minor uint32
 	proc         string
+	log          *slog.Logger // nil = nobody wants to know
+
+	memory reads               // what processes have mapped
+	seen   map[string][]uint64 // what that was in the last scan, by process
 
 	mu      sync.Mutex
 	running chan struct{} // closed when the scan under way ends; nil = none is
@@ -42,7 +52,7 @@ type scanner struct {
 
 // newScanner makes a scanner for a device number "major:minor".
 func newScanner(device string) (*scanner, error) {
-	s := &scanner{proc: "/proc"}
+	s := &scanner{proc: "/proc", memory: reads{share: maxStuckProcesses}}
 	if _, err := fmt.Sscanf(device, "%d:%d", &s.major, &s.minor); err != nil {
 		return nil, fmt.Errorf("device number %q: %w: %w", device, err, flox.ErrBadInput)
 	}
@@ -73,13 +83,14 @@ func (s *scanner) get(ctx context.Context) (usage, error) {
 	}
 }
 
-// start begins a scan; s.mu is held. A scan ends by itself: it reads nothing
-// that waits.
+// start begins a scan; s.mu is held. A scan ends by itself: what may wait is
+// left behind.
 func (s *scanner) start() {
 	done, began := make(chan struct{}), time.Now()
 	s.running = done
 	go func() {
 		found, err := s.scan()
+		s.tell(found.unread)
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.last, s.err, s.at, s.running = found, err, began, nil
@@ -87,9 +98,24 @@ func (s *scanner) start() {
 	}()
 }
 
+// tell logs which processes did not answer that did in the scan before.
+func (s *scanner) tell(unread []uint32) {
+	s.mu.Lock()
+	before := s.last.unread
+	s.mu.Unlock()
+	for _, pid := range unread {
+		if s.log != nil && !slices.Contains(before, pid) {
+			program, _ := exe(pid)
+			s.log.Warn("a process does not tell what it has mapped, as it waits for bytes; what it had mapped counts on", "pid", pid, "program", program)
+		}
+	}
+}
+
 // scan looks at every process. One that ends meanwhile is no error.
 func (s *scanner) scan() (usage, error) {
 	u := usage{open: make(map[uint64]struct{}), mapped: make(map[uint64]struct{})}
+	l := look{scanner: s, usage: &u, seen: make(map[string][]uint64)}
+	defer func() { s.seen = l.seen }()
 	dir, err := os.Open(s.proc)
 	if err != nil {
 		return u, err
@@ -98,10 +124,11 @@ func (s *scanner) scan() (usage, error) {
 	for {
 		names, err := dir.Readdirnames(256)
 		for _, name := range names {
-			if _, err := strconv.ParseUint(name, 10, 32); err != nil {
+			pid, err := strconv.ParseUint(name, 10, 32)
+			if err != nil {
 				continue
 			}
-			s.process(filepath.Join(s.proc, name), u)
+			l.process(filepath.Join(s.proc, name), uint32(pid))
 			if len(u.open)+len(u.mapped) > maxUsed {
 				return u, fmt.Errorf("more than %d inodes in use: %w", maxUsed, flox.ErrFull)
 			}
@@ -115,7 +142,17 @@ func (s *scanner) scan() (usage, error) {
 	}
 }
 
-func (s *scanner) process(dir string, u usage) {
+// look is one scan.
+type look struct {
+	*scanner
+	*usage
+	seen   map[string][]uint64
+	listed int // in seen
+	round  round
+}
+
+func (l *look) process(dir string, pid uint32) {
+	u, s := l.usage, l.scanner
 	s.add(dir+"/exe", u.mapped)
 	s.add(dir+"/cwd", u.open)
 	s.add(dir+"/root", u.open)
@@ -131,10 +168,39 @@ func (s *scanner) process(dir string, u usage) {
 			}
 		}
 	}
-	if maps, err := os.Open(dir + "/maps"); err == nil {
-		defer maps.Close()
-		s.maps(maps, u.mapped)
+	nodes, ok := inRound(&l.round, &s.memory, dir, processOwner(dir), func() []uint64 {
+		file, err := os.Open(dir + "/maps")
+		if err != nil {
+			return nil
+		}
+		defer file.Close()
+		mapped := make(map[uint64]struct{})
+		s.maps(file, mapped)
+		return slices.Collect(maps.Keys(mapped))
+	})
+	if !ok {
+		nodes = s.seen[dir]
+		u.unread = append(u.unread, pid)
 	}
+	for _, node := range nodes {
+		u.mapped[node] = struct{}{}
+	}
+	if l.listed += len(nodes); len(nodes) > 0 && l.listed <= maxUsed {
+		l.seen[dir] = nodes
+	}
+}
+
+// uses reports whether an inode is mapped, or may be by a process that does not
+// tell and that a thread belongs to; 0 is a thread of nobody knows whom. Each
+// process reads what it faults on itself, so that others need not wait with it.
+func (s *scanner) uses(u usage, node uint64, thread uint32) bool {
+	if _, ok := u.mapped[node]; ok {
+		return true
+	}
+	return slices.ContainsFunc(u.unread, func(pid uint32) bool {
+		_, err := os.Lstat(fmt.Sprintf("%s/%d/task/%d", s.proc, pid, thread))
+		return thread == 0 || err == nil
+	})
 }
 
 // add adds the inode behind a link of /proc if it is on the file system. Such a

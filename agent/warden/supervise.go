@@ -20,6 +20,10 @@ func (w *warden) supervise(ctx context.Context) error {
 			next.drop(w.program)
 			return nil
 		}
+		w.before = nil
+		if silent := (*silentError)(nil); errors.As(err, &silent) {
+			w.before = &Ended{Why: silent.Error(), At: time.Now()}
+		}
 		if !w.connected() {
 			next.drop(w.program)
 			return fmt.Errorf("%s was unmounted by somebody else; start the agent again to mount it: %w", w.cfg.MountDir, flox.ErrClosed)
@@ -89,15 +93,21 @@ func (w *warden) runChild(ctx context.Context, under *change) (ready time.Time, 
 }
 
 // stay returns when the child is gone (nil), was killed for another or because
-// it does not serve, or ctx is done. under is the change it is the child of; it
+// it does not serve or says nothing any more, or ctx is done. under is the change it is the child of; it
 // gives the one that is not over then.
 func (w *warden) stay(ctx context.Context, c *child, under *change) (*change, error) {
 	waiting, cancel := context.WithCancel(ctx)
-	gone := make(chan struct{})
-	defer func() { cancel(); <-gone }()
+	gone, silent, watched := make(chan struct{}), make(chan error, 1), make(chan struct{})
+	defer func() { cancel(); <-gone; <-watched }()
 	go func() {
 		defer close(gone)
 		_ = c.wait(waiting)
+	}()
+	go func() {
+		defer close(watched)
+		if err := w.watch(waiting, c); err != nil {
+			silent <- err
+		}
 	}()
 	late := time.NewTimer(w.cfg.ReadyTimeout)
 	defer late.Stop()
@@ -111,6 +121,9 @@ func (w *warden) stay(ctx context.Context, c *child, under *change) (*change, er
 		select {
 		case <-gone:
 			return under, context.Cause(ctx)
+		case err := <-silent:
+			c.kill()
+			return under, err
 		case <-ready:
 			ready = nil
 			if under != nil {
@@ -121,6 +134,11 @@ func (w *warden) stay(ctx context.Context, c *child, under *change) (*change, er
 			c.kill()
 			return under, fmt.Errorf("it was not ready within %v", w.cfg.ReadyTimeout)
 		case next := <-changes:
+			if err := next.older(c); err != nil {
+				next.to.close()
+				next.done <- unchanged(err)
+				continue
+			}
 			w.begin(ctx, next, c)
 			return next, errReplaced
 		}

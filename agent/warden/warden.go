@@ -44,6 +44,9 @@ const (
 type Config struct {
 	// MountDir is where the store is mounted. It is made if missing.
 	MountDir string
+	// StoreDir is the store directory that paths are made for, where it is not
+	// MountDir: that is what roots name.
+	StoreDir string
 	// RunDir is a directory on a tmpfs for the node table and what else the
 	// child keeps there; it is made if missing and given to the child's user.
 	RunDir string
@@ -78,6 +81,10 @@ type Config struct {
 	ReadAheadKiB int
 	// StopTimeout is how long the child may take to end; 0 = 5 s.
 	StopTimeout time.Duration
+	// Silence is how long the child may say nothing and stand still before it is
+	// killed and the next one started; 0 = 1 min. Sleep of the machine does not
+	// count, nor does a debugger.
+	Silence time.Duration
 	// Output is where the child's standard output and error go; nil = this process's.
 	Output *os.File
 	// Log; nil discards.
@@ -98,10 +105,13 @@ func (c *Config) setDefaults() error {
 		return bad("Child %q: want a command line that begins with an absolute path", c.Child)
 	case c.ReadAheadKiB < 0 || c.ReadAheadKiB > maxReadAhead:
 		return bad("ReadAheadKiB %d: want 0 to %d", c.ReadAheadKiB, maxReadAhead)
-	case c.StopTimeout < 0 || c.ReadyTimeout < 0:
-		return bad("StopTimeout %v, ReadyTimeout %v: want 0 or more", c.StopTimeout, c.ReadyTimeout)
+	case c.StopTimeout < 0 || c.ReadyTimeout < 0 || c.Silence < 0:
+		return bad("StopTimeout %v, ReadyTimeout %v, Silence %v: want 0 or more", c.StopTimeout, c.ReadyTimeout, c.Silence)
 	case c.Program != "" && !filepath.IsAbs(c.Program):
 		return bad("Program %q: want an absolute path", c.Program)
+	}
+	if c.StoreDir == "" {
+		c.StoreDir = c.MountDir
 	}
 	if c.Program == "" {
 		c.Program = c.Child[0]
@@ -126,6 +136,9 @@ func (c *Config) setDefaults() error {
 	}
 	if c.StopTimeout == 0 {
 		c.StopTimeout = 5 * time.Second
+	}
+	if c.Silence == 0 {
+		c.Silence = silence
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -156,6 +169,7 @@ type warden struct {
 	clerk *clerk
 
 	program   *program     // what is started next; supervise's
+	before    *Ended       // the last child, if it was killed for its silence; supervise's
 	changes   chan *change // reloads, to supervise
 	reloading sync.Mutex   // held by the one there may be
 }
@@ -193,7 +207,11 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return err
 	}
-	w.clerk = &clerk{mountDir: cfg.MountDir, bdi: w.dev.BDI, scans: scans, log: cfg.Log}
+	scans.log = cfg.Log
+	roots := &rootFinder{
+		storeDir: cfg.StoreDir, stateDir: filepath.Join(filepath.Dir(cfg.StoreDir), "var/nix"), proc: scans.proc, memory: &scans.memory,
+	}
+	w.clerk = &clerk{mountDir: cfg.MountDir, bdi: w.dev.BDI, scans: scans, roots: roots, log: cfg.Log}
 	ctx, cancel := context.WithCancel(ctx)
 	var orders sync.WaitGroup
 	defer orders.Wait()

@@ -56,6 +56,7 @@ type Kernel interface {
 type Config struct {
 	Dir       string        // the cache's own directory; created if missing
 	Budget    int64         // bytes on disk at most, index included; 0 = min(20 GiB, 10 % of the disk)
+	Others    func() int64  // bytes of the budget that somebody else uses now; nil = 0. It must not wait
 	Reserve   int64         // bytes always left free on the disk; 0 = max(5 GiB, 5 % of the disk)
 	Kernel    Kernel        // nil: nothing is ever warm or in use outside of ReadAt's sight
 	BootID    string        // names the system session; "" = from the kernel's boot id and the mount of Dir
@@ -202,6 +203,9 @@ func (cfg *Config) check(total int64) error {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Others == nil {
+		cfg.Others = func() int64 { return 0 }
+	}
 	if cfg.wait == nil {
 		cfg.wait = sleep
 	}
@@ -337,6 +341,10 @@ func (c *Cache) release() (err error) {
 	}
 	if c.objects != nil {
 		c.objects.close()
+	}
+	if c.lock != nil {
+		// Closing is not enough: a process that is just being started has it, too.
+		_ = unix.Flock(int(c.lock.Fd()), unix.LOCK_UN)
 	}
 	for _, f := range []*os.File{c.dir, c.lock} {
 		if f != nil {

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"time"
+
+	"github.com/floxctl/flox"
 )
 
 // Eviction is CLOCK over objects in the order they were made, with a hand that
@@ -31,6 +33,9 @@ type round struct {
 	bytes   int64
 	packs   []uint64 // passed wholly
 	wrapped bool     // the hand came to the end
+	// live says which files and blocks stay though they could go; all others may,
+	// however lately they were read. Nil: CLOCK decides.
+	live func(flox.CID) bool
 }
 
 // GC evicts until at most target bytes are used, or nothing evictable is left
@@ -45,7 +50,7 @@ func (c *Cache) GC(ctx context.Context, target int64) (freed int64, err error) {
 	c.indexSize.Store(c.index.size(c.indexSize.Load()))
 	before := c.used()
 	for laps := 0; c.used() > target && laps < maxLaps; {
-		wrapped, err := c.evict(ctx, c.used()-target)
+		wrapped, err := c.evict(ctx, c.used()-target, nil)
 		if err != nil {
 			return max(before-c.used(), 0), fmt.Errorf("cache gc: %w", err)
 		}
@@ -57,9 +62,29 @@ func (c *Cache) GC(ctx context.Context, target int64) (freed int64, err error) {
 	return max(before-c.used(), 0), nil
 }
 
+// Collect evicts every file and block that live does not want, until about most bytes
+// are free. Kept content stays, and what is in use. It gives the bytes freed on disk.
+func (c *Cache) Collect(ctx context.Context, most int64, live func(flox.CID) bool) (freed int64, err error) {
+	select {
+	case c.evicting <- struct{}{}:
+		defer func() { <-c.evicting }()
+	case <-ctx.Done():
+		return 0, fmt.Errorf("cache gc: %w", ctx.Err())
+	}
+	before := c.used()
+	c.hand = hand{} // one lap sees everything
+	for wrapped := false; !wrapped && before-c.used() < most; {
+		if wrapped, err = c.evict(ctx, most-(before-c.used()), live); err != nil {
+			return max(before-c.used(), 0), fmt.Errorf("cache gc: %w", err)
+		}
+	}
+	c.indexSize.Store(c.index.size(c.indexSize.Load()))
+	return max(before-c.used(), 0), nil
+}
+
 // evict tries to free need bytes, in one round.
-func (c *Cache) evict(ctx context.Context, need int64) (wrapped bool, err error) {
-	var rd round
+func (c *Cache) evict(ctx context.Context, need int64, live func(flox.CID) bool) (wrapped bool, err error) {
+	rd := round{live: live}
 	defer func() {
 		for _, v := range rd.victims {
 			c.memory.release(v.r)
@@ -180,7 +205,13 @@ func (c *Cache) consider(rd *round, k key, object uint64) error {
 	if !spare {
 		spare, err = c.isKept(r, ct)
 	}
-	if !spare && r.ref.Load() > 0 {
+	switch {
+	case spare || err != nil:
+	case rd.live != nil:
+		if spare = rd.live(k.id); !spare {
+			r.ref.Store(0) // who reads it now keeps it
+		}
+	case r.ref.Load() > 0:
 		r.ref.Add(-1)
 		r.dirty.Store(true)
 		spare = true

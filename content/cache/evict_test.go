@@ -322,6 +322,40 @@ func TestCompaction(t *testing.T) {
 	}
 }
 
+// A collection takes what is not live, however lately it was read, and nothing else.
+func TestCollect(t *testing.T) {
+	c := open(t, small(t.TempDir()))
+	var all []*sample
+	for i := range 40 {
+		all = append(all, newSample(uint64(i), 500+i*3000, 4<<10))
+		all[i].putAll(t, c)
+		all[i].readAll(t, c, uint64(i)+1)
+	}
+	live := func(id flox.CID) bool {
+		return slices.ContainsFunc(all[:20], func(s *sample) bool { return s.ID == id })
+	}
+	here := func() (n [2]int) {
+		for i, s := range all {
+			if s.readAll(t, c, 0) == Hit {
+				n[i/20]++
+			}
+		}
+		return n
+	}
+	if freed, err := c.Collect(t.Context(), 1, live); err != nil || freed == 0 {
+		t.Fatal(freed, err)
+	}
+	if n := here(); n[0] != 20 || n[1] == 0 || n[1] == 20 {
+		t.Errorf("after the first byte %d live and %d others are left", n[0], n[1])
+	}
+	if freed, err := c.Collect(t.Context(), 1<<40, live); err != nil || freed == 0 {
+		t.Fatal(freed, err)
+	}
+	if n := here(); n != [2]int{20, 0} {
+		t.Errorf("%d live and %d others are left", n[0], n[1])
+	}
+}
+
 // Full means ErrFull at once, not an error of another kind, and Run makes room.
 func TestBudget(t *testing.T) {
 	cfg := small(t.TempDir())

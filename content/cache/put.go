@@ -87,8 +87,8 @@ func (c *Cache) room() error {
 	if c.index.low.Load() {
 		return fmt.Errorf("the disk of %s is full: %w", c.cfg.Dir, flox.ErrFull)
 	}
-	if used := c.used(); used+pending > c.cfg.Budget {
-		return fmt.Errorf("the cache holds %d of %d bytes: %w", used, c.cfg.Budget, flox.ErrFull)
+	if used, budget := c.used(), c.budget(); used+pending > budget {
+		return fmt.Errorf("the cache holds %d of %d bytes: %w", used, budget, flox.ErrFull)
 	}
 	_, free, err := c.disk()
 	if err != nil {

@@ -93,11 +93,14 @@ func (c *Cache) limit() int64 {
 	c.indexSize.Store(c.index.size(c.indexSize.Load()))
 	total, free, err := c.disk()
 	if err != nil {
-		return c.cfg.Budget
+		return c.budget()
 	}
 	c.index.refill(total, free)
-	return max(min(c.cfg.Budget, c.used()+free-c.cfg.Reserve), 0)
+	return max(min(c.budget(), c.used()+free-c.cfg.Reserve), 0)
 }
+
+// budget is what of the budget is left for the cache.
+func (c *Cache) budget() int64 { return max(c.cfg.Budget-c.cfg.Others(), 0) }
 
 // wake makes Run look at the budget now.
 func (c *Cache) wake() {
@@ -115,7 +118,7 @@ func (c *Cache) Usage() Usage {
 	u := Usage{
 		Bytes:   c.used(),
 		Budget:  c.cfg.Budget,
-		Limit:   c.cfg.Budget,
+		Limit:   c.budget(),
 		Kept:    sum.kept,
 		Files:   sum.files,
 		Blocks:  sum.blocks,
@@ -126,7 +129,7 @@ func (c *Cache) Usage() Usage {
 	}
 	if _, free, err := c.disk(); err == nil {
 		u.FreeDisk = free
-		u.Limit = max(min(u.Budget, u.Bytes+free-u.Reserve), 0)
+		u.Limit = max(min(u.Limit, u.Bytes+free-u.Reserve), 0)
 	}
 	return u
 }

@@ -87,6 +87,7 @@ type remote struct {
 
 	mu        sync.Mutex // guards what follows
 	refreshed time.Time  // when the bucket was last looked through
+	inVain    time.Time  // when it last was for a block that it does not have
 	down      error      // why the bucket did not take a pack, nil = it does
 	since     time.Time  // of down
 	retry     time.Time  // before that nobody asks it again

@@ -65,6 +65,7 @@ func onBucket(t testing.TB, b Bucket, server string) Config {
 // A server that lost its disk finds everything in the bucket, and reads little for
 // that. What is kept of it locally stays within its bound.
 func TestBucketEmptyDisk(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	b := openURL(t, s3test.Start(t).URL())
 	s := open(t, onBucket(t, b, "s1"))
@@ -147,6 +148,7 @@ func diskUse(t *testing.T, dir, sub string) (bytes int64) {
 // While the bucket is away what is cached is read on, what is not says why, and
 // uploads are refused; when it comes back it all goes on by itself.
 func TestBucketAway(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s3 := s3test.Start(t)
 	cfg := onBucket(t, openURL(t, s3.URL()), "s1")
@@ -218,6 +220,7 @@ func TestBucketAway(t *testing.T) {
 // condemns packs; they go after the grace, not before, and what another server
 // counted on in the meantime stays.
 func TestBucketShared(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	url := s3test.Start(t).URL()
 	a, b := open(t, onBucket(t, openURL(t, url), "a")), open(t, onBucket(t, openURL(t, url), "b"))
@@ -315,6 +318,7 @@ func (s *Store) ownsPack(id uint32) bool {
 // A reader that did not yet see that a pack is gone finds its blocks where they are
 // now. Small packs are joined.
 func TestBucketJoinsSmallPacks(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	url := s3test.Start(t).URL()
 	cfg := onBucket(t, openURL(t, url), "a")
@@ -343,6 +347,7 @@ func TestBucketJoinsSmallPacks(t *testing.T) {
 // Rot in what is cached is found and fetched again; a pack that somebody deletes
 // from the bucket is uploaded again by who has it whole.
 func TestBucketRot(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s3 := s3test.Start(t)
 	cfg := onBucket(t, openURL(t, s3.URL()), "a")
@@ -414,6 +419,7 @@ const childBucketEnv = "PACK_CRASH_BUCKET"
 // kill -9 of the S3 server and of our process in the middle: what was acknowledged
 // is in the bucket, and a server with an empty disk serves it.
 func TestBucketKills(t *testing.T) {
+	t.Parallel()
 	s3 := s3test.Start(t)
 	dir := t.TempDir()
 	rng := rand.New(rand.NewPCG(41, 42))

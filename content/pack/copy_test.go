@@ -16,6 +16,7 @@ import (
 // A rotten block that is replaced is whole again, also after the index was lost;
 // one that was never there is simply put.
 func TestReplace(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	cfg := Config{Dir: t.TempDir(), PackSize: 128 << 10, Reserve: 1}
 	s := open(t, cfg)
@@ -58,6 +59,7 @@ func TestReplace(t *testing.T) {
 // What one store gives as it keeps it, another keeps the same way; what is not
 // the block is refused.
 func TestPutStored(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	a, b := open(t, Config{Dir: t.TempDir()}), open(t, Config{Dir: t.TempDir()})
 	plain := open(t, Config{Dir: t.TempDir(), Uncompressed: true})
@@ -104,6 +106,7 @@ func TestPutStored(t *testing.T) {
 // A copy that is taken in parts, each going on from the Cursor of the one before,
 // across restarts, new blocks, sweeps and lost indexes, has everything.
 func TestEachStoredGoesOn(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	cfg := Config{Dir: t.TempDir(), PackSize: 64 << 10, Reserve: 1}
 	s, copied := open(t, cfg), open(t, Config{Dir: t.TempDir()})
@@ -193,6 +196,7 @@ func TestEachStoredGoesOn(t *testing.T) {
 // A copy passes damaged blocks over and says so; a scrub repairs them from
 // elsewhere, goes on where it was stopped, and reports what it could not repair.
 func TestScrubRepairs(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s := open(t, Config{Dir: t.TempDir(), PackSize: 128 << 10})
 	const n = 100
@@ -267,6 +271,7 @@ func TestScrubRepairs(t *testing.T) {
 // A session that comes and goes between the decision what is live and the
 // forgetting loses nothing: neither what it found there nor what it put.
 func TestSweepSparesSessionsThatEnd(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s := open(t, Config{Dir: t.TempDir(), PackSize: 64 << 10})
 	put(t, s, 0, 50)

@@ -65,6 +65,7 @@ func crashChild() {
 // After kill -9 in the middle of puts the store opens by itself, has everything a
 // Sync acknowledged, and nothing that is wrong.
 func TestKillDuringPuts(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	next, synced := 0, -1
 	rng := rand.New(rand.NewPCG(3, 4))
@@ -141,6 +142,7 @@ func random32(i int) []byte {
 // kill -9 in the middle of an ingest leaves every path that was acknowledged
 // whole, and nothing that is wrong.
 func TestKillDuringIngest(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	var manifests []flox.CID
 	rng := rand.New(rand.NewPCG(13, 14))
@@ -179,6 +181,7 @@ func TestKillDuringIngest(t *testing.T) {
 // A frame that was not written whole, as a power cut leaves it, is cut off; what
 // comes before it stays, and the store goes on.
 func TestTornTail(t *testing.T) {
+	t.Parallel()
 	for _, tear := range []string{"cut", "zeros", "garbage"} {
 		t.Run(tear, func(t *testing.T) {
 			cfg := Config{Dir: t.TempDir(), Reserve: 1}
@@ -228,6 +231,7 @@ func TestTornTail(t *testing.T) {
 // Scrub finds every flipped bit and every truncation of a pack, says which blocks
 // they hurt, and no reader gets wrong bytes. Put after Delete repairs.
 func TestScrubFindsEveryFlip(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	cfg := Config{Dir: t.TempDir(), PackSize: 512 << 10}
 	s := open(t, cfg)
@@ -303,6 +307,7 @@ func TestScrubFindsEveryFlip(t *testing.T) {
 
 // A flipped bit in the index's tables is found; the index made anew is whole.
 func TestScrubFindsIndexDamage(t *testing.T) {
+	t.Parallel()
 	cfg := Config{Dir: t.TempDir(), Reserve: 1}
 	s := open(t, cfg)
 	put(t, s, 0, 100)

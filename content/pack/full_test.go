@@ -102,6 +102,7 @@ func filler(t *testing.T, path string, leave int64) {
 // A pack that is gone or shorter at Open loses its blocks and no others; they are
 // named, and can be put again.
 func TestLostPack(t *testing.T) {
+	t.Parallel()
 	for _, gone := range []bool{true, false} {
 		cfg := Config{Dir: t.TempDir(), PackSize: 256 << 10, Reserve: 1}
 		s := open(t, cfg)

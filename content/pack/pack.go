@@ -104,14 +104,16 @@ type Store struct {
 	size     int64  // of the active pack
 	// syncedSize is how much of the active pack is durable.
 	syncedSize int64
-	sizes      map[uint32]int64 // of the others
-	unsynced   []sealed         // closed packs not yet durable
-	pending    map[flox.CID]loc // appended, not yet in the index
-	appended   uint64           // frames appended since Open
-	synced     uint64           // of those, in the index
-	checked    int64            // bytes appended since the free space was looked at
-	sessions   map[*Session]struct{}
-	retired    []*indexDB // no longer in use, but not closed yet
+	// begun is how much of the active pack the disk was asked to begin to write.
+	begun    int64
+	sizes    map[uint32]int64 // of the others
+	unsynced []sealed         // closed packs not yet durable
+	pending  map[flox.CID]loc // appended, not yet in the index
+	appended uint64           // frames appended since Open
+	synced   uint64           // of those, in the index
+	checked  int64            // bytes appended since the free space was looked at
+	sessions map[*Session]struct{}
+	retired  []*indexDB // no longer in use, but not closed yet
 	// lingering holds one for each sweep: what sessions closed during it count on.
 	lingering map[*Session]struct{}
 }
@@ -267,7 +269,8 @@ func (s *Store) release() error {
 		s.dec.Close()
 	}
 	if s.lock != nil {
-		errs = append(errs, s.lock.Close())
+		// Closing is not enough: a process that is just being started has it, too.
+		errs = append(errs, unix.Flock(int(s.lock.Fd()), unix.LOCK_UN), s.lock.Close())
 	}
 	return errors.Join(errs...)
 }

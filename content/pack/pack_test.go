@@ -81,6 +81,7 @@ func wantBlocks(t testing.TB, s *Store, from, to int) {
 // What was put is there, before and after Sync, across packs, after reopening,
 // and after the index was lost.
 func TestPutGet(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	dir := t.TempDir()
 	cfg := Config{Dir: dir, PackSize: 256 << 10, Reserve: 1}
@@ -129,6 +130,7 @@ func TestPutGet(t *testing.T) {
 // Put refuses bytes that are not what names them, Open a second user and bad
 // configurations.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	dir := t.TempDir()
 	s := open(t, Config{Dir: dir})
@@ -154,6 +156,7 @@ func TestRefusals(t *testing.T) {
 
 // Many writers and readers at once lose and double nothing.
 func TestConcurrentPuts(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s := open(t, Config{Dir: t.TempDir(), PackSize: 128 << 10})
 	var wg sync.WaitGroup
@@ -188,6 +191,7 @@ func TestConcurrentPuts(t *testing.T) {
 
 // Stored gives what decodes to the block, Has and Size tell of it.
 func TestStored(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	s := open(t, Config{Dir: t.TempDir()})
 	put(t, s, 0, 20)
@@ -225,6 +229,7 @@ func TestStored(t *testing.T) {
 // A sweep takes what is not live, gives the room back, and spares what an open
 // session counts on.
 func TestSweep(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	dir := t.TempDir()
 	cfg := Config{Dir: dir, PackSize: 128 << 10, Reserve: 1}
@@ -269,6 +274,7 @@ func TestSweep(t *testing.T) {
 // Readers and sessions go on during sweeps: no reader of a live block fails, and
 // no session loses a block it put.
 func TestSweepDuringUse(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
 	s := open(t, Config{Dir: t.TempDir(), PackSize: 64 << 10})
 	put(t, s, 0, 100)

@@ -114,7 +114,13 @@ func (s *Store) frame(ctx context.Context, buf *[]byte, id flox.CID) (h header, 
 			return h, nil, l, err
 		}
 		if l, err = s.lookup(id); err != nil {
-			return h, nil, l, err
+			if s.remote == nil || !again || !errors.Is(err, flox.ErrNotFound) {
+				return h, nil, l, err
+			}
+			if lookErr := s.lookAgain(ctx, id); lookErr != nil { // another server may have put it there just now
+				return h, nil, l, errors.Join(err, lookErr)
+			}
+			continue
 		}
 		h, stored, err = s.readFrame(ctx, buf, id, l)
 		if s.remote != nil && again && errors.Is(err, flox.ErrNotFound) {
@@ -188,15 +194,21 @@ func (s *Store) readLocal(buf *[]byte, id flox.CID, l loc) (h header, stored []b
 // Stored returns a block as it is kept, its checksum checked: one zstd frame, or
 // the plain bytes if zstd is false. Errors: ErrNotFound, ErrCorrupt.
 func (s *Store) Stored(ctx context.Context, id flox.CID) (data []byte, zstd bool, err error) {
+	data, _, zstd, err = s.Packed(ctx, id)
+	return data, zstd, err
+}
+
+// Packed is Stored with the size of the plain bytes.
+func (s *Store) Packed(ctx context.Context, id flox.CID) (data []byte, size int, zstd bool, err error) {
 	var buf []byte
 	h, stored, l, err := s.frame(ctx, &buf, id)
 	if err != nil {
-		return nil, false, err
+		return nil, 0, false, err
 	}
 	if err := h.check(stored); err != nil {
-		return nil, false, s.damaged(id, l, err)
+		return nil, 0, false, s.damaged(id, l, err)
 	}
-	return stored, h.enc == encodingZstd, nil
+	return stored, int(h.plain), h.enc == encodingZstd, nil
 }
 
 // Has says which blocks are there, synced or not. What a damaged index has lost is

@@ -57,7 +57,7 @@ func (s *Store) recover(l *lost) error {
 		if s.active, err = os.OpenFile(s.packPath(last), os.O_RDWR, 0); err != nil {
 			return err
 		}
-		s.activeID, s.size, s.syncedSize = last, size, size
+		s.activeID, s.size, s.syncedSize, s.begun = last, size, size, size
 		delete(s.sizes, last)
 	}
 	return nil

@@ -251,6 +251,46 @@ func (s *Store) Refresh(ctx context.Context) error {
 	return nil
 }
 
+// missPause is how long it is at least between two looks at the bucket because of
+// blocks that are not in the index.
+const missPause = time.Second
+
+// lookAgain is Refresh for a block that is not in the index: what another server
+// has put into the bucket is valid at once, and Run comes by later. However many
+// wait for it, one looks for all; nobody waits when the last look was for nothing.
+func (s *Store) lookAgain(ctx context.Context, id flox.CID) error {
+	r, missed := s.remote, time.Now()
+	r.mu.Lock()
+	wait, inVain := missPause-time.Since(r.refreshed), time.Since(r.inVain) < missPause
+	r.mu.Unlock()
+	if wait > 0 && inVain {
+		return nil
+	}
+	select {
+	case <-time.After(wait):
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if err := s.writing.lock(ctx); err != nil {
+		return err
+	}
+	defer s.writing.unlock()
+	r.mu.Lock()
+	looked := r.refreshed.After(missed)
+	r.mu.Unlock()
+	if !looked {
+		if err := s.refresh(ctx); err != nil {
+			return err
+		}
+	}
+	if _, err := s.lookup(id); errors.Is(err, flox.ErrNotFound) {
+		r.mu.Lock()
+		r.inVain = time.Now()
+		r.mu.Unlock()
+	}
+	return nil
+}
+
 // openRemote brings the index up to the bucket at Open. With a bucket that is away
 // a store that knew it before goes on with what it knew.
 func (s *Store) openRemote() error {

@@ -16,6 +16,7 @@ import (
 // open and in one that is closed: no reader ever gets wrong bytes, every block that
 // was hurt is reported or found by a scrub, and afterwards everything is there.
 func TestThousandDamages(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	const n, damages = 40, 1000
 	lost := make(map[flox.CID]bool)
@@ -86,7 +87,12 @@ func TestThousandDamages(t *testing.T) {
 		}
 		readOnlyTruth(t, s, blocks)
 		if s.Stat().Packs > 20 {
-			if _, err := s.Sweep(ctx, func(id flox.CID) bool { return blocks[id] != nil }); err != nil {
+			_, err := s.Sweep(ctx, func(id flox.CID) bool { return blocks[id] != nil })
+			if errors.Is(err, flox.ErrBusy) && s.index.rotten() { // only now was that part of the index read
+				kinds["found while open"]++
+				err = s.mend(ctx)
+			}
+			if err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -105,6 +111,7 @@ func TestThousandDamages(t *testing.T) {
 // A process dies before its index was written, and a frame that only the pack knew
 // is damaged: nobody can name the block, but that something may be lost is said.
 func TestBlockThatNobodyKnowsIsSaidToBeLost(t *testing.T) {
+	t.Parallel()
 	for name, last := range map[string]int{"at the end": 1, "before others": 2} {
 		t.Run(name, func(t *testing.T) {
 			s := open(t, Config{Dir: t.TempDir(), Reserve: 1})
@@ -206,6 +213,7 @@ func readOnlyTruth(t *testing.T, s *Store, blocks map[flox.CID][]byte) {
 // While the index is damaged uploads and reads go on, and Run makes it anew under
 // them: what was put before, while it was damaged, and after, is there.
 func TestRunMendsInUse(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
 	lost := make(chan flox.CID, 1000)
 	s := open(t, Config{Dir: t.TempDir(), PackSize: 96 << 10, Lost: func(id flox.CID) { lost <- id }})

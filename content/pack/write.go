@@ -54,7 +54,8 @@ func (s *Store) putFrame(ctx context.Context, id flox.CID, encode func(buf *[]by
 	buf := frameBuffers.Get().(*[]byte)
 	defer frameBuffers.Put(buf)
 	h := encode(buf)
-	full, err := s.append(h, *buf, synced)
+	full, early, err := s.append(h, *buf, synced)
+	early.begin()
 	if err == nil && full {
 		// A pack is full, or much waits: it is somebody's turn to sync.
 		err = s.Sync(ctx)
@@ -107,25 +108,33 @@ func (s *Store) encode(buf *[]byte, id flox.CID, data []byte) header {
 }
 
 // append writes a frame to the active pack, unless its block came in since the
-// store was at synced. It reports whether a Sync is due.
-func (s *Store) append(h header, frame []byte, synced uint64) (due bool, err error) {
+// store was at synced. It reports whether a Sync is due, and what the disk may begin
+// to write.
+func (s *Store) append(h header, frame []byte, synced uint64) (due bool, early span, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.usable(); err != nil {
-		return false, err
+		return false, span{}, err
 	}
 	if _, ok := s.pending[h.id]; ok {
-		return false, nil
+		return false, span{}, nil
 	}
 	if s.synced != synced {
 		if there, err := s.has(h.id); err != nil || there {
-			return false, err
+			return false, span{}, err
 		}
 	}
 	if err := s.room(int64(len(frame))); err != nil {
-		return false, err
+		return false, span{}, err
 	}
-	return s.write(h, frame)
+	if due, err = s.write(h, frame); err != nil {
+		return false, span{}, err
+	}
+	if n := s.size - s.begun; n >= beginEvery {
+		early = span{s.active, s.begun, n}
+		s.begun = s.size
+	}
+	return due, early, nil
 }
 
 // write is append behind its checks; mu is held.
@@ -193,7 +202,7 @@ func (s *Store) newPack() error {
 	if err != nil {
 		return errors.Join(err, f.Close(), os.Remove(path))
 	}
-	s.active, s.size, s.syncedSize = f, int64(len(fileMagic)), 0
+	s.active, s.size, s.syncedSize, s.begun = f, int64(len(fileMagic)), 0, 0
 	s.lastID++
 	s.activeID = s.lastID
 	return nil

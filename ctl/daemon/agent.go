@@ -21,6 +21,7 @@ import (
 	"github.com/floxctl/flox/agent/warden"
 	"github.com/floxctl/flox/api"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/ctl/entry"
 )
 
 // Names in the state directory.
@@ -37,7 +38,8 @@ func newAgentCmd(file *string) *cobra.Command {
 		Use:   "agent [flags]",
 		Short: "Mount the store on this machine and keep it fed",
 		Long: `Mount the store and serve it: a small process of root mounts and watches, an
-unprivileged one does everything else. It needs the storehouse's invite once.
+unprivileged one does everything else. It has joined with floxd join, or is given
+an invite once with --invite.
 After an update of floxd, floxd agent reload starts the new one under the mount.
 
 ` + cli.ExitCodes,
@@ -76,7 +78,7 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := checkStoreDir(cfg.StoreDir, "floxd agent"); err != nil {
+	if err := cfg.place("floxd agent"); err != nil {
 		return err
 	}
 	if err := checkRunDir(cfg.RunDir); err != nil {
@@ -90,7 +92,7 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	if err := makeStateDirs(cfg.StateDir, who, agentDir); err != nil {
 		return err
 	}
-	if err := installInvite(cfg, cfg.Agent.Invite, who); err != nil {
+	if err := takeInvite(ctx, cfg, who, log); err != nil {
 		return err
 	}
 	for _, addr := range cfg.Agent.Listen {
@@ -103,6 +105,10 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 
 // runWarden mounts and supervises the agent's child until ctx ends.
 func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) error {
+	// Here already: the child would be started again and again, and readers wait.
+	if err := agent.CheckState(filepath.Join(cfg.StateDir, agentDir), cli.ReadVersion().Version); err != nil {
+		return err
+	}
 	program, err := ownProgram(who)
 	if err != nil {
 		return err
@@ -111,12 +117,78 @@ func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) 
 	if err != nil {
 		return err
 	}
+	if err := makeNixLogDirs(cfg, who); err != nil {
+		log.Warn("build logs are not where stock Nix looks for them", "error", err)
+	}
 	return warden.Run(ctx, warden.Config{
-		MountDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
+		MountDir: cfg.mountDir(), StoreDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
 		Child: append([]string{program, "agent", "--child"}, noFile...), Env: environ(cfg),
 		Program: file, VersionArgs: []string{"version", "--json"}, Control: controlSocket(cfg), WithoutResend: withoutResend(),
 		ReadAheadKiB: int(cfg.Agent.ReadAhead >> 10), Log: log,
 	})
+}
+
+// takeInvite makes this machine a member with what agent.invite says: an invite, a
+// file with one, or an invite.json.
+func takeInvite(ctx context.Context, cfg *Config, who account, log *slog.Logger) error {
+	line := cfg.Agent.Invite
+	if !api.IsJoinInvite(line) {
+		if line = inviteIn(line); line == "" {
+			return installInvite(cfg, cfg.Agent.Invite, who)
+		}
+	}
+	invite, err := agentInvite(cfg, line)
+	if err != nil {
+		return err
+	}
+	self := &entry.Self{}
+	if err := runStep(ctx, who, &entry.Step{Do: entry.Who, Role: entry.RoleAgent, StateDir: cfg.StateDir}, self, os.Stderr); err != nil {
+		return err
+	}
+	if self.Joined != nil && entry.SameStorehouse(self.Joined, invite) {
+		return nil // at an earlier start, and no server need be there now
+	}
+	name, err := machineName("", "", false)
+	if err != nil {
+		return err
+	}
+	step := &entry.Step{Do: entry.Join, StateDir: cfg.StateDir, Invite: invite, Name: name, User: person(), Version: cli.ReadVersion().Version}
+	joined := &entry.Joined{}
+	if err := runStep(ctx, who, step, joined, os.Stderr); err != nil {
+		return err
+	}
+	log.Info("this machine is a member of the storehouse", "storehouse", joined.Storehouse, "name", joined.Name, "peer", joined.Peer, "before", joined.Already)
+	return nil
+}
+
+// agentInvite reads an invite's line, which must be one for an agent of cfg.
+func agentInvite(cfg *Config, line string) (*api.JoinInvite, error) {
+	invite, err := api.ParseJoinInvite(line)
+	if err != nil {
+		return nil, err
+	}
+	if invite.Role == entry.RoleServer {
+		return nil, cli.Explain(flox.ErrBadInput, "the invite of storehouse %s makes a server of this machine, not an agent: use it with sudo floxd join", invite.Name)
+	}
+	if string(invite.StoreDir) != cfg.StoreDir {
+		return nil, cli.Explain(flox.ErrBadInput, `store directory %s: the paths of storehouse %s are made for %s, and the directory is part of every path's hash: start with --store-dir %s`,
+			cfg.StoreDir, invite.Name, invite.StoreDir, invite.StoreDir)
+	}
+	return invite, nil
+}
+
+// inviteIn gives the invite in a file; "" if the file holds something else.
+func inviteIn(file string) string {
+	f, err := os.OpenFile(file, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for a writer
+	if err != nil {
+		return "" // who reads it as invite.json says what is wrong
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	if err != nil {
+		return ""
+	}
+	return api.FindJoinInvite(string(text))
 }
 
 // installInvite gives the child its own copy of an invite that may be root's.
@@ -125,9 +197,9 @@ func installInvite(cfg *Config, from string, who account) error {
 	to := filepath.Join(cfg.StateDir, agentDir, inviteName)
 	if from == "" || from == to {
 		if _, err := os.Lstat(to); errors.Is(err, fs.ErrNotExist) {
-			return cli.Explain(flox.ErrBadInput, `this machine has no invite yet: take invite.json from the storehouse's state directory
-(%s/%s/%s there) and run: sudo floxd agent --invite invite.json
-For a storehouse of this machine's own: sudo floxd up`, cli.DefaultStateDir, storehouseDir, inviteName)
+			return cli.Explain(flox.ErrBadInput, `this machine is in no storehouse yet. On a server of one, or as its admin: floxctl invite --role agent
+and here: sudo floxd join INVITE
+For a storehouse of this machine's own: sudo floxd up`)
 		}
 		_, err := checkInvite(cfg, to)
 		return err
@@ -207,6 +279,12 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 	}
 	agentCfg := agentConfig(cfg, invite, log)
 	agentCfg.Warden = line
+	if err := cfg.linkSession(); err != nil {
+		return err
+	}
+	if cfg.Mount == mountSession {
+		cfg.showLocal(&agentCfg)
+	}
 	a, err := agent.New(agentCfg)
 	if err != nil {
 		return err
@@ -218,7 +296,7 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config {
 	return agent.Config{
 		StateDir: filepath.Join(cfg.StateDir, agentDir), StoreDir: flox.StoreDir(cfg.StoreDir),
-		Socket: filepath.Join(cfg.RunDir, cli.SocketName),
+		Socket: filepath.Join(cfg.RunDir, cli.SocketName), NixSocket: nixSocket(cfg), NixConf: nixKeysFile(cfg),
 		Invite: invite, Listen: cfg.Agent.Listen, Advertise: cfg.Agent.Advertise, Site: cfg.Agent.Site,
 		NoMDNS: !cfg.Agent.MDNS, DHTClient: !cfg.Agent.DHTServer,
 		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),

@@ -100,7 +100,7 @@ func (m machineDirs) checkReload(t *testing.T, program, link string) {
 // answers reports whether the agent serves.
 func (m machineDirs) answers(t *testing.T) bool {
 	t.Helper()
-	return (&up{}).mounted(t.Context(), m.root+"/run/agent.sock")
+	return agentMounted(t.Context(), m.root+"/run/agent.sock")
 }
 
 // holds reports whether a process has a file open.

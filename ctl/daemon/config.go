@@ -23,6 +23,7 @@ type Config struct {
 	StoreDir  string `toml:"store-dir" help:"store directory: where the store is mounted, and part of every path's hash"`
 	StateDir  string `toml:"state-dir" help:"where state is kept: agent/ and storehouse/ below it"`
 	RunDir    string `toml:"run-dir" help:"what lasts until the next boot: control socket, node table"`
+	Mount     string `toml:"mount" help:"session: beside a Nix store of this machine, which stays as it is, and seen in floxctl nix and floxctl run; system: at the store directory, refused where this machine has a Nix store of its own there (default: session where this machine has a Nix store of its own)"`
 	User      string `toml:"user" help:"who the unprivileged processes run as (default: floxd if there is such a user, else nobody)"`
 	LogLevel  string `toml:"log-level" help:"debug, info, warn or error"`
 	LogFormat string `toml:"log-format" help:"text or json"`
@@ -33,7 +34,7 @@ type Config struct {
 
 // AgentConfig is the [agent] part.
 type AgentConfig struct {
-	Invite        string   `toml:"invite" help:"the storehouse's invite.json (default: the one used before)"`
+	Invite        string   `toml:"invite" help:"an invite, or a file with one, or the invite.json of a storehouse that is open (default: what it joined with)"`
 	Listen        []string `toml:"listen" help:"addresses for peers, host:port or multiaddr"`
 	Advertise     []string `toml:"advertise" help:"addresses told to peers (default: those listened at)"`
 	Site          string   `toml:"site" help:"label of the place this machine is at; peers of the same site are asked first"`
@@ -48,6 +49,8 @@ type AgentConfig struct {
 	StartTraces   bool     `toml:"start-traces" help:"tell the storehouse what programs read when they start (no user, host, argument or time), and use what others told"`
 	Offline       string   `toml:"offline" help:"what is completed in the background of what ran here: closure, used (what it ran and mapped, its path, and what those name) or none"`
 	List          string   `toml:"list" help:"what ls of the store directory shows: here, or valid (everything the storehouse has)"`
+	NixSocket     string   `toml:"nix-socket" help:"unix socket that stock Nix uses as its daemon's, NIX_REMOTE=unix://PATH; none = no socket (default: nix.socket in run-dir)"`
+	NixLogDir     string   `toml:"nix-log-dir" help:"where nix log finds build logs, Nix's log-dir; none = nowhere (default: var/log/nix beside the store directory, if no Nix has its logs there)"`
 	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; what is read in order is fetched ahead in any case"`
 }
 
@@ -59,12 +62,27 @@ type StorehouseConfig struct {
 	Listen    []string `toml:"listen" help:"addresses for machines, host:port or multiaddr"`
 	Advertise []string `toml:"advertise" help:"addresses written to the invite (default: those listened at)"`
 	Site      string   `toml:"site" help:"label of the place this server is at"`
+	Server    string   `toml:"server-name" help:"what this server is called among the machines (default: name)"`
+	Consensus string   `toml:"consensus" help:"host:port at which the other servers reach this one to agree; none = one server that no other can join"`
+	ConsensAd string   `toml:"consensus-advertise" help:"host:port of it that is told to the other servers (default: the one listened at)"`
+	Heartbeat Duration `toml:"heartbeat" help:"how long servers wait for each other before they choose another leader: more than two of the round trips between them; 0 = 200 ms"`
+	CatchUp   Size     `toml:"catch-up-rate" help:"most bytes per second of content fetched from other servers; 0 = no limit"`
+	DiskSlow  Percent  `toml:"disk-slow" help:"how full its disk is, in percent, when uploads are slowed down"`
+	DiskHigh  Percent  `toml:"disk-essential" help:"how full when only profile changes and running builds are taken in"`
+	DiskFull  Percent  `toml:"disk-read-only" help:"how full when nothing is taken in"`
 	MDNS      bool     `toml:"mdns" help:"be found on the LAN by multicast"`
+	Open      bool     `toml:"open" help:"let in every machine that has a copy of invite.json, without an invite of its own"`
 	TokenFile string   `toml:"token-file" help:"file of the upload token, made at the first start (default: upload-token in its state)"`
 	StageTTL  Duration `toml:"stage-ttl" help:"how long an uploaded NAR waits for its path info"`
 	Grace     Duration `toml:"collect-grace" help:"how long a condemned path stays before a collection removes it"`
+	Every     Duration `toml:"collect-every" help:"how long after a collection the next one begins by itself; 0 = never"`
 	Reserve   Size     `toml:"reserve" help:"what stays free on its disk; uploads are refused below"`
 	Bucket    string   `toml:"bucket" help:"URL of a bucket in which content lives, s3://NAME?region=R&endpoint=URL or file:///DIRECTORY (default: its own disk)"`
+	Builds    bool     `toml:"builds" help:"build derivations on this server, with the Nix that is installed here (floxd up: true)"`
+	Jobs      Count    `toml:"build-jobs" help:"how many derivations are built at once"`
+	Sandbox   string   `toml:"build-sandbox" help:"auto: builds see nothing but their inputs; where this machine cannot do that they run without, if as users of their own (a server of root's); on: else none is built; off"`
+	Visible   []string `toml:"build-sandbox-paths" help:"files and directories of this machine that builds in the sandbox see (default: /bin/sh and its libraries)"`
+	BuildDisk Size     `toml:"build-disk" help:"how much of what builds need and make is kept for the next ones; a build under way may take more"`
 	BucketMax Size     `toml:"bucket-cache" help:"how much of the bucket is kept on its disk"`
 }
 
@@ -80,7 +98,9 @@ func DefaultConfig() *Config {
 		Storehouse: StorehouseConfig{
 			HTTP:   fmt.Sprintf("127.0.0.1:%d", cli.DefaultHTTPPort),
 			Listen: []string{fmt.Sprintf("0.0.0.0:%d", cli.DefaultStorehousePort)}, MDNS: true,
-			StageTTL: Duration(24 * time.Hour), Grace: Duration(time.Hour), Reserve: 256 << 20, BucketMax: 10 << 30,
+			Consensus: noConsensus, DiskSlow: 85, DiskHigh: 92, DiskFull: 97,
+			StageTTL: Duration(24 * time.Hour), Grace: Duration(time.Hour), Every: Duration(24 * time.Hour), Reserve: 256 << 20, BucketMax: 10 << 30,
+			Jobs: 1, Sandbox: "auto", BuildDisk: 20 << 30,
 		},
 	}
 }
@@ -91,12 +111,13 @@ const ExampleConfig = `# /etc/floxd/config.toml. Every key may be left out; thes
 store-dir  = "/nix/store"      # part of every path's hash: choose it once
 state-dir  = "/var/lib/floxd"
 run-dir    = "/run/floxd"
+mount      = ""                # session: beside a Nix store of this machine; system: at store-dir or not at all
 user       = ""                # floxd if there is such a user, else nobody
 log-level  = ""                # debug, info, warn, error; info, but warn for floxd up
 log-format = "text"            # or json
 
 [agent]
-invite         = ""            # path of the storehouse's invite.json, needed once
+invite         = ""            # an invite or a file with it, needed once; floxd join needs none here
 listen         = ["0.0.0.0:7782"]
 advertise      = []
 site           = ""            # "berlin": peers of one site prefer each other
@@ -111,6 +132,8 @@ prefetch       = true          # fetch ahead of readers
 prefetch-rate  = "0"           # bytes per second for nobody who waits; 0: no limit
 start-traces   = true          # what programs read when they start, without saying who
 offline        = "used"        # completed in the background of what ran: closure, used, none
+nix-socket     = ""            # stock Nix uses it as its daemon's: nix.socket in run-dir; none: no socket
+nix-log-dir    = ""            # build logs for nix log: var/log/nix beside the store directory; none: nowhere
 list           = "here"        # ls of the store directory: here, or valid (all there is)
 
 [storehouse]
@@ -121,12 +144,27 @@ listen     = ["0.0.0.0:7781"]
 advertise  = []
 site       = ""
 mdns       = true
+open       = false             # true: whoever has a copy of invite.json is a member
+server-name = ""               # what this server is called among the machines; name
+consensus  = "none"            # host:port for the other servers of a storehouse of 3 or 5
+consensus-advertise = ""       # what they are told, if consensus listens at any address
+heartbeat = "0s"               # waited for other servers before another leads: more than two round trips; 0: 200 ms
+catch-up-rate = "0"            # bytes per second from the other servers; 0: no limit
+disk-slow  = "85%"             # uploads are slowed down from here on,
+disk-essential = "92%"         # only profile changes and running builds taken in,
+disk-read-only = "97%"         # nothing at all
 token-file = ""
 stage-ttl  = "24h"
 collect-grace = "1h"           # how long what nobody wants stays once a collection condemned it
+collect-every = "24h"          # how long after a collection the next one begins by itself; 0: never
 reserve    = "256MiB"
 bucket     = ""                # content in a bucket: s3://NAME?region=R&endpoint=URL; its keys as the AWS tools find them
 bucket-cache = "10GiB"
+builds     = false             # build derivations on this server, with the Nix that is installed here; floxd up: true
+build-jobs = 1                 # at once
+build-sandbox = "auto"         # builds see nothing but their inputs; auto: or run as users of their own, on: or not at all, off: as who runs this
+build-sandbox-paths = []       # what they see of this machine all the same; /bin/sh and its libraries
+build-disk = "20GiB"           # kept of what builds need and make
 `
 
 // ReadConfig reads a configuration file over cfg, strictly. A missing file is
@@ -240,6 +278,9 @@ func (c *Config) check() error {
 			return cli.Explain(flox.ErrBadInput, "%s %s lies in the store directory %s: it would be covered by the mount", d.key, d.dir, c.StoreDir)
 		}
 	}
+	if !slices.Contains([]string{"", mountSession, mountSystem}, c.Mount) {
+		return cli.Explain(flox.ErrBadInput, "mount %q: want session (beside a Nix store of this machine) or system (at the store directory)", c.Mount)
+	}
 	if !slices.Contains([]string{"", "debug", "info", "warn", "error"}, c.LogLevel) {
 		return cli.Explain(flox.ErrBadInput, "log-level %q: want debug, info, warn or error", c.LogLevel)
 	}
@@ -259,6 +300,12 @@ func (c *Config) check() error {
 			return cli.Explain(flox.ErrBadInput, "%s %s: want more than nothing, such as 5s", d.key, d.d)
 		}
 	}
+	if c.Storehouse.Every < 0 {
+		return cli.Explain(flox.ErrBadInput, "storehouse.collect-every %s: want a time such as 24h, or 0 for never", c.Storehouse.Every)
+	}
+	if !slices.Contains([]string{"auto", "on", "off"}, c.Storehouse.Sandbox) {
+		return cli.Explain(flox.ErrBadInput, "storehouse.build-sandbox %q: want auto, on or off", c.Storehouse.Sandbox)
+	}
 	if !slices.Contains([]string{"closure", "used", "none"}, c.Agent.Offline) {
 		return cli.Explain(flox.ErrBadInput, "agent.offline %q: want closure, used or none", c.Agent.Offline)
 	}
@@ -267,6 +314,9 @@ func (c *Config) check() error {
 	}
 	if c.Agent.ReadAhead > 4<<20 {
 		return cli.Explain(flox.ErrBadInput, "agent.read-ahead %s: want at most 4MiB", c.Agent.ReadAhead)
+	}
+	if d := c.Storehouse; d.DiskSlow > d.DiskHigh || d.DiskHigh > d.DiskFull {
+		return cli.Explain(flox.ErrBadInput, "storehouse.disk-slow %s, disk-essential %s, disk-read-only %s: want each at least the one before", d.DiskSlow, d.DiskHigh, d.DiskFull)
 	}
 	return c.checkListen()
 }
@@ -284,7 +334,18 @@ func (c *Config) listened() []listening {
 	if c.Storehouse.HTTP != noHTTP {
 		all = append(all, listening{"storehouse.http", []string{c.Storehouse.HTTP}})
 	}
+	if at := c.Storehouse.consensus(); at != "" {
+		all = append(all, listening{"storehouse.consensus", []string{at}})
+	}
 	return all
+}
+
+// consensus is where the other servers are listened for; "" = nowhere.
+func (c *StorehouseConfig) consensus() string {
+	if c.Consensus == noConsensus {
+		return ""
+	}
+	return c.Consensus
 }
 
 // checkListen parses every address, so that a bad one is found before half of

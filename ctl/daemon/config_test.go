@@ -31,7 +31,7 @@ func TestExampleIsTheDefault(t *testing.T) {
 	if err := ReadConfig(cfg, writeConfig(t, ExampleConfig), true); err != nil {
 		t.Fatal(err)
 	}
-	for _, list := range []*[]string{&cfg.Agent.Advertise, &cfg.Storehouse.Advertise} {
+	for _, list := range []*[]string{&cfg.Agent.Advertise, &cfg.Storehouse.Advertise, &cfg.Storehouse.Visible} {
 		if len(*list) == 0 {
 			*list = nil
 		}
@@ -198,6 +198,8 @@ func TestCheck(t *testing.T) {
 		"agent.listen":         func(c *Config) { c.Agent.Listen = []string{"nowhere"} },
 		"storehouse.listen":    func(c *Config) { c.Storehouse.Listen = []string{"/ip4/1.2.3.4/udp/1"} },
 		"storehouse.http":      func(c *Config) { c.Storehouse.HTTP = "1.2.3.4:99999" },
+		"storehouse.consensus": func(c *Config) { c.Storehouse.Consensus = "10.0.0.1" },
+		"disk-essential":       func(c *Config) { c.Storehouse.DiskSlow = 93 },
 		"agent.read-timeout":   func(c *Config) { c.Agent.ReadTimeout = 0 },
 		"agent.read-ahead":     func(c *Config) { c.Agent.ReadAhead = 1 << 30 },
 	}
@@ -212,6 +214,20 @@ func TestCheck(t *testing.T) {
 	cfg.Storehouse.HTTP, cfg.Storehouse.Listen = noHTTP, []string{"/ip4/0.0.0.0/tcp/7781", "[::]:7781"}
 	if err := cfg.check(); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestPercent(t *testing.T) {
+	var p Percent
+	for _, text := range []string{"85", "85%", "0.5%", "100%"} {
+		if err := p.UnmarshalText([]byte(text)); err != nil || strings.TrimSuffix(p.String(), "%") != strings.TrimSuffix(text, "%") {
+			t.Errorf("%s is %s, %v", text, p, err)
+		}
+	}
+	for _, text := range []string{"", "%", "0", "101%", "-1", "NaN", "all"} {
+		if err := p.UnmarshalText([]byte(text)); !errors.Is(err, flox.ErrBadInput) {
+			t.Errorf("%q is taken: %v", text, err)
+		}
 	}
 }
 

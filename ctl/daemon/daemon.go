@@ -14,11 +14,14 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/floxctl/flox/agent"
+	"github.com/floxctl/flox/buildfarm"
 	"github.com/floxctl/flox/ctl/cli"
 )
 
 // Main runs floxd with the process's arguments and returns its exit code.
 func Main() int {
+	buildfarm.Inside()
 	// Hardened machines give root a mask under which nobody else could pass the
 	// directories it makes. What is secret says so by its own mode.
 	syscall.Umask(0o022)
@@ -41,17 +44,21 @@ capitals, such as FLOXD_AGENT_CACHE_BUDGET), then the configuration file
 ` + cli.ExitCodes,
 		Example: `  sudo floxd up                           everything on this machine
   sudo floxd up --store-dir /flox/store   beside a Nix that is there already
-  sudo floxd storehouse                   a server
-  sudo floxd agent --invite invite.json   a machine that uses it`,
+  sudo floxd storehouse init --name s1    the first server of a storehouse of several
+  sudo floxd join INVITE                  a further server, or a machine that uses it`,
 	}
 	root.PersistentFlags().StringVar(&file, "config", "", "configuration `FILE` (default $"+cli.EnvConfig+", then "+cli.DefaultConfigFile+")")
-	root.AddCommand(newUpCmd(&file), newAgentCmd(&file), newStorehouseCmd(&file), newRunCmd(&file), newVersionCmd())
+	root.AddCommand(newUpCmd(&file), newAgentCmd(&file), newStorehouseCmd(&file), newRunCmd(&file), newNixDaemonCmd(&file), newJoinCmd(&file), newLeaveCmd(&file), newStepCmd(), newVersionCmd())
 	return root
 }
 
 // load resolves the configuration of a command.
 func load(file string, flags *overrides) (*Config, error) {
-	cfg := DefaultConfig()
+	return loadOver(DefaultConfig(), file, flags)
+}
+
+// loadOver is load with other defaults.
+func loadOver(cfg *Config, file string, flags *overrides) (*Config, error) {
 	required := true
 	if file == "" {
 		if file = os.Getenv(cli.EnvConfig); file == "" {
@@ -93,7 +100,10 @@ func newVersionCmd() *cobra.Command {
 		Args:  cli.Args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if asJSON {
-				return json.NewEncoder(cmd.OutOrStdout()).Encode(cli.ReadVersion())
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(struct {
+					cli.Version
+					StateFormat int `json:"stateFormat"` // what a reload compares
+				}{cli.ReadVersion(), agent.StateFormat})
 			}
 			_, err := fmt.Fprintf(cmd.OutOrStdout(), "floxd %s\n", cli.ReadVersion())
 			return err

@@ -13,8 +13,12 @@ import (
 	"github.com/floxctl/flox/ctl/cli"
 )
 
-// noHTTP as the address of the binary cache switches it off.
-const noHTTP = "none"
+// An address of this word switches a door off: the binary cache, and that of the
+// other servers.
+const (
+	noHTTP      = "none"
+	noConsensus = noHTTP
+)
 
 // parseListen gives the host:port of an address to listen at, also of a TCP
 // multiaddr such as /ip4/0.0.0.0/tcp/7781.

@@ -21,8 +21,9 @@ type runOptions struct {
 	invite   string
 	source   string // bind: where the mount is
 	to       string // copy: where to
+	nix      string // the agent's socket for stock Nix; "" = the environment stays as it is
 	quiet    bool
-	path     flox.StorePath
+	path     flox.StorePath // "" = none: the command is found as without a room
 	command  []string
 }
 
@@ -37,7 +38,8 @@ floxctl run decides how, and starts this:
 
   --mode fuse   an agent of one's own, mounted in a namespace of one's own
   --mode copy   the path and all it refers to, as files, in --to or in a namespace
-  --mode bind   the mount at --source, in a namespace, at its place
+  --mode bind   the mount at --source, in a namespace, at its place; PATH may be left
+                out then, and --nix makes stock Nix a client of the agent there
 
 What is kept between runs lies in the state directory. --config and the
 environment configure the agent as they do for floxd agent; it listens at a port
@@ -50,9 +52,10 @@ the system chooses, and is no member of the DHT and of multicast unless told so.
 	flags.StringVar(&opts.mode, "mode", "", "fuse, copy or bind")
 	flags.StringVar(&opts.storeDir, "store-dir", string(flox.DefaultStoreDir), "store directory of PATH")
 	flags.StringVar(&opts.stateDir, "state-dir", "", "where cache and invite are kept")
-	flags.StringVar(&opts.invite, "invite", "", "the storehouse's invite.json (default: the one used before)")
+	flags.StringVar(&opts.invite, "invite", "", "a file with an invite, or the storehouse's invite.json (default: the one used before)")
 	flags.StringVar(&opts.source, "source", "", "bind: where the store is mounted")
 	flags.StringVar(&opts.to, "to", "", "copy: the directory to write to")
+	flags.StringVar(&opts.nix, "nix", "", "bind: the agent's socket for stock Nix")
 	flags.BoolVar(&opts.quiet, "quiet", false, "no progress")
 	flags.BoolVar(&inside, "inside", false, "")
 	if err := flags.MarkHidden("inside"); err != nil {
@@ -66,14 +69,16 @@ the system chooses, and is no member of the DHT and of multicast unless told so.
 		if dash < 0 {
 			dash = len(args)
 		}
-		if dash != 1 {
+		if dash != 1 && (dash != 0 || opts.mode != modeBind) {
 			return cli.Usage("run: want one store path, then -- and the command")
 		}
-		var err error
-		if opts.path, err = flox.ParseStorePath(args[0]); err != nil {
-			return err
+		if dash == 1 {
+			var err error
+			if opts.path, err = flox.ParseStorePath(args[0]); err != nil {
+				return err
+			}
 		}
-		opts.command = args[1:]
+		opts.command = args[dash:]
 		return runRun(cmd.Context(), *file, &opts)
 	}
 	return cmd
@@ -83,7 +88,7 @@ the system chooses, and is no member of the DHT and of multicast unless told so.
 // to the one in the namespace.
 func runRun(ctx context.Context, file string, opts *runOptions) error {
 	plan := roomPlan{
-		Mode: opts.mode, StoreDir: opts.storeDir, Path: opts.path, Source: opts.source,
+		Mode: opts.mode, StoreDir: opts.storeDir, Path: opts.path, Source: opts.source, Nix: opts.nix,
 		UID: os.Geteuid(), GID: os.Getegid(),
 	}
 	for _, a := range opts.command {
@@ -107,7 +112,7 @@ func runRun(ctx context.Context, file string, opts *runOptions) error {
 			return cli.Usage("run: --mode bind wants --source")
 		}
 	case modeFUSE:
-		if plan.Config, err = slot.config(file, opts); err != nil {
+		if plan.Config, err = slot.config(ctx, file, opts); err != nil {
 			return err
 		}
 		plan.Log, plan.MountDir = slot.log(), slot.mountDir()

@@ -26,7 +26,7 @@ func runCopy(ctx context.Context, file string, opts *runOptions, s *slot) (strin
 	if opts.to != "" {
 		dir, trust = opts.to, false
 	}
-	cfg, err := s.config(file, opts)
+	cfg, err := s.config(ctx, file, opts)
 	if err != nil {
 		return "", err
 	}

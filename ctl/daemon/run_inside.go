@@ -12,6 +12,7 @@ import (
 	"connectrpc.com/connect"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent"
 	"github.com/floxctl/flox/agent/warden"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
@@ -27,6 +28,7 @@ type roomPlan struct {
 	UID, GID int      // the caller's
 	Scratch  string   // an empty directory
 	Source   string   // bind, copy: what is to appear at StoreDir
+	Nix      string   // the agent's socket for stock Nix, "" = none
 
 	// fuse: the private agent
 	Config   *Config
@@ -76,10 +78,14 @@ func runInside(ctx context.Context) error {
 	if err := room.Place(plan.Source, plan.StoreDir); err != nil {
 		return cli.Explain(flox.ErrDenied, "namespace: %v", err)
 	}
-	dir := flox.StoreDir(plan.StoreDir).Join(plan.Path)
-	if err := room.There(dir); err != nil {
-		return err
+	dir := ""
+	if plan.Path != "" {
+		dir = flox.StoreDir(plan.StoreDir).Join(plan.Path)
+		if err := room.There(dir); err != nil {
+			return err
+		}
 	}
+	env = room.NixClient(env, plan.Nix)
 	var args []string
 	for _, a := range plan.Command {
 		args = append(args, string(a))
@@ -98,6 +104,9 @@ func (p *roomPlan) socket() string { return filepath.Join(p.Config.RunDir, cli.S
 
 // serve mounts and supervises the private agent until ctx ends.
 func (p *roomPlan) serve(ctx context.Context, log *os.File) error {
+	if err := agent.CheckState(filepath.Join(p.Config.StateDir, agentDir), cli.ReadVersion().Version); err != nil {
+		return err
+	}
 	return warden.Run(ctx, warden.Config{
 		MountDir: p.MountDir, RunDir: p.Config.RunDir, Unprivileged: true,
 		UID: uint32(p.UID), GID: uint32(p.GID), //nolint:gosec // the kernel's own numbers

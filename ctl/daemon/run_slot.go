@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +17,7 @@ import (
 	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/ctl/entry"
 )
 
 // maxSlots bounds the runs of one state directory at a time.
@@ -157,7 +160,7 @@ func (s *slot) release() {
 
 // config is the configuration of a private agent in this slot, its invite
 // installed.
-func (s *slot) config(file string, opts *runOptions) (*Config, error) {
+func (s *slot) config(ctx context.Context, file string, opts *runOptions) (*Config, error) {
 	cfg := DefaultConfig()
 	cfg.Agent.Listen, cfg.Agent.MDNS, cfg.Agent.DHTServer = []string{"0.0.0.0:0"}, false, false
 	if file == "" {
@@ -172,20 +175,23 @@ func (s *slot) config(file string, opts *runOptions) (*Config, error) {
 		return nil, err
 	}
 	cfg.StoreDir, cfg.StateDir, cfg.RunDir = opts.storeDir, s.dir, s.runDir
-	cfg.Agent.Invite = ""
+	cfg.Agent.Invite, cfg.Mount = "", ""
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	return cfg, s.install(cfg, opts)
+	return cfg, s.install(ctx, cfg, opts)
 }
 
 // install gives the agent of this slot the invite, and remembers it for later
 // runs that are given none.
-func (s *slot) install(cfg *Config, opts *runOptions) error {
+func (s *slot) install(ctx context.Context, cfg *Config, opts *runOptions) error {
 	remembered := filepath.Join(opts.stateDir, inviteName)
 	from := opts.invite
 	if from == "" {
 		from = remembered
+	}
+	if line := inviteIn(from); line != "" {
+		return s.join(ctx, cfg, line, remembered)
 	}
 	invite, err := checkInvite(cfg, from)
 	if err != nil {
@@ -200,4 +206,45 @@ func (s *slot) install(cfg *Config, opts *runOptions) error {
 		}
 	}
 	return nil
+}
+
+// usedName is the file of a slot that holds the invite it joined with.
+const usedName = "joined-with"
+
+// join makes the agent of this slot a member with an invite's line, once: each slot
+// has a key of its own, and is a machine to the storehouse.
+func (s *slot) join(ctx context.Context, cfg *Config, line, remembered string) error {
+	invite, err := agentInvite(cfg, line)
+	if err != nil {
+		return err
+	}
+	used := filepath.Join(s.dir, usedName)
+	if !holdsLine(used, line) {
+		name, err := machineName("", "", false)
+		if err != nil {
+			return err
+		}
+		step := &entry.Step{
+			Do: entry.Join, StateDir: s.dir, Invite: invite, Name: name + "-run-" + strings.ToLower(rand.Text()[:8]),
+			User: person(), Version: cli.ReadVersion().Version,
+		}
+		if err := runStep(ctx, account{}, step, &entry.Joined{}, os.Stderr); err != nil {
+			return err
+		}
+	}
+	for _, file := range []string{used, remembered} {
+		if holdsLine(file, line) {
+			continue
+		}
+		if err := os.WriteFile(file, []byte(line+"\n"), 0o600); err != nil {
+			return fmt.Errorf("remember the invite: %w", err)
+		}
+	}
+	return nil
+}
+
+// holdsLine reports whether a file holds a line and nothing else.
+func holdsLine(file, line string) bool {
+	had, err := os.ReadFile(file)
+	return err == nil && strings.TrimSpace(string(had)) == line
 }

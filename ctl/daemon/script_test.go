@@ -8,10 +8,12 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/floxctl/flox/ctl"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"floxd": func() { os.Exit(Main()) }})
+	testscript.Main(m, map[string]func(){"floxd": func() { os.Exit(Main()) }, "floxctl": func() { os.Exit(ctl.Main()) }})
 }
 
 // TestScripts runs floxd where it refuses to start: what it says then is all a

@@ -6,6 +6,7 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +69,41 @@ func (d Duration) String() string {
 
 // MarshalText gives String.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// Percent is a share of a whole, written as "85%".
+type Percent float64
+
+// UnmarshalText parses a number with or without the sign, above 0 and at most 100.
+func (p *Percent) UnmarshalText(b []byte) error {
+	v, err := strconv.ParseFloat(strings.TrimSuffix(string(b), "%"), 64)
+	if err != nil || !(0 < v && v <= 100) {
+		return fmt.Errorf("share %q: want a number above 0 and at most 100 such as 85%%: %w", b, flox.ErrBadInput)
+	}
+	*p = Percent(v)
+	return nil
+}
+
+// String gives the text UnmarshalText reads.
+func (p Percent) String() string { return strconv.FormatFloat(float64(p), 'f', -1, 64) + "%" }
+
+// MarshalText gives String.
+func (p Percent) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// Count is how many of something, at least one.
+type Count uint16
+
+// UnmarshalText parses a number from 1 to 1024.
+func (c *Count) UnmarshalText(b []byte) error {
+	v, err := strconv.ParseUint(string(b), 10, 16)
+	if err != nil || v < 1 || v > 1024 {
+		return fmt.Errorf("number %q: want one from 1 to 1024: %w", b, flox.ErrBadInput)
+	}
+	*c = Count(v)
+	return nil
+}
+
+// MarshalText gives the text UnmarshalText reads.
+func (c Count) MarshalText() ([]byte, error) { return strconv.AppendUint(nil, uint64(c), 10), nil }
 
 // setting is one key of a Config that can be read and set as text.
 type setting struct {
@@ -161,6 +197,10 @@ func (s setting) Type() string {
 		return "size"
 	case Duration:
 		return "time"
+	case Percent:
+		return "percent"
+	case Count:
+		return "number"
 	}
 	return "text"
 }

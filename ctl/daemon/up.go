@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/ctl/entry"
 )
 
 func newUpCmd(file *string) *cobra.Command {
@@ -25,6 +27,10 @@ func newUpCmd(file *string) *cobra.Command {
 		Long: `Run a storehouse and an agent on this machine, mount the store, and say how to
 use it. It needs root to mount; what talks to the network runs as an ordinary
 user. Ctrl-C stops all of it and unmounts. Starting it again goes on where it was.
+Where Nix is installed, stock Nix can build here at once:
+  NIX_REMOTE=unix:///run/floxd/nix.socket nix-build …
+or in a shell after eval "$(floxctl shellenv)". What up starts ends with it, so it changes
+nothing in /etc/nix; a machine that stays in a storehouse has that done by floxd join.
 
 A machine with a Nix store keeps it untouched: up refuses to cover one, and
 --store-dir mounts elsewhere.
@@ -35,8 +41,11 @@ A machine with a Nix store keeps it untouched: up refuses to cover one, and
 		Args: cli.Args(0, 0, ""),
 	}
 	flags := bindFlags(cmd.Flags(), "agent", "storehouse")
+	defaults := DefaultConfig()
+	defaults.Storehouse.Builds = true // as one machine's, it is what Nix is elsewhere
+	cmd.Flags().Lookup("storehouse-builds").DefValue = "true"
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		cfg, err := load(*file, flags)
+		cfg, err := loadOver(defaults, *file, flags)
 		if err != nil {
 			return err
 		}
@@ -73,10 +82,7 @@ func (u *up) run(ctx context.Context) error {
 	if err := keepDescriptors(); err != nil {
 		return err
 	}
-	if err := checkStoreDir(u.cfg.StoreDir, "floxd up"); err != nil {
-		return err
-	}
-	if err := checkRunDir(u.cfg.RunDir); err != nil {
+	if err := u.cfg.place("floxd up"); err != nil {
 		return err
 	}
 	for _, use := range []struct{ lock, what string }{{"up.lock", "floxd up"}, {agentLock, "agent"}} {
@@ -115,7 +121,7 @@ func (u *up) run(ctx context.Context) error {
 	})
 	err := group.Wait()
 	if err == nil {
-		u.tell("Stopped; nothing is mounted at %s any more.\n", u.cfg.StoreDir)
+		u.tell("Stopped; nothing is mounted at %s any more.\n", u.cfg.mountDir())
 	}
 	return err
 }
@@ -127,6 +133,9 @@ func (u *up) prepare(ctx context.Context) (err error) {
 		return err
 	}
 	if err := makeStateDirs(u.cfg.StateDir, u.who, agentDir, storehouseDir); err != nil {
+		return err
+	}
+	if err := makeRunDir(u.cfg.RunDir, u.who); err != nil {
 		return err
 	}
 	for _, l := range u.cfg.listened() {
@@ -151,7 +160,7 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 		return err
 	}
 	u.tell("  storehouse  %s is ready%s\n", invite.Name, u.cacheWords(invite))
-	if err := installInvite(u.cfg, invitePath(u.cfg), u.who); err != nil {
+	if err := u.joinAgent(ctx); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -167,6 +176,59 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 	return group.Wait()
 }
 
+// joinAgent makes the agent here a member, as any other machine becomes one. Who
+// runs this is an admin of the storehouse: it is that person's.
+func (u *up) joinAgent(ctx context.Context) error {
+	self := &entry.Self{}
+	if err := runStep(ctx, u.who, &entry.Step{Do: entry.Who, Role: entry.RoleAgent, StateDir: u.cfg.StateDir}, self, u.errOut); err != nil {
+		return err
+	}
+	admin, done := cli.Admin(filepath.Join(u.cfg.RunDir, cli.StorehouseSocket))
+	defer done()
+	machines, err := admin.ListMachines(ctx, connect.NewRequest(&floxv1.ListMachinesRequest{}))
+	if err != nil {
+		return fmt.Errorf("ask the storehouse for its machines: %w", api.FromConnect(err))
+	}
+	taken := map[string]bool{}
+	for _, m := range machines.Msg.GetMachines() {
+		if m.GetMachine().GetPeer() == self.Peer {
+			return installInvite(u.cfg, invitePath(u.cfg), u.who)
+		}
+		taken[strings.ToLower(m.GetMachine().GetName())] = true
+	}
+	name, err := machineName("", "", false)
+	if err != nil {
+		return err
+	}
+	host := name
+	for n := 1; taken[strings.ToLower(name)]; n++ { // the server here is called like the host
+		if name = host + "-agent"; n > 1 {
+			name += fmt.Sprint("-", n)
+		}
+	}
+	made, err := admin.MakeInvite(ctx, connect.NewRequest(&floxv1.MakeInviteRequest{
+		Role: entry.RoleAgent, TtlSeconds: 600, User: &floxv1.UserGrant{Name: person(), Role: "admin"},
+	}))
+	if err != nil {
+		return fmt.Errorf("make an invite for the agent: %w", api.FromConnect(err))
+	}
+	invite, err := api.ParseJoinInvite(made.Msg.GetInvite())
+	if err != nil {
+		return err
+	}
+	step := &entry.Step{Do: entry.Join, StateDir: u.cfg.StateDir, Invite: invite, Name: name, User: person(), Version: cli.ReadVersion().Version}
+	return runStep(ctx, u.who, step, &entry.Joined{}, u.errOut)
+}
+
+// inviteWords is the command that makes an invite.
+func (u *up) inviteWords() string {
+	socket := ""
+	if u.cfg.RunDir != cli.DefaultRunDir {
+		socket = " --socket " + filepath.Join(u.cfg.RunDir, cli.StorehouseSocket)
+	}
+	return "sudo floxctl" + socket + " invite --role agent"
+}
+
 // cacheWords names the binary cache, if there is one.
 func (u *up) cacheWords(invite *api.Invite) string {
 	if invite.HTTPURL == "" {
@@ -175,12 +237,34 @@ func (u *up) cacheWords(invite *api.Invite) string {
 	return ", binary cache at " + invite.HTTPURL
 }
 
+// buildWords says whether derivations are built here.
+func (u *up) buildWords() string {
+	if !u.cfg.Storehouse.Builds {
+		return "none: builds = false"
+	}
+	nix, err := exec.LookPath("nix-store")
+	if err != nil {
+		return "none: there is no Nix here to build with; install it (Debian: apt install nix-bin) and start this again"
+	}
+	return "with the Nix in " + filepath.Dir(nix)
+}
+
+// tellBuild says how to build.
+func (u *up) tellBuild() {
+	if socket := nixSocket(u.cfg); socket != "" {
+		u.tell("  NIX_REMOTE=unix://%s nix-build …\n", socket)
+		if socket == filepath.Join(cli.DefaultRunDir, cli.NixSocketName) {
+			u.tell("  eval \"$(floxctl shellenv)\"   (the same for a whole shell, with the programs of your profile)\n")
+		}
+	}
+}
+
 // greet waits until the store is mounted and served, and says what can be done now.
 func (u *up) greet(ctx context.Context, invite *api.Invite) {
 	socket := filepath.Join(u.cfg.RunDir, cli.SocketName)
 	const patience = 20 * time.Second
 	begun, warned := time.Now(), false
-	for !u.mounted(ctx, socket) {
+	for !agentMounted(ctx, socket) {
 		if ctx.Err() != nil {
 			return
 		}
@@ -194,9 +278,13 @@ func (u *up) greet(ctx context.Context, invite *api.Invite) {
 			return
 		}
 	}
-	u.tell("  store       mounted at %s, read-only\n", u.cfg.StoreDir)
+	u.tell("  store       mounted at %s, read-only\n", u.cfg.mountDir())
+	if u.cfg.Mount == mountSession {
+		u.tell("  Nix         %s is this machine's own and stays as it is; beside it: floxctl nix -- COMMAND\n", u.cfg.StoreDir)
+	}
+	u.tell("  builds      %s\n", u.buildWords())
 	u.tell("  token       %s (who has it may upload)\n", tokenPath(u.cfg))
-	u.tell("  invite      %s (for other machines: sudo floxd agent --invite FILE)\n", invitePath(u.cfg))
+	u.tell("  others      join with what this prints: %s\n", u.inviteWords())
 	u.tell("\nReady. In another terminal:\n")
 	socketFlag := ""
 	if socket != cli.DefaultSocket {
@@ -206,17 +294,8 @@ func (u *up) greet(ctx context.Context, invite *api.Invite) {
 	u.tell("  sudo floxctl%s store add FILE --token-file %s\n", socketFlag, tokenPath(u.cfg))
 	if invite.HTTPURL != "" {
 		u.tell("  nix copy --from %s PATH   (trusted-public-keys = %s)\n", invite.HTTPURL, invite.NixKey)
+		u.tellBuild()
 		u.tell("  curl %s   (how stock Nix reads from it and writes to it)\n", invite.HTTPURL)
 	}
 	u.tell("\n")
-}
-
-// mounted asks the agent whether the store is served.
-func (u *up) mounted(ctx context.Context, socket string) bool {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	client, done := cli.Agent(socket)
-	defer done()
-	resp, err := client.Status(ctx, connect.NewRequest(&floxv1.StatusRequest{}))
-	return err == nil && resp.Msg.GetMounted()
 }

@@ -80,10 +80,11 @@ func newMachine(t *testing.T) machineDirs {
 		_ = unix.Unmount(m.store, unix.MNT_DETACH) // only where a test failed before floxd did it
 		_ = os.RemoveAll(root)
 	})
+	free := freeAddrs(t, 3)
 	m.flags = []string{
 		"up", "--config", root + "/config.toml", "--state-dir", root + "/state", "--run-dir", root + "/run", "--store-dir", m.store,
 		"--agent-mdns=false", "--storehouse-mdns=false", "--storehouse-name", "test",
-		"--storehouse-http", freeAddr(t), "--storehouse-listen", freeAddr(t), "--agent-listen", freeAddr(t),
+		"--storehouse-http", free[0], "--storehouse-listen", free[1], "--agent-listen", free[2],
 	}
 	if err := os.WriteFile(root+"/config.toml", []byte("user = \"nobody\"\nlog-level = \"info\"\n[agent]\ncache-reserve = \"1MiB\"\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -91,14 +92,18 @@ func newMachine(t *testing.T) machineDirs {
 	return m
 }
 
-func freeAddr(t *testing.T) string {
+// freeAddrs gives addresses that nobody listens at, no two the same.
+func freeAddrs(t *testing.T, n int) (addrs []string) {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close() // when all are had: one that was closed may be given again
+		addrs = append(addrs, l.Addr().String())
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return addrs
 }
 
 // running is a floxd up.
@@ -244,6 +249,7 @@ func TestUp(t *testing.T) {
 		}
 	}
 	m.checkServed(t)
+	m.checkBuilds(t, r)
 	m.checkOwners(t)
 	m.checkPrivileges(t, r.cmd.Process.Pid)
 
@@ -296,6 +302,35 @@ func TestUp(t *testing.T) {
 func zombie(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	return err != nil || strings.Contains(string(b), ") Z ")
+}
+
+// checkBuilds: with nothing configured, stock Nix builds here, and nothing of this
+// machine but a shell is there for what builds.
+func (m machineDirs) checkBuilds(t *testing.T, r *running) {
+	t.Helper()
+	if _, err := exec.LookPath("nix-build"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("stock Nix is needed: %v", err)
+		}
+		return
+	}
+	nix := exec.CommandContext(t.Context(), "nix-build", "--no-out-link", "-E", `derivation {
+		name = "new"; system = builtins.currentSystem; builder = "/bin/sh";
+		args = [ "-c" "[ ! -e /etc/hostname ] && echo the builder speaks && echo built > $out" ];
+	}`)
+	nix.Env = []string{
+		"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir(), "NIX_CONF_DIR=/nowhere", "NIX_USER_CONF_FILES=", "NIX_STORE_DIR=" + m.store,
+		"NIX_STATE_DIR=" + t.TempDir(), "NIX_REMOTE=unix://" + m.root + "/run/" + cli.NixSocketName,
+	}
+	out, err := nix.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "the builder speaks") {
+		t.Errorf("nix-build: %v\n%s%s", err, out, r.log)
+		return
+	}
+	lines := strings.Fields(string(out))
+	if b, err := os.ReadFile(lines[len(lines)-1]); err != nil || string(b) != "built\n" {
+		t.Errorf("what was built is %q, %v", b, err)
+	}
 }
 
 // checkServed: the agent has the store mounted and the binary cache answers.

@@ -29,6 +29,7 @@ func Probe(ctx context.Context, args ...string) Found {
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
 	cmd.Args[0] = os.Args[0]
 	var stdout, stderr bytes.Buffer
+	cmd.Stdin = os.Stdin // nothing is read of it; a /dev may be empty, and have no null either
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	cmd.SysProcAttr = namespaces()
 	err := cmd.Run()

@@ -32,7 +32,8 @@ type Command struct {
 
 // Find gives the command of args for the store path at dir: a bare name is
 // looked for in dir/bin first, then on the caller's PATH, and no command is the
-// caller's shell. The command itself finds dir/bin in front of its PATH.
+// caller's shell. The command itself finds dir/bin in front of its PATH. Without
+// dir all is as the caller has it.
 // ErrNotFound: there is no such program; ErrDenied: it may not be executed.
 func Find(dir string, args, env []string) (Command, error) {
 	if len(args) == 0 {
@@ -41,7 +42,10 @@ func Find(dir string, args, env []string) (Command, error) {
 			args[0] = shell
 		}
 	}
-	c := Command{File: args[0], Args: args, Env: withPath(env, filepath.Join(dir, "bin"))}
+	c := Command{File: args[0], Args: args, Env: env}
+	if dir != "" {
+		c.Env = withPath(env, filepath.Join(dir, "bin"))
+	}
 	if strings.Contains(c.File, "/") {
 		return c, nil // the system's own words say best why it cannot be executed
 	}
@@ -64,6 +68,9 @@ func Find(dir string, args, env []string) (Command, error) {
 	}
 	if denied != nil {
 		return c, denied
+	}
+	if dir == "" {
+		return c, cli.Explain(flox.ErrNotFound, "there is no program %s on the PATH", args[0])
 	}
 	return c, cli.Explain(flox.ErrNotFound, "there is no program %s in %s, and none on the PATH", args[0], filepath.Join(dir, "bin"))
 }
@@ -101,6 +108,19 @@ func withPath(env []string, dir string) []string {
 		path += string(filepath.ListSeparator) + was
 	}
 	return Set(env, "PATH", path)
+}
+
+// NixClient is env with which stock Nix uses the daemon at socket, whatever else
+// its configuration says of a daemon; "" changes nothing.
+func NixClient(env []string, socket string) []string {
+	if socket == "" {
+		return env
+	}
+	env = Set(Set(env, "NIX_REMOTE", "unix://"+socket), "NIX_DAEMON_SOCKET_PATH", socket)
+	if logs := filepath.Join(filepath.Dir(socket), cli.NixLogName); get(env, "NIX_LOG_DIR") == "" {
+		env = Set(env, "NIX_LOG_DIR", logs)
+	}
+	return env
 }
 
 // Set is env with one variable set.

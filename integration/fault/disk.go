@@ -82,16 +82,25 @@ func (d *Disk) mount(ctx context.Context) error {
 // Close unmounts the disk and removes it with all that is on it.
 func (d *Disk) Close() error { return d.reaper.Close() }
 
+// Freeze stops processes before the power is cut, so that on several disks it goes
+// at the same moment: none of them tells anybody anything any more.
+func Freeze(ctx context.Context, pids ...int) error {
+	for _, pid := range pids {
+		if err := stop(ctx, pid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // PowerCut does to the disk what pulling the plug does: whatever was not
 // synced may be lost. The writers are stopped before, so that none of their
 // calls can succeed on a dead disk, and killed after. Then the disk is mounted
 // again, as after a reboot. The caller waits for the killed processes; others
 // that have files open there make it fail with ErrBusy.
 func (d *Disk) PowerCut(ctx context.Context, writers ...int) error {
-	for _, pid := range writers {
-		if err := stop(ctx, pid); err != nil {
-			return err
-		}
+	if err := Freeze(ctx, writers...); err != nil {
+		return err
 	}
 	if err := shutdown(d.Dir); err != nil {
 		return fmt.Errorf("cut the power of %s: %w", d.Dir, err)

@@ -27,10 +27,12 @@ const (
 	HTTPPort  = 7780
 	HousePort = 7781
 	AgentPort = 7782
+	// ConsensusPort is where servers of one storehouse reach each other.
+	ConsensusPort = 7783
 )
 
 // startTimeout bounds the wait for a daemon to answer.
-const startTimeout = 30 * time.Second
+const startTimeout = time.Minute
 
 // Programs are the binaries under test.
 type Programs struct{ Floxd, Floxctl string }
@@ -161,45 +163,80 @@ type Storehouse struct {
 	argv []string
 	logs string
 	url  string
+	dir  string // --state-dir, as the host sees it
+
+	began int64 // where the log of the last start begins
 }
 
 // StartStorehouse starts one; its log goes to logs/HOST.log.
 func StartStorehouse(ctx context.Context, p Programs, host *netns.Host, logs string, flags ...string) (*Storehouse, error) {
-	s := &Storehouse{Host: host, logs: logs, url: fmt.Sprintf("http://%s:%d", host.Addr(), HTTPPort)}
-	s.argv = append([]string{
-		p.Floxd, "storehouse", "--name", host.Name, "--http", fmt.Sprintf("0.0.0.0:%d", HTTPPort), "--http-url", s.URL(),
-		"--advertise", fmt.Sprintf("%s:%d", host.Addr(), HousePort),
-	}, flags...)
+	s := newStorehouse(p, host, logs, stateDir, append([]string{"--name", host.Name}, flags...)...)
 	return s, s.Start(ctx)
+}
+
+// stateDir is where the defaults put a daemon's state.
+const stateDir = "/var/lib/floxd"
+
+// newStorehouse is one that does not run.
+func newStorehouse(p Programs, host *netns.Host, logs, state string, flags ...string) *Storehouse {
+	s := &Storehouse{Host: host, logs: logs, dir: state, url: fmt.Sprintf("http://%s:%d", host.Addr(), HTTPPort)}
+	s.argv = append([]string{
+		p.Floxd, "storehouse", "--http", fmt.Sprintf("0.0.0.0:%d", HTTPPort), "--http-url", s.URL(),
+		"--advertise", fmt.Sprintf("%s:%d", host.Addr(), HousePort), "--open",
+	}, flags...)
+	return s
 }
 
 // Inside is the storehouse that runs as a part of up, which started it and stops
 // it. It is reached from that host only.
 func Inside(up *Agent) *Storehouse {
-	return &Storehouse{Host: up.Host, logs: up.logs, url: fmt.Sprintf("http://127.0.0.1:%d", HTTPPort)}
+	return &Storehouse{Host: up.Host, logs: up.logs, dir: stateDir, url: fmt.Sprintf("http://127.0.0.1:%d", HTTPPort)}
+}
+
+// Joined is the storehouse whose server floxd storehouse init or floxd join
+// started, on that host's port for stock Nix; logs is where a netrc may lie.
+func Joined(host *netns.Host, logs string) *Storehouse {
+	return &Storehouse{Host: host, logs: logs, dir: stateDir, url: fmt.Sprintf("http://%s:%d", host.Addr(), HTTPPort)}
 }
 
 // Start starts the storehouse (again) and waits until it answers.
 func (s *Storehouse) Start(ctx context.Context) error {
-	var err error
-	if s.Daemon, err = Start(s.Host, s.logs, s.Host.Name, s.argv...); err != nil {
+	if err := s.Launch(); err != nil {
 		return err
 	}
-	err = s.await(ctx, func(ctx context.Context) error {
-		if _, err := os.Stat(s.Invite()); err != nil {
-			return err
-		}
-		return s.answers(ctx)
-	})
-	if err != nil {
+	if err := s.Await(ctx); err != nil {
 		return errors.Join(err, s.Stop())
 	}
 	return nil
 }
 
-// answers asks for a path that is not there: a storehouse that has only begun
+// Launch is Start without waiting: one of several servers does not answer before
+// there is a majority of them.
+func (s *Storehouse) Launch() error { return s.LaunchBy() }
+
+// LaunchBy is Launch by way of another program, which becomes the storehouse.
+func (s *Storehouse) LaunchBy(before ...string) (err error) {
+	s.began = 0
+	if st, err := os.Stat(filepath.Join(s.logs, s.Host.Name+".log")); err == nil {
+		s.began = st.Size()
+	}
+	s.Daemon, err = Start(s.Host, s.logs, s.Host.Name, append(before, s.argv...)...)
+	return err
+}
+
+// Await waits until the storehouse answers.
+func (s *Storehouse) Await(ctx context.Context) error {
+	return s.await(ctx, func(ctx context.Context) error {
+		if _, err := os.Stat(s.Invite()); err != nil {
+			return err
+		}
+		return s.Answers(ctx)
+	})
+}
+
+// Answers asks for a path that is not there: a storehouse that has only begun
 // does not know that yet.
-func (s *Storehouse) answers(ctx context.Context) error {
+func (s *Storehouse) Answers(ctx context.Context) error {
 	client := &http.Client{Transport: &http.Transport{DialContext: s.Host.Dial, DisableKeepAlives: true}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url+"/00000000000000000000000000000000.narinfo", http.NoBody)
 	if err != nil {
@@ -219,7 +256,7 @@ func (s *Storehouse) answers(ctx context.Context) error {
 func (s *Storehouse) URL() string { return s.url }
 
 // State is the storehouse's state directory, seen from outside of the host.
-func (s *Storehouse) State() string { return filepath.Join(s.Host.Root(), "var/lib/floxd/storehouse") }
+func (s *Storehouse) State() string { return filepath.Join(s.Host.Root(), s.dir, "storehouse") }
 
 // Invite is the invite file agents join with.
 func (s *Storehouse) Invite() string { return filepath.Join(s.State(), "invite.json") }
@@ -328,7 +365,11 @@ type Status struct {
 	Traffic      Traffic           `json:"traffic"`
 	Prefetch     Prefetch          `json:"prefetch"`
 	Waiting      int               `json:"waiting"`
-	Cache        struct {
+	Staged       struct {
+		Paths uint64 `json:"paths"`
+		Bytes uint64 `json:"bytes"` // on the disk
+	} `json:"staged"`
+	Cache struct {
 		Dir       string `json:"dir"`
 		Bytes     uint64 `json:"bytes"`
 		Kept      uint64 `json:"keptBytes"`
@@ -364,12 +405,21 @@ type Traffic struct {
 
 // Prefetch counts what was fetched before somebody asked for it.
 type Prefetch struct {
-	On             bool   `json:"on"`
-	Traces         bool   `json:"traces"`
-	TraceBytes     uint64 `json:"traceBytes"`
-	CompleteBytes  uint64 `json:"completeBytes"`
-	StartsRecorded uint64 `json:"startsRecorded"`
-	StartsReplayed uint64 `json:"startsReplayed"`
+	On              bool   `json:"on"`
+	Traces          bool   `json:"traces"`
+	RateBytes       uint64 `json:"rateBytes"` // the cap per second, 0 = none
+	SequentialBytes uint64 `json:"sequentialBytes"`
+	DirectoryBytes  uint64 `json:"directoryBytes"`
+	TraceBytes      uint64 `json:"traceBytes"`
+	LoaderBytes     uint64 `json:"loaderBytes"`
+	CompleteBytes   uint64 `json:"completeBytes"`
+	StartsRecorded  uint64 `json:"startsRecorded"`
+	StartsReplayed  uint64 `json:"startsReplayed"`
+}
+
+// Bytes is all of it.
+func (p Prefetch) Bytes() uint64 {
+	return p.SequentialBytes + p.DirectoryBytes + p.TraceBytes + p.LoaderBytes + p.CompleteBytes
 }
 
 // Plain is all that was fetched, uncompressed, facts included.

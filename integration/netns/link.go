@@ -79,10 +79,28 @@ func (n *Network) Heal(ctx context.Context, a, b *Host) error {
 }
 
 func (n *Network) dropBoth(ctx context.Context, action string, a, b *Host) error {
-	if _, err := a.iptables(ctx, action, "INPUT", "-s", b.Addr().String(), "-j", "DROP"); err != nil {
+	if err := n.drop(ctx, action, b, a); err != nil {
 		return err
 	}
-	_, err := b.iptables(ctx, action, "INPUT", "-s", a.Addr().String(), "-j", "DROP")
+	return n.drop(ctx, action, a, b)
+}
+
+// Deafen makes one host drop what another sends to it, which still hears it: a
+// partition one way.
+func (n *Network) Deafen(ctx context.Context, deaf, to *Host) error {
+	n.log.Info("host is deaf to another", "host", deaf.Name, "to", to.Name)
+	return n.drop(ctx, "-I", to, deaf)
+}
+
+// Undeafen ends one Deafen of the two hosts.
+func (n *Network) Undeafen(ctx context.Context, deaf, to *Host) error {
+	n.log.Info("host hears another again", "host", deaf.Name, "to", to.Name)
+	return n.drop(ctx, "-D", to, deaf)
+}
+
+// drop adds (-I) or removes (-D) the rule by which one host drops the other's packets.
+func (n *Network) drop(ctx context.Context, action string, from, at *Host) error {
+	_, err := at.iptables(ctx, action, "INPUT", "-s", from.Addr().String(), "-j", "DROP")
 	return err
 }
 

@@ -195,6 +195,46 @@ func TestLinksFailAndRecover(t *testing.T) {
 	}
 }
 
+// Who is deaf to a host is still heard by it.
+func TestDeafnessIsOneWay(t *testing.T) {
+	o := newOffice(t)
+	listen := func(h *Host) (conn net.PacketConn) {
+		err := h.Do(func() (err error) {
+			conn, err = (&net.ListenConfig{}).ListenPacket(t.Context(), "udp4", net.JoinHostPort(h.Addr().String(), "4711"))
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	a, b := listen(o.a), listen(o.b)
+	hears := func(to, from net.PacketConn) bool {
+		_ = to.SetReadDeadline(time.Now().Add(time.Second))
+		if _, err := from.WriteTo([]byte("x"), to.LocalAddr()); err != nil {
+			t.Fatal(err)
+		}
+		_, _, err := to.ReadFrom(make([]byte, 1))
+		return err == nil
+	}
+	if err := o.Deafen(t.Context(), o.a, o.b); err != nil {
+		t.Fatal(err)
+	}
+	if hears(a, b) {
+		t.Error("the deaf host hears")
+	}
+	if !hears(b, a) {
+		t.Error("the deaf host is not heard")
+	}
+	if err := o.Undeafen(t.Context(), o.a, o.b); err != nil {
+		t.Fatal(err)
+	}
+	if !hears(a, b) {
+		t.Error("the host stays deaf")
+	}
+}
+
 func TestRateIsSetBothWays(t *testing.T) {
 	o := newOffice(t)
 	show := func() string {

@@ -171,8 +171,10 @@ func (n *Network) Subnet(ctx context.Context, name string, p netip.Prefix) (*Sub
 		}
 	}
 	s := &Subnet{Name: name, Prefix: p, bridge: "br" + strconv.Itoa(count), next: p.Addr().Next().Next()}
+	// An address of its own: otherwise it is the least of its ports', and changes
+	// under the hosts that know it when a port comes or goes.
 	err := n.batch(ctx, n.router,
-		"link add name %s type bridge mcast_snooping 0", s.bridge,
+		"link add name %s address 02:00:00:00:%02x:%02x type bridge mcast_snooping 0", s.bridge, count>>8, count&0xff,
 		"addr add %s/%d dev %s", p.Addr().Next(), p.Bits(), s.bridge,
 		"link set %s up", s.bridge)
 	if err != nil {

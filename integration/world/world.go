@@ -108,6 +108,21 @@ func DefaultDir() (string, error) {
 // one. An interrupted build is started over by the next call.
 func Ensure(ctx context.Context) (*World, error) { return demo.ensure(ctx) }
 
+// Expression lays the expression of the demo world into dir, which is created, and
+// gives its file: as Ensure builds it, from the packages of this machine's worlds.
+func Expression(ctx context.Context, dir string) (file string, err error) {
+	base, err := DefaultDir()
+	if err != nil {
+		return "", err
+	}
+	debs := filepath.Join(base, "debs")
+	packages, err := demo.debian(ctx, debs)
+	if err == nil {
+		err = demo.lay(dir, debs, packages)
+	}
+	return filepath.Join(dir, demo.expression), err
+}
+
 // Closure gives root and all it refers to, at any distance, sorted.
 func (w *World) Closure(root flox.StorePath) []Path {
 	byPath := make(map[flox.StorePath]Path, len(w.Paths))

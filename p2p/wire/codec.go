@@ -66,14 +66,23 @@ func ParseHello(b []byte) (Hello, error) {
 }
 
 func cutString(b []byte, limit int) (string, []byte, bool) {
-	if len(b) < 2 {
+	text, rest, ok := cutBytes(b, limit)
+	if !ok || !utf8.Valid(text) {
 		return "", nil, false
+	}
+	return string(text), rest, true
+}
+
+// cutBytes takes a run of bytes with its length before it; it stays part of b.
+func cutBytes(b []byte, limit int) (run, rest []byte, ok bool) {
+	if len(b) < 2 {
+		return nil, nil, false
 	}
 	n := int(binary.BigEndian.Uint16(b))
-	if n > limit || len(b) < 2+n || !utf8.Valid(b[2:2+n]) {
-		return "", nil, false
+	if n > limit || len(b) < 2+n {
+		return nil, nil, false
 	}
-	return string(b[2 : 2+n]), b[2+n:], true
+	return b[2 : 2+n], b[2+n:], true
 }
 
 // AppendPing appends a ping or pong.
@@ -226,4 +235,55 @@ func AppendReply(dst []byte, r Reply) []byte {
 	dst = binary.BigEndian.AppendUint32(dst, r.ID)
 	dst = append(dst, byte(r.Status), r.Flags)
 	return binary.BigEndian.AppendUint32(dst, r.Size)
+}
+
+// AppendHolders appends the payload of a StatusElsewhere: at most MaxHolders, and
+// of their addresses as many as fit.
+func AppendHolders(dst []byte, holders []HolderAddr) []byte {
+	start := len(dst)
+	holders = holders[:min(len(holders), MaxHolders)]
+	dst = append(dst, byte(len(holders)))
+	for i, h := range holders {
+		dst = appendString(dst, h.ID)
+		at := len(dst)
+		dst = append(dst, 0)
+		// The holders behind it need room for their names.
+		room := MaxElsewhere - (len(holders)-1-i)*(MaxPeerID+3)
+		for _, a := range h.Addrs[:min(len(h.Addrs), MaxAddrs)] {
+			if len(a) > MaxAddr || len(dst)-start+2+len(a) > room {
+				continue
+			}
+			dst = appendString(dst, string(a))
+			dst[at]++
+		}
+	}
+	return dst
+}
+
+// ParseHolders parses what AppendHolders made.
+func ParseHolders(b []byte) ([]HolderAddr, error) {
+	if len(b) == 0 || len(b) > MaxElsewhere || b[0] == 0 || b[0] > MaxHolders {
+		return nil, bad("%d bytes that name holders", len(b))
+	}
+	out, rest, ok := make([]HolderAddr, b[0]), b[1:], false
+	for i := range out {
+		var id []byte
+		if id, rest, ok = cutBytes(rest, MaxPeerID); !ok || len(id) == 0 || len(rest) == 0 || rest[0] > MaxAddrs {
+			return nil, bad("a holder's name")
+		}
+		out[i].ID = string(id)
+		n := int(rest[0])
+		rest = rest[1:]
+		for range n {
+			var a []byte
+			if a, rest, ok = cutBytes(rest, MaxAddr); !ok {
+				return nil, bad("a holder's address")
+			}
+			out[i].Addrs = append(out[i].Addrs, a)
+		}
+	}
+	if len(rest) > 0 {
+		return nil, bad("%d bytes behind the holders", len(rest))
+	}
+	return out, nil
 }

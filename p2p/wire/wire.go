@@ -42,6 +42,9 @@ const (
 	MaxSite        = 128             // bytes of a site label
 	MaxAddrs       = 16              // addresses of a hello
 	MaxAddr        = 256             // bytes of one address
+	MaxPeerID      = 64              // bytes of a peer's ID
+	MaxHolders     = 4               // peers that one reply names
+	MaxElsewhere   = 2 << 10         // bytes of the payload that names them
 	KeySize        = 16              // bytes of a CID's digest that filters look at
 	ReplyHeader    = 10              // bytes of a reply's body before its payload
 	FrameHeader    = 5               // bytes before a frame's body
@@ -60,12 +63,18 @@ const (
 	StatusBusy      Status = 2 // no upload slot free: ask somebody else, or later
 	StatusCancelled Status = 3
 	StatusFailed    Status = 4 // the holder could not read it
+	// StatusElsewhere answers FlagSteer only: the payload names peers (AppendHolders)
+	// that have the block, or will in a moment.
+	StatusElsewhere Status = 5
 )
 
 // Flags of a request and of its replies.
 const (
 	FlagZstd  uint8 = 1 << 0 // request: may be compressed; reply: payload is one zstd frame
 	FlagSlice uint8 = 1 << 1 // request: a verifiable slice is wanted; reply: payload is a Bao slice in groups of 16 KiB
+	FlagSteer uint8 = 1 << 2 // request: the answer may be where else to ask
+	FlagSoon  uint8 = 1 << 3 // request: the block may be on its way to the holder: it is waited for
+	FlagAsIs  uint8 = 1 << 4 // request: may be compressed if the holder has it so, but not for this
 )
 
 // Hello is the first frame either side sends on /flox/hello/1.
@@ -98,6 +107,13 @@ type Item struct {
 	ID     flox.CID
 	Offset uint32
 	Length uint32 // 0 = the whole block
+}
+
+// HolderAddr is a peer that has a block, and how to reach it: Addrs are multiaddrs,
+// in their binary form, at most MaxAddrs; none if it was named on this stream before.
+type HolderAddr struct {
+	ID    string // a peer ID in its binary form
+	Addrs [][]byte
 }
 
 // Request asks for Items, whose replies carry the ids Base, Base+1, …

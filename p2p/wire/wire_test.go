@@ -31,6 +31,14 @@ func every(b []byte) ([]byte, error) {
 			if err := r.Payload(p); err != nil {
 				return out, err
 			}
+			if rep.Status == StatusElsewhere {
+				holders, err := ParseHolders(p)
+				if err != nil {
+					return out, err
+				}
+				p = AppendHolders(nil, holders)
+				rep.Payload = len(p)
+			}
 			out = append(AppendReply(out, rep), p...)
 			continue
 		}
@@ -88,6 +96,8 @@ func sample() []byte {
 	b = AppendRequest(b, Request{Base: 99, Flags: FlagZstd, Items: []Item{{ID: flox.CID{1}}, {ID: flox.CID{2}, Offset: 5, Length: 6}}})
 	b = AppendCancel(b, []uint32{99, 100})
 	b = append(AppendReply(b, Reply{ID: 99, Flags: FlagZstd, Size: 4, Payload: 3}), "abc"...)
+	holders := AppendHolders(nil, []HolderAddr{{ID: "one", Addrs: [][]byte{{4, 1}, {6}}}, {ID: "two"}})
+	b = append(AppendReply(b, Reply{ID: 101, Status: StatusElsewhere, Payload: len(holders)}), holders...)
 	return AppendReply(b, Reply{ID: 100, Status: StatusBusy})
 }
 
@@ -122,6 +132,27 @@ func frame(t Type, body ...byte) []byte {
 	return append(append(binary.BigEndian.AppendUint32(nil, uint32(1+len(body))), byte(t)), body...)
 }
 
+func elsewhere(payload ...byte) []byte {
+	return append(AppendReply(nil, Reply{Status: StatusElsewhere, Payload: len(payload)}), payload...)
+}
+
+// Holders with more addresses than fit are told with those that do.
+func TestHoldersFit(t *testing.T) {
+	var many []HolderAddr
+	for range MaxHolders {
+		h := HolderAddr{ID: string(make([]byte, MaxPeerID))}
+		for range MaxAddrs {
+			h.Addrs = append(h.Addrs, make([]byte, MaxAddr))
+		}
+		many = append(many, h)
+	}
+	b := AppendHolders(nil, many)
+	got, err := ParseHolders(b)
+	if err != nil || len(b) > MaxElsewhere || len(got) != MaxHolders || len(got[0].Addrs) == 0 {
+		t.Fatalf("%d holders in %d bytes, the first with %d addresses: %v", len(got), len(b), len(got[0].Addrs), err)
+	}
+}
+
 // Frames that break a limit are refused, and before their body is read.
 func TestRefusesBadFrames(t *testing.T) {
 	huge := func(t Type, n uint32) []byte { return append(binary.BigEndian.AppendUint32(nil, n), byte(t)) }
@@ -146,6 +177,12 @@ func TestRefusesBadFrames(t *testing.T) {
 		"hello, 255 addresses": frame(TypeHello, 1, 0, 0, 0, 0, 255),
 		"hello, not UTF-8":     frame(TypeHello, 1, 0, 0, 0, 1, 0xff, 0),
 		"cancel, lying count":  frame(TypeCancel, 0, 9),
+		"no holders":           elsewhere(0),
+		"five holders":         elsewhere(5, 0, 1, 'x', 0),
+		"holder without name":  elsewhere(1, 0, 0, 0),
+		"holder, lying name":   elsewhere(1, 0, 9, 'x', 0),
+		"holder, 255 addrs":    elsewhere(1, 0, 1, 'x', 255),
+		"bytes behind holders": elsewhere(1, 0, 1, 'x', 0, 7),
 	} {
 		if _, err := every(b); !errors.Is(err, flox.ErrCorrupt) {
 			t.Errorf("%s: %v", name, err)

@@ -25,6 +25,110 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type DifferencesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DifferencesRequest) Reset() {
+	*x = DifferencesRequest{}
+	mi := &file_flox_v1_admin_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DifferencesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DifferencesRequest) ProtoMessage() {}
+
+func (x *DifferencesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DifferencesRequest.ProtoReflect.Descriptor instead.
+func (*DifferencesRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *DifferencesRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DifferencesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type DifferencesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Differences   []*Difference          `protobuf:"bytes,1,rep,name=differences,proto3" json:"differences,omitempty"`
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DifferencesResponse) Reset() {
+	*x = DifferencesResponse{}
+	mi := &file_flox_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DifferencesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DifferencesResponse) ProtoMessage() {}
+
+func (x *DifferencesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DifferencesResponse.ProtoReflect.Descriptor instead.
+func (*DifferencesResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *DifferencesResponse) GetDifferences() []*Difference {
+	if x != nil {
+		return x.Differences
+	}
+	return nil
+}
+
+func (x *DifferencesResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
 type MakeInviteRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Role          string                 `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`                                // server, agent, worker
@@ -40,7 +144,7 @@ type MakeInviteRequest struct {
 
 func (x *MakeInviteRequest) Reset() {
 	*x = MakeInviteRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[0]
+	mi := &file_flox_v1_admin_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -52,7 +156,7 @@ func (x *MakeInviteRequest) String() string {
 func (*MakeInviteRequest) ProtoMessage() {}
 
 func (x *MakeInviteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[0]
+	mi := &file_flox_v1_admin_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -65,7 +169,7 @@ func (x *MakeInviteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeInviteRequest.ProtoReflect.Descriptor instead.
 func (*MakeInviteRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{0}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *MakeInviteRequest) GetRole() string {
@@ -127,7 +231,7 @@ type MakeInviteResponse struct {
 
 func (x *MakeInviteResponse) Reset() {
 	*x = MakeInviteResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[1]
+	mi := &file_flox_v1_admin_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -139,7 +243,7 @@ func (x *MakeInviteResponse) String() string {
 func (*MakeInviteResponse) ProtoMessage() {}
 
 func (x *MakeInviteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[1]
+	mi := &file_flox_v1_admin_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -152,7 +256,7 @@ func (x *MakeInviteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeInviteResponse.ProtoReflect.Descriptor instead.
 func (*MakeInviteResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *MakeInviteResponse) GetInvite() string {
@@ -177,7 +281,7 @@ type ListInvitesRequest struct {
 
 func (x *ListInvitesRequest) Reset() {
 	*x = ListInvitesRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[2]
+	mi := &file_flox_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -189,7 +293,7 @@ func (x *ListInvitesRequest) String() string {
 func (*ListInvitesRequest) ProtoMessage() {}
 
 func (x *ListInvitesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[2]
+	mi := &file_flox_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -202,7 +306,7 @@ func (x *ListInvitesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInvitesRequest.ProtoReflect.Descriptor instead.
 func (*ListInvitesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 type ListInvitesResponse struct {
@@ -214,7 +318,7 @@ type ListInvitesResponse struct {
 
 func (x *ListInvitesResponse) Reset() {
 	*x = ListInvitesResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[3]
+	mi := &file_flox_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -226,7 +330,7 @@ func (x *ListInvitesResponse) String() string {
 func (*ListInvitesResponse) ProtoMessage() {}
 
 func (x *ListInvitesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[3]
+	mi := &file_flox_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -239,7 +343,7 @@ func (x *ListInvitesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListInvitesResponse.ProtoReflect.Descriptor instead.
 func (*ListInvitesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ListInvitesResponse) GetInvites() []*InviteRecord {
@@ -258,7 +362,7 @@ type CancelInviteRequest struct {
 
 func (x *CancelInviteRequest) Reset() {
 	*x = CancelInviteRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[4]
+	mi := &file_flox_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -270,7 +374,7 @@ func (x *CancelInviteRequest) String() string {
 func (*CancelInviteRequest) ProtoMessage() {}
 
 func (x *CancelInviteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[4]
+	mi := &file_flox_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -283,7 +387,7 @@ func (x *CancelInviteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelInviteRequest.ProtoReflect.Descriptor instead.
 func (*CancelInviteRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CancelInviteRequest) GetId() string {
@@ -301,7 +405,7 @@ type CancelInviteResponse struct {
 
 func (x *CancelInviteResponse) Reset() {
 	*x = CancelInviteResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[5]
+	mi := &file_flox_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -313,7 +417,7 @@ func (x *CancelInviteResponse) String() string {
 func (*CancelInviteResponse) ProtoMessage() {}
 
 func (x *CancelInviteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[5]
+	mi := &file_flox_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -326,7 +430,7 @@ func (x *CancelInviteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelInviteResponse.ProtoReflect.Descriptor instead.
 func (*CancelInviteResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 type ListMachinesRequest struct {
@@ -338,7 +442,7 @@ type ListMachinesRequest struct {
 
 func (x *ListMachinesRequest) Reset() {
 	*x = ListMachinesRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[6]
+	mi := &file_flox_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +454,7 @@ func (x *ListMachinesRequest) String() string {
 func (*ListMachinesRequest) ProtoMessage() {}
 
 func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[6]
+	mi := &file_flox_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +467,7 @@ func (x *ListMachinesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesRequest.ProtoReflect.Descriptor instead.
 func (*ListMachinesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListMachinesRequest) GetMachine() string {
@@ -382,7 +486,7 @@ type ListMachinesResponse struct {
 
 func (x *ListMachinesResponse) Reset() {
 	*x = ListMachinesResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[7]
+	mi := &file_flox_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -394,7 +498,7 @@ func (x *ListMachinesResponse) String() string {
 func (*ListMachinesResponse) ProtoMessage() {}
 
 func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[7]
+	mi := &file_flox_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -407,7 +511,7 @@ func (x *ListMachinesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMachinesResponse.ProtoReflect.Descriptor instead.
 func (*ListMachinesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListMachinesResponse) GetMachines() []*MachineState {
@@ -428,7 +532,7 @@ type MachineState struct {
 
 func (x *MachineState) Reset() {
 	*x = MachineState{}
-	mi := &file_flox_v1_admin_proto_msgTypes[8]
+	mi := &file_flox_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -440,7 +544,7 @@ func (x *MachineState) String() string {
 func (*MachineState) ProtoMessage() {}
 
 func (x *MachineState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[8]
+	mi := &file_flox_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -453,7 +557,7 @@ func (x *MachineState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineState.ProtoReflect.Descriptor instead.
 func (*MachineState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *MachineState) GetMachine() *Machine {
@@ -487,7 +591,7 @@ type ChangeMachineRequest struct {
 
 func (x *ChangeMachineRequest) Reset() {
 	*x = ChangeMachineRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[9]
+	mi := &file_flox_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -499,7 +603,7 @@ func (x *ChangeMachineRequest) String() string {
 func (*ChangeMachineRequest) ProtoMessage() {}
 
 func (x *ChangeMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[9]
+	mi := &file_flox_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -512,7 +616,7 @@ func (x *ChangeMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMachineRequest.ProtoReflect.Descriptor instead.
 func (*ChangeMachineRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ChangeMachineRequest) GetMachine() string {
@@ -538,7 +642,7 @@ type ChangeMachineResponse struct {
 
 func (x *ChangeMachineResponse) Reset() {
 	*x = ChangeMachineResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[10]
+	mi := &file_flox_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -550,7 +654,7 @@ func (x *ChangeMachineResponse) String() string {
 func (*ChangeMachineResponse) ProtoMessage() {}
 
 func (x *ChangeMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[10]
+	mi := &file_flox_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -563,7 +667,7 @@ func (x *ChangeMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeMachineResponse.ProtoReflect.Descriptor instead.
 func (*ChangeMachineResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ChangeMachineResponse) GetMachine() *Machine {
@@ -583,7 +687,7 @@ type RemoveMachineRequest struct {
 
 func (x *RemoveMachineRequest) Reset() {
 	*x = RemoveMachineRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[11]
+	mi := &file_flox_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -595,7 +699,7 @@ func (x *RemoveMachineRequest) String() string {
 func (*RemoveMachineRequest) ProtoMessage() {}
 
 func (x *RemoveMachineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[11]
+	mi := &file_flox_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -608,7 +712,7 @@ func (x *RemoveMachineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMachineRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMachineRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RemoveMachineRequest) GetMachine() string {
@@ -634,7 +738,7 @@ type RemoveMachineResponse struct {
 
 func (x *RemoveMachineResponse) Reset() {
 	*x = RemoveMachineResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[12]
+	mi := &file_flox_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +750,7 @@ func (x *RemoveMachineResponse) String() string {
 func (*RemoveMachineResponse) ProtoMessage() {}
 
 func (x *RemoveMachineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[12]
+	mi := &file_flox_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +763,7 @@ func (x *RemoveMachineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMachineResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMachineResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveMachineResponse) GetMachine() *Machine {
@@ -682,7 +786,7 @@ type AuditRequest struct {
 
 func (x *AuditRequest) Reset() {
 	*x = AuditRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[13]
+	mi := &file_flox_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +798,7 @@ func (x *AuditRequest) String() string {
 func (*AuditRequest) ProtoMessage() {}
 
 func (x *AuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[13]
+	mi := &file_flox_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +811,7 @@ func (x *AuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRequest.ProtoReflect.Descriptor instead.
 func (*AuditRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AuditRequest) GetAfter() uint64 {
@@ -754,7 +858,7 @@ type AuditResponse struct {
 
 func (x *AuditResponse) Reset() {
 	*x = AuditResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[14]
+	mi := &file_flox_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +870,7 @@ func (x *AuditResponse) String() string {
 func (*AuditResponse) ProtoMessage() {}
 
 func (x *AuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[14]
+	mi := &file_flox_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +883,7 @@ func (x *AuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditResponse.ProtoReflect.Descriptor instead.
 func (*AuditResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AuditResponse) GetRecords() []*AuditRecord {
@@ -797,7 +901,7 @@ type ServersRequest struct {
 
 func (x *ServersRequest) Reset() {
 	*x = ServersRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[15]
+	mi := &file_flox_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +913,7 @@ func (x *ServersRequest) String() string {
 func (*ServersRequest) ProtoMessage() {}
 
 func (x *ServersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[15]
+	mi := &file_flox_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +926,7 @@ func (x *ServersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServersRequest.ProtoReflect.Descriptor instead.
 func (*ServersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 type ServersResponse struct {
@@ -835,7 +939,7 @@ type ServersResponse struct {
 
 func (x *ServersResponse) Reset() {
 	*x = ServersResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[16]
+	mi := &file_flox_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +951,7 @@ func (x *ServersResponse) String() string {
 func (*ServersResponse) ProtoMessage() {}
 
 func (x *ServersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[16]
+	mi := &file_flox_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +964,7 @@ func (x *ServersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServersResponse.ProtoReflect.Descriptor instead.
 func (*ServersResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ServersResponse) GetServers() []*ServerState {
@@ -896,13 +1000,14 @@ type ServerState struct {
 	CatchUpRate   uint64                 `protobuf:"varint,15,opt,name=catch_up_rate,json=catchUpRate,proto3" json:"catch_up_rate,omitempty"` // bytes per second
 	DiskUsed      float64                `protobuf:"fixed64,16,opt,name=disk_used,json=diskUsed,proto3" json:"disk_used,omitempty"`           // fraction
 	Problem       string                 `protobuf:"bytes,17,opt,name=problem,proto3" json:"problem,omitempty"`                               // in words
+	Builds        *ServerBuilds          `protobuf:"bytes,18,opt,name=builds,proto3" json:"builds,omitempty"`                                 // missing: the server is older than this, or did not answer
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ServerState) Reset() {
 	*x = ServerState{}
-	mi := &file_flox_v1_admin_proto_msgTypes[17]
+	mi := &file_flox_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1019,7 @@ func (x *ServerState) String() string {
 func (*ServerState) ProtoMessage() {}
 
 func (x *ServerState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[17]
+	mi := &file_flox_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1032,7 @@ func (x *ServerState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServerState.ProtoReflect.Descriptor instead.
 func (*ServerState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ServerState) GetPeer() string {
@@ -1049,6 +1154,90 @@ func (x *ServerState) GetProblem() string {
 	return ""
 }
 
+func (x *ServerState) GetBuilds() *ServerBuilds {
+	if x != nil {
+		return x.Builds
+	}
+	return nil
+}
+
+// ServerBuilds is what builds on a server.
+type ServerBuilds struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	On            bool                   `protobuf:"varint,1,opt,name=on,proto3" json:"on,omitempty"`     // it builds
+	Nix           string                 `protobuf:"bytes,2,opt,name=nix,proto3" json:"nix,omitempty"`    // version
+	Jobs          uint32                 `protobuf:"varint,3,opt,name=jobs,proto3" json:"jobs,omitempty"` // at once
+	Sandboxed     bool                   `protobuf:"varint,4,opt,name=sandboxed,proto3" json:"sandboxed,omitempty"`
+	Why           string                 `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"` // why it does not build, or not in a sandbox
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerBuilds) Reset() {
+	*x = ServerBuilds{}
+	mi := &file_flox_v1_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerBuilds) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerBuilds) ProtoMessage() {}
+
+func (x *ServerBuilds) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerBuilds.ProtoReflect.Descriptor instead.
+func (*ServerBuilds) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ServerBuilds) GetOn() bool {
+	if x != nil {
+		return x.On
+	}
+	return false
+}
+
+func (x *ServerBuilds) GetNix() string {
+	if x != nil {
+		return x.Nix
+	}
+	return ""
+}
+
+func (x *ServerBuilds) GetJobs() uint32 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+func (x *ServerBuilds) GetSandboxed() bool {
+	if x != nil {
+		return x.Sandboxed
+	}
+	return false
+}
+
+func (x *ServerBuilds) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 type TransferRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Server        string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
@@ -1058,7 +1247,7 @@ type TransferRequest struct {
 
 func (x *TransferRequest) Reset() {
 	*x = TransferRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[18]
+	mi := &file_flox_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1259,7 @@ func (x *TransferRequest) String() string {
 func (*TransferRequest) ProtoMessage() {}
 
 func (x *TransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[18]
+	mi := &file_flox_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1272,7 @@ func (x *TransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferRequest.ProtoReflect.Descriptor instead.
 func (*TransferRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TransferRequest) GetServer() string {
@@ -1102,7 +1291,7 @@ type TransferResponse struct {
 
 func (x *TransferResponse) Reset() {
 	*x = TransferResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[19]
+	mi := &file_flox_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1303,7 @@ func (x *TransferResponse) String() string {
 func (*TransferResponse) ProtoMessage() {}
 
 func (x *TransferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[19]
+	mi := &file_flox_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1316,7 @@ func (x *TransferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransferResponse.ProtoReflect.Descriptor instead.
 func (*TransferResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TransferResponse) GetLeader() string {
@@ -1147,7 +1336,7 @@ type RemoveServerRequest struct {
 
 func (x *RemoveServerRequest) Reset() {
 	*x = RemoveServerRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[20]
+	mi := &file_flox_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1348,7 @@ func (x *RemoveServerRequest) String() string {
 func (*RemoveServerRequest) ProtoMessage() {}
 
 func (x *RemoveServerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[20]
+	mi := &file_flox_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1361,7 @@ func (x *RemoveServerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveServerRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RemoveServerRequest) GetServer() string {
@@ -1197,7 +1386,7 @@ type RemoveServerResponse struct {
 
 func (x *RemoveServerResponse) Reset() {
 	*x = RemoveServerResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[21]
+	mi := &file_flox_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1209,7 +1398,7 @@ func (x *RemoveServerResponse) String() string {
 func (*RemoveServerResponse) ProtoMessage() {}
 
 func (x *RemoveServerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[21]
+	mi := &file_flox_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1222,7 +1411,7 @@ func (x *RemoveServerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveServerResponse.ProtoReflect.Descriptor instead.
 func (*RemoveServerResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 type DrainRequest struct {
@@ -1235,7 +1424,7 @@ type DrainRequest struct {
 
 func (x *DrainRequest) Reset() {
 	*x = DrainRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[22]
+	mi := &file_flox_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1247,7 +1436,7 @@ func (x *DrainRequest) String() string {
 func (*DrainRequest) ProtoMessage() {}
 
 func (x *DrainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[22]
+	mi := &file_flox_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1260,7 +1449,7 @@ func (x *DrainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
 func (*DrainRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DrainRequest) GetServer() string {
@@ -1285,7 +1474,7 @@ type DrainResponse struct {
 
 func (x *DrainResponse) Reset() {
 	*x = DrainResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[23]
+	mi := &file_flox_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1297,7 +1486,7 @@ func (x *DrainResponse) String() string {
 func (*DrainResponse) ProtoMessage() {}
 
 func (x *DrainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[23]
+	mi := &file_flox_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1310,7 +1499,7 @@ func (x *DrainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
 func (*DrainResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 type UsageRequest struct {
@@ -1321,7 +1510,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[24]
+	mi := &file_flox_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1333,7 +1522,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[24]
+	mi := &file_flox_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1346,7 +1535,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 type UsageResponse struct {
@@ -1359,16 +1548,19 @@ type UsageResponse struct {
 	DiskTotal      uint64                 `protobuf:"varint,6,opt,name=disk_total,json=diskTotal,proto3" json:"disk_total,omitempty"`
 	DiskFree       uint64                 `protobuf:"varint,7,opt,name=disk_free,json=diskFree,proto3" json:"disk_free,omitempty"`
 	Watermark      string                 `protobuf:"bytes,8,opt,name=watermark,proto3" json:"watermark,omitempty"`                         // "", slow, high, full
-	UnderPlaced    uint64                 `protobuf:"varint,9,opt,name=under_placed,json=underPlaced,proto3" json:"under_placed,omitempty"` // blocks on fewer than a majority of voters
+	UnderPlaced    uint64                 `protobuf:"varint,9,opt,name=under_placed,json=underPlaced,proto3" json:"under_placed,omitempty"` // blocks on fewer than a majority of voters: at most so many
 	CondemnedPaths uint64                 `protobuf:"varint,10,opt,name=condemned_paths,json=condemnedPaths,proto3" json:"condemned_paths,omitempty"`
 	CondemnedBytes uint64                 `protobuf:"varint,11,opt,name=condemned_bytes,json=condemnedBytes,proto3" json:"condemned_bytes,omitempty"`
+	CollectedUnix  int64                  `protobuf:"varint,12,opt,name=collected_unix,json=collectedUnix,proto3" json:"collected_unix,omitempty"` // when a collection last ended; 0 = none did
+	Collected      string                 `protobuf:"bytes,13,opt,name=collected,proto3" json:"collected,omitempty"`                               // what it did, in words
+	Collecting     string                 `protobuf:"bytes,14,opt,name=collecting,proto3" json:"collecting,omitempty"`                             // phase of the collection under way; "" = none
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[25]
+	mi := &file_flox_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1572,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[25]
+	mi := &file_flox_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1585,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *UsageResponse) GetPaths() uint64 {
@@ -1473,6 +1665,27 @@ func (x *UsageResponse) GetCondemnedBytes() uint64 {
 	return 0
 }
 
+func (x *UsageResponse) GetCollectedUnix() int64 {
+	if x != nil {
+		return x.CollectedUnix
+	}
+	return 0
+}
+
+func (x *UsageResponse) GetCollected() string {
+	if x != nil {
+		return x.Collected
+	}
+	return ""
+}
+
+func (x *UsageResponse) GetCollecting() string {
+	if x != nil {
+		return x.Collecting
+	}
+	return ""
+}
+
 type CollectRequest struct {
 	state             protoimpl.MessageState `protogen:"open.v1"`
 	DryRun            bool                   `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
@@ -1484,7 +1697,7 @@ type CollectRequest struct {
 
 func (x *CollectRequest) Reset() {
 	*x = CollectRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[26]
+	mi := &file_flox_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1496,7 +1709,7 @@ func (x *CollectRequest) String() string {
 func (*CollectRequest) ProtoMessage() {}
 
 func (x *CollectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[26]
+	mi := &file_flox_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1509,7 +1722,7 @@ func (x *CollectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectRequest.ProtoReflect.Descriptor instead.
 func (*CollectRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CollectRequest) GetDryRun() bool {
@@ -1550,7 +1763,7 @@ type CollectProgress struct {
 
 func (x *CollectProgress) Reset() {
 	*x = CollectProgress{}
-	mi := &file_flox_v1_admin_proto_msgTypes[27]
+	mi := &file_flox_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1775,7 @@ func (x *CollectProgress) String() string {
 func (*CollectProgress) ProtoMessage() {}
 
 func (x *CollectProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[27]
+	mi := &file_flox_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1788,7 @@ func (x *CollectProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectProgress.ProtoReflect.Descriptor instead.
 func (*CollectProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CollectProgress) GetPhase() string {
@@ -1650,7 +1863,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[28]
+	mi := &file_flox_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1875,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[28]
+	mi := &file_flox_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1888,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RootsRequest) GetPath() string {
@@ -1695,7 +1908,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[29]
+	mi := &file_flox_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1707,7 +1920,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[29]
+	mi := &file_flox_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1720,7 +1933,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RootsResponse) GetRoots() []*Root {
@@ -1749,7 +1962,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_flox_v1_admin_proto_msgTypes[30]
+	mi := &file_flox_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +1974,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[30]
+	mi := &file_flox_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +1987,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Root) GetKind() string {
@@ -1815,7 +2028,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[31]
+	mi := &file_flox_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1827,7 +2040,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[31]
+	mi := &file_flox_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1840,7 +2053,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *WhyRequest) GetPath() string {
@@ -1868,7 +2081,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[32]
+	mi := &file_flox_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1880,7 +2093,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[32]
+	mi := &file_flox_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1893,7 +2106,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WhyResponse) GetChains() []*WhyChain {
@@ -1927,7 +2140,7 @@ type WhyChain struct {
 
 func (x *WhyChain) Reset() {
 	*x = WhyChain{}
-	mi := &file_flox_v1_admin_proto_msgTypes[33]
+	mi := &file_flox_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1939,7 +2152,7 @@ func (x *WhyChain) String() string {
 func (*WhyChain) ProtoMessage() {}
 
 func (x *WhyChain) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[33]
+	mi := &file_flox_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1952,7 +2165,7 @@ func (x *WhyChain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyChain.ProtoReflect.Descriptor instead.
 func (*WhyChain) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WhyChain) GetRoot() *Root {
@@ -1980,7 +2193,7 @@ type KeepPathRequest struct {
 
 func (x *KeepPathRequest) Reset() {
 	*x = KeepPathRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[34]
+	mi := &file_flox_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2205,7 @@ func (x *KeepPathRequest) String() string {
 func (*KeepPathRequest) ProtoMessage() {}
 
 func (x *KeepPathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[34]
+	mi := &file_flox_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2218,7 @@ func (x *KeepPathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepPathRequest.ProtoReflect.Descriptor instead.
 func (*KeepPathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *KeepPathRequest) GetPath() string {
@@ -2037,7 +2250,7 @@ type KeepPathResponse struct {
 
 func (x *KeepPathResponse) Reset() {
 	*x = KeepPathResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[35]
+	mi := &file_flox_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2049,7 +2262,7 @@ func (x *KeepPathResponse) String() string {
 func (*KeepPathResponse) ProtoMessage() {}
 
 func (x *KeepPathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[35]
+	mi := &file_flox_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2062,7 +2275,7 @@ func (x *KeepPathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepPathResponse.ProtoReflect.Descriptor instead.
 func (*KeepPathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 type ImportRequest struct {
@@ -2077,7 +2290,7 @@ type ImportRequest struct {
 
 func (x *ImportRequest) Reset() {
 	*x = ImportRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[36]
+	mi := &file_flox_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2089,7 +2302,7 @@ func (x *ImportRequest) String() string {
 func (*ImportRequest) ProtoMessage() {}
 
 func (x *ImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[36]
+	mi := &file_flox_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2102,7 +2315,7 @@ func (x *ImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportRequest.ProtoReflect.Descriptor instead.
 func (*ImportRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ImportRequest) GetFrom() string {
@@ -2149,7 +2362,7 @@ type ImportProgress struct {
 
 func (x *ImportProgress) Reset() {
 	*x = ImportProgress{}
-	mi := &file_flox_v1_admin_proto_msgTypes[37]
+	mi := &file_flox_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2161,7 +2374,7 @@ func (x *ImportProgress) String() string {
 func (*ImportProgress) ProtoMessage() {}
 
 func (x *ImportProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[37]
+	mi := &file_flox_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2174,7 +2387,7 @@ func (x *ImportProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportProgress.ProtoReflect.Descriptor instead.
 func (*ImportProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ImportProgress) GetDonePaths() uint64 {
@@ -2241,7 +2454,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[38]
+	mi := &file_flox_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2253,7 +2466,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[38]
+	mi := &file_flox_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2266,7 +2479,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 type ListKeysResponse struct {
@@ -2281,7 +2494,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[39]
+	mi := &file_flox_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2293,7 +2506,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[39]
+	mi := &file_flox_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2306,7 +2519,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListKeysResponse) GetKeys() []*KeyState {
@@ -2341,7 +2554,7 @@ type KeyState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Public        string                 `protobuf:"bytes,1,opt,name=public,proto3" json:"public,omitempty"` // "name:base64"
 	Use           string                 `protobuf:"bytes,2,opt,name=use,proto3" json:"use,omitempty"`       // nix, manifest
-	Signs         bool                   `protobuf:"varint,3,opt,name=signs,proto3" json:"signs,omitempty"`  // the one that signs now
+	Signs         bool                   `protobuf:"varint,3,opt,name=signs,proto3" json:"signs,omitempty"`  // it signs now
 	Imported      bool                   `protobuf:"varint,4,opt,name=imported,proto3" json:"imported,omitempty"`
 	RetiresUnix   int64                  `protobuf:"varint,5,opt,name=retires_unix,json=retiresUnix,proto3" json:"retires_unix,omitempty"` // 0 = stays
 	unknownFields protoimpl.UnknownFields
@@ -2350,7 +2563,7 @@ type KeyState struct {
 
 func (x *KeyState) Reset() {
 	*x = KeyState{}
-	mi := &file_flox_v1_admin_proto_msgTypes[40]
+	mi := &file_flox_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2362,7 +2575,7 @@ func (x *KeyState) String() string {
 func (*KeyState) ProtoMessage() {}
 
 func (x *KeyState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[40]
+	mi := &file_flox_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2375,7 +2588,7 @@ func (x *KeyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyState.ProtoReflect.Descriptor instead.
 func (*KeyState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *KeyState) GetPublic() string {
@@ -2422,7 +2635,7 @@ type ImportKeyRequest struct {
 
 func (x *ImportKeyRequest) Reset() {
 	*x = ImportKeyRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[41]
+	mi := &file_flox_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2647,7 @@ func (x *ImportKeyRequest) String() string {
 func (*ImportKeyRequest) ProtoMessage() {}
 
 func (x *ImportKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[41]
+	mi := &file_flox_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2660,7 @@ func (x *ImportKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKeyRequest.ProtoReflect.Descriptor instead.
 func (*ImportKeyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ImportKeyRequest) GetSecretKey() string {
@@ -2466,7 +2679,7 @@ type ImportKeyResponse struct {
 
 func (x *ImportKeyResponse) Reset() {
 	*x = ImportKeyResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[42]
+	mi := &file_flox_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2478,7 +2691,7 @@ func (x *ImportKeyResponse) String() string {
 func (*ImportKeyResponse) ProtoMessage() {}
 
 func (x *ImportKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[42]
+	mi := &file_flox_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2491,7 +2704,7 @@ func (x *ImportKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKeyResponse.ProtoReflect.Descriptor instead.
 func (*ImportKeyResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ImportKeyResponse) GetPublic() string {
@@ -2503,15 +2716,15 @@ func (x *ImportKeyResponse) GetPublic() string {
 
 type RotateKeysRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
-	Use            string                 `protobuf:"bytes,1,opt,name=use,proto3" json:"use,omitempty"`
-	OverlapSeconds uint64                 `protobuf:"varint,2,opt,name=overlap_seconds,json=overlapSeconds,proto3" json:"overlap_seconds,omitempty"`
+	Use            string                 `protobuf:"bytes,1,opt,name=use,proto3" json:"use,omitempty"`                                              // nix, manifest, swarm, token, cluster, or imported: those go and nothing is made; "" = nix, manifest, swarm and cluster
+	OverlapSeconds uint64                 `protobuf:"varint,2,opt,name=overlap_seconds,json=overlapSeconds,proto3" json:"overlap_seconds,omitempty"` // what is replaced goes then; 0 = 30 days for nix, manifest and imported, 7 days for swarm and token
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *RotateKeysRequest) Reset() {
 	*x = RotateKeysRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[43]
+	mi := &file_flox_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2523,7 +2736,7 @@ func (x *RotateKeysRequest) String() string {
 func (*RotateKeysRequest) ProtoMessage() {}
 
 func (x *RotateKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[43]
+	mi := &file_flox_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2536,7 +2749,7 @@ func (x *RotateKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeysRequest.ProtoReflect.Descriptor instead.
 func (*RotateKeysRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RotateKeysRequest) GetUse() string {
@@ -2555,7 +2768,7 @@ func (x *RotateKeysRequest) GetOverlapSeconds() uint64 {
 
 type RotateKeysResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Made          []string               `protobuf:"bytes,1,rep,name=made,proto3" json:"made,omitempty"`
+	Made          []string               `protobuf:"bytes,1,rep,name=made,proto3" json:"made,omitempty"` // "nix NAME:BASE64", "manifest NAME:BASE64", "swarm", "token", "cluster"
 	TrustVersion  uint64                 `protobuf:"varint,2,opt,name=trust_version,json=trustVersion,proto3" json:"trust_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2563,7 +2776,7 @@ type RotateKeysResponse struct {
 
 func (x *RotateKeysResponse) Reset() {
 	*x = RotateKeysResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[44]
+	mi := &file_flox_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2575,7 +2788,7 @@ func (x *RotateKeysResponse) String() string {
 func (*RotateKeysResponse) ProtoMessage() {}
 
 func (x *RotateKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[44]
+	mi := &file_flox_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2588,7 +2801,7 @@ func (x *RotateKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeysResponse.ProtoReflect.Descriptor instead.
 func (*RotateKeysResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RotateKeysResponse) GetMade() []string {
@@ -2609,13 +2822,14 @@ type BackupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	To            string                 `protobuf:"bytes,1,opt,name=to,proto3" json:"to,omitempty"`                 // directory on the server, or bucket URL
 	Passphrase    string                 `protobuf:"bytes,2,opt,name=passphrase,proto3" json:"passphrase,omitempty"` // the keys are encrypted with it
+	Keep          uint32                 `protobuf:"varint,3,opt,name=keep,proto3" json:"keep,omitempty"`            // how many backups stay, this one included; 0 = all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[45]
+	mi := &file_flox_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2841,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[45]
+	mi := &file_flox_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2854,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *BackupRequest) GetTo() string {
@@ -2657,21 +2871,31 @@ func (x *BackupRequest) GetPassphrase() string {
 	return ""
 }
 
+func (x *BackupRequest) GetKeep() uint32 {
+	if x != nil {
+		return x.Keep
+	}
+	return 0
+}
+
 type BackupProgress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Phase         string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"` // facts, content, verify
-	DoneBytes     uint64                 `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
-	TotalBytes    uint64                 `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
-	NewBytes      uint64                 `protobuf:"varint,4,opt,name=new_bytes,json=newBytes,proto3" json:"new_bytes,omitempty"`
-	Index         uint64                 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"` // log index the backup is of
+	Phase         string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"`                              // index, content, facts, prune
+	DoneBytes     uint64                 `protobuf:"varint,2,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`    // NAR bytes of paths looked at; of the facts
+	TotalBytes    uint64                 `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"` // 0 = not known
+	NewBytes      uint64                 `protobuf:"varint,4,opt,name=new_bytes,json=newBytes,proto3" json:"new_bytes,omitempty"`       // of content objects written
+	Index         uint64                 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"`                             // log index the backup is of
 	Finished      bool                   `protobuf:"varint,6,opt,name=finished,proto3" json:"finished,omitempty"`
+	Name          string                 `protobuf:"bytes,7,opt,name=name,proto3" json:"name,omitempty"` // of the backup
+	Paths         uint64                 `protobuf:"varint,8,opt,name=paths,proto3" json:"paths,omitempty"`
+	Removed       []string               `protobuf:"bytes,9,rep,name=removed,proto3" json:"removed,omitempty"` // names of backups, when finished
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BackupProgress) Reset() {
 	*x = BackupProgress{}
-	mi := &file_flox_v1_admin_proto_msgTypes[46]
+	mi := &file_flox_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2683,7 +2907,7 @@ func (x *BackupProgress) String() string {
 func (*BackupProgress) ProtoMessage() {}
 
 func (x *BackupProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[46]
+	mi := &file_flox_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2696,7 +2920,7 @@ func (x *BackupProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupProgress.ProtoReflect.Descriptor instead.
 func (*BackupProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *BackupProgress) GetPhase() string {
@@ -2741,6 +2965,139 @@ func (x *BackupProgress) GetFinished() bool {
 	return false
 }
 
+func (x *BackupProgress) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BackupProgress) GetPaths() uint64 {
+	if x != nil {
+		return x.Paths
+	}
+	return 0
+}
+
+func (x *BackupProgress) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+type StagedRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Publisher     string                 `protobuf:"bytes,1,opt,name=publisher,proto3" json:"publisher,omitempty"`
+	Key           string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StagedRequest) Reset() {
+	*x = StagedRequest{}
+	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StagedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StagedRequest) ProtoMessage() {}
+
+func (x *StagedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StagedRequest.ProtoReflect.Descriptor instead.
+func (*StagedRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *StagedRequest) GetPublisher() string {
+	if x != nil {
+		return x.Publisher
+	}
+	return ""
+}
+
+func (x *StagedRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+type StagedResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Manifest      []byte                 `protobuf:"bytes,1,opt,name=manifest,proto3" json:"manifest,omitempty"`
+	NarHash       []byte                 `protobuf:"bytes,2,opt,name=nar_hash,json=narHash,proto3" json:"nar_hash,omitempty"`
+	NarSize       uint64                 `protobuf:"varint,3,opt,name=nar_size,json=narSize,proto3" json:"nar_size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StagedResponse) Reset() {
+	*x = StagedResponse{}
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StagedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StagedResponse) ProtoMessage() {}
+
+func (x *StagedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StagedResponse.ProtoReflect.Descriptor instead.
+func (*StagedResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *StagedResponse) GetManifest() []byte {
+	if x != nil {
+		return x.Manifest
+	}
+	return nil
+}
+
+func (x *StagedResponse) GetNarHash() []byte {
+	if x != nil {
+		return x.NarHash
+	}
+	return nil
+}
+
+func (x *StagedResponse) GetNarSize() uint64 {
+	if x != nil {
+		return x.NarSize
+	}
+	return 0
+}
+
 type FetchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ids           [][]byte               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
@@ -2751,7 +3108,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[47]
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2763,7 +3120,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[47]
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2776,7 +3133,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *FetchRequest) GetIds() [][]byte {
@@ -2802,7 +3159,7 @@ type FetchResponse struct {
 
 func (x *FetchResponse) Reset() {
 	*x = FetchResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[48]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2814,7 +3171,7 @@ func (x *FetchResponse) String() string {
 func (*FetchResponse) ProtoMessage() {}
 
 func (x *FetchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[48]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2827,7 +3184,7 @@ func (x *FetchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
 func (*FetchResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *FetchResponse) GetMissing() []uint32 {
@@ -2846,7 +3203,7 @@ type SeenRequest struct {
 
 func (x *SeenRequest) Reset() {
 	*x = SeenRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +3215,7 @@ func (x *SeenRequest) String() string {
 func (*SeenRequest) ProtoMessage() {}
 
 func (x *SeenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +3228,7 @@ func (x *SeenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenRequest.ProtoReflect.Descriptor instead.
 func (*SeenRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SeenRequest) GetPeers() []string {
@@ -2889,7 +3246,7 @@ type SeenResponse struct {
 
 func (x *SeenResponse) Reset() {
 	*x = SeenResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2901,7 +3258,7 @@ func (x *SeenResponse) String() string {
 func (*SeenResponse) ProtoMessage() {}
 
 func (x *SeenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2914,7 +3271,7 @@ func (x *SeenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenResponse.ProtoReflect.Descriptor instead.
 func (*SeenResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 type StateRequest struct {
@@ -2925,7 +3282,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2937,7 +3294,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2950,7 +3307,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 type StateResponse struct {
@@ -2963,7 +3320,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2975,7 +3332,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2988,7 +3345,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *StateResponse) GetState() *ServerState {
@@ -3015,7 +3372,7 @@ type SweepRequest struct {
 
 func (x *SweepRequest) Reset() {
 	*x = SweepRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3027,7 +3384,7 @@ func (x *SweepRequest) String() string {
 func (*SweepRequest) ProtoMessage() {}
 
 func (x *SweepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3040,7 +3397,7 @@ func (x *SweepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SweepRequest.ProtoReflect.Descriptor instead.
 func (*SweepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SweepRequest) GetIndex() uint64 {
@@ -3061,7 +3418,13 @@ var File_flox_v1_admin_proto protoreflect.FileDescriptor
 
 const file_flox_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xdc\x01\n" +
+	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
+	"\x12DifferencesRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\"`\n" +
+	"\x13DifferencesResponse\x125\n" +
+	"\vdifferences\x18\x01 \x03(\v2\x13.flox.v1.DifferenceR\vdifferences\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"\xdc\x01\n" +
 	"\x11MakeInviteRequest\x12\x12\n" +
 	"\x04role\x18\x01 \x01(\tR\x04role\x12\x12\n" +
 	"\x04uses\x18\x02 \x01(\rR\x04uses\x12\x1f\n" +
@@ -3110,7 +3473,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x0eServersRequest\"f\n" +
 	"\x0fServersResponse\x12.\n" +
 	"\aservers\x18\x01 \x03(\v2\x14.flox.v1.ServerStateR\aservers\x12#\n" +
-	"\rcluster_level\x18\x02 \x01(\rR\fclusterLevel\"\xe9\x03\n" +
+	"\rcluster_level\x18\x02 \x01(\rR\fclusterLevel\"\x98\x04\n" +
 	"\vServerState\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -3130,7 +3493,14 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\rlacking_bytes\x18\x0e \x01(\x04R\flackingBytes\x12\"\n" +
 	"\rcatch_up_rate\x18\x0f \x01(\x04R\vcatchUpRate\x12\x1b\n" +
 	"\tdisk_used\x18\x10 \x01(\x01R\bdiskUsed\x12\x18\n" +
-	"\aproblem\x18\x11 \x01(\tR\aproblem\")\n" +
+	"\aproblem\x18\x11 \x01(\tR\aproblem\x12-\n" +
+	"\x06builds\x18\x12 \x01(\v2\x15.flox.v1.ServerBuildsR\x06builds\"t\n" +
+	"\fServerBuilds\x12\x0e\n" +
+	"\x02on\x18\x01 \x01(\bR\x02on\x12\x10\n" +
+	"\x03nix\x18\x02 \x01(\tR\x03nix\x12\x12\n" +
+	"\x04jobs\x18\x03 \x01(\rR\x04jobs\x12\x1c\n" +
+	"\tsandboxed\x18\x04 \x01(\bR\tsandboxed\x12\x10\n" +
+	"\x03why\x18\x05 \x01(\tR\x03why\")\n" +
 	"\x0fTransferRequest\x12\x16\n" +
 	"\x06server\x18\x01 \x01(\tR\x06server\"*\n" +
 	"\x10TransferResponse\x12\x16\n" +
@@ -3143,7 +3513,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x06server\x18\x01 \x01(\tR\x06server\x12\x12\n" +
 	"\x04undo\x18\x02 \x01(\bR\x04undo\"\x0f\n" +
 	"\rDrainResponse\"\x0e\n" +
-	"\fUsageRequest\"\xed\x02\n" +
+	"\fUsageRequest\"\xd2\x03\n" +
 	"\rUsageResponse\x12\x14\n" +
 	"\x05paths\x18\x01 \x01(\x04R\x05paths\x12\x1b\n" +
 	"\tnar_bytes\x18\x02 \x01(\x04R\bnarBytes\x12\x16\n" +
@@ -3158,7 +3528,12 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\funder_placed\x18\t \x01(\x04R\vunderPlaced\x12'\n" +
 	"\x0fcondemned_paths\x18\n" +
 	" \x01(\x04R\x0econdemnedPaths\x12'\n" +
-	"\x0fcondemned_bytes\x18\v \x01(\x04R\x0econdemnedBytes\"q\n" +
+	"\x0fcondemned_bytes\x18\v \x01(\x04R\x0econdemnedBytes\x12%\n" +
+	"\x0ecollected_unix\x18\f \x01(\x03R\rcollectedUnix\x12\x1c\n" +
+	"\tcollected\x18\r \x01(\tR\tcollected\x12\x1e\n" +
+	"\n" +
+	"collecting\x18\x0e \x01(\tR\n" +
+	"collecting\"q\n" +
 	"\x0eCollectRequest\x12\x17\n" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12.\n" +
 	"\x13keep_recent_seconds\x18\x02 \x01(\x04R\x11keepRecentSeconds\x12\x16\n" +
@@ -3244,12 +3619,13 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x0foverlap_seconds\x18\x02 \x01(\x04R\x0eoverlapSeconds\"M\n" +
 	"\x12RotateKeysResponse\x12\x12\n" +
 	"\x04made\x18\x01 \x03(\tR\x04made\x12#\n" +
-	"\rtrust_version\x18\x02 \x01(\x04R\ftrustVersion\"?\n" +
+	"\rtrust_version\x18\x02 \x01(\x04R\ftrustVersion\"S\n" +
 	"\rBackupRequest\x12\x0e\n" +
 	"\x02to\x18\x01 \x01(\tR\x02to\x12\x1e\n" +
 	"\n" +
 	"passphrase\x18\x02 \x01(\tR\n" +
-	"passphrase\"\xb5\x01\n" +
+	"passphrase\x12\x12\n" +
+	"\x04keep\x18\x03 \x01(\rR\x04keep\"\xf9\x01\n" +
 	"\x0eBackupProgress\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x1d\n" +
 	"\n" +
@@ -3258,7 +3634,17 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"totalBytes\x12\x1b\n" +
 	"\tnew_bytes\x18\x04 \x01(\x04R\bnewBytes\x12\x14\n" +
 	"\x05index\x18\x05 \x01(\x04R\x05index\x12\x1a\n" +
-	"\bfinished\x18\x06 \x01(\bR\bfinished\"4\n" +
+	"\bfinished\x18\x06 \x01(\bR\bfinished\x12\x12\n" +
+	"\x04name\x18\a \x01(\tR\x04name\x12\x14\n" +
+	"\x05paths\x18\b \x01(\x04R\x05paths\x12\x18\n" +
+	"\aremoved\x18\t \x03(\tR\aremoved\"?\n" +
+	"\rStagedRequest\x12\x1c\n" +
+	"\tpublisher\x18\x01 \x01(\tR\tpublisher\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\"b\n" +
+	"\x0eStagedResponse\x12\x1a\n" +
+	"\bmanifest\x18\x01 \x01(\fR\bmanifest\x12\x19\n" +
+	"\bnar_hash\x18\x02 \x01(\fR\anarHash\x12\x19\n" +
+	"\bnar_size\x18\x03 \x01(\x04R\anarSize\"4\n" +
 	"\fFetchRequest\x12\x10\n" +
 	"\x03ids\x18\x01 \x03(\fR\x03ids\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\tR\x04from\")\n" +
@@ -3273,8 +3659,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xf9\n" +
-	"\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xfd\r\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3293,17 +3678,23 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05Roots\x12\x15.flox.v1.RootsRequest\x1a\x16.flox.v1.RootsResponse\x120\n" +
 	"\x03Why\x12\x13.flox.v1.WhyRequest\x1a\x14.flox.v1.WhyResponse\x12?\n" +
 	"\bKeepPath\x12\x18.flox.v1.KeepPathRequest\x1a\x19.flox.v1.KeepPathResponse\x12;\n" +
-	"\x06Import\x12\x16.flox.v1.ImportRequest\x1a\x17.flox.v1.ImportProgress0\x01\x12?\n" +
+	"\x06Import\x12\x16.flox.v1.ImportRequest\x1a\x17.flox.v1.ImportProgress0\x01\x12H\n" +
+	"\vDifferences\x12\x1b.flox.v1.DifferencesRequest\x1a\x1c.flox.v1.DifferencesResponse\x12H\n" +
+	"\vAddUpstream\x12\x1b.flox.v1.AddUpstreamRequest\x1a\x1c.flox.v1.AddUpstreamResponse\x12N\n" +
+	"\rListUpstreams\x12\x1d.flox.v1.ListUpstreamsRequest\x1a\x1e.flox.v1.ListUpstreamsResponse\x12K\n" +
+	"\fTestUpstream\x12\x1c.flox.v1.TestUpstreamRequest\x1a\x1d.flox.v1.TestUpstreamResponse\x12Q\n" +
+	"\x0eRemoveUpstream\x12\x1e.flox.v1.RemoveUpstreamRequest\x1a\x1f.flox.v1.RemoveUpstreamResponse\x12?\n" +
 	"\bListKeys\x12\x18.flox.v1.ListKeysRequest\x1a\x19.flox.v1.ListKeysResponse\x12B\n" +
 	"\tImportKey\x12\x19.flox.v1.ImportKeyRequest\x1a\x1a.flox.v1.ImportKeyResponse\x12E\n" +
 	"\n" +
 	"RotateKeys\x12\x1a.flox.v1.RotateKeysRequest\x1a\x1b.flox.v1.RotateKeysResponse\x12;\n" +
-	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\xea\x01\n" +
+	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\xa5\x02\n" +
 	"\aServers\x126\n" +
 	"\x05Fetch\x12\x15.flox.v1.FetchRequest\x1a\x16.flox.v1.FetchResponse\x126\n" +
 	"\x05State\x12\x15.flox.v1.StateRequest\x1a\x16.flox.v1.StateResponse\x12:\n" +
 	"\x05Sweep\x12\x15.flox.v1.SweepRequest\x1a\x18.flox.v1.CollectProgress0\x01\x123\n" +
-	"\x04Seen\x12\x14.flox.v1.SeenRequest\x1a\x15.flox.v1.SeenResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\x04Seen\x12\x14.flox.v1.SeenRequest\x1a\x15.flox.v1.SeenResponse\x129\n" +
+	"\x06Staged\x12\x16.flox.v1.StagedRequest\x1a\x17.flox.v1.StagedResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_admin_proto_rawDescOnce sync.Once
@@ -3317,142 +3708,170 @@ func file_flox_v1_admin_proto_rawDescGZIP() []byte {
 	return file_flox_v1_admin_proto_rawDescData
 }
 
-var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_flox_v1_admin_proto_goTypes = []any{
-	(*MakeInviteRequest)(nil),     // 0: flox.v1.MakeInviteRequest
-	(*MakeInviteResponse)(nil),    // 1: flox.v1.MakeInviteResponse
-	(*ListInvitesRequest)(nil),    // 2: flox.v1.ListInvitesRequest
-	(*ListInvitesResponse)(nil),   // 3: flox.v1.ListInvitesResponse
-	(*CancelInviteRequest)(nil),   // 4: flox.v1.CancelInviteRequest
-	(*CancelInviteResponse)(nil),  // 5: flox.v1.CancelInviteResponse
-	(*ListMachinesRequest)(nil),   // 6: flox.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),  // 7: flox.v1.ListMachinesResponse
-	(*MachineState)(nil),          // 8: flox.v1.MachineState
-	(*ChangeMachineRequest)(nil),  // 9: flox.v1.ChangeMachineRequest
-	(*ChangeMachineResponse)(nil), // 10: flox.v1.ChangeMachineResponse
-	(*RemoveMachineRequest)(nil),  // 11: flox.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil), // 12: flox.v1.RemoveMachineResponse
-	(*AuditRequest)(nil),          // 13: flox.v1.AuditRequest
-	(*AuditResponse)(nil),         // 14: flox.v1.AuditResponse
-	(*ServersRequest)(nil),        // 15: flox.v1.ServersRequest
-	(*ServersResponse)(nil),       // 16: flox.v1.ServersResponse
-	(*ServerState)(nil),           // 17: flox.v1.ServerState
-	(*TransferRequest)(nil),       // 18: flox.v1.TransferRequest
-	(*TransferResponse)(nil),      // 19: flox.v1.TransferResponse
-	(*RemoveServerRequest)(nil),   // 20: flox.v1.RemoveServerRequest
-	(*RemoveServerResponse)(nil),  // 21: flox.v1.RemoveServerResponse
-	(*DrainRequest)(nil),          // 22: flox.v1.DrainRequest
-	(*DrainResponse)(nil),         // 23: flox.v1.DrainResponse
-	(*UsageRequest)(nil),          // 24: flox.v1.UsageRequest
-	(*UsageResponse)(nil),         // 25: flox.v1.UsageResponse
-	(*CollectRequest)(nil),        // 26: flox.v1.CollectRequest
-	(*CollectProgress)(nil),       // 27: flox.v1.CollectProgress
-	(*RootsRequest)(nil),          // 28: flox.v1.RootsRequest
-	(*RootsResponse)(nil),         // 29: flox.v1.RootsResponse
-	(*Root)(nil),                  // 30: flox.v1.Root
-	(*WhyRequest)(nil),            // 31: flox.v1.WhyRequest
-	(*WhyResponse)(nil),           // 32: flox.v1.WhyResponse
-	(*WhyChain)(nil),              // 33: flox.v1.WhyChain
-	(*KeepPathRequest)(nil),       // 34: flox.v1.KeepPathRequest
-	(*KeepPathResponse)(nil),      // 35: flox.v1.KeepPathResponse
-	(*ImportRequest)(nil),         // 36: flox.v1.ImportRequest
-	(*ImportProgress)(nil),        // 37: flox.v1.ImportProgress
-	(*ListKeysRequest)(nil),       // 38: flox.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),      // 39: flox.v1.ListKeysResponse
-	(*KeyState)(nil),              // 40: flox.v1.KeyState
-	(*ImportKeyRequest)(nil),      // 41: flox.v1.ImportKeyRequest
-	(*ImportKeyResponse)(nil),     // 42: flox.v1.ImportKeyResponse
-	(*RotateKeysRequest)(nil),     // 43: flox.v1.RotateKeysRequest
-	(*RotateKeysResponse)(nil),    // 44: flox.v1.RotateKeysResponse
-	(*BackupRequest)(nil),         // 45: flox.v1.BackupRequest
-	(*BackupProgress)(nil),        // 46: flox.v1.BackupProgress
-	(*FetchRequest)(nil),          // 47: flox.v1.FetchRequest
-	(*FetchResponse)(nil),         // 48: flox.v1.FetchResponse
-	(*SeenRequest)(nil),           // 49: flox.v1.SeenRequest
-	(*SeenResponse)(nil),          // 50: flox.v1.SeenResponse
-	(*StateRequest)(nil),          // 51: flox.v1.StateRequest
-	(*StateResponse)(nil),         // 52: flox.v1.StateResponse
-	(*SweepRequest)(nil),          // 53: flox.v1.SweepRequest
-	(*Label)(nil),                 // 54: flox.v1.Label
-	(*UserGrant)(nil),             // 55: flox.v1.UserGrant
-	(*InviteRecord)(nil),          // 56: flox.v1.InviteRecord
-	(*Machine)(nil),               // 57: flox.v1.Machine
-	(*ChangeMachine)(nil),         // 58: flox.v1.ChangeMachine
-	(*AuditRecord)(nil),           // 59: flox.v1.AuditRecord
+	(*DifferencesRequest)(nil),     // 0: flox.v1.DifferencesRequest
+	(*DifferencesResponse)(nil),    // 1: flox.v1.DifferencesResponse
+	(*MakeInviteRequest)(nil),      // 2: flox.v1.MakeInviteRequest
+	(*MakeInviteResponse)(nil),     // 3: flox.v1.MakeInviteResponse
+	(*ListInvitesRequest)(nil),     // 4: flox.v1.ListInvitesRequest
+	(*ListInvitesResponse)(nil),    // 5: flox.v1.ListInvitesResponse
+	(*CancelInviteRequest)(nil),    // 6: flox.v1.CancelInviteRequest
+	(*CancelInviteResponse)(nil),   // 7: flox.v1.CancelInviteResponse
+	(*ListMachinesRequest)(nil),    // 8: flox.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),   // 9: flox.v1.ListMachinesResponse
+	(*MachineState)(nil),           // 10: flox.v1.MachineState
+	(*ChangeMachineRequest)(nil),   // 11: flox.v1.ChangeMachineRequest
+	(*ChangeMachineResponse)(nil),  // 12: flox.v1.ChangeMachineResponse
+	(*RemoveMachineRequest)(nil),   // 13: flox.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),  // 14: flox.v1.RemoveMachineResponse
+	(*AuditRequest)(nil),           // 15: flox.v1.AuditRequest
+	(*AuditResponse)(nil),          // 16: flox.v1.AuditResponse
+	(*ServersRequest)(nil),         // 17: flox.v1.ServersRequest
+	(*ServersResponse)(nil),        // 18: flox.v1.ServersResponse
+	(*ServerState)(nil),            // 19: flox.v1.ServerState
+	(*ServerBuilds)(nil),           // 20: flox.v1.ServerBuilds
+	(*TransferRequest)(nil),        // 21: flox.v1.TransferRequest
+	(*TransferResponse)(nil),       // 22: flox.v1.TransferResponse
+	(*RemoveServerRequest)(nil),    // 23: flox.v1.RemoveServerRequest
+	(*RemoveServerResponse)(nil),   // 24: flox.v1.RemoveServerResponse
+	(*DrainRequest)(nil),           // 25: flox.v1.DrainRequest
+	(*DrainResponse)(nil),          // 26: flox.v1.DrainResponse
+	(*UsageRequest)(nil),           // 27: flox.v1.UsageRequest
+	(*UsageResponse)(nil),          // 28: flox.v1.UsageResponse
+	(*CollectRequest)(nil),         // 29: flox.v1.CollectRequest
+	(*CollectProgress)(nil),        // 30: flox.v1.CollectProgress
+	(*RootsRequest)(nil),           // 31: flox.v1.RootsRequest
+	(*RootsResponse)(nil),          // 32: flox.v1.RootsResponse
+	(*Root)(nil),                   // 33: flox.v1.Root
+	(*WhyRequest)(nil),             // 34: flox.v1.WhyRequest
+	(*WhyResponse)(nil),            // 35: flox.v1.WhyResponse
+	(*WhyChain)(nil),               // 36: flox.v1.WhyChain
+	(*KeepPathRequest)(nil),        // 37: flox.v1.KeepPathRequest
+	(*KeepPathResponse)(nil),       // 38: flox.v1.KeepPathResponse
+	(*ImportRequest)(nil),          // 39: flox.v1.ImportRequest
+	(*ImportProgress)(nil),         // 40: flox.v1.ImportProgress
+	(*ListKeysRequest)(nil),        // 41: flox.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),       // 42: flox.v1.ListKeysResponse
+	(*KeyState)(nil),               // 43: flox.v1.KeyState
+	(*ImportKeyRequest)(nil),       // 44: flox.v1.ImportKeyRequest
+	(*ImportKeyResponse)(nil),      // 45: flox.v1.ImportKeyResponse
+	(*RotateKeysRequest)(nil),      // 46: flox.v1.RotateKeysRequest
+	(*RotateKeysResponse)(nil),     // 47: flox.v1.RotateKeysResponse
+	(*BackupRequest)(nil),          // 48: flox.v1.BackupRequest
+	(*BackupProgress)(nil),         // 49: flox.v1.BackupProgress
+	(*StagedRequest)(nil),          // 50: flox.v1.StagedRequest
+	(*StagedResponse)(nil),         // 51: flox.v1.StagedResponse
+	(*FetchRequest)(nil),           // 52: flox.v1.FetchRequest
+	(*FetchResponse)(nil),          // 53: flox.v1.FetchResponse
+	(*SeenRequest)(nil),            // 54: flox.v1.SeenRequest
+	(*SeenResponse)(nil),           // 55: flox.v1.SeenResponse
+	(*StateRequest)(nil),           // 56: flox.v1.StateRequest
+	(*StateResponse)(nil),          // 57: flox.v1.StateResponse
+	(*SweepRequest)(nil),           // 58: flox.v1.SweepRequest
+	(*Difference)(nil),             // 59: flox.v1.Difference
+	(*Label)(nil),                  // 60: flox.v1.Label
+	(*UserGrant)(nil),              // 61: flox.v1.UserGrant
+	(*InviteRecord)(nil),           // 62: flox.v1.InviteRecord
+	(*Machine)(nil),                // 63: flox.v1.Machine
+	(*ChangeMachine)(nil),          // 64: flox.v1.ChangeMachine
+	(*AuditRecord)(nil),            // 65: flox.v1.AuditRecord
+	(*AddUpstreamRequest)(nil),     // 66: flox.v1.AddUpstreamRequest
+	(*ListUpstreamsRequest)(nil),   // 67: flox.v1.ListUpstreamsRequest
+	(*TestUpstreamRequest)(nil),    // 68: flox.v1.TestUpstreamRequest
+	(*RemoveUpstreamRequest)(nil),  // 69: flox.v1.RemoveUpstreamRequest
+	(*AddUpstreamResponse)(nil),    // 70: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),  // 71: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),   // 72: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil), // 73: flox.v1.RemoveUpstreamResponse
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
-	54, // 0: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
-	55, // 1: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
-	56, // 2: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
-	56, // 3: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
-	8,  // 4: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
-	57, // 5: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
-	58, // 6: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
-	57, // 7: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
-	57, // 8: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
-	59, // 9: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
-	17, // 10: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
-	30, // 11: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
-	33, // 12: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
-	30, // 13: flox.v1.WhyChain.root:type_name -> flox.v1.Root
-	40, // 14: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
-	17, // 15: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
-	25, // 16: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
-	0,  // 17: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
-	2,  // 18: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
-	4,  // 19: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
-	6,  // 20: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
-	9,  // 21: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
-	11, // 22: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
-	13, // 23: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
-	15, // 24: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
-	18, // 25: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
-	20, // 26: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
-	22, // 27: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
-	24, // 28: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
-	26, // 29: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
-	28, // 30: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
-	31, // 31: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
-	34, // 32: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
-	36, // 33: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
-	38, // 34: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	41, // 35: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	43, // 36: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	45, // 37: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	47, // 38: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	51, // 39: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	53, // 40: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	49, // 41: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	1,  // 42: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	3,  // 43: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	5,  // 44: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	7,  // 45: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	10, // 46: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	12, // 47: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	14, // 48: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	16, // 49: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	19, // 50: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	21, // 51: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	23, // 52: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	25, // 53: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	27, // 54: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	29, // 55: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	32, // 56: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	35, // 57: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	37, // 58: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	39, // 59: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	42, // 60: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	44, // 61: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	46, // 62: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	48, // 63: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	52, // 64: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	27, // 65: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	50, // 66: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	42, // [42:67] is the sub-list for method output_type
-	17, // [17:42] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	59, // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
+	60, // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
+	61, // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
+	62, // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
+	62, // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
+	10, // 5: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
+	63, // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
+	64, // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
+	63, // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
+	63, // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
+	65, // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
+	19, // 11: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
+	20, // 12: flox.v1.ServerState.builds:type_name -> flox.v1.ServerBuilds
+	33, // 13: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
+	36, // 14: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
+	33, // 15: flox.v1.WhyChain.root:type_name -> flox.v1.Root
+	43, // 16: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
+	19, // 17: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
+	28, // 18: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
+	2,  // 19: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
+	4,  // 20: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
+	6,  // 21: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
+	8,  // 22: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
+	11, // 23: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
+	13, // 24: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
+	15, // 25: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
+	17, // 26: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
+	21, // 27: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
+	23, // 28: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
+	25, // 29: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
+	27, // 30: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
+	29, // 31: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
+	31, // 32: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
+	34, // 33: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
+	37, // 34: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
+	39, // 35: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
+	0,  // 36: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
+	66, // 37: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
+	67, // 38: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
+	68, // 39: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
+	69, // 40: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
+	41, // 41: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	44, // 42: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	46, // 43: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	48, // 44: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	52, // 45: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	56, // 46: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	58, // 47: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	54, // 48: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	50, // 49: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,  // 50: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,  // 51: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,  // 52: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,  // 53: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12, // 54: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14, // 55: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16, // 56: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18, // 57: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22, // 58: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24, // 59: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26, // 60: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28, // 61: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	30, // 62: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	32, // 63: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	35, // 64: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	38, // 65: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	40, // 66: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,  // 67: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	70, // 68: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	71, // 69: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	72, // 70: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	73, // 71: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	42, // 72: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	45, // 73: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	47, // 74: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	49, // 75: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	53, // 76: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	57, // 77: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	30, // 78: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	55, // 79: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	51, // 80: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	50, // [50:81] is the sub-list for method output_type
+	19, // [19:50] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_admin_proto_init() }
@@ -3460,14 +3879,16 @@ func file_flox_v1_admin_proto_init() {
 	if File_flox_v1_admin_proto != nil {
 		return
 	}
+	file_flox_v1_log_proto_init()
 	file_flox_v1_members_proto_init()
+	file_flox_v1_upstreams_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_admin_proto_rawDesc), len(file_flox_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   54,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

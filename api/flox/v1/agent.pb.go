@@ -81,6 +81,9 @@ type StatusResponse struct {
 	Prefetch      *Prefetch              `protobuf:"bytes,18,opt,name=prefetch,proto3" json:"prefetch,omitempty"`
 	FuseReadBytes uint64                 `protobuf:"varint,30,opt,name=fuse_read_bytes,json=fuseReadBytes,proto3" json:"fuse_read_bytes,omitempty"` // what READs were answered with, since the mount was made by this process
 	HeapBytes     uint64                 `protobuf:"varint,31,opt,name=heap_bytes,json=heapBytes,proto3" json:"heap_bytes,omitempty"`               // live Go heap after the last collection
+	Staged        *StagedUse             `protobuf:"bytes,32,opt,name=staged,proto3" json:"staged,omitempty"`                                       // paths that were added on this machine
+	NixSocket     string                 `protobuf:"bytes,40,opt,name=nix_socket,json=nixSocket,proto3" json:"nix_socket,omitempty"`                // what stock Nix uses as its daemon's; "" = none
+	LocalStore    *LocalStore            `protobuf:"bytes,41,opt,name=local_store,json=localStore,proto3" json:"local_store,omitempty"`             // the Nix store of this machine that is shown, too; unset = none is
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -255,6 +258,175 @@ func (x *StatusResponse) GetHeapBytes() uint64 {
 	return 0
 }
 
+func (x *StatusResponse) GetStaged() *StagedUse {
+	if x != nil {
+		return x.Staged
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetNixSocket() string {
+	if x != nil {
+		return x.NixSocket
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetLocalStore() *LocalStore {
+	if x != nil {
+		return x.LocalStore
+	}
+	return nil
+}
+
+// LocalStore is a Nix store that this machine has beside the agent's. Of its valid
+// paths those are shown that the storehouse has not.
+type LocalStore struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
+	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`                           // why nothing of it is shown now; "" = it is
+	Shown         uint64                 `protobuf:"varint,3,opt,name=shown,proto3" json:"shown,omitempty"`                          // paths of it that were looked up here, of those remembered
+	ReadBytes     uint64                 `protobuf:"varint,4,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"` // read from it instead of from the network, since the agent started
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LocalStore) Reset() {
+	*x = LocalStore{}
+	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LocalStore) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LocalStore) ProtoMessage() {}
+
+func (x *LocalStore) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LocalStore.ProtoReflect.Descriptor instead.
+func (*LocalStore) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *LocalStore) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *LocalStore) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *LocalStore) GetShown() uint64 {
+	if x != nil {
+		return x.Shown
+	}
+	return 0
+}
+
+func (x *LocalStore) GetReadBytes() uint64 {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return 0
+}
+
+// StagedUse is what was added on this machine. The storehouse gets of it what a
+// build, a copy or a profile needs.
+type StagedUse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         uint64                 `protobuf:"varint,1,opt,name=paths,proto3" json:"paths,omitempty"`
+	Uploaded      uint64                 `protobuf:"varint,2,opt,name=uploaded,proto3" json:"uploaded,omitempty"` // of them, those the storehouse has meanwhile
+	NarBytes      uint64                 `protobuf:"varint,3,opt,name=nar_bytes,json=narBytes,proto3" json:"nar_bytes,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`                                // on disk, about; counted in the budget of the cache
+	BudgetBytes   uint64                 `protobuf:"varint,5,opt,name=budget_bytes,json=budgetBytes,proto3" json:"budget_bytes,omitempty"` // staged at most
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StagedUse) Reset() {
+	*x = StagedUse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StagedUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StagedUse) ProtoMessage() {}
+
+func (x *StagedUse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StagedUse.ProtoReflect.Descriptor instead.
+func (*StagedUse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *StagedUse) GetPaths() uint64 {
+	if x != nil {
+		return x.Paths
+	}
+	return 0
+}
+
+func (x *StagedUse) GetUploaded() uint64 {
+	if x != nil {
+		return x.Uploaded
+	}
+	return 0
+}
+
+func (x *StagedUse) GetNarBytes() uint64 {
+	if x != nil {
+		return x.NarBytes
+	}
+	return 0
+}
+
+func (x *StagedUse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *StagedUse) GetBudgetBytes() uint64 {
+	if x != nil {
+		return x.BudgetBytes
+	}
+	return 0
+}
+
 // OfflineState says what is ready to go offline.
 type OfflineState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -265,13 +437,14 @@ type OfflineState struct {
 	MissingBytes  uint64                 `protobuf:"varint,5,opt,name=missing_bytes,json=missingBytes,proto3" json:"missing_bytes,omitempty"` // still to come, of all of them
 	Missing       []*OfflinePath         `protobuf:"bytes,6,rep,name=missing,proto3" json:"missing,omitempty"`                                // the first 64 that are not complete
 	Policy        string                 `protobuf:"bytes,7,opt,name=policy,proto3" json:"policy,omitempty"`                                  // default policy: closure, used, none
+	Profiles      []*KeptProfile         `protobuf:"bytes,8,rep,name=profiles,proto3" json:"profiles,omitempty"`                              // all of them, by name
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OfflineState) Reset() {
 	*x = OfflineState{}
-	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	mi := &file_flox_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +456,7 @@ func (x *OfflineState) String() string {
 func (*OfflineState) ProtoMessage() {}
 
 func (x *OfflineState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[2]
+	mi := &file_flox_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +469,7 @@ func (x *OfflineState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfflineState.ProtoReflect.Descriptor instead.
 func (*OfflineState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{2}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *OfflineState) GetUsed() uint32 {
@@ -348,6 +521,13 @@ func (x *OfflineState) GetPolicy() string {
 	return ""
 }
 
+func (x *OfflineState) GetProfiles() []*KeptProfile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
 type OfflinePath struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
@@ -360,7 +540,7 @@ type OfflinePath struct {
 
 func (x *OfflinePath) Reset() {
 	*x = OfflinePath{}
-	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	mi := &file_flox_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -372,7 +552,7 @@ func (x *OfflinePath) String() string {
 func (*OfflinePath) ProtoMessage() {}
 
 func (x *OfflinePath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[3]
+	mi := &file_flox_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -385,7 +565,7 @@ func (x *OfflinePath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfflinePath.ProtoReflect.Descriptor instead.
 func (*OfflinePath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *OfflinePath) GetPath() string {
@@ -435,7 +615,7 @@ type Prefetch struct {
 
 func (x *Prefetch) Reset() {
 	*x = Prefetch{}
-	mi := &file_flox_v1_agent_proto_msgTypes[4]
+	mi := &file_flox_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -447,7 +627,7 @@ func (x *Prefetch) String() string {
 func (*Prefetch) ProtoMessage() {}
 
 func (x *Prefetch) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[4]
+	mi := &file_flox_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -460,7 +640,7 @@ func (x *Prefetch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Prefetch.ProtoReflect.Descriptor instead.
 func (*Prefetch) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Prefetch) GetOn() bool {
@@ -542,13 +722,15 @@ type StorehouseLink struct {
 	Index         uint64                 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"`
 	Error         string                 `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
 	HttpUrl       string                 `protobuf:"bytes,7,opt,name=http_url,json=httpUrl,proto3" json:"http_url,omitempty"`
+	Servers       []*HouseServer         `protobuf:"bytes,8,rep,name=servers,proto3" json:"servers,omitempty"`  // best first
+	Members       uint64                 `protobuf:"varint,9,opt,name=members,proto3" json:"members,omitempty"` // machines in the member list here; 0 = no list yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StorehouseLink) Reset() {
 	*x = StorehouseLink{}
-	mi := &file_flox_v1_agent_proto_msgTypes[5]
+	mi := &file_flox_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -560,7 +742,7 @@ func (x *StorehouseLink) String() string {
 func (*StorehouseLink) ProtoMessage() {}
 
 func (x *StorehouseLink) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[5]
+	mi := &file_flox_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -573,7 +755,7 @@ func (x *StorehouseLink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StorehouseLink.ProtoReflect.Descriptor instead.
 func (*StorehouseLink) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *StorehouseLink) GetPeerId() string {
@@ -625,6 +807,97 @@ func (x *StorehouseLink) GetHttpUrl() string {
 	return ""
 }
 
+func (x *StorehouseLink) GetServers() []*HouseServer {
+	if x != nil {
+		return x.Servers
+	}
+	return nil
+}
+
+func (x *StorehouseLink) GetMembers() uint64 {
+	if x != nil {
+		return x.Members
+	}
+	return 0
+}
+
+// HouseServer is a server of the storehouse as this machine sees it.
+type HouseServer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	PeerId        string                 `protobuf:"bytes,1,opt,name=peer_id,json=peerId,proto3" json:"peer_id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Connected     bool                   `protobuf:"varint,3,opt,name=connected,proto3" json:"connected,omitempty"`
+	Followed      bool                   `protobuf:"varint,4,opt,name=followed,proto3" json:"followed,omitempty"` // its streams are those that are followed
+	Addrs         []string               `protobuf:"bytes,5,rep,name=addrs,proto3" json:"addrs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HouseServer) Reset() {
+	*x = HouseServer{}
+	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HouseServer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HouseServer) ProtoMessage() {}
+
+func (x *HouseServer) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HouseServer.ProtoReflect.Descriptor instead.
+func (*HouseServer) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *HouseServer) GetPeerId() string {
+	if x != nil {
+		return x.PeerId
+	}
+	return ""
+}
+
+func (x *HouseServer) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HouseServer) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *HouseServer) GetFollowed() bool {
+	if x != nil {
+		return x.Followed
+	}
+	return false
+}
+
+func (x *HouseServer) GetAddrs() []string {
+	if x != nil {
+		return x.Addrs
+	}
+	return nil
+}
+
 // Traffic counts what came in, by where from, since the agent started.
 type Traffic struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
@@ -645,7 +918,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_flox_v1_agent_proto_msgTypes[6]
+	mi := &file_flox_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -657,7 +930,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[6]
+	mi := &file_flox_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -670,7 +943,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Traffic) GetLanBytes() uint64 {
@@ -744,7 +1017,7 @@ type PeersRequest struct {
 
 func (x *PeersRequest) Reset() {
 	*x = PeersRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	mi := &file_flox_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -756,7 +1029,7 @@ func (x *PeersRequest) String() string {
 func (*PeersRequest) ProtoMessage() {}
 
 func (x *PeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	mi := &file_flox_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -769,7 +1042,7 @@ func (x *PeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
 func (*PeersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 type PeersResponse struct {
@@ -781,7 +1054,7 @@ type PeersResponse struct {
 
 func (x *PeersResponse) Reset() {
 	*x = PeersResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	mi := &file_flox_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +1066,7 @@ func (x *PeersResponse) String() string {
 func (*PeersResponse) ProtoMessage() {}
 
 func (x *PeersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	mi := &file_flox_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +1079,7 @@ func (x *PeersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersResponse.ProtoReflect.Descriptor instead.
 func (*PeersResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PeersResponse) GetPeers() []*Peer {
@@ -830,13 +1103,14 @@ type Peer struct {
 	ConnectedUnix int64                  `protobuf:"varint,10,opt,name=connected_unix,json=connectedUnix,proto3" json:"connected_unix,omitempty"`
 	Score         float64                `protobuf:"fixed64,11,opt,name=score,proto3" json:"score,omitempty"`
 	ScoreReason   string                 `protobuf:"bytes,12,opt,name=score_reason,json=scoreReason,proto3" json:"score_reason,omitempty"`
+	Name          string                 `protobuf:"bytes,13,opt,name=name,proto3" json:"name,omitempty"` // in the member list; "" = not in it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	mi := &file_flox_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +1122,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	mi := &file_flox_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +1135,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Peer) GetId() string {
@@ -948,6 +1222,13 @@ func (x *Peer) GetScoreReason() string {
 	return ""
 }
 
+func (x *Peer) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type WatchReadsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	IntervalMs    uint32                 `protobuf:"varint,1,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"`
@@ -957,7 +1238,7 @@ type WatchReadsRequest struct {
 
 func (x *WatchReadsRequest) Reset() {
 	*x = WatchReadsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	mi := &file_flox_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1250,7 @@ func (x *WatchReadsRequest) String() string {
 func (*WatchReadsRequest) ProtoMessage() {}
 
 func (x *WatchReadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	mi := &file_flox_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1263,7 @@ func (x *WatchReadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReadsRequest.ProtoReflect.Descriptor instead.
 func (*WatchReadsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchReadsRequest) GetIntervalMs() uint32 {
@@ -998,13 +1279,14 @@ type WatchReads struct {
 	BytesPerSecond uint64                 `protobuf:"varint,2,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"`
 	Traffic        *Traffic               `protobuf:"bytes,3,opt,name=traffic,proto3" json:"traffic,omitempty"`
 	Storehouse     *StorehouseLink        `protobuf:"bytes,4,opt,name=storehouse,proto3" json:"storehouse,omitempty"`
+	Full           string                 `protobuf:"bytes,5,opt,name=full,proto3" json:"full,omitempty"` // who takes all places for requests of the mount, in words; "" = there is room
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *WatchReads) Reset() {
 	*x = WatchReads{}
-	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	mi := &file_flox_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1298,7 @@ func (x *WatchReads) String() string {
 func (*WatchReads) ProtoMessage() {}
 
 func (x *WatchReads) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	mi := &file_flox_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1311,7 @@ func (x *WatchReads) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReads.ProtoReflect.Descriptor instead.
 func (*WatchReads) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchReads) GetReads() []*WaitingRead {
@@ -1060,6 +1342,13 @@ func (x *WatchReads) GetStorehouse() *StorehouseLink {
 	return nil
 }
 
+func (x *WatchReads) GetFull() string {
+	if x != nil {
+		return x.Full
+	}
+	return ""
+}
+
 type WaitingRead struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Pid            uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
@@ -1079,7 +1368,7 @@ type WaitingRead struct {
 
 func (x *WaitingRead) Reset() {
 	*x = WaitingRead{}
-	mi := &file_flox_v1_agent_proto_msgTypes[12]
+	mi := &file_flox_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1380,7 @@ func (x *WaitingRead) String() string {
 func (*WaitingRead) ProtoMessage() {}
 
 func (x *WaitingRead) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[12]
+	mi := &file_flox_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1393,7 @@ func (x *WaitingRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitingRead.ProtoReflect.Descriptor instead.
 func (*WaitingRead) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WaitingRead) GetPid() uint32 {
@@ -1194,7 +1483,7 @@ type PathRequest struct {
 
 func (x *PathRequest) Reset() {
 	*x = PathRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[13]
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1495,7 @@ func (x *PathRequest) String() string {
 func (*PathRequest) ProtoMessage() {}
 
 func (x *PathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[13]
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1508,7 @@ func (x *PathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathRequest.ProtoReflect.Descriptor instead.
 func (*PathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PathRequest) GetPath() string {
@@ -1245,7 +1534,7 @@ type PathResponse struct {
 
 func (x *PathResponse) Reset() {
 	*x = PathResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[14]
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1546,7 @@ func (x *PathResponse) String() string {
 func (*PathResponse) ProtoMessage() {}
 
 func (x *PathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[14]
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1559,7 @@ func (x *PathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathResponse.ProtoReflect.Descriptor instead.
 func (*PathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PathResponse) GetPaths() []*PathDetails {
@@ -1294,7 +1583,7 @@ type PathDetails struct {
 
 func (x *PathDetails) Reset() {
 	*x = PathDetails{}
-	mi := &file_flox_v1_agent_proto_msgTypes[15]
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1595,7 @@ func (x *PathDetails) String() string {
 func (*PathDetails) ProtoMessage() {}
 
 func (x *PathDetails) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[15]
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1608,7 @@ func (x *PathDetails) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathDetails.ProtoReflect.Descriptor instead.
 func (*PathDetails) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PathDetails) GetInfo() *PathInfo {
@@ -1374,7 +1663,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1386,7 +1675,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1399,7 +1688,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListRequest) GetPath() string {
@@ -1430,7 +1719,7 @@ type ListEntry struct {
 
 func (x *ListEntry) Reset() {
 	*x = ListEntry{}
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1731,7 @@ func (x *ListEntry) String() string {
 func (*ListEntry) ProtoMessage() {}
 
 func (x *ListEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1744,7 @@ func (x *ListEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntry.ProtoReflect.Descriptor instead.
 func (*ListEntry) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListEntry) GetPath() string {
@@ -1509,7 +1798,7 @@ type CatRequest struct {
 
 func (x *CatRequest) Reset() {
 	*x = CatRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +1810,7 @@ func (x *CatRequest) String() string {
 func (*CatRequest) ProtoMessage() {}
 
 func (x *CatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +1823,7 @@ func (x *CatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatRequest.ProtoReflect.Descriptor instead.
 func (*CatRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CatRequest) GetPath() string {
@@ -1553,7 +1842,7 @@ type CatResponse struct {
 
 func (x *CatResponse) Reset() {
 	*x = CatResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1565,7 +1854,7 @@ func (x *CatResponse) String() string {
 func (*CatResponse) ProtoMessage() {}
 
 func (x *CatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1578,7 +1867,7 @@ func (x *CatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatResponse.ProtoReflect.Descriptor instead.
 func (*CatResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CatResponse) GetData() []byte {
@@ -1597,7 +1886,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1609,7 +1898,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1622,7 +1911,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *VerifyRequest) GetPaths() []string {
@@ -1644,7 +1933,7 @@ type VerifyProgress struct {
 
 func (x *VerifyProgress) Reset() {
 	*x = VerifyProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +1945,7 @@ func (x *VerifyProgress) String() string {
 func (*VerifyProgress) ProtoMessage() {}
 
 func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +1958,7 @@ func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyProgress.ProtoReflect.Descriptor instead.
 func (*VerifyProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *VerifyProgress) GetDoneBytes() uint64 {
@@ -1711,7 +2000,7 @@ type DownloadRequest struct {
 
 func (x *DownloadRequest) Reset() {
 	*x = DownloadRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1723,7 +2012,7 @@ func (x *DownloadRequest) String() string {
 func (*DownloadRequest) ProtoMessage() {}
 
 func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1736,7 +2025,7 @@ func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadRequest.ProtoReflect.Descriptor instead.
 func (*DownloadRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DownloadRequest) GetPaths() []string {
@@ -1775,7 +2064,7 @@ type DownloadProgress struct {
 
 func (x *DownloadProgress) Reset() {
 	*x = DownloadProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +2076,7 @@ func (x *DownloadProgress) String() string {
 func (*DownloadProgress) ProtoMessage() {}
 
 func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +2089,7 @@ func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadProgress.ProtoReflect.Descriptor instead.
 func (*DownloadProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DownloadProgress) GetPath() string {
@@ -1863,7 +2152,7 @@ type AddRequest struct {
 
 func (x *AddRequest) Reset() {
 	*x = AddRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1875,7 +2164,7 @@ func (x *AddRequest) String() string {
 func (*AddRequest) ProtoMessage() {}
 
 func (x *AddRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1888,7 +2177,7 @@ func (x *AddRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddRequest.ProtoReflect.Descriptor instead.
 func (*AddRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AddRequest) GetName() string {
@@ -1922,7 +2211,7 @@ type AddResponse struct {
 
 func (x *AddResponse) Reset() {
 	*x = AddResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2223,7 @@ func (x *AddResponse) String() string {
 func (*AddResponse) ProtoMessage() {}
 
 func (x *AddResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2236,7 @@ func (x *AddResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddResponse.ProtoReflect.Descriptor instead.
 func (*AddResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AddResponse) GetInfo() *PathInfo {
@@ -1965,17 +2254,21 @@ func (x *AddResponse) GetWasValid() bool {
 }
 
 type KeepRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
-	Closure       bool                   `protobuf:"varint,2,opt,name=closure,proto3" json:"closure,omitempty"`
-	Offline       string                 `protobuf:"bytes,3,opt,name=offline,proto3" json:"offline,omitempty"` // closure, used, none; "" = as it was, used if new
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Paths   []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	Closure bool                   `protobuf:"varint,2,opt,name=closure,proto3" json:"closure,omitempty"`
+	Offline string                 `protobuf:"bytes,3,opt,name=offline,proto3" json:"offline,omitempty"` // closure, used, none; "" = as it was, used if new
+	// Links outside the store, absolute names: what they lead to is kept with all it
+	// refers to, whatever that is by then. Unkeep of one that is not kept lets go of
+	// what it leads to now.
+	Profiles      []string `protobuf:"bytes,4,rep,name=profiles,proto3" json:"profiles,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1987,7 +2280,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2000,7 +2293,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *KeepRequest) GetPaths() []string {
@@ -2024,16 +2317,24 @@ func (x *KeepRequest) GetOffline() string {
 	return ""
 }
 
+func (x *KeepRequest) GetProfiles() []string {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
 type KeepResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kept          []string               `protobuf:"bytes,1,rep,name=kept,proto3" json:"kept,omitempty"`
+	Profiles      []*KeptProfile         `protobuf:"bytes,2,rep,name=profiles,proto3" json:"profiles,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2346,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,12 +2359,192 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *KeepResponse) GetKept() []string {
 	if x != nil {
 		return x.Kept
+	}
+	return nil
+}
+
+func (x *KeepResponse) GetProfiles() []*KeptProfile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+// KeptProfile is a link whose policy is that of what it leads to, as it moves.
+type KeptProfile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Link          string                 `protobuf:"bytes,1,opt,name=link,proto3" json:"link,omitempty"`                                      // absolute
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`                                      // where it led when it could last be read
+	Offline       string                 `protobuf:"bytes,3,opt,name=offline,proto3" json:"offline,omitempty"`                                // closure, used, none
+	Complete      bool                   `protobuf:"varint,4,opt,name=complete,proto3" json:"complete,omitempty"`                             // here as the policy asks
+	MissingBytes  uint64                 `protobuf:"varint,5,opt,name=missing_bytes,json=missingBytes,proto3" json:"missing_bytes,omitempty"` // as far as known
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`                                  // why it is not complete, or not followed now
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptProfile) Reset() {
+	*x = KeptProfile{}
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptProfile) ProtoMessage() {}
+
+func (x *KeptProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptProfile.ProtoReflect.Descriptor instead.
+func (*KeptProfile) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *KeptProfile) GetLink() string {
+	if x != nil {
+		return x.Link
+	}
+	return ""
+}
+
+func (x *KeptProfile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *KeptProfile) GetOffline() string {
+	if x != nil {
+		return x.Offline
+	}
+	return ""
+}
+
+func (x *KeptProfile) GetComplete() bool {
+	if x != nil {
+		return x.Complete
+	}
+	return false
+}
+
+func (x *KeptProfile) GetMissingBytes() uint64 {
+	if x != nil {
+		return x.MissingBytes
+	}
+	return 0
+}
+
+func (x *KeptProfile) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type KeptRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptRequest) Reset() {
+	*x = KeptRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptRequest) ProtoMessage() {}
+
+func (x *KeptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
+func (*KeptRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+}
+
+type KeptResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         []*OfflinePath         `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"` // path and policy
+	Profiles      []*KeptProfile         `protobuf:"bytes,2,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptResponse) Reset() {
+	*x = KeptResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptResponse) ProtoMessage() {}
+
+func (x *KeptResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
+func (*KeptResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *KeptResponse) GetPaths() []*OfflinePath {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *KeptResponse) GetProfiles() []*KeptProfile {
+	if x != nil {
+		return x.Profiles
 	}
 	return nil
 }
@@ -2076,7 +2557,7 @@ type CacheUsageRequest struct {
 
 func (x *CacheUsageRequest) Reset() {
 	*x = CacheUsageRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2088,7 +2569,7 @@ func (x *CacheUsageRequest) String() string {
 func (*CacheUsageRequest) ProtoMessage() {}
 
 func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2101,7 +2582,7 @@ func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageRequest.ProtoReflect.Descriptor instead.
 func (*CacheUsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 type CacheUsageResponse struct {
@@ -2122,7 +2603,7 @@ type CacheUsageResponse struct {
 
 func (x *CacheUsageResponse) Reset() {
 	*x = CacheUsageResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2134,7 +2615,7 @@ func (x *CacheUsageResponse) String() string {
 func (*CacheUsageResponse) ProtoMessage() {}
 
 func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2147,7 +2628,7 @@ func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageResponse.ProtoReflect.Descriptor instead.
 func (*CacheUsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CacheUsageResponse) GetBytes() uint64 {
@@ -2229,7 +2710,7 @@ type CacheGCRequest struct {
 
 func (x *CacheGCRequest) Reset() {
 	*x = CacheGCRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2241,7 +2722,7 @@ func (x *CacheGCRequest) String() string {
 func (*CacheGCRequest) ProtoMessage() {}
 
 func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2254,7 +2735,7 @@ func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCRequest.ProtoReflect.Descriptor instead.
 func (*CacheGCRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CacheGCRequest) GetTargetBytes() uint64 {
@@ -2274,7 +2755,7 @@ type CacheGCResponse struct {
 
 func (x *CacheGCResponse) Reset() {
 	*x = CacheGCResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2286,7 +2767,7 @@ func (x *CacheGCResponse) String() string {
 func (*CacheGCResponse) ProtoMessage() {}
 
 func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2299,7 +2780,7 @@ func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCResponse.ProtoReflect.Descriptor instead.
 func (*CacheGCResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CacheGCResponse) GetFreedBytes() uint64 {
@@ -2326,7 +2807,7 @@ type ListPathsRequest struct {
 
 func (x *ListPathsRequest) Reset() {
 	*x = ListPathsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2338,7 +2819,7 @@ func (x *ListPathsRequest) String() string {
 func (*ListPathsRequest) ProtoMessage() {}
 
 func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2351,7 +2832,7 @@ func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsRequest.ProtoReflect.Descriptor instead.
 func (*ListPathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListPathsRequest) GetValid() bool {
@@ -2377,7 +2858,7 @@ type ListPathsResponse struct {
 
 func (x *ListPathsResponse) Reset() {
 	*x = ListPathsResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2870,7 @@ func (x *ListPathsResponse) String() string {
 func (*ListPathsResponse) ProtoMessage() {}
 
 func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2883,7 @@ func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsResponse.ProtoReflect.Descriptor instead.
 func (*ListPathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListPathsResponse) GetPaths() []*ListedPath {
@@ -2422,7 +2903,7 @@ type ListedPath struct {
 
 func (x *ListedPath) Reset() {
 	*x = ListedPath{}
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2434,7 +2915,7 @@ func (x *ListedPath) String() string {
 func (*ListedPath) ProtoMessage() {}
 
 func (x *ListedPath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2447,7 +2928,7 @@ func (x *ListedPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListedPath.ProtoReflect.Descriptor instead.
 func (*ListedPath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListedPath) GetPath() string {
@@ -2472,7 +2953,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2484,7 +2965,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2497,7 +2978,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type DoctorResponse struct {
@@ -2509,7 +2990,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2521,7 +3002,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2534,7 +3015,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -2556,7 +3037,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2568,7 +3049,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2581,7 +3062,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Finding) GetCheck() string {
@@ -2617,7 +3098,7 @@ var File_flox_v1_agent_proto protoreflect.FileDescriptor
 const file_flox_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x13flox/v1/agent.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"\x0f\n" +
-	"\rStatusRequest\"\x9d\x06\n" +
+	"\rStatusRequest\"\x9e\a\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tstore_dir\x18\x02 \x01(\tR\bstoreDir\x12\x1b\n" +
@@ -2643,10 +3124,28 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\bprefetch\x18\x12 \x01(\v2\x11.flox.v1.PrefetchR\bprefetch\x12&\n" +
 	"\x0ffuse_read_bytes\x18\x1e \x01(\x04R\rfuseReadBytes\x12\x1d\n" +
 	"\n" +
-	"heap_bytes\x18\x1f \x01(\x04R\theapBytes\x1a?\n" +
+	"heap_bytes\x18\x1f \x01(\x04R\theapBytes\x12*\n" +
+	"\x06staged\x18  \x01(\v2\x12.flox.v1.StagedUseR\x06staged\x12\x1d\n" +
+	"\n" +
+	"nix_socket\x18( \x01(\tR\tnixSocket\x124\n" +
+	"\vlocal_store\x18) \x01(\v2\x13.flox.v1.LocalStoreR\n" +
+	"localStore\x1a?\n" +
 	"\x11FuseRequestsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xed\x01\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"i\n" +
+	"\n" +
+	"LocalStore\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12\x14\n" +
+	"\x05shown\x18\x03 \x01(\x04R\x05shown\x12\x1d\n" +
+	"\n" +
+	"read_bytes\x18\x04 \x01(\x04R\treadBytes\"\x93\x01\n" +
+	"\tStagedUse\x12\x14\n" +
+	"\x05paths\x18\x01 \x01(\x04R\x05paths\x12\x1a\n" +
+	"\buploaded\x18\x02 \x01(\x04R\buploaded\x12\x1b\n" +
+	"\tnar_bytes\x18\x03 \x01(\x04R\bnarBytes\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\x12!\n" +
+	"\fbudget_bytes\x18\x05 \x01(\x04R\vbudgetBytes\"\x9f\x02\n" +
 	"\fOfflineState\x12\x12\n" +
 	"\x04used\x18\x01 \x01(\rR\x04used\x12#\n" +
 	"\rused_complete\x18\x02 \x01(\rR\fusedComplete\x12\x12\n" +
@@ -2654,7 +3153,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\rkept_complete\x18\x04 \x01(\rR\fkeptComplete\x12#\n" +
 	"\rmissing_bytes\x18\x05 \x01(\x04R\fmissingBytes\x12.\n" +
 	"\amissing\x18\x06 \x03(\v2\x14.flox.v1.OfflinePathR\amissing\x12\x16\n" +
-	"\x06policy\x18\a \x01(\tR\x06policy\"v\n" +
+	"\x06policy\x18\a \x01(\tR\x06policy\x120\n" +
+	"\bprofiles\x18\b \x03(\v2\x14.flox.v1.KeptProfileR\bprofiles\"v\n" +
 	"\vOfflinePath\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\x12#\n" +
@@ -2673,7 +3173,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x0fstarts_recorded\x18\b \x01(\x04R\x0estartsRecorded\x12'\n" +
 	"\x0fstarts_replayed\x18\t \x01(\x04R\x0estartsReplayed\x12!\n" +
 	"\floader_bytes\x18\n" +
-	" \x01(\x04R\vloaderBytes\"\xc8\x01\n" +
+	" \x01(\x04R\vloaderBytes\"\x92\x02\n" +
 	"\x0eStorehouseLink\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
@@ -2681,7 +3181,15 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x0elast_seen_unix\x18\x04 \x01(\x03R\flastSeenUnix\x12\x14\n" +
 	"\x05index\x18\x05 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x12\x19\n" +
-	"\bhttp_url\x18\a \x01(\tR\ahttpUrl\"\xb6\x02\n" +
+	"\bhttp_url\x18\a \x01(\tR\ahttpUrl\x12.\n" +
+	"\aservers\x18\b \x03(\v2\x14.flox.v1.HouseServerR\aservers\x12\x18\n" +
+	"\amembers\x18\t \x01(\x04R\amembers\"\x8a\x01\n" +
+	"\vHouseServer\x12\x17\n" +
+	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
+	"\tconnected\x18\x03 \x01(\bR\tconnected\x12\x1a\n" +
+	"\bfollowed\x18\x04 \x01(\bR\bfollowed\x12\x14\n" +
+	"\x05addrs\x18\x05 \x03(\tR\x05addrs\"\xb6\x02\n" +
 	"\aTraffic\x12\x1b\n" +
 	"\tlan_bytes\x18\x01 \x01(\x04R\blanBytes\x12\x1d\n" +
 	"\n" +
@@ -2698,7 +3206,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"roundTrips\"\x0e\n" +
 	"\fPeersRequest\"4\n" +
 	"\rPeersResponse\x12#\n" +
-	"\x05peers\x18\x01 \x03(\v2\r.flox.v1.PeerR\x05peers\"\xb1\x02\n" +
+	"\x05peers\x18\x01 \x03(\v2\r.flox.v1.PeerR\x05peers\"\xc5\x02\n" +
 	"\x04Peer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05addrs\x18\x02 \x03(\tR\x05addrs\x12\x12\n" +
@@ -2712,10 +3220,11 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x0econnected_unix\x18\n" +
 	" \x01(\x03R\rconnectedUnix\x12\x14\n" +
 	"\x05score\x18\v \x01(\x01R\x05score\x12!\n" +
-	"\fscore_reason\x18\f \x01(\tR\vscoreReason\"4\n" +
+	"\fscore_reason\x18\f \x01(\tR\vscoreReason\x12\x12\n" +
+	"\x04name\x18\r \x01(\tR\x04name\"4\n" +
 	"\x11WatchReadsRequest\x12\x1f\n" +
 	"\vinterval_ms\x18\x01 \x01(\rR\n" +
-	"intervalMs\"\xc7\x01\n" +
+	"intervalMs\"\xdb\x01\n" +
 	"\n" +
 	"WatchReads\x12*\n" +
 	"\x05reads\x18\x01 \x03(\v2\x14.flox.v1.WaitingReadR\x05reads\x12(\n" +
@@ -2723,7 +3232,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\atraffic\x18\x03 \x01(\v2\x10.flox.v1.TrafficR\atraffic\x127\n" +
 	"\n" +
 	"storehouse\x18\x04 \x01(\v2\x17.flox.v1.StorehouseLinkR\n" +
-	"storehouse\"\xc0\x02\n" +
+	"storehouse\x12\x12\n" +
+	"\x04full\x18\x05 \x01(\tR\x04full\"\xc0\x02\n" +
 	"\vWaitingRead\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x18\n" +
 	"\acommand\x18\x02 \x01(\tR\acommand\x12\x12\n" +
@@ -2802,13 +3312,26 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x03nar\x18\x03 \x01(\fR\x03nar\"Q\n" +
 	"\vAddResponse\x12%\n" +
 	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x1b\n" +
-	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"W\n" +
+	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"s\n" +
 	"\vKeepRequest\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x18\n" +
 	"\aclosure\x18\x02 \x01(\bR\aclosure\x12\x18\n" +
-	"\aoffline\x18\x03 \x01(\tR\aoffline\"\"\n" +
+	"\aoffline\x18\x03 \x01(\tR\aoffline\x12\x1a\n" +
+	"\bprofiles\x18\x04 \x03(\tR\bprofiles\"T\n" +
 	"\fKeepResponse\x12\x12\n" +
-	"\x04kept\x18\x01 \x03(\tR\x04kept\"\x13\n" +
+	"\x04kept\x18\x01 \x03(\tR\x04kept\x120\n" +
+	"\bprofiles\x18\x02 \x03(\v2\x14.flox.v1.KeptProfileR\bprofiles\"\xa8\x01\n" +
+	"\vKeptProfile\x12\x12\n" +
+	"\x04link\x18\x01 \x01(\tR\x04link\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x18\n" +
+	"\aoffline\x18\x03 \x01(\tR\aoffline\x12\x1a\n" +
+	"\bcomplete\x18\x04 \x01(\bR\bcomplete\x12#\n" +
+	"\rmissing_bytes\x18\x05 \x01(\x04R\fmissingBytes\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\"\r\n" +
+	"\vKeptRequest\"l\n" +
+	"\fKeptResponse\x12*\n" +
+	"\x05paths\x18\x01 \x03(\v2\x14.flox.v1.OfflinePathR\x05paths\x120\n" +
+	"\bprofiles\x18\x02 \x03(\v2\x14.flox.v1.KeptProfileR\bprofiles\"\x13\n" +
 	"\x11CacheUsageRequest\"\xbc\x02\n" +
 	"\x12CacheUsageResponse\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\x12!\n" +
@@ -2845,7 +3368,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\tR\x05level\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x10\n" +
-	"\x03fix\x18\x04 \x01(\tR\x03fix2\xf5\x06\n" +
+	"\x03fix\x18\x04 \x01(\tR\x03fix2\xaa\a\n" +
 	"\x05Agent\x129\n" +
 	"\x06Status\x12\x16.flox.v1.StatusRequest\x1a\x17.flox.v1.StatusResponse\x126\n" +
 	"\x05Peers\x12\x15.flox.v1.PeersRequest\x1a\x16.flox.v1.PeersResponse\x12:\n" +
@@ -2857,7 +3380,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\bDownload\x12\x18.flox.v1.DownloadRequest\x1a\x19.flox.v1.DownloadProgress0\x01\x122\n" +
 	"\x03Add\x12\x13.flox.v1.AddRequest\x1a\x14.flox.v1.AddResponse(\x01\x123\n" +
 	"\x04Keep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x125\n" +
-	"\x06Unkeep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x12E\n" +
+	"\x06Unkeep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x123\n" +
+	"\x04Kept\x12\x14.flox.v1.KeptRequest\x1a\x15.flox.v1.KeptResponse\x12E\n" +
 	"\n" +
 	"CacheUsage\x12\x1a.flox.v1.CacheUsageRequest\x1a\x1b.flox.v1.CacheUsageResponse\x12<\n" +
 	"\aCacheGC\x12\x17.flox.v1.CacheGCRequest\x1a\x18.flox.v1.CacheGCResponse\x12@\n" +
@@ -2876,101 +3400,116 @@ func file_flox_v1_agent_proto_rawDescGZIP() []byte {
 	return file_flox_v1_agent_proto_rawDescData
 }
 
-var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_flox_v1_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),      // 0: flox.v1.StatusRequest
 	(*StatusResponse)(nil),     // 1: flox.v1.StatusResponse
-	(*OfflineState)(nil),       // 2: flox.v1.OfflineState
-	(*OfflinePath)(nil),        // 3: flox.v1.OfflinePath
-	(*Prefetch)(nil),           // 4: flox.v1.Prefetch
-	(*StorehouseLink)(nil),     // 5: flox.v1.StorehouseLink
-	(*Traffic)(nil),            // 6: flox.v1.Traffic
-	(*PeersRequest)(nil),       // 7: flox.v1.PeersRequest
-	(*PeersResponse)(nil),      // 8: flox.v1.PeersResponse
-	(*Peer)(nil),               // 9: flox.v1.Peer
-	(*WatchReadsRequest)(nil),  // 10: flox.v1.WatchReadsRequest
-	(*WatchReads)(nil),         // 11: flox.v1.WatchReads
-	(*WaitingRead)(nil),        // 12: flox.v1.WaitingRead
-	(*PathRequest)(nil),        // 13: flox.v1.PathRequest
-	(*PathResponse)(nil),       // 14: flox.v1.PathResponse
-	(*PathDetails)(nil),        // 15: flox.v1.PathDetails
-	(*ListRequest)(nil),        // 16: flox.v1.ListRequest
-	(*ListEntry)(nil),          // 17: flox.v1.ListEntry
-	(*CatRequest)(nil),         // 18: flox.v1.CatRequest
-	(*CatResponse)(nil),        // 19: flox.v1.CatResponse
-	(*VerifyRequest)(nil),      // 20: flox.v1.VerifyRequest
-	(*VerifyProgress)(nil),     // 21: flox.v1.VerifyProgress
-	(*DownloadRequest)(nil),    // 22: flox.v1.DownloadRequest
-	(*DownloadProgress)(nil),   // 23: flox.v1.DownloadProgress
-	(*AddRequest)(nil),         // 24: flox.v1.AddRequest
-	(*AddResponse)(nil),        // 25: flox.v1.AddResponse
-	(*KeepRequest)(nil),        // 26: flox.v1.KeepRequest
-	(*KeepResponse)(nil),       // 27: flox.v1.KeepResponse
-	(*CacheUsageRequest)(nil),  // 28: flox.v1.CacheUsageRequest
-	(*CacheUsageResponse)(nil), // 29: flox.v1.CacheUsageResponse
-	(*CacheGCRequest)(nil),     // 30: flox.v1.CacheGCRequest
-	(*CacheGCResponse)(nil),    // 31: flox.v1.CacheGCResponse
-	(*ListPathsRequest)(nil),   // 32: flox.v1.ListPathsRequest
-	(*ListPathsResponse)(nil),  // 33: flox.v1.ListPathsResponse
-	(*ListedPath)(nil),         // 34: flox.v1.ListedPath
-	(*DoctorRequest)(nil),      // 35: flox.v1.DoctorRequest
-	(*DoctorResponse)(nil),     // 36: flox.v1.DoctorResponse
-	(*Finding)(nil),            // 37: flox.v1.Finding
-	nil,                        // 38: flox.v1.StatusResponse.FuseRequestsEntry
-	(*PathInfo)(nil),           // 39: flox.v1.PathInfo
+	(*LocalStore)(nil),         // 2: flox.v1.LocalStore
+	(*StagedUse)(nil),          // 3: flox.v1.StagedUse
+	(*OfflineState)(nil),       // 4: flox.v1.OfflineState
+	(*OfflinePath)(nil),        // 5: flox.v1.OfflinePath
+	(*Prefetch)(nil),           // 6: flox.v1.Prefetch
+	(*StorehouseLink)(nil),     // 7: flox.v1.StorehouseLink
+	(*HouseServer)(nil),        // 8: flox.v1.HouseServer
+	(*Traffic)(nil),            // 9: flox.v1.Traffic
+	(*PeersRequest)(nil),       // 10: flox.v1.PeersRequest
+	(*PeersResponse)(nil),      // 11: flox.v1.PeersResponse
+	(*Peer)(nil),               // 12: flox.v1.Peer
+	(*WatchReadsRequest)(nil),  // 13: flox.v1.WatchReadsRequest
+	(*WatchReads)(nil),         // 14: flox.v1.WatchReads
+	(*WaitingRead)(nil),        // 15: flox.v1.WaitingRead
+	(*PathRequest)(nil),        // 16: flox.v1.PathRequest
+	(*PathResponse)(nil),       // 17: flox.v1.PathResponse
+	(*PathDetails)(nil),        // 18: flox.v1.PathDetails
+	(*ListRequest)(nil),        // 19: flox.v1.ListRequest
+	(*ListEntry)(nil),          // 20: flox.v1.ListEntry
+	(*CatRequest)(nil),         // 21: flox.v1.CatRequest
+	(*CatResponse)(nil),        // 22: flox.v1.CatResponse
+	(*VerifyRequest)(nil),      // 23: flox.v1.VerifyRequest
+	(*VerifyProgress)(nil),     // 24: flox.v1.VerifyProgress
+	(*DownloadRequest)(nil),    // 25: flox.v1.DownloadRequest
+	(*DownloadProgress)(nil),   // 26: flox.v1.DownloadProgress
+	(*AddRequest)(nil),         // 27: flox.v1.AddRequest
+	(*AddResponse)(nil),        // 28: flox.v1.AddResponse
+	(*KeepRequest)(nil),        // 29: flox.v1.KeepRequest
+	(*KeepResponse)(nil),       // 30: flox.v1.KeepResponse
+	(*KeptProfile)(nil),        // 31: flox.v1.KeptProfile
+	(*KeptRequest)(nil),        // 32: flox.v1.KeptRequest
+	(*KeptResponse)(nil),       // 33: flox.v1.KeptResponse
+	(*CacheUsageRequest)(nil),  // 34: flox.v1.CacheUsageRequest
+	(*CacheUsageResponse)(nil), // 35: flox.v1.CacheUsageResponse
+	(*CacheGCRequest)(nil),     // 36: flox.v1.CacheGCRequest
+	(*CacheGCResponse)(nil),    // 37: flox.v1.CacheGCResponse
+	(*ListPathsRequest)(nil),   // 38: flox.v1.ListPathsRequest
+	(*ListPathsResponse)(nil),  // 39: flox.v1.ListPathsResponse
+	(*ListedPath)(nil),         // 40: flox.v1.ListedPath
+	(*DoctorRequest)(nil),      // 41: flox.v1.DoctorRequest
+	(*DoctorResponse)(nil),     // 42: flox.v1.DoctorResponse
+	(*Finding)(nil),            // 43: flox.v1.Finding
+	nil,                        // 44: flox.v1.StatusResponse.FuseRequestsEntry
+	(*PathInfo)(nil),           // 45: flox.v1.PathInfo
 }
 var file_flox_v1_agent_proto_depIdxs = []int32{
-	5,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
-	29, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
-	38, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
-	6,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
-	2,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
-	4,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
-	3,  // 6: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
-	9,  // 7: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
-	12, // 8: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
-	6,  // 9: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
-	5,  // 10: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
-	15, // 11: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
-	39, // 12: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
-	39, // 13: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
-	34, // 14: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
-	37, // 15: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
-	0,  // 16: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
-	7,  // 17: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
-	10, // 18: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
-	13, // 19: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
-	16, // 20: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
-	18, // 21: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
-	20, // 22: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
-	22, // 23: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
-	24, // 24: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
-	26, // 25: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
-	26, // 26: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
-	28, // 27: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
-	30, // 28: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
-	32, // 29: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
-	35, // 30: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
-	1,  // 31: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
-	8,  // 32: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
-	11, // 33: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
-	14, // 34: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
-	17, // 35: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
-	19, // 36: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
-	21, // 37: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
-	23, // 38: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
-	25, // 39: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
-	27, // 40: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
-	27, // 41: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
-	29, // 42: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
-	31, // 43: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
-	33, // 44: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
-	36, // 45: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
-	31, // [31:46] is the sub-list for method output_type
-	16, // [16:31] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	7,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
+	35, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
+	44, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
+	9,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
+	4,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
+	6,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
+	3,  // 6: flox.v1.StatusResponse.staged:type_name -> flox.v1.StagedUse
+	2,  // 7: flox.v1.StatusResponse.local_store:type_name -> flox.v1.LocalStore
+	5,  // 8: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
+	31, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
+	8,  // 10: flox.v1.StorehouseLink.servers:type_name -> flox.v1.HouseServer
+	12, // 11: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
+	15, // 12: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
+	9,  // 13: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
+	7,  // 14: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
+	18, // 15: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
+	45, // 16: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
+	45, // 17: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
+	31, // 18: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
+	5,  // 19: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
+	31, // 20: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
+	40, // 21: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
+	43, // 22: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
+	0,  // 23: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
+	10, // 24: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
+	13, // 25: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
+	16, // 26: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
+	19, // 27: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
+	21, // 28: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
+	23, // 29: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
+	25, // 30: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
+	27, // 31: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
+	29, // 32: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
+	29, // 33: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
+	32, // 34: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
+	34, // 35: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
+	36, // 36: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
+	38, // 37: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
+	41, // 38: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
+	1,  // 39: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
+	11, // 40: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
+	14, // 41: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
+	17, // 42: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
+	20, // 43: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
+	22, // 44: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
+	24, // 45: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
+	26, // 46: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
+	28, // 47: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
+	30, // 48: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
+	30, // 49: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
+	33, // 50: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
+	35, // 51: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
+	37, // 52: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
+	39, // 53: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
+	42, // 54: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
+	39, // [39:55] is the sub-list for method output_type
+	23, // [23:39] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_agent_proto_init() }
@@ -2985,7 +3524,7 @@ func file_flox_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_agent_proto_rawDesc), len(file_flox_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

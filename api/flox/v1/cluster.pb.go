@@ -234,7 +234,8 @@ type ProposeCall struct {
 	Sequence      uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Kind          uint32                 `protobuf:"varint,3,opt,name=kind,proto3" json:"kind,omitempty"`
 	Command       []byte                 `protobuf:"bytes,4,opt,name=command,proto3" json:"command,omitempty"`
-	Level         uint32                 `protobuf:"varint,5,opt,name=level,proto3" json:"level,omitempty"` // refused while a server knows less
+	Level         uint32                 `protobuf:"varint,5,opt,name=level,proto3" json:"level,omitempty"`     // refused while a server knows less
+	Freeing       bool                   `protobuf:"varint,6,opt,name=freeing,proto3" json:"freeing,omitempty"` // may use what is kept free for the log
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -302,6 +303,13 @@ func (x *ProposeCall) GetLevel() uint32 {
 		return x.Level
 	}
 	return 0
+}
+
+func (x *ProposeCall) GetFreeing() bool {
+	if x != nil {
+		return x.Freeing
+	}
+	return false
 }
 
 // ReadIndexCall asks for an index whose state holds all that was answered before.
@@ -441,6 +449,7 @@ func (x *AddServerCall) GetVoter() bool {
 type RemoveServerCall struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"` // it is away and never comes back
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -480,6 +489,13 @@ func (x *RemoveServerCall) GetId() string {
 		return x.Id
 	}
 	return ""
+}
+
+func (x *RemoveServerCall) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type TransferCall struct {
@@ -1442,21 +1458,23 @@ const file_flox_v1_cluster_proto_rawDesc = "" +
 	"\aservers\x18\t \x01(\v2\x14.flox.v1.ServersCallH\x00R\aservers\x12-\n" +
 	"\x06rejoin\x18\n" +
 	" \x01(\v2\x13.flox.v1.RejoinCallH\x00R\x06rejoinB\x06\n" +
-	"\x04call\"\x87\x01\n" +
+	"\x04call\"\xa1\x01\n" +
 	"\vProposeCall\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\rR\x04kind\x12\x18\n" +
 	"\acommand\x18\x04 \x01(\fR\acommand\x12\x14\n" +
-	"\x05level\x18\x05 \x01(\rR\x05level\"\x0f\n" +
+	"\x05level\x18\x05 \x01(\rR\x05level\x12\x18\n" +
+	"\afreeing\x18\x06 \x01(\bR\afreeing\"\x0f\n" +
 	"\rReadIndexCall\"\v\n" +
 	"\tHelloCall\"O\n" +
 	"\rAddServerCall\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
-	"\x05voter\x18\x03 \x01(\bR\x05voter\"\"\n" +
+	"\x05voter\x18\x03 \x01(\bR\x05voter\"8\n" +
 	"\x10RemoveServerCall\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x1e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"\x1e\n" +
 	"\fTransferCall\x12\x0e\n" +
 	"\x02to\x18\x01 \x01(\tR\x02to\"+\n" +
 	"\tDrainCall\x12\x0e\n" +

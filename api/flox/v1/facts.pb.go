@@ -110,9 +110,13 @@ type PathsResponse struct {
 	// Root blocks that were asked for, each followed by the pages of that manifest
 	// that the path's trace names; only from a storehouse, as far as they fit (1 MiB
 	// in all). Each is checked by its CID.
-	Roots         [][]byte `protobuf:"bytes,6,rep,name=roots,proto3" json:"roots,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Roots [][]byte `protobuf:"bytes,6,rep,name=roots,proto3" json:"roots,omitempty"`
+	// Signatures "keyname:base64" of the storehouse's manifest keys over all that was
+	// found (content.AnswerStatement), where that is much: who asked checks one
+	// signature instead of one for each path.
+	FoundSignatures []string `protobuf:"bytes,7,rep,name=found_signatures,json=foundSignatures,proto3" json:"found_signatures,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *PathsResponse) Reset() {
@@ -183,6 +187,13 @@ func (x *PathsResponse) GetTraces() []*StartTrace {
 func (x *PathsResponse) GetRoots() [][]byte {
 	if x != nil {
 		return x.Roots
+	}
+	return nil
+}
+
+func (x *PathsResponse) GetFoundSignatures() []string {
+	if x != nil {
+		return x.FoundSignatures
 	}
 	return nil
 }
@@ -1327,6 +1338,269 @@ func (x *AddPathResponse) GetWasValid() bool {
 	return false
 }
 
+type OfferPathsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         [][]byte               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`   // hash parts, 20 bytes each, at most 16,384
+	Blocks        [][]byte               `protobuf:"bytes,2,rep,name=blocks,proto3" json:"blocks,omitempty"` // CIDs, at most 32,768
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfferPathsRequest) Reset() {
+	*x = OfferPathsRequest{}
+	mi := &file_flox_v1_facts_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfferPathsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfferPathsRequest) ProtoMessage() {}
+
+func (x *OfferPathsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfferPathsRequest.ProtoReflect.Descriptor instead.
+func (*OfferPathsRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *OfferPathsRequest) GetPaths() [][]byte {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *OfferPathsRequest) GetBlocks() [][]byte {
+	if x != nil {
+		return x.Blocks
+	}
+	return nil
+}
+
+type OfferPathsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Indexes into the request: what is not valid, and which blocks are not here.
+	LackingPaths  []uint32 `protobuf:"varint,1,rep,packed,name=lacking_paths,json=lackingPaths,proto3" json:"lacking_paths,omitempty"`
+	LackingBlocks []uint32 `protobuf:"varint,2,rep,packed,name=lacking_blocks,json=lackingBlocks,proto3" json:"lacking_blocks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfferPathsResponse) Reset() {
+	*x = OfferPathsResponse{}
+	mi := &file_flox_v1_facts_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfferPathsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfferPathsResponse) ProtoMessage() {}
+
+func (x *OfferPathsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfferPathsResponse.ProtoReflect.Descriptor instead.
+func (*OfferPathsResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *OfferPathsResponse) GetLackingPaths() []uint32 {
+	if x != nil {
+		return x.LackingPaths
+	}
+	return nil
+}
+
+func (x *OfferPathsResponse) GetLackingBlocks() []uint32 {
+	if x != nil {
+		return x.LackingBlocks
+	}
+	return nil
+}
+
+type TakePathsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Part          []byte                 `protobuf:"bytes,1,opt,name=part,proto3" json:"part,omitempty"` // a zstd frame of a TakePart of at most 4 MiB
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TakePathsRequest) Reset() {
+	*x = TakePathsRequest{}
+	mi := &file_flox_v1_facts_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TakePathsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TakePathsRequest) ProtoMessage() {}
+
+func (x *TakePathsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TakePathsRequest.ProtoReflect.Descriptor instead.
+func (*TakePathsRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *TakePathsRequest) GetPart() []byte {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+// TakePart is some of an upload: blocks that are lacking, then paths whose blocks
+// are all there by then. Paths of one part become valid at once, all or none.
+type TakePart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Blocks        [][]byte               `protobuf:"bytes,1,rep,name=blocks,proto3" json:"blocks,omitempty"` // plain
+	Paths         []*PathInfo            `protobuf:"bytes,2,rep,name=paths,proto3" json:"paths,omitempty"`   // with their manifests; references first, at most 512
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TakePart) Reset() {
+	*x = TakePart{}
+	mi := &file_flox_v1_facts_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TakePart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TakePart) ProtoMessage() {}
+
+func (x *TakePart) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TakePart.ProtoReflect.Descriptor instead.
+func (*TakePart) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *TakePart) GetBlocks() [][]byte {
+	if x != nil {
+		return x.Blocks
+	}
+	return nil
+}
+
+func (x *TakePart) GetPaths() []*PathInfo {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+type TakePathsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         uint32                 `protobuf:"varint,1,opt,name=paths,proto3" json:"paths,omitempty"` // how many of them are valid now
+	Added         uint32                 `protobuf:"varint,2,opt,name=added,proto3" json:"added,omitempty"` // of those, how many were not before
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"` // log index of the last entry
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TakePathsResponse) Reset() {
+	*x = TakePathsResponse{}
+	mi := &file_flox_v1_facts_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TakePathsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TakePathsResponse) ProtoMessage() {}
+
+func (x *TakePathsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TakePathsResponse.ProtoReflect.Descriptor instead.
+func (*TakePathsResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *TakePathsResponse) GetPaths() uint32 {
+	if x != nil {
+		return x.Paths
+	}
+	return 0
+}
+
+func (x *TakePathsResponse) GetAdded() uint32 {
+	if x != nil {
+		return x.Added
+	}
+	return 0
+}
+
+func (x *TakePathsResponse) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
 var File_flox_v1_facts_proto protoreflect.FileDescriptor
 
 const file_flox_v1_facts_proto_rawDesc = "" +
@@ -1337,14 +1611,15 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"hash_parts\x18\x01 \x03(\tR\thashParts\x12\x18\n" +
 	"\aclosure\x18\x02 \x01(\bR\aclosure\x12\x16\n" +
 	"\x06traces\x18\x03 \x01(\bR\x06traces\x12\x14\n" +
-	"\x05roots\x18\x04 \x01(\bR\x05roots\"\xc9\x01\n" +
+	"\x05roots\x18\x04 \x01(\bR\x05roots\"\xf4\x01\n" +
 	"\rPathsResponse\x12'\n" +
 	"\x05found\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05found\x12\x18\n" +
 	"\ainvalid\x18\x02 \x03(\tR\ainvalid\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x1c\n" +
 	"\ttruncated\x18\x04 \x01(\bR\ttruncated\x12+\n" +
 	"\x06traces\x18\x05 \x03(\v2\x13.flox.v1.StartTraceR\x06traces\x12\x14\n" +
-	"\x05roots\x18\x06 \x03(\fR\x05roots\"J\n" +
+	"\x05roots\x18\x06 \x03(\fR\x05roots\x12)\n" +
+	"\x10found_signatures\x18\a \x03(\tR\x0ffoundSignatures\"J\n" +
 	"\n" +
 	"StartTrace\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12(\n" +
@@ -1423,10 +1698,25 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x03nar\x18\x03 \x01(\fR\x03nar\"U\n" +
 	"\x0fAddPathResponse\x12%\n" +
 	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x1b\n" +
-	"\twas_valid\x18\x02 \x01(\bR\bwasValid2\x83\x01\n" +
+	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"A\n" +
+	"\x11OfferPathsRequest\x12\x14\n" +
+	"\x05paths\x18\x01 \x03(\fR\x05paths\x12\x16\n" +
+	"\x06blocks\x18\x02 \x03(\fR\x06blocks\"`\n" +
+	"\x12OfferPathsResponse\x12#\n" +
+	"\rlacking_paths\x18\x01 \x03(\rR\flackingPaths\x12%\n" +
+	"\x0elacking_blocks\x18\x02 \x03(\rR\rlackingBlocks\"&\n" +
+	"\x10TakePathsRequest\x12\x12\n" +
+	"\x04part\x18\x01 \x01(\fR\x04part\"K\n" +
+	"\bTakePart\x12\x16\n" +
+	"\x06blocks\x18\x01 \x03(\fR\x06blocks\x12'\n" +
+	"\x05paths\x18\x02 \x03(\v2\x11.flox.v1.PathInfoR\x05paths\"U\n" +
+	"\x11TakePathsResponse\x12\x14\n" +
+	"\x05paths\x18\x01 \x01(\rR\x05paths\x12\x14\n" +
+	"\x05added\x18\x02 \x01(\rR\x05added\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index2\x83\x01\n" +
 	"\x05Facts\x126\n" +
 	"\x05Paths\x12\x15.flox.v1.PathsRequest\x1a\x16.flox.v1.PathsResponse\x12B\n" +
-	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xc5\x03\n" +
+	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xd2\x04\n" +
 	"\n" +
 	"Storehouse\x125\n" +
 	"\x05Watch\x12\x15.flox.v1.WatchRequest\x1a\x13.flox.v1.WatchEvent0\x01\x129\n" +
@@ -1435,7 +1725,10 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x04Info\x12\x14.flox.v1.InfoRequest\x1a\x15.flox.v1.InfoResponse\x12>\n" +
 	"\aAddPath\x12\x17.flox.v1.AddPathRequest\x1a\x18.flox.v1.AddPathResponse(\x01\x12B\n" +
 	"\tListPaths\x12\x19.flox.v1.ListValidRequest\x1a\x1a.flox.v1.ListValidResponse\x12K\n" +
-	"\fReportStarts\x12\x1c.flox.v1.ReportStartsRequest\x1a\x1d.flox.v1.ReportStartsResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\fReportStarts\x12\x1c.flox.v1.ReportStartsRequest\x1a\x1d.flox.v1.ReportStartsResponse\x12E\n" +
+	"\n" +
+	"OfferPaths\x12\x1a.flox.v1.OfferPathsRequest\x1a\x1b.flox.v1.OfferPathsResponse\x12D\n" +
+	"\tTakePaths\x12\x19.flox.v1.TakePathsRequest\x1a\x1a.flox.v1.TakePathsResponse(\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_facts_proto_rawDescOnce sync.Once
@@ -1449,7 +1742,7 @@ func file_flox_v1_facts_proto_rawDescGZIP() []byte {
 	return file_flox_v1_facts_proto_rawDescData
 }
 
-var file_flox_v1_facts_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_flox_v1_facts_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_flox_v1_facts_proto_goTypes = []any{
 	(*PathsRequest)(nil),         // 0: flox.v1.PathsRequest
 	(*PathsResponse)(nil),        // 1: flox.v1.PathsResponse
@@ -1473,40 +1766,50 @@ var file_flox_v1_facts_proto_goTypes = []any{
 	(*InfoResponse)(nil),         // 19: flox.v1.InfoResponse
 	(*AddPathRequest)(nil),       // 20: flox.v1.AddPathRequest
 	(*AddPathResponse)(nil),      // 21: flox.v1.AddPathResponse
-	(*PathInfo)(nil),             // 22: flox.v1.PathInfo
+	(*OfferPathsRequest)(nil),    // 22: flox.v1.OfferPathsRequest
+	(*OfferPathsResponse)(nil),   // 23: flox.v1.OfferPathsResponse
+	(*TakePathsRequest)(nil),     // 24: flox.v1.TakePathsRequest
+	(*TakePart)(nil),             // 25: flox.v1.TakePart
+	(*TakePathsResponse)(nil),    // 26: flox.v1.TakePathsResponse
+	(*PathInfo)(nil),             // 27: flox.v1.PathInfo
 }
 var file_flox_v1_facts_proto_depIdxs = []int32{
-	22, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
+	27, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
 	2,  // 1: flox.v1.PathsResponse.traces:type_name -> flox.v1.StartTrace
 	3,  // 2: flox.v1.StartTrace.trees:type_name -> flox.v1.TraceTree
 	4,  // 3: flox.v1.TraceTree.chunks:type_name -> flox.v1.TraceChunk
 	2,  // 4: flox.v1.ReportStartsRequest.starts:type_name -> flox.v1.StartTrace
 	15, // 5: flox.v1.WhoHasResponse.providers:type_name -> flox.v1.Provider
-	22, // 6: flox.v1.AddPathRequest.info:type_name -> flox.v1.PathInfo
-	22, // 7: flox.v1.AddPathResponse.info:type_name -> flox.v1.PathInfo
-	0,  // 8: flox.v1.Facts.Paths:input_type -> flox.v1.PathsRequest
-	5,  // 9: flox.v1.Facts.TrustList:input_type -> flox.v1.TrustListRequest
-	11, // 10: flox.v1.Storehouse.Watch:input_type -> flox.v1.WatchRequest
-	13, // 11: flox.v1.Storehouse.WhoHas:input_type -> flox.v1.WhoHasRequest
-	16, // 12: flox.v1.Storehouse.Announce:input_type -> flox.v1.AnnounceRequest
-	18, // 13: flox.v1.Storehouse.Info:input_type -> flox.v1.InfoRequest
-	20, // 14: flox.v1.Storehouse.AddPath:input_type -> flox.v1.AddPathRequest
-	7,  // 15: flox.v1.Storehouse.ListPaths:input_type -> flox.v1.ListValidRequest
-	9,  // 16: flox.v1.Storehouse.ReportStarts:input_type -> flox.v1.ReportStartsRequest
-	1,  // 17: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
-	6,  // 18: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
-	12, // 19: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
-	14, // 20: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
-	17, // 21: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
-	19, // 22: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
-	21, // 23: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
-	8,  // 24: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
-	10, // 25: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
-	17, // [17:26] is the sub-list for method output_type
-	8,  // [8:17] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	27, // 6: flox.v1.AddPathRequest.info:type_name -> flox.v1.PathInfo
+	27, // 7: flox.v1.AddPathResponse.info:type_name -> flox.v1.PathInfo
+	27, // 8: flox.v1.TakePart.paths:type_name -> flox.v1.PathInfo
+	0,  // 9: flox.v1.Facts.Paths:input_type -> flox.v1.PathsRequest
+	5,  // 10: flox.v1.Facts.TrustList:input_type -> flox.v1.TrustListRequest
+	11, // 11: flox.v1.Storehouse.Watch:input_type -> flox.v1.WatchRequest
+	13, // 12: flox.v1.Storehouse.WhoHas:input_type -> flox.v1.WhoHasRequest
+	16, // 13: flox.v1.Storehouse.Announce:input_type -> flox.v1.AnnounceRequest
+	18, // 14: flox.v1.Storehouse.Info:input_type -> flox.v1.InfoRequest
+	20, // 15: flox.v1.Storehouse.AddPath:input_type -> flox.v1.AddPathRequest
+	7,  // 16: flox.v1.Storehouse.ListPaths:input_type -> flox.v1.ListValidRequest
+	9,  // 17: flox.v1.Storehouse.ReportStarts:input_type -> flox.v1.ReportStartsRequest
+	22, // 18: flox.v1.Storehouse.OfferPaths:input_type -> flox.v1.OfferPathsRequest
+	24, // 19: flox.v1.Storehouse.TakePaths:input_type -> flox.v1.TakePathsRequest
+	1,  // 20: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
+	6,  // 21: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
+	12, // 22: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
+	14, // 23: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
+	17, // 24: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
+	19, // 25: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
+	21, // 26: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
+	8,  // 27: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
+	10, // 28: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
+	23, // 29: flox.v1.Storehouse.OfferPaths:output_type -> flox.v1.OfferPathsResponse
+	26, // 30: flox.v1.Storehouse.TakePaths:output_type -> flox.v1.TakePathsResponse
+	20, // [20:31] is the sub-list for method output_type
+	9,  // [9:20] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_facts_proto_init() }
@@ -1521,7 +1824,7 @@ func file_flox_v1_facts_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_facts_proto_rawDesc), len(file_flox_v1_facts_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

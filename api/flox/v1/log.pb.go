@@ -125,6 +125,8 @@ type PathsCommand struct {
 	//	*PathsCommand_Condemn
 	//	*PathsCommand_Keep
 	//	*PathsCommand_Roots
+	//	*PathsCommand_Sign
+	//	*PathsCommand_Build
 	Command       isPathsCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -221,6 +223,24 @@ func (x *PathsCommand) GetRoots() *SetRootSet {
 	return nil
 }
 
+func (x *PathsCommand) GetSign() *SignPaths {
+	if x != nil {
+		if x, ok := x.Command.(*PathsCommand_Sign); ok {
+			return x.Sign
+		}
+	}
+	return nil
+}
+
+func (x *PathsCommand) GetBuild() *NoteBuild {
+	if x != nil {
+		if x, ok := x.Command.(*PathsCommand_Build); ok {
+			return x.Build
+		}
+	}
+	return nil
+}
+
 type isPathsCommand_Command interface {
 	isPathsCommand_Command()
 }
@@ -249,6 +269,14 @@ type PathsCommand_Roots struct {
 	Roots *SetRootSet `protobuf:"bytes,6,opt,name=roots,proto3,oneof"`
 }
 
+type PathsCommand_Sign struct {
+	Sign *SignPaths `protobuf:"bytes,7,opt,name=sign,proto3,oneof"`
+}
+
+type PathsCommand_Build struct {
+	Build *NoteBuild `protobuf:"bytes,8,opt,name=build,proto3,oneof"`
+}
+
 func (*PathsCommand_Add) isPathsCommand_Command() {}
 
 func (*PathsCommand_Remove) isPathsCommand_Command() {}
@@ -260,6 +288,487 @@ func (*PathsCommand_Condemn) isPathsCommand_Command() {}
 func (*PathsCommand_Keep) isPathsCommand_Command() {}
 
 func (*PathsCommand_Roots) isPathsCommand_Command() {}
+
+func (*PathsCommand_Sign) isPathsCommand_Command() {}
+
+func (*PathsCommand_Build) isPathsCommand_Command() {}
+
+// NoteBuild records what became of a derivation. Outputs that are not valid are
+// left out, and so is a realisation of which another path is known already.
+type NoteBuild struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Drv           string                 `protobuf:"bytes,1,opt,name=drv,proto3" json:"drv,omitempty"` // base name
+	Outputs       []*BuiltOutput         `protobuf:"bytes,2,rep,name=outputs,proto3" json:"outputs,omitempty"`
+	Record        *BuildRecord           `protobuf:"bytes,3,opt,name=record,proto3" json:"record,omitempty"` // none = it was not built here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NoteBuild) Reset() {
+	*x = NoteBuild{}
+	mi := &file_flox_v1_log_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NoteBuild) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NoteBuild) ProtoMessage() {}
+
+func (x *NoteBuild) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NoteBuild.ProtoReflect.Descriptor instead.
+func (*NoteBuild) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *NoteBuild) GetDrv() string {
+	if x != nil {
+		return x.Drv
+	}
+	return ""
+}
+
+func (x *NoteBuild) GetOutputs() []*BuiltOutput {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+func (x *NoteBuild) GetRecord() *BuildRecord {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+// BuiltOutput is an output of a derivation.
+type BuiltOutput struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`               // base name
+	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`                   // of its realisation: "sha256:HEX!NAME"
+	Realisation   *Realisation           `protobuf:"bytes,4,opt,name=realisation,proto3" json:"realisation,omitempty"` // of an output that is content-addressed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuiltOutput) Reset() {
+	*x = BuiltOutput{}
+	mi := &file_flox_v1_log_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuiltOutput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuiltOutput) ProtoMessage() {}
+
+func (x *BuiltOutput) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuiltOutput.ProtoReflect.Descriptor instead.
+func (*BuiltOutput) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *BuiltOutput) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BuiltOutput) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *BuiltOutput) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *BuiltOutput) GetRealisation() *Realisation {
+	if x != nil {
+		return x.Realisation
+	}
+	return nil
+}
+
+// Realisation says which path an output of a derivation got.
+type Realisation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                 // "sha256:HEX!NAME"
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`             // base name
+	Signatures    []string               `protobuf:"bytes,3,rep,name=signatures,proto3" json:"signatures,omitempty"` // over Nix's fingerprint
+	Inputs        []*RealisedInput       `protobuf:"bytes,4,rep,name=inputs,proto3" json:"inputs,omitempty"`         // that it was made with
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Realisation) Reset() {
+	*x = Realisation{}
+	mi := &file_flox_v1_log_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Realisation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Realisation) ProtoMessage() {}
+
+func (x *Realisation) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Realisation.ProtoReflect.Descriptor instead.
+func (*Realisation) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Realisation) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Realisation) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Realisation) GetSignatures() []string {
+	if x != nil {
+		return x.Signatures
+	}
+	return nil
+}
+
+func (x *Realisation) GetInputs() []*RealisedInput {
+	if x != nil {
+		return x.Inputs
+	}
+	return nil
+}
+
+type RealisedInput struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RealisedInput) Reset() {
+	*x = RealisedInput{}
+	mi := &file_flox_v1_log_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RealisedInput) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RealisedInput) ProtoMessage() {}
+
+func (x *RealisedInput) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RealisedInput.ProtoReflect.Descriptor instead.
+func (*RealisedInput) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RealisedInput) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RealisedInput) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+// BuildRecord is what is kept of the last build of a derivation: as long as its log
+// is valid, which is as long as one of its outputs is, or a while if it failed.
+type BuildRecord struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Drv           string                 `protobuf:"bytes,1,opt,name=drv,proto3" json:"drv,omitempty"`        // base name
+	Log           string                 `protobuf:"bytes,2,opt,name=log,proto3" json:"log,omitempty"`        // base name of the store path that holds it
+	Status        uint32                 `protobuf:"varint,3,opt,name=status,proto3" json:"status,omitempty"` // Nix's
+	StartUnixMs   int64                  `protobuf:"varint,4,opt,name=start_unix_ms,json=startUnixMs,proto3" json:"start_unix_ms,omitempty"`
+	StopUnixMs    int64                  `protobuf:"varint,5,opt,name=stop_unix_ms,json=stopUnixMs,proto3" json:"stop_unix_ms,omitempty"`
+	AskedBy       string                 `protobuf:"bytes,6,opt,name=asked_by,json=askedBy,proto3" json:"asked_by,omitempty"` // machine
+	Server        string                 `protobuf:"bytes,7,opt,name=server,proto3" json:"server,omitempty"`                  // where it was built
+	Outputs       []string               `protobuf:"bytes,8,rep,name=outputs,proto3" json:"outputs,omitempty"`                // base names
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildRecord) Reset() {
+	*x = BuildRecord{}
+	mi := &file_flox_v1_log_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildRecord) ProtoMessage() {}
+
+func (x *BuildRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildRecord.ProtoReflect.Descriptor instead.
+func (*BuildRecord) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *BuildRecord) GetDrv() string {
+	if x != nil {
+		return x.Drv
+	}
+	return ""
+}
+
+func (x *BuildRecord) GetLog() string {
+	if x != nil {
+		return x.Log
+	}
+	return ""
+}
+
+func (x *BuildRecord) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *BuildRecord) GetStartUnixMs() int64 {
+	if x != nil {
+		return x.StartUnixMs
+	}
+	return 0
+}
+
+func (x *BuildRecord) GetStopUnixMs() int64 {
+	if x != nil {
+		return x.StopUnixMs
+	}
+	return 0
+}
+
+func (x *BuildRecord) GetAskedBy() string {
+	if x != nil {
+		return x.AskedBy
+	}
+	return ""
+}
+
+func (x *BuildRecord) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *BuildRecord) GetOutputs() []string {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+// SignPaths replaces the signatures of valid paths, after the keys changed.
+type SignPaths struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Paths         []*PathSignatures      `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignPaths) Reset() {
+	*x = SignPaths{}
+	mi := &file_flox_v1_log_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignPaths) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignPaths) ProtoMessage() {}
+
+func (x *SignPaths) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignPaths.ProtoReflect.Descriptor instead.
+func (*SignPaths) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SignPaths) GetPaths() []*PathSignatures {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+// PathSignatures are all signatures a path has from now on. Ignored unless it is
+// valid with exactly this content.
+type PathSignatures struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Path               string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                      // base name
+	NarHash            []byte                 `protobuf:"bytes,2,opt,name=nar_hash,json=narHash,proto3" json:"nar_hash,omitempty"` // 32 bytes, SHA-256
+	Manifest           []byte                 `protobuf:"bytes,3,opt,name=manifest,proto3" json:"manifest,omitempty"`              // 32 bytes, BLAKE3
+	Signatures         []string               `protobuf:"bytes,4,rep,name=signatures,proto3" json:"signatures,omitempty"`          // over Nix's fingerprint
+	ManifestSignatures []string               `protobuf:"bytes,5,rep,name=manifest_signatures,json=manifestSignatures,proto3" json:"manifest_signatures,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *PathSignatures) Reset() {
+	*x = PathSignatures{}
+	mi := &file_flox_v1_log_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PathSignatures) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PathSignatures) ProtoMessage() {}
+
+func (x *PathSignatures) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PathSignatures.ProtoReflect.Descriptor instead.
+func (*PathSignatures) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *PathSignatures) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *PathSignatures) GetNarHash() []byte {
+	if x != nil {
+		return x.NarHash
+	}
+	return nil
+}
+
+func (x *PathSignatures) GetManifest() []byte {
+	if x != nil {
+		return x.Manifest
+	}
+	return nil
+}
+
+func (x *PathSignatures) GetSignatures() []string {
+	if x != nil {
+		return x.Signatures
+	}
+	return nil
+}
+
+func (x *PathSignatures) GetManifestSignatures() []string {
+	if x != nil {
+		return x.ManifestSignatures
+	}
+	return nil
+}
 
 // CondemnPaths announces that paths will be removed: the first half of a
 // collection. They stay valid and readable; whoever wants one meanwhile takes its
@@ -278,7 +787,7 @@ type CondemnPaths struct {
 
 func (x *CondemnPaths) Reset() {
 	*x = CondemnPaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[2]
+	mi := &file_flox_v1_log_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -290,7 +799,7 @@ func (x *CondemnPaths) String() string {
 func (*CondemnPaths) ProtoMessage() {}
 
 func (x *CondemnPaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[2]
+	mi := &file_flox_v1_log_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -303,7 +812,7 @@ func (x *CondemnPaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CondemnPaths.ProtoReflect.Descriptor instead.
 func (*CondemnPaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{2}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CondemnPaths) GetPaths() []string {
@@ -347,7 +856,7 @@ type KeepPaths struct {
 
 func (x *KeepPaths) Reset() {
 	*x = KeepPaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[3]
+	mi := &file_flox_v1_log_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -359,7 +868,7 @@ func (x *KeepPaths) String() string {
 func (*KeepPaths) ProtoMessage() {}
 
 func (x *KeepPaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[3]
+	mi := &file_flox_v1_log_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -372,7 +881,7 @@ func (x *KeepPaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepPaths.ProtoReflect.Descriptor instead.
 func (*KeepPaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *KeepPaths) GetPaths() []string {
@@ -416,7 +925,7 @@ type KeptPath struct {
 
 func (x *KeptPath) Reset() {
 	*x = KeptPath{}
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -428,7 +937,7 @@ func (x *KeptPath) String() string {
 func (*KeptPath) ProtoMessage() {}
 
 func (x *KeptPath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[4]
+	mi := &file_flox_v1_log_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -441,7 +950,7 @@ func (x *KeptPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptPath.ProtoReflect.Descriptor instead.
 func (*KeptPath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *KeptPath) GetPath() string {
@@ -486,7 +995,7 @@ type SetRootSet struct {
 
 func (x *SetRootSet) Reset() {
 	*x = SetRootSet{}
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -498,7 +1007,7 @@ func (x *SetRootSet) String() string {
 func (*SetRootSet) ProtoMessage() {}
 
 func (x *SetRootSet) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[5]
+	mi := &file_flox_v1_log_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -511,7 +1020,7 @@ func (x *SetRootSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRootSet.ProtoReflect.Descriptor instead.
 func (*SetRootSet) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SetRootSet) GetPeer() string {
@@ -555,7 +1064,7 @@ type MachineRoots struct {
 
 func (x *MachineRoots) Reset() {
 	*x = MachineRoots{}
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -567,7 +1076,7 @@ func (x *MachineRoots) String() string {
 func (*MachineRoots) ProtoMessage() {}
 
 func (x *MachineRoots) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[6]
+	mi := &file_flox_v1_log_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -580,7 +1089,7 @@ func (x *MachineRoots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MachineRoots.ProtoReflect.Descriptor instead.
 func (*MachineRoots) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *MachineRoots) GetPeer() string {
@@ -634,7 +1143,7 @@ type AddPaths struct {
 
 func (x *AddPaths) Reset() {
 	*x = AddPaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +1155,7 @@ func (x *AddPaths) String() string {
 func (*AddPaths) ProtoMessage() {}
 
 func (x *AddPaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[7]
+	mi := &file_flox_v1_log_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +1168,7 @@ func (x *AddPaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPaths.ProtoReflect.Descriptor instead.
 func (*AddPaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AddPaths) GetPaths() []*PathInfo {
@@ -718,7 +1227,7 @@ type NarFile struct {
 
 func (x *NarFile) Reset() {
 	*x = NarFile{}
-	mi := &file_flox_v1_log_proto_msgTypes[8]
+	mi := &file_flox_v1_log_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +1239,7 @@ func (x *NarFile) String() string {
 func (*NarFile) ProtoMessage() {}
 
 func (x *NarFile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[8]
+	mi := &file_flox_v1_log_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +1252,7 @@ func (x *NarFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NarFile.ProtoReflect.Descriptor instead.
 func (*NarFile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *NarFile) GetName() string {
@@ -778,7 +1287,7 @@ type RemovePaths struct {
 
 func (x *RemovePaths) Reset() {
 	*x = RemovePaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[9]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +1299,7 @@ func (x *RemovePaths) String() string {
 func (*RemovePaths) ProtoMessage() {}
 
 func (x *RemovePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[9]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +1312,7 @@ func (x *RemovePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemovePaths.ProtoReflect.Descriptor instead.
 func (*RemovePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RemovePaths) GetPaths() []string {
@@ -832,7 +1341,7 @@ type RemoveCondemned struct {
 
 func (x *RemoveCondemned) Reset() {
 	*x = RemoveCondemned{}
-	mi := &file_flox_v1_log_proto_msgTypes[10]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +1353,7 @@ func (x *RemoveCondemned) String() string {
 func (*RemoveCondemned) ProtoMessage() {}
 
 func (x *RemoveCondemned) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[10]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +1366,7 @@ func (x *RemoveCondemned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCondemned.ProtoReflect.Descriptor instead.
 func (*RemoveCondemned) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RemoveCondemned) GetIndex() uint64 {
@@ -884,7 +1393,7 @@ type SetTrustList struct {
 
 func (x *SetTrustList) Reset() {
 	*x = SetTrustList{}
-	mi := &file_flox_v1_log_proto_msgTypes[11]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -896,7 +1405,7 @@ func (x *SetTrustList) String() string {
 func (*SetTrustList) ProtoMessage() {}
 
 func (x *SetTrustList) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[11]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -909,7 +1418,7 @@ func (x *SetTrustList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTrustList.ProtoReflect.Descriptor instead.
 func (*SetTrustList) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SetTrustList) GetList() []byte {
@@ -933,7 +1442,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[12]
+	mi := &file_flox_v1_log_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -945,7 +1454,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[12]
+	mi := &file_flox_v1_log_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -958,7 +1467,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PathsReply) GetIndex() uint64 {
@@ -1003,7 +1512,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_flox_v1_log_proto_msgTypes[13]
+	mi := &file_flox_v1_log_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1015,7 +1524,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[13]
+	mi := &file_flox_v1_log_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1028,7 +1537,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Difference) GetPath() string {
@@ -1085,7 +1594,7 @@ type PathInfo struct {
 
 func (x *PathInfo) Reset() {
 	*x = PathInfo{}
-	mi := &file_flox_v1_log_proto_msgTypes[14]
+	mi := &file_flox_v1_log_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1606,7 @@ func (x *PathInfo) String() string {
 func (*PathInfo) ProtoMessage() {}
 
 func (x *PathInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[14]
+	mi := &file_flox_v1_log_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1619,7 @@ func (x *PathInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathInfo.ProtoReflect.Descriptor instead.
 func (*PathInfo) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PathInfo) GetPath() string {
@@ -1197,7 +1706,7 @@ type TracesCommand struct {
 
 func (x *TracesCommand) Reset() {
 	*x = TracesCommand{}
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1209,7 +1718,7 @@ func (x *TracesCommand) String() string {
 func (*TracesCommand) ProtoMessage() {}
 
 func (x *TracesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1222,7 +1731,7 @@ func (x *TracesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesCommand.ProtoReflect.Descriptor instead.
 func (*TracesCommand) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TracesCommand) GetCommand() isTracesCommand_Command {
@@ -1277,7 +1786,7 @@ type MergeStarts struct {
 
 func (x *MergeStarts) Reset() {
 	*x = MergeStarts{}
-	mi := &file_flox_v1_log_proto_msgTypes[16]
+	mi := &file_flox_v1_log_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1798,7 @@ func (x *MergeStarts) String() string {
 func (*MergeStarts) ProtoMessage() {}
 
 func (x *MergeStarts) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[16]
+	mi := &file_flox_v1_log_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1811,7 @@ func (x *MergeStarts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeStarts.ProtoReflect.Descriptor instead.
 func (*MergeStarts) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *MergeStarts) GetReports() []*StartReport {
@@ -1328,7 +1837,7 @@ type StartReport struct {
 
 func (x *StartReport) Reset() {
 	*x = StartReport{}
-	mi := &file_flox_v1_log_proto_msgTypes[17]
+	mi := &file_flox_v1_log_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1340,7 +1849,7 @@ func (x *StartReport) String() string {
 func (*StartReport) ProtoMessage() {}
 
 func (x *StartReport) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[17]
+	mi := &file_flox_v1_log_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1353,7 +1862,7 @@ func (x *StartReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReport.ProtoReflect.Descriptor instead.
 func (*StartReport) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StartReport) GetPath() string {
@@ -1389,7 +1898,7 @@ type SeenTree struct {
 
 func (x *SeenTree) Reset() {
 	*x = SeenTree{}
-	mi := &file_flox_v1_log_proto_msgTypes[18]
+	mi := &file_flox_v1_log_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1401,7 +1910,7 @@ func (x *SeenTree) String() string {
 func (*SeenTree) ProtoMessage() {}
 
 func (x *SeenTree) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[18]
+	mi := &file_flox_v1_log_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1414,7 +1923,7 @@ func (x *SeenTree) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenTree.ProtoReflect.Descriptor instead.
 func (*SeenTree) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SeenTree) GetPath() string {
@@ -1445,7 +1954,7 @@ type SeenChunk struct {
 
 func (x *SeenChunk) Reset() {
 	*x = SeenChunk{}
-	mi := &file_flox_v1_log_proto_msgTypes[19]
+	mi := &file_flox_v1_log_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1966,7 @@ func (x *SeenChunk) String() string {
 func (*SeenChunk) ProtoMessage() {}
 
 func (x *SeenChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[19]
+	mi := &file_flox_v1_log_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1979,7 @@ func (x *SeenChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenChunk.ProtoReflect.Descriptor instead.
 func (*SeenChunk) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SeenChunk) GetEntry() uint32 {
@@ -1527,7 +2036,7 @@ type StartState struct {
 
 func (x *StartState) Reset() {
 	*x = StartState{}
-	mi := &file_flox_v1_log_proto_msgTypes[20]
+	mi := &file_flox_v1_log_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1539,7 +2048,7 @@ func (x *StartState) String() string {
 func (*StartState) ProtoMessage() {}
 
 func (x *StartState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[20]
+	mi := &file_flox_v1_log_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1552,7 +2061,7 @@ func (x *StartState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartState.ProtoReflect.Descriptor instead.
 func (*StartState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StartState) GetPath() string {
@@ -1587,7 +2096,7 @@ type TracesReply struct {
 
 func (x *TracesReply) Reset() {
 	*x = TracesReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[21]
+	mi := &file_flox_v1_log_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +2108,7 @@ func (x *TracesReply) String() string {
 func (*TracesReply) ProtoMessage() {}
 
 func (x *TracesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[21]
+	mi := &file_flox_v1_log_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +2121,7 @@ func (x *TracesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesReply.ProtoReflect.Descriptor instead.
 func (*TracesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TracesReply) GetSalt() []byte {
@@ -1641,15 +2150,56 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"\ftime_unix_ms\x18\x04 \x01(\x03R\n" +
 	"timeUnixMs\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\rR\x04kind\x12\x18\n" +
-	"\acommand\x18\x06 \x01(\fR\acommand\"\xa9\x02\n" +
+	"\acommand\x18\x06 \x01(\fR\acommand\"\xff\x02\n" +
 	"\fPathsCommand\x12%\n" +
 	"\x03add\x18\x01 \x01(\v2\x11.flox.v1.AddPathsH\x00R\x03add\x12.\n" +
 	"\x06remove\x18\x02 \x01(\v2\x14.flox.v1.RemovePathsH\x00R\x06remove\x12-\n" +
 	"\x05trust\x18\x03 \x01(\v2\x15.flox.v1.SetTrustListH\x00R\x05trust\x121\n" +
 	"\acondemn\x18\x04 \x01(\v2\x15.flox.v1.CondemnPathsH\x00R\acondemn\x12(\n" +
 	"\x04keep\x18\x05 \x01(\v2\x12.flox.v1.KeepPathsH\x00R\x04keep\x12+\n" +
-	"\x05roots\x18\x06 \x01(\v2\x13.flox.v1.SetRootSetH\x00R\x05rootsB\t\n" +
-	"\acommand\"\x82\x01\n" +
+	"\x05roots\x18\x06 \x01(\v2\x13.flox.v1.SetRootSetH\x00R\x05roots\x12(\n" +
+	"\x04sign\x18\a \x01(\v2\x12.flox.v1.SignPathsH\x00R\x04sign\x12*\n" +
+	"\x05build\x18\b \x01(\v2\x12.flox.v1.NoteBuildH\x00R\x05buildB\t\n" +
+	"\acommand\"{\n" +
+	"\tNoteBuild\x12\x10\n" +
+	"\x03drv\x18\x01 \x01(\tR\x03drv\x12.\n" +
+	"\aoutputs\x18\x02 \x03(\v2\x14.flox.v1.BuiltOutputR\aoutputs\x12,\n" +
+	"\x06record\x18\x03 \x01(\v2\x14.flox.v1.BuildRecordR\x06record\"}\n" +
+	"\vBuiltOutput\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\x126\n" +
+	"\vrealisation\x18\x04 \x01(\v2\x14.flox.v1.RealisationR\vrealisation\"\x81\x01\n" +
+	"\vRealisation\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x1e\n" +
+	"\n" +
+	"signatures\x18\x03 \x03(\tR\n" +
+	"signatures\x12.\n" +
+	"\x06inputs\x18\x04 \x03(\v2\x16.flox.v1.RealisedInputR\x06inputs\"3\n" +
+	"\rRealisedInput\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\xdc\x01\n" +
+	"\vBuildRecord\x12\x10\n" +
+	"\x03drv\x18\x01 \x01(\tR\x03drv\x12\x10\n" +
+	"\x03log\x18\x02 \x01(\tR\x03log\x12\x16\n" +
+	"\x06status\x18\x03 \x01(\rR\x06status\x12\"\n" +
+	"\rstart_unix_ms\x18\x04 \x01(\x03R\vstartUnixMs\x12 \n" +
+	"\fstop_unix_ms\x18\x05 \x01(\x03R\n" +
+	"stopUnixMs\x12\x19\n" +
+	"\basked_by\x18\x06 \x01(\tR\aaskedBy\x12\x16\n" +
+	"\x06server\x18\a \x01(\tR\x06server\x12\x18\n" +
+	"\aoutputs\x18\b \x03(\tR\aoutputs\":\n" +
+	"\tSignPaths\x12-\n" +
+	"\x05paths\x18\x01 \x03(\v2\x17.flox.v1.PathSignaturesR\x05paths\"\xac\x01\n" +
+	"\x0ePathSignatures\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x19\n" +
+	"\bnar_hash\x18\x02 \x01(\fR\anarHash\x12\x1a\n" +
+	"\bmanifest\x18\x03 \x01(\fR\bmanifest\x12\x1e\n" +
+	"\n" +
+	"signatures\x18\x04 \x03(\tR\n" +
+	"signatures\x12/\n" +
+	"\x13manifest_signatures\x18\x05 \x03(\tR\x12manifestSignatures\"\x82\x01\n" +
 	"\fCondemnPaths\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x16\n" +
 	"\x06revive\x18\x02 \x01(\bR\x06revive\x12\x13\n" +
@@ -1769,52 +2319,66 @@ func file_flox_v1_log_proto_rawDescGZIP() []byte {
 	return file_flox_v1_log_proto_rawDescData
 }
 
-var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_flox_v1_log_proto_goTypes = []any{
 	(*Envelope)(nil),        // 0: flox.v1.Envelope
 	(*PathsCommand)(nil),    // 1: flox.v1.PathsCommand
-	(*CondemnPaths)(nil),    // 2: flox.v1.CondemnPaths
-	(*KeepPaths)(nil),       // 3: flox.v1.KeepPaths
-	(*KeptPath)(nil),        // 4: flox.v1.KeptPath
-	(*SetRootSet)(nil),      // 5: flox.v1.SetRootSet
-	(*MachineRoots)(nil),    // 6: flox.v1.MachineRoots
-	(*AddPaths)(nil),        // 7: flox.v1.AddPaths
-	(*NarFile)(nil),         // 8: flox.v1.NarFile
-	(*RemovePaths)(nil),     // 9: flox.v1.RemovePaths
-	(*RemoveCondemned)(nil), // 10: flox.v1.RemoveCondemned
-	(*SetTrustList)(nil),    // 11: flox.v1.SetTrustList
-	(*PathsReply)(nil),      // 12: flox.v1.PathsReply
-	(*Difference)(nil),      // 13: flox.v1.Difference
-	(*PathInfo)(nil),        // 14: flox.v1.PathInfo
-	(*TracesCommand)(nil),   // 15: flox.v1.TracesCommand
-	(*MergeStarts)(nil),     // 16: flox.v1.MergeStarts
-	(*StartReport)(nil),     // 17: flox.v1.StartReport
-	(*SeenTree)(nil),        // 18: flox.v1.SeenTree
-	(*SeenChunk)(nil),       // 19: flox.v1.SeenChunk
-	(*StartState)(nil),      // 20: flox.v1.StartState
-	(*TracesReply)(nil),     // 21: flox.v1.TracesReply
+	(*NoteBuild)(nil),       // 2: flox.v1.NoteBuild
+	(*BuiltOutput)(nil),     // 3: flox.v1.BuiltOutput
+	(*Realisation)(nil),     // 4: flox.v1.Realisation
+	(*RealisedInput)(nil),   // 5: flox.v1.RealisedInput
+	(*BuildRecord)(nil),     // 6: flox.v1.BuildRecord
+	(*SignPaths)(nil),       // 7: flox.v1.SignPaths
+	(*PathSignatures)(nil),  // 8: flox.v1.PathSignatures
+	(*CondemnPaths)(nil),    // 9: flox.v1.CondemnPaths
+	(*KeepPaths)(nil),       // 10: flox.v1.KeepPaths
+	(*KeptPath)(nil),        // 11: flox.v1.KeptPath
+	(*SetRootSet)(nil),      // 12: flox.v1.SetRootSet
+	(*MachineRoots)(nil),    // 13: flox.v1.MachineRoots
+	(*AddPaths)(nil),        // 14: flox.v1.AddPaths
+	(*NarFile)(nil),         // 15: flox.v1.NarFile
+	(*RemovePaths)(nil),     // 16: flox.v1.RemovePaths
+	(*RemoveCondemned)(nil), // 17: flox.v1.RemoveCondemned
+	(*SetTrustList)(nil),    // 18: flox.v1.SetTrustList
+	(*PathsReply)(nil),      // 19: flox.v1.PathsReply
+	(*Difference)(nil),      // 20: flox.v1.Difference
+	(*PathInfo)(nil),        // 21: flox.v1.PathInfo
+	(*TracesCommand)(nil),   // 22: flox.v1.TracesCommand
+	(*MergeStarts)(nil),     // 23: flox.v1.MergeStarts
+	(*StartReport)(nil),     // 24: flox.v1.StartReport
+	(*SeenTree)(nil),        // 25: flox.v1.SeenTree
+	(*SeenChunk)(nil),       // 26: flox.v1.SeenChunk
+	(*StartState)(nil),      // 27: flox.v1.StartState
+	(*TracesReply)(nil),     // 28: flox.v1.TracesReply
 }
 var file_flox_v1_log_proto_depIdxs = []int32{
-	7,  // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
-	9,  // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
-	11, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
-	2,  // 3: flox.v1.PathsCommand.condemn:type_name -> flox.v1.CondemnPaths
-	3,  // 4: flox.v1.PathsCommand.keep:type_name -> flox.v1.KeepPaths
-	5,  // 5: flox.v1.PathsCommand.roots:type_name -> flox.v1.SetRootSet
-	14, // 6: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
-	8,  // 7: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
-	10, // 8: flox.v1.RemovePaths.condemned:type_name -> flox.v1.RemoveCondemned
-	13, // 9: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
-	16, // 10: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
-	17, // 11: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
-	18, // 12: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
-	19, // 13: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
-	18, // 14: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
-	15, // [15:15] is the sub-list for method output_type
-	15, // [15:15] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	14, // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
+	16, // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
+	18, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
+	9,  // 3: flox.v1.PathsCommand.condemn:type_name -> flox.v1.CondemnPaths
+	10, // 4: flox.v1.PathsCommand.keep:type_name -> flox.v1.KeepPaths
+	12, // 5: flox.v1.PathsCommand.roots:type_name -> flox.v1.SetRootSet
+	7,  // 6: flox.v1.PathsCommand.sign:type_name -> flox.v1.SignPaths
+	2,  // 7: flox.v1.PathsCommand.build:type_name -> flox.v1.NoteBuild
+	3,  // 8: flox.v1.NoteBuild.outputs:type_name -> flox.v1.BuiltOutput
+	6,  // 9: flox.v1.NoteBuild.record:type_name -> flox.v1.BuildRecord
+	4,  // 10: flox.v1.BuiltOutput.realisation:type_name -> flox.v1.Realisation
+	5,  // 11: flox.v1.Realisation.inputs:type_name -> flox.v1.RealisedInput
+	8,  // 12: flox.v1.SignPaths.paths:type_name -> flox.v1.PathSignatures
+	21, // 13: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
+	15, // 14: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
+	17, // 15: flox.v1.RemovePaths.condemned:type_name -> flox.v1.RemoveCondemned
+	20, // 16: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
+	23, // 17: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
+	24, // 18: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
+	25, // 19: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
+	26, // 20: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
+	25, // 21: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
+	22, // [22:22] is the sub-list for method output_type
+	22, // [22:22] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_log_proto_init() }
@@ -1829,8 +2393,10 @@ func file_flox_v1_log_proto_init() {
 		(*PathsCommand_Condemn)(nil),
 		(*PathsCommand_Keep)(nil),
 		(*PathsCommand_Roots)(nil),
+		(*PathsCommand_Sign)(nil),
+		(*PathsCommand_Build)(nil),
 	}
-	file_flox_v1_log_proto_msgTypes[15].OneofWrappers = []any{
+	file_flox_v1_log_proto_msgTypes[22].OneofWrappers = []any{
 		(*TracesCommand_Salt)(nil),
 		(*TracesCommand_Merge)(nil),
 	}
@@ -1840,7 +2406,7 @@ func file_flox_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_log_proto_rawDesc), len(file_flox_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -346,7 +346,7 @@ type InviteRecord struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Verifier      []byte                 `protobuf:"bytes,2,opt,name=verifier,proto3" json:"verifier,omitempty"` // 32 bytes derived from the secret, which both ends of a join prove to know
 	Role          string                 `protobuf:"bytes,3,opt,name=role,proto3" json:"role,omitempty"`
-	Uses          uint32                 `protobuf:"varint,4,opt,name=uses,proto3" json:"uses,omitempty"` // how many machines may still join with it
+	Uses          uint32                 `protobuf:"varint,4,opt,name=uses,proto3" json:"uses,omitempty"` // how many machines may still join with it; 0 = those that did get their answer again
 	ExpiresUnixMs int64                  `protobuf:"varint,5,opt,name=expires_unix_ms,json=expiresUnixMs,proto3" json:"expires_unix_ms,omitempty"`
 	Labels        []*Label               `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty"`
 	Ephemeral     bool                   `protobuf:"varint,7,opt,name=ephemeral,proto3" json:"ephemeral,omitempty"`
@@ -574,7 +574,12 @@ type MembersCommand struct {
 	//	*MembersCommand_Note
 	//	*MembersCommand_Secrets
 	//	*MembersCommand_Forget
-	Command       isMembersCommand_Command `protobuf_oneof:"command"`
+	//	*MembersCommand_Seen
+	Command isMembersCommand_Command `protobuf_oneof:"command"`
+	// Level of the cluster when it was proposed: what came with it applies. 2: an invite
+	// that is used up stays until it expires, a key that is no member's can be revoked,
+	// and the oldest revocation makes room for a new one.
+	Level         uint32 `protobuf:"varint,11,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -704,6 +709,22 @@ func (x *MembersCommand) GetForget() *ForgetMachines {
 	return nil
 }
 
+func (x *MembersCommand) GetSeen() *NoteSeen {
+	if x != nil {
+		if x, ok := x.Command.(*MembersCommand_Seen); ok {
+			return x.Seen
+		}
+	}
+	return nil
+}
+
+func (x *MembersCommand) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
 type isMembersCommand_Command interface {
 	isMembersCommand_Command()
 }
@@ -744,6 +765,10 @@ type MembersCommand_Forget struct {
 	Forget *ForgetMachines `protobuf:"bytes,10,opt,name=forget,proto3,oneof"` // ephemeral ones not seen for an hour
 }
 
+type MembersCommand_Seen struct {
+	Seen *NoteSeen `protobuf:"bytes,12,opt,name=seen,proto3,oneof"` // level 4; it is not audited
+}
+
 func (*MembersCommand_Add) isMembersCommand_Command() {}
 
 func (*MembersCommand_MakeInvite) isMembersCommand_Command() {}
@@ -761,6 +786,8 @@ func (*MembersCommand_Note) isMembersCommand_Command() {}
 func (*MembersCommand_Secrets) isMembersCommand_Command() {}
 
 func (*MembersCommand_Forget) isMembersCommand_Command() {}
+
+func (*MembersCommand_Seen) isMembersCommand_Command() {}
 
 type Redeem struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1042,6 +1069,104 @@ func (x *ForgetMachines) GetPeers() []string {
 	return nil
 }
 
+// NoteSeen records when ephemeral machines were there, so that it is known whoever
+// leads next. Times do not go back.
+type NoteSeen struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machines      []*SeenMachine         `protobuf:"bytes,1,rep,name=machines,proto3" json:"machines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NoteSeen) Reset() {
+	*x = NoteSeen{}
+	mi := &file_flox_v1_members_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NoteSeen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NoteSeen) ProtoMessage() {}
+
+func (x *NoteSeen) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NoteSeen.ProtoReflect.Descriptor instead.
+func (*NoteSeen) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *NoteSeen) GetMachines() []*SeenMachine {
+	if x != nil {
+		return x.Machines
+	}
+	return nil
+}
+
+type SeenMachine struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	AtUnixMs      int64                  `protobuf:"varint,2,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SeenMachine) Reset() {
+	*x = SeenMachine{}
+	mi := &file_flox_v1_members_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SeenMachine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SeenMachine) ProtoMessage() {}
+
+func (x *SeenMachine) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SeenMachine.ProtoReflect.Descriptor instead.
+func (*SeenMachine) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SeenMachine) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *SeenMachine) GetAtUnixMs() int64 {
+	if x != nil {
+		return x.AtUnixMs
+	}
+	return 0
+}
+
 // SetSecrets replaces the sealed cluster secrets, if nobody did so meanwhile.
 type SetSecrets struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1053,7 +1178,7 @@ type SetSecrets struct {
 
 func (x *SetSecrets) Reset() {
 	*x = SetSecrets{}
-	mi := &file_flox_v1_members_proto_msgTypes[11]
+	mi := &file_flox_v1_members_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1190,7 @@ func (x *SetSecrets) String() string {
 func (*SetSecrets) ProtoMessage() {}
 
 func (x *SetSecrets) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[11]
+	mi := &file_flox_v1_members_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1203,7 @@ func (x *SetSecrets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetSecrets.ProtoReflect.Descriptor instead.
 func (*SetSecrets) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SetSecrets) GetAfter() uint64 {
@@ -1107,7 +1232,7 @@ type SealedSecrets struct {
 
 func (x *SealedSecrets) Reset() {
 	*x = SealedSecrets{}
-	mi := &file_flox_v1_members_proto_msgTypes[12]
+	mi := &file_flox_v1_members_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1119,7 +1244,7 @@ func (x *SealedSecrets) String() string {
 func (*SealedSecrets) ProtoMessage() {}
 
 func (x *SealedSecrets) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[12]
+	mi := &file_flox_v1_members_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1132,7 +1257,7 @@ func (x *SealedSecrets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedSecrets.ProtoReflect.Descriptor instead.
 func (*SealedSecrets) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SealedSecrets) GetVersion() uint64 {
@@ -1166,7 +1291,7 @@ type Seal struct {
 
 func (x *Seal) Reset() {
 	*x = Seal{}
-	mi := &file_flox_v1_members_proto_msgTypes[13]
+	mi := &file_flox_v1_members_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1178,7 +1303,7 @@ func (x *Seal) String() string {
 func (*Seal) ProtoMessage() {}
 
 func (x *Seal) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[13]
+	mi := &file_flox_v1_members_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1191,7 +1316,7 @@ func (x *Seal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seal.ProtoReflect.Descriptor instead.
 func (*Seal) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Seal) GetPeer() string {
@@ -1216,13 +1341,17 @@ type ClusterSecrets struct {
 	SwarmSecrets  [][]byte               `protobuf:"bytes,3,rep,name=swarm_secrets,json=swarmSecrets,proto3" json:"swarm_secrets,omitempty"` // newest first; members prove any of them
 	UploadToken   string                 `protobuf:"bytes,4,opt,name=upload_token,json=uploadToken,proto3" json:"upload_token,omitempty"`
 	Retire        []*SwarmRetire         `protobuf:"bytes,5,rep,name=retire,proto3" json:"retire,omitempty"`
+	Marks         []*KeyMark             `protobuf:"bytes,6,rep,name=marks,proto3" json:"marks,omitempty"`                          // of keys that do not simply stay
+	OldTokens     []*TokenRetire         `protobuf:"bytes,7,rep,name=old_tokens,json=oldTokens,proto3" json:"old_tokens,omitempty"` // upload tokens of an overlap
+	Unsigned      bool                   `protobuf:"varint,8,opt,name=unsigned,proto3" json:"unsigned,omitempty"`                   // there may be valid paths that these keys have not signed
+	Logins        []*UpstreamLogin       `protobuf:"bytes,9,rep,name=logins,proto3" json:"logins,omitempty"`                        // at upstreams
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ClusterSecrets) Reset() {
 	*x = ClusterSecrets{}
-	mi := &file_flox_v1_members_proto_msgTypes[14]
+	mi := &file_flox_v1_members_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1234,7 +1363,7 @@ func (x *ClusterSecrets) String() string {
 func (*ClusterSecrets) ProtoMessage() {}
 
 func (x *ClusterSecrets) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[14]
+	mi := &file_flox_v1_members_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1247,7 +1376,7 @@ func (x *ClusterSecrets) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterSecrets.ProtoReflect.Descriptor instead.
 func (*ClusterSecrets) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ClusterSecrets) GetNixKeys() []string {
@@ -1285,6 +1414,217 @@ func (x *ClusterSecrets) GetRetire() []*SwarmRetire {
 	return nil
 }
 
+func (x *ClusterSecrets) GetMarks() []*KeyMark {
+	if x != nil {
+		return x.Marks
+	}
+	return nil
+}
+
+func (x *ClusterSecrets) GetOldTokens() []*TokenRetire {
+	if x != nil {
+		return x.OldTokens
+	}
+	return nil
+}
+
+func (x *ClusterSecrets) GetUnsigned() bool {
+	if x != nil {
+		return x.Unsigned
+	}
+	return false
+}
+
+func (x *ClusterSecrets) GetLogins() []*UpstreamLogin {
+	if x != nil {
+		return x.Logins
+	}
+	return nil
+}
+
+// UpstreamLogin is what an upstream asks for: a name and a password over HTTP, an
+// access key and a secret key of S3.
+type UpstreamLogin struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Url           string                 `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	Login         string                 `protobuf:"bytes,2,opt,name=login,proto3" json:"login,omitempty"`
+	Password      string                 `protobuf:"bytes,3,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpstreamLogin) Reset() {
+	*x = UpstreamLogin{}
+	mi := &file_flox_v1_members_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpstreamLogin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpstreamLogin) ProtoMessage() {}
+
+func (x *UpstreamLogin) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpstreamLogin.ProtoReflect.Descriptor instead.
+func (*UpstreamLogin) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *UpstreamLogin) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *UpstreamLogin) GetLogin() string {
+	if x != nil {
+		return x.Login
+	}
+	return ""
+}
+
+func (x *UpstreamLogin) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+// KeyMark says what is special about a signing key.
+type KeyMark struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Use           string                 `protobuf:"bytes,1,opt,name=use,proto3" json:"use,omitempty"`       // nix, manifest
+	Public        string                 `protobuf:"bytes,2,opt,name=public,proto3" json:"public,omitempty"` // "name:base64"
+	Imported      bool                   `protobuf:"varint,3,opt,name=imported,proto3" json:"imported,omitempty"`
+	RetiresUnixMs int64                  `protobuf:"varint,4,opt,name=retires_unix_ms,json=retiresUnixMs,proto3" json:"retires_unix_ms,omitempty"` // 0 = stays
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeyMark) Reset() {
+	*x = KeyMark{}
+	mi := &file_flox_v1_members_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeyMark) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeyMark) ProtoMessage() {}
+
+func (x *KeyMark) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeyMark.ProtoReflect.Descriptor instead.
+func (*KeyMark) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *KeyMark) GetUse() string {
+	if x != nil {
+		return x.Use
+	}
+	return ""
+}
+
+func (x *KeyMark) GetPublic() string {
+	if x != nil {
+		return x.Public
+	}
+	return ""
+}
+
+func (x *KeyMark) GetImported() bool {
+	if x != nil {
+		return x.Imported
+	}
+	return false
+}
+
+func (x *KeyMark) GetRetiresUnixMs() int64 {
+	if x != nil {
+		return x.RetiresUnixMs
+	}
+	return 0
+}
+
+type TokenRetire struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	AtUnixMs      int64                  `protobuf:"varint,2,opt,name=at_unix_ms,json=atUnixMs,proto3" json:"at_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TokenRetire) Reset() {
+	*x = TokenRetire{}
+	mi := &file_flox_v1_members_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TokenRetire) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TokenRetire) ProtoMessage() {}
+
+func (x *TokenRetire) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TokenRetire.ProtoReflect.Descriptor instead.
+func (*TokenRetire) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *TokenRetire) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *TokenRetire) GetAtUnixMs() int64 {
+	if x != nil {
+		return x.AtUnixMs
+	}
+	return 0
+}
+
 type SwarmRetire struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Secret        []byte                 `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`
@@ -1295,7 +1635,7 @@ type SwarmRetire struct {
 
 func (x *SwarmRetire) Reset() {
 	*x = SwarmRetire{}
-	mi := &file_flox_v1_members_proto_msgTypes[15]
+	mi := &file_flox_v1_members_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1647,7 @@ func (x *SwarmRetire) String() string {
 func (*SwarmRetire) ProtoMessage() {}
 
 func (x *SwarmRetire) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[15]
+	mi := &file_flox_v1_members_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1660,7 @@ func (x *SwarmRetire) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwarmRetire.ProtoReflect.Descriptor instead.
 func (*SwarmRetire) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SwarmRetire) GetSecret() []byte {
@@ -1350,7 +1690,7 @@ type MembersReply struct {
 
 func (x *MembersReply) Reset() {
 	*x = MembersReply{}
-	mi := &file_flox_v1_members_proto_msgTypes[16]
+	mi := &file_flox_v1_members_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1702,7 @@ func (x *MembersReply) String() string {
 func (*MembersReply) ProtoMessage() {}
 
 func (x *MembersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[16]
+	mi := &file_flox_v1_members_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1715,7 @@ func (x *MembersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MembersReply.ProtoReflect.Descriptor instead.
 func (*MembersReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *MembersReply) GetIndex() uint64 {
@@ -1417,7 +1757,7 @@ type MembersChange struct {
 
 func (x *MembersChange) Reset() {
 	*x = MembersChange{}
-	mi := &file_flox_v1_members_proto_msgTypes[17]
+	mi := &file_flox_v1_members_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +1769,7 @@ func (x *MembersChange) String() string {
 func (*MembersChange) ProtoMessage() {}
 
 func (x *MembersChange) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[17]
+	mi := &file_flox_v1_members_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +1782,7 @@ func (x *MembersChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MembersChange.ProtoReflect.Descriptor instead.
 func (*MembersChange) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *MembersChange) GetIndex() uint64 {
@@ -1472,7 +1812,7 @@ type Revoked struct {
 
 func (x *Revoked) Reset() {
 	*x = Revoked{}
-	mi := &file_flox_v1_members_proto_msgTypes[18]
+	mi := &file_flox_v1_members_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1484,7 +1824,7 @@ func (x *Revoked) String() string {
 func (*Revoked) ProtoMessage() {}
 
 func (x *Revoked) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[18]
+	mi := &file_flox_v1_members_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1497,7 +1837,7 @@ func (x *Revoked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoked.ProtoReflect.Descriptor instead.
 func (*Revoked) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Revoked) GetPeer() string {
@@ -1537,7 +1877,7 @@ type WatchMembersRequest struct {
 
 func (x *WatchMembersRequest) Reset() {
 	*x = WatchMembersRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[19]
+	mi := &file_flox_v1_members_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1549,7 +1889,7 @@ func (x *WatchMembersRequest) String() string {
 func (*WatchMembersRequest) ProtoMessage() {}
 
 func (x *WatchMembersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[19]
+	mi := &file_flox_v1_members_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1562,7 +1902,7 @@ func (x *WatchMembersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchMembersRequest.ProtoReflect.Descriptor instead.
 func (*WatchMembersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *WatchMembersRequest) GetAfterIndex() uint64 {
@@ -1580,13 +1920,15 @@ type MembersEvent struct {
 	Gone          []string               `protobuf:"bytes,4,rep,name=gone,proto3" json:"gone,omitempty"` // peers
 	Heartbeat     bool                   `protobuf:"varint,5,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
 	SwarmSecrets  [][]byte               `protobuf:"bytes,6,rep,name=swarm_secrets,json=swarmSecrets,proto3" json:"swarm_secrets,omitempty"` // newest first; set on reset and when they change
+	Open          bool                   `protobuf:"varint,7,opt,name=open,proto3" json:"open,omitempty"`                                    // whoever proves the swarm's secret is a member, unless its key was revoked
+	Revoked       []string               `protobuf:"bytes,8,rep,name=revoked,proto3" json:"revoked,omitempty"`                               // keys, if open: all of them on reset, then what changes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MembersEvent) Reset() {
 	*x = MembersEvent{}
-	mi := &file_flox_v1_members_proto_msgTypes[20]
+	mi := &file_flox_v1_members_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1598,7 +1940,7 @@ func (x *MembersEvent) String() string {
 func (*MembersEvent) ProtoMessage() {}
 
 func (x *MembersEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[20]
+	mi := &file_flox_v1_members_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1611,7 +1953,7 @@ func (x *MembersEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MembersEvent.ProtoReflect.Descriptor instead.
 func (*MembersEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *MembersEvent) GetIndex() uint64 {
@@ -1656,6 +1998,20 @@ func (x *MembersEvent) GetSwarmSecrets() [][]byte {
 	return nil
 }
 
+func (x *MembersEvent) GetOpen() bool {
+	if x != nil {
+		return x.Open
+	}
+	return false
+}
+
+func (x *MembersEvent) GetRevoked() []string {
+	if x != nil {
+		return x.Revoked
+	}
+	return nil
+}
+
 // Member is what every machine knows of every other.
 type Member struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1672,7 +2028,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_flox_v1_members_proto_msgTypes[21]
+	mi := &file_flox_v1_members_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +2040,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[21]
+	mi := &file_flox_v1_members_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +2053,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Member) GetPeer() string {
@@ -1749,6 +2105,67 @@ func (x *Member) GetHttpUrl() string {
 	return ""
 }
 
+// KeptMembers is the member list on the disk of a machine.
+type KeptMembers struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Invite        []byte                 `protobuf:"bytes,1,opt,name=invite,proto3" json:"invite,omitempty"` // BLAKE3 of what the list goes with: secret and servers of the invite
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`  // of the trust list when the list began
+	List          *MembersEvent          `protobuf:"bytes,3,opt,name=list,proto3" json:"list,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptMembers) Reset() {
+	*x = KeptMembers{}
+	mi := &file_flox_v1_members_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptMembers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptMembers) ProtoMessage() {}
+
+func (x *KeptMembers) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_members_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptMembers.ProtoReflect.Descriptor instead.
+func (*KeptMembers) Descriptor() ([]byte, []int) {
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *KeptMembers) GetInvite() []byte {
+	if x != nil {
+		return x.Invite
+	}
+	return nil
+}
+
+func (x *KeptMembers) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *KeptMembers) GetList() *MembersEvent {
+	if x != nil {
+		return x.List
+	}
+	return nil
+}
+
 type RenewRootsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Set           []byte                 `protobuf:"bytes,1,opt,name=set,proto3" json:"set,omitempty"`
@@ -1758,7 +2175,7 @@ type RenewRootsRequest struct {
 
 func (x *RenewRootsRequest) Reset() {
 	*x = RenewRootsRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[22]
+	mi := &file_flox_v1_members_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +2187,7 @@ func (x *RenewRootsRequest) String() string {
 func (*RenewRootsRequest) ProtoMessage() {}
 
 func (x *RenewRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[22]
+	mi := &file_flox_v1_members_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +2200,7 @@ func (x *RenewRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRootsRequest.ProtoReflect.Descriptor instead.
 func (*RenewRootsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RenewRootsRequest) GetSet() []byte {
@@ -1802,7 +2219,7 @@ type RenewRootsResponse struct {
 
 func (x *RenewRootsResponse) Reset() {
 	*x = RenewRootsResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[23]
+	mi := &file_flox_v1_members_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +2231,7 @@ func (x *RenewRootsResponse) String() string {
 func (*RenewRootsResponse) ProtoMessage() {}
 
 func (x *RenewRootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[23]
+	mi := &file_flox_v1_members_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +2244,7 @@ func (x *RenewRootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRootsResponse.ProtoReflect.Descriptor instead.
 func (*RenewRootsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RenewRootsResponse) GetUnknown() bool {
@@ -1846,7 +2263,7 @@ type SetRootsRequest struct {
 
 func (x *SetRootsRequest) Reset() {
 	*x = SetRootsRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[24]
+	mi := &file_flox_v1_members_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1858,7 +2275,7 @@ func (x *SetRootsRequest) String() string {
 func (*SetRootsRequest) ProtoMessage() {}
 
 func (x *SetRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[24]
+	mi := &file_flox_v1_members_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1871,7 +2288,7 @@ func (x *SetRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRootsRequest.ProtoReflect.Descriptor instead.
 func (*SetRootsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SetRootsRequest) GetHashes() []byte {
@@ -1890,7 +2307,7 @@ type SetRootsResponse struct {
 
 func (x *SetRootsResponse) Reset() {
 	*x = SetRootsResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[25]
+	mi := &file_flox_v1_members_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2319,7 @@ func (x *SetRootsResponse) String() string {
 func (*SetRootsResponse) ProtoMessage() {}
 
 func (x *SetRootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[25]
+	mi := &file_flox_v1_members_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2332,7 @@ func (x *SetRootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRootsResponse.ProtoReflect.Descriptor instead.
 func (*SetRootsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SetRootsResponse) GetSet() []byte {
@@ -1934,7 +2351,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[26]
+	mi := &file_flox_v1_members_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1946,7 +2363,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[26]
+	mi := &file_flox_v1_members_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1959,7 +2376,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *LeaveRequest) GetUser() string {
@@ -1977,7 +2394,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[27]
+	mi := &file_flox_v1_members_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2406,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[27]
+	mi := &file_flox_v1_members_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2419,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{33}
 }
 
 type LookRequest struct {
@@ -2013,7 +2430,7 @@ type LookRequest struct {
 
 func (x *LookRequest) Reset() {
 	*x = LookRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[28]
+	mi := &file_flox_v1_members_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2025,7 +2442,7 @@ func (x *LookRequest) String() string {
 func (*LookRequest) ProtoMessage() {}
 
 func (x *LookRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[28]
+	mi := &file_flox_v1_members_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2038,7 +2455,7 @@ func (x *LookRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LookRequest.ProtoReflect.Descriptor instead.
 func (*LookRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{34}
 }
 
 type LookResponse struct {
@@ -2053,7 +2470,7 @@ type LookResponse struct {
 
 func (x *LookResponse) Reset() {
 	*x = LookResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[29]
+	mi := &file_flox_v1_members_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2482,7 @@ func (x *LookResponse) String() string {
 func (*LookResponse) ProtoMessage() {}
 
 func (x *LookResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[29]
+	mi := &file_flox_v1_members_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2078,7 +2495,7 @@ func (x *LookResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LookResponse.ProtoReflect.Descriptor instead.
 func (*LookResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *LookResponse) GetName() string {
@@ -2121,7 +2538,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_flox_v1_members_proto_msgTypes[30]
+	mi := &file_flox_v1_members_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2550,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[30]
+	mi := &file_flox_v1_members_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2563,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *JoinRequest) GetMachine() *Machine {
@@ -2188,7 +2605,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_flox_v1_members_proto_msgTypes[31]
+	mi := &file_flox_v1_members_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2200,7 +2617,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_members_proto_msgTypes[31]
+	mi := &file_flox_v1_members_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2213,7 +2630,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_members_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_members_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *JoinResponse) GetInvite() []byte {
@@ -2290,7 +2707,7 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x06action\x18\x04 \x01(\tR\x06action\x12\x18\n" +
 	"\asubject\x18\x05 \x01(\tR\asubject\x12\x16\n" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x18\n" +
-	"\arefused\x18\a \x01(\bR\arefused\"\xe7\x03\n" +
+	"\arefused\x18\a \x01(\bR\arefused\"\xa6\x04\n" +
 	"\x0eMembersCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12$\n" +
 	"\x03add\x18\x02 \x01(\v2\x10.flox.v1.MachineH\x00R\x03add\x128\n" +
@@ -2303,7 +2720,9 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x04note\x18\b \x01(\v2\x14.flox.v1.AuditRecordH\x00R\x04note\x12/\n" +
 	"\asecrets\x18\t \x01(\v2\x13.flox.v1.SetSecretsH\x00R\asecrets\x121\n" +
 	"\x06forget\x18\n" +
-	" \x01(\v2\x17.flox.v1.ForgetMachinesH\x00R\x06forgetB\t\n" +
+	" \x01(\v2\x17.flox.v1.ForgetMachinesH\x00R\x06forget\x12'\n" +
+	"\x04seen\x18\f \x01(\v2\x11.flox.v1.NoteSeenH\x00R\x04seen\x12\x14\n" +
+	"\x05level\x18\v \x01(\rR\x05levelB\t\n" +
 	"\acommand\"`\n" +
 	"\x06Redeem\x12\x16\n" +
 	"\x06invite\x18\x01 \x01(\tR\x06invite\x12*\n" +
@@ -2329,7 +2748,13 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
 	"\arevoked\x18\x03 \x01(\bR\arevoked\"&\n" +
 	"\x0eForgetMachines\x12\x14\n" +
-	"\x05peers\x18\x01 \x03(\tR\x05peers\"T\n" +
+	"\x05peers\x18\x01 \x03(\tR\x05peers\"<\n" +
+	"\bNoteSeen\x120\n" +
+	"\bmachines\x18\x01 \x03(\v2\x14.flox.v1.SeenMachineR\bmachines\"?\n" +
+	"\vSeenMachine\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x1c\n" +
+	"\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\"T\n" +
 	"\n" +
 	"SetSecrets\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x04R\x05after\x120\n" +
@@ -2340,13 +2765,31 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x05seals\x18\x03 \x03(\v2\r.flox.v1.SealR\x05seals\",\n" +
 	"\x04Seal\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x10\n" +
-	"\x03box\x18\x02 \x01(\fR\x03box\"\xc6\x01\n" +
+	"\x03box\x18\x02 \x01(\fR\x03box\"\xef\x02\n" +
 	"\x0eClusterSecrets\x12\x19\n" +
 	"\bnix_keys\x18\x01 \x03(\tR\anixKeys\x12#\n" +
 	"\rmanifest_keys\x18\x02 \x03(\tR\fmanifestKeys\x12#\n" +
 	"\rswarm_secrets\x18\x03 \x03(\fR\fswarmSecrets\x12!\n" +
 	"\fupload_token\x18\x04 \x01(\tR\vuploadToken\x12,\n" +
-	"\x06retire\x18\x05 \x03(\v2\x14.flox.v1.SwarmRetireR\x06retire\"C\n" +
+	"\x06retire\x18\x05 \x03(\v2\x14.flox.v1.SwarmRetireR\x06retire\x12&\n" +
+	"\x05marks\x18\x06 \x03(\v2\x10.flox.v1.KeyMarkR\x05marks\x123\n" +
+	"\n" +
+	"old_tokens\x18\a \x03(\v2\x14.flox.v1.TokenRetireR\toldTokens\x12\x1a\n" +
+	"\bunsigned\x18\b \x01(\bR\bunsigned\x12.\n" +
+	"\x06logins\x18\t \x03(\v2\x16.flox.v1.UpstreamLoginR\x06logins\"S\n" +
+	"\rUpstreamLogin\x12\x10\n" +
+	"\x03url\x18\x01 \x01(\tR\x03url\x12\x14\n" +
+	"\x05login\x18\x02 \x01(\tR\x05login\x12\x1a\n" +
+	"\bpassword\x18\x03 \x01(\tR\bpassword\"w\n" +
+	"\aKeyMark\x12\x10\n" +
+	"\x03use\x18\x01 \x01(\tR\x03use\x12\x16\n" +
+	"\x06public\x18\x02 \x01(\tR\x06public\x12\x1a\n" +
+	"\bimported\x18\x03 \x01(\bR\bimported\x12&\n" +
+	"\x0fretires_unix_ms\x18\x04 \x01(\x03R\rretiresUnixMs\"A\n" +
+	"\vTokenRetire\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1c\n" +
+	"\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\"C\n" +
 	"\vSwarmRetire\x12\x16\n" +
 	"\x06secret\x18\x01 \x01(\fR\x06secret\x12\x1c\n" +
 	"\n" +
@@ -2367,14 +2810,16 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"timeUnixMs\"6\n" +
 	"\x13WatchMembersRequest\x12\x1f\n" +
 	"\vafter_index\x18\x01 \x01(\x04R\n" +
-	"afterIndex\"\xb4\x01\n" +
+	"afterIndex\"\xe2\x01\n" +
 	"\fMembersEvent\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12!\n" +
 	"\x03put\x18\x03 \x03(\v2\x0f.flox.v1.MemberR\x03put\x12\x12\n" +
 	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12#\n" +
-	"\rswarm_secrets\x18\x06 \x03(\fR\fswarmSecrets\"\xa7\x01\n" +
+	"\rswarm_secrets\x18\x06 \x03(\fR\fswarmSecrets\x12\x12\n" +
+	"\x04open\x18\a \x01(\bR\x04open\x12\x18\n" +
+	"\arevoked\x18\b \x03(\tR\arevoked\"\xa7\x01\n" +
 	"\x06Member\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -2382,7 +2827,11 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\x04site\x18\x04 \x01(\tR\x04site\x12\x1c\n" +
 	"\tephemeral\x18\x05 \x01(\bR\tephemeral\x12\x14\n" +
 	"\x05addrs\x18\x06 \x03(\tR\x05addrs\x12\x19\n" +
-	"\bhttp_url\x18\a \x01(\tR\ahttpUrl\"%\n" +
+	"\bhttp_url\x18\a \x01(\tR\ahttpUrl\"f\n" +
+	"\vKeptMembers\x12\x16\n" +
+	"\x06invite\x18\x01 \x01(\fR\x06invite\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12)\n" +
+	"\x04list\x18\x03 \x01(\v2\x15.flox.v1.MembersEventR\x04list\"%\n" +
 	"\x11RenewRootsRequest\x12\x10\n" +
 	"\x03set\x18\x01 \x01(\fR\x03set\".\n" +
 	"\x12RenewRootsResponse\x12\x18\n" +
@@ -2433,7 +2882,7 @@ func file_flox_v1_members_proto_rawDescGZIP() []byte {
 	return file_flox_v1_members_proto_rawDescData
 }
 
-var file_flox_v1_members_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_flox_v1_members_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_flox_v1_members_proto_goTypes = []any{
 	(*Actor)(nil),               // 0: flox.v1.Actor
 	(*Label)(nil),               // 1: flox.v1.Label
@@ -2446,27 +2895,33 @@ var file_flox_v1_members_proto_goTypes = []any{
 	(*ChangeMachine)(nil),       // 8: flox.v1.ChangeMachine
 	(*RemoveMachine)(nil),       // 9: flox.v1.RemoveMachine
 	(*ForgetMachines)(nil),      // 10: flox.v1.ForgetMachines
-	(*SetSecrets)(nil),          // 11: flox.v1.SetSecrets
-	(*SealedSecrets)(nil),       // 12: flox.v1.SealedSecrets
-	(*Seal)(nil),                // 13: flox.v1.Seal
-	(*ClusterSecrets)(nil),      // 14: flox.v1.ClusterSecrets
-	(*SwarmRetire)(nil),         // 15: flox.v1.SwarmRetire
-	(*MembersReply)(nil),        // 16: flox.v1.MembersReply
-	(*MembersChange)(nil),       // 17: flox.v1.MembersChange
-	(*Revoked)(nil),             // 18: flox.v1.Revoked
-	(*WatchMembersRequest)(nil), // 19: flox.v1.WatchMembersRequest
-	(*MembersEvent)(nil),        // 20: flox.v1.MembersEvent
-	(*Member)(nil),              // 21: flox.v1.Member
-	(*RenewRootsRequest)(nil),   // 22: flox.v1.RenewRootsRequest
-	(*RenewRootsResponse)(nil),  // 23: flox.v1.RenewRootsResponse
-	(*SetRootsRequest)(nil),     // 24: flox.v1.SetRootsRequest
-	(*SetRootsResponse)(nil),    // 25: flox.v1.SetRootsResponse
-	(*LeaveRequest)(nil),        // 26: flox.v1.LeaveRequest
-	(*LeaveResponse)(nil),       // 27: flox.v1.LeaveResponse
-	(*LookRequest)(nil),         // 28: flox.v1.LookRequest
-	(*LookResponse)(nil),        // 29: flox.v1.LookResponse
-	(*JoinRequest)(nil),         // 30: flox.v1.JoinRequest
-	(*JoinResponse)(nil),        // 31: flox.v1.JoinResponse
+	(*NoteSeen)(nil),            // 11: flox.v1.NoteSeen
+	(*SeenMachine)(nil),         // 12: flox.v1.SeenMachine
+	(*SetSecrets)(nil),          // 13: flox.v1.SetSecrets
+	(*SealedSecrets)(nil),       // 14: flox.v1.SealedSecrets
+	(*Seal)(nil),                // 15: flox.v1.Seal
+	(*ClusterSecrets)(nil),      // 16: flox.v1.ClusterSecrets
+	(*UpstreamLogin)(nil),       // 17: flox.v1.UpstreamLogin
+	(*KeyMark)(nil),             // 18: flox.v1.KeyMark
+	(*TokenRetire)(nil),         // 19: flox.v1.TokenRetire
+	(*SwarmRetire)(nil),         // 20: flox.v1.SwarmRetire
+	(*MembersReply)(nil),        // 21: flox.v1.MembersReply
+	(*MembersChange)(nil),       // 22: flox.v1.MembersChange
+	(*Revoked)(nil),             // 23: flox.v1.Revoked
+	(*WatchMembersRequest)(nil), // 24: flox.v1.WatchMembersRequest
+	(*MembersEvent)(nil),        // 25: flox.v1.MembersEvent
+	(*Member)(nil),              // 26: flox.v1.Member
+	(*KeptMembers)(nil),         // 27: flox.v1.KeptMembers
+	(*RenewRootsRequest)(nil),   // 28: flox.v1.RenewRootsRequest
+	(*RenewRootsResponse)(nil),  // 29: flox.v1.RenewRootsResponse
+	(*SetRootsRequest)(nil),     // 30: flox.v1.SetRootsRequest
+	(*SetRootsResponse)(nil),    // 31: flox.v1.SetRootsResponse
+	(*LeaveRequest)(nil),        // 32: flox.v1.LeaveRequest
+	(*LeaveResponse)(nil),       // 33: flox.v1.LeaveResponse
+	(*LookRequest)(nil),         // 34: flox.v1.LookRequest
+	(*LookResponse)(nil),        // 35: flox.v1.LookResponse
+	(*JoinRequest)(nil),         // 36: flox.v1.JoinRequest
+	(*JoinResponse)(nil),        // 37: flox.v1.JoinResponse
 }
 var file_flox_v1_members_proto_depIdxs = []int32{
 	1,  // 0: flox.v1.Machine.labels:type_name -> flox.v1.Label
@@ -2482,36 +2937,42 @@ var file_flox_v1_members_proto_depIdxs = []int32{
 	8,  // 10: flox.v1.MembersCommand.change:type_name -> flox.v1.ChangeMachine
 	9,  // 11: flox.v1.MembersCommand.remove:type_name -> flox.v1.RemoveMachine
 	5,  // 12: flox.v1.MembersCommand.note:type_name -> flox.v1.AuditRecord
-	11, // 13: flox.v1.MembersCommand.secrets:type_name -> flox.v1.SetSecrets
+	13, // 13: flox.v1.MembersCommand.secrets:type_name -> flox.v1.SetSecrets
 	10, // 14: flox.v1.MembersCommand.forget:type_name -> flox.v1.ForgetMachines
-	3,  // 15: flox.v1.Redeem.machine:type_name -> flox.v1.Machine
-	1,  // 16: flox.v1.ChangeMachine.set_labels:type_name -> flox.v1.Label
-	2,  // 17: flox.v1.ChangeMachine.set_users:type_name -> flox.v1.UserGrant
-	12, // 18: flox.v1.SetSecrets.secrets:type_name -> flox.v1.SealedSecrets
-	13, // 19: flox.v1.SealedSecrets.seals:type_name -> flox.v1.Seal
-	15, // 20: flox.v1.ClusterSecrets.retire:type_name -> flox.v1.SwarmRetire
-	3,  // 21: flox.v1.MembersReply.machine:type_name -> flox.v1.Machine
-	21, // 22: flox.v1.MembersEvent.put:type_name -> flox.v1.Member
-	3,  // 23: flox.v1.JoinRequest.machine:type_name -> flox.v1.Machine
-	3,  // 24: flox.v1.JoinResponse.machine:type_name -> flox.v1.Machine
-	21, // 25: flox.v1.JoinResponse.members:type_name -> flox.v1.Member
-	19, // 26: flox.v1.Membership.WatchMembers:input_type -> flox.v1.WatchMembersRequest
-	22, // 27: flox.v1.Membership.RenewRoots:input_type -> flox.v1.RenewRootsRequest
-	24, // 28: flox.v1.Membership.SetRoots:input_type -> flox.v1.SetRootsRequest
-	26, // 29: flox.v1.Membership.Leave:input_type -> flox.v1.LeaveRequest
-	28, // 30: flox.v1.Join.Look:input_type -> flox.v1.LookRequest
-	30, // 31: flox.v1.Join.Join:input_type -> flox.v1.JoinRequest
-	20, // 32: flox.v1.Membership.WatchMembers:output_type -> flox.v1.MembersEvent
-	23, // 33: flox.v1.Membership.RenewRoots:output_type -> flox.v1.RenewRootsResponse
-	25, // 34: flox.v1.Membership.SetRoots:output_type -> flox.v1.SetRootsResponse
-	27, // 35: flox.v1.Membership.Leave:output_type -> flox.v1.LeaveResponse
-	29, // 36: flox.v1.Join.Look:output_type -> flox.v1.LookResponse
-	31, // 37: flox.v1.Join.Join:output_type -> flox.v1.JoinResponse
-	32, // [32:38] is the sub-list for method output_type
-	26, // [26:32] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	11, // 15: flox.v1.MembersCommand.seen:type_name -> flox.v1.NoteSeen
+	3,  // 16: flox.v1.Redeem.machine:type_name -> flox.v1.Machine
+	1,  // 17: flox.v1.ChangeMachine.set_labels:type_name -> flox.v1.Label
+	2,  // 18: flox.v1.ChangeMachine.set_users:type_name -> flox.v1.UserGrant
+	12, // 19: flox.v1.NoteSeen.machines:type_name -> flox.v1.SeenMachine
+	14, // 20: flox.v1.SetSecrets.secrets:type_name -> flox.v1.SealedSecrets
+	15, // 21: flox.v1.SealedSecrets.seals:type_name -> flox.v1.Seal
+	20, // 22: flox.v1.ClusterSecrets.retire:type_name -> flox.v1.SwarmRetire
+	18, // 23: flox.v1.ClusterSecrets.marks:type_name -> flox.v1.KeyMark
+	19, // 24: flox.v1.ClusterSecrets.old_tokens:type_name -> flox.v1.TokenRetire
+	17, // 25: flox.v1.ClusterSecrets.logins:type_name -> flox.v1.UpstreamLogin
+	3,  // 26: flox.v1.MembersReply.machine:type_name -> flox.v1.Machine
+	26, // 27: flox.v1.MembersEvent.put:type_name -> flox.v1.Member
+	25, // 28: flox.v1.KeptMembers.list:type_name -> flox.v1.MembersEvent
+	3,  // 29: flox.v1.JoinRequest.machine:type_name -> flox.v1.Machine
+	3,  // 30: flox.v1.JoinResponse.machine:type_name -> flox.v1.Machine
+	26, // 31: flox.v1.JoinResponse.members:type_name -> flox.v1.Member
+	24, // 32: flox.v1.Membership.WatchMembers:input_type -> flox.v1.WatchMembersRequest
+	28, // 33: flox.v1.Membership.RenewRoots:input_type -> flox.v1.RenewRootsRequest
+	30, // 34: flox.v1.Membership.SetRoots:input_type -> flox.v1.SetRootsRequest
+	32, // 35: flox.v1.Membership.Leave:input_type -> flox.v1.LeaveRequest
+	34, // 36: flox.v1.Join.Look:input_type -> flox.v1.LookRequest
+	36, // 37: flox.v1.Join.Join:input_type -> flox.v1.JoinRequest
+	25, // 38: flox.v1.Membership.WatchMembers:output_type -> flox.v1.MembersEvent
+	29, // 39: flox.v1.Membership.RenewRoots:output_type -> flox.v1.RenewRootsResponse
+	31, // 40: flox.v1.Membership.SetRoots:output_type -> flox.v1.SetRootsResponse
+	33, // 41: flox.v1.Membership.Leave:output_type -> flox.v1.LeaveResponse
+	35, // 42: flox.v1.Join.Look:output_type -> flox.v1.LookResponse
+	37, // 43: flox.v1.Join.Join:output_type -> flox.v1.JoinResponse
+	38, // [38:44] is the sub-list for method output_type
+	32, // [32:38] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_members_proto_init() }
@@ -2529,6 +2990,7 @@ func file_flox_v1_members_proto_init() {
 		(*MembersCommand_Note)(nil),
 		(*MembersCommand_Secrets)(nil),
 		(*MembersCommand_Forget)(nil),
+		(*MembersCommand_Seen)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2536,7 +2998,7 @@ func file_flox_v1_members_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_members_proto_rawDesc), len(file_flox_v1_members_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

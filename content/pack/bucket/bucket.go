@@ -11,11 +11,15 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/credentials"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	gcaws "gocloud.dev/aws"
 	"gocloud.dev/blob"
 	_ "gocloud.dev/blob/fileblob" // file://
-	_ "gocloud.dev/blob/s3blob"   // s3://
+	"gocloud.dev/blob/s3blob"     // s3:// too
 	"gocloud.dev/gcerrors"
 
 	"github.com/floxctl/flox"
@@ -57,6 +61,31 @@ func Open(ctx context.Context, where string) (*Bucket, error) {
 	return b, nil
 }
 
+// Keys are those of an S3 bucket. They are secret.
+type Keys struct{ Access, Secret string }
+
+// OpenAs is Open of an S3 bucket with keys of its own; with none it is Open.
+func OpenAs(ctx context.Context, where string, keys Keys) (*Bucket, error) {
+	u, err := url.Parse(where)
+	if err != nil || u.Scheme != "s3" || keys == (Keys{}) {
+		return Open(ctx, where)
+	}
+	b := &Bucket{url: u.Scheme + "://" + u.Host}
+	q := u.Query()
+	style := q.Get("use_path_style")
+	q.Del("use_path_style")
+	cfg, err := gcaws.V2ConfigFromURLParams(ctx, q)
+	if err == nil {
+		cfg.Credentials = credentials.NewStaticCredentialsProvider(keys.Access, keys.Secret, "")
+		client := s3.NewFromConfig(cfg, func(o *s3.Options) { o.UsePathStyle = style == "true" })
+		b.bucket, err = s3blob.OpenBucket(ctx, client, u.Host, nil)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("bucket %s: %w: %w", b.url, err, flox.ErrBadInput)
+	}
+	return b, nil
+}
+
 // String is the bucket's URL without parameters.
 func (b *Bucket) String() string { return b.url }
 
@@ -64,6 +93,13 @@ func (b *Bucket) String() string { return b.url }
 func (b *Bucket) fail(what, name string, err error) error {
 	kind := flox.ErrUnreachable
 	switch gcerrors.Code(err) {
+	case gcerrors.Unknown:
+		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG) {
+			kind = flox.ErrFull
+		}
+		if strings.Contains(err.Error(), "checksum did not match") { // S3's own, of a whole object; its error has no type
+			kind = flox.ErrCorrupt
+		}
 	case gcerrors.NotFound:
 		kind = flox.ErrNotFound
 	case gcerrors.PermissionDenied:

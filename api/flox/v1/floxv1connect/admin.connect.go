@@ -73,6 +73,16 @@ const (
 	AdminKeepPathProcedure = "/flox.v1.Admin/KeepPath"
 	// AdminImportProcedure is the fully-qualified name of the Admin's Import RPC.
 	AdminImportProcedure = "/flox.v1.Admin/Import"
+	// AdminDifferencesProcedure is the fully-qualified name of the Admin's Differences RPC.
+	AdminDifferencesProcedure = "/flox.v1.Admin/Differences"
+	// AdminAddUpstreamProcedure is the fully-qualified name of the Admin's AddUpstream RPC.
+	AdminAddUpstreamProcedure = "/flox.v1.Admin/AddUpstream"
+	// AdminListUpstreamsProcedure is the fully-qualified name of the Admin's ListUpstreams RPC.
+	AdminListUpstreamsProcedure = "/flox.v1.Admin/ListUpstreams"
+	// AdminTestUpstreamProcedure is the fully-qualified name of the Admin's TestUpstream RPC.
+	AdminTestUpstreamProcedure = "/flox.v1.Admin/TestUpstream"
+	// AdminRemoveUpstreamProcedure is the fully-qualified name of the Admin's RemoveUpstream RPC.
+	AdminRemoveUpstreamProcedure = "/flox.v1.Admin/RemoveUpstream"
 	// AdminListKeysProcedure is the fully-qualified name of the Admin's ListKeys RPC.
 	AdminListKeysProcedure = "/flox.v1.Admin/ListKeys"
 	// AdminImportKeyProcedure is the fully-qualified name of the Admin's ImportKey RPC.
@@ -89,6 +99,8 @@ const (
 	ServersSweepProcedure = "/flox.v1.Servers/Sweep"
 	// ServersSeenProcedure is the fully-qualified name of the Servers's Seen RPC.
 	ServersSeenProcedure = "/flox.v1.Servers/Seen"
+	// ServersStagedProcedure is the fully-qualified name of the Servers's Staged RPC.
+	ServersStagedProcedure = "/flox.v1.Servers/Staged"
 )
 
 // AdminClient is a client for the flox.v1.Admin service.
@@ -113,6 +125,14 @@ type AdminClient interface {
 	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
 	KeepPath(context.Context, *connect.Request[v1.KeepPathRequest]) (*connect.Response[v1.KeepPathResponse], error)
 	Import(context.Context, *connect.Request[v1.ImportRequest]) (*connect.ServerStreamForClient[v1.ImportProgress], error)
+	// Differences lists where a second, different NAR was offered for a valid path:
+	// what does not build reproducibly, or was tampered with.
+	Differences(context.Context, *connect.Request[v1.DifferencesRequest]) (*connect.Response[v1.DifferencesResponse], error)
+	// Upstreams.
+	AddUpstream(context.Context, *connect.Request[v1.AddUpstreamRequest]) (*connect.Response[v1.AddUpstreamResponse], error)
+	ListUpstreams(context.Context, *connect.Request[v1.ListUpstreamsRequest]) (*connect.Response[v1.ListUpstreamsResponse], error)
+	TestUpstream(context.Context, *connect.Request[v1.TestUpstreamRequest]) (*connect.Response[v1.TestUpstreamResponse], error)
+	RemoveUpstream(context.Context, *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -233,6 +253,36 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("Import")),
 			connect.WithClientOptions(opts...),
 		),
+		differences: connect.NewClient[v1.DifferencesRequest, v1.DifferencesResponse](
+			httpClient,
+			baseURL+AdminDifferencesProcedure,
+			connect.WithSchema(adminMethods.ByName("Differences")),
+			connect.WithClientOptions(opts...),
+		),
+		addUpstream: connect.NewClient[v1.AddUpstreamRequest, v1.AddUpstreamResponse](
+			httpClient,
+			baseURL+AdminAddUpstreamProcedure,
+			connect.WithSchema(adminMethods.ByName("AddUpstream")),
+			connect.WithClientOptions(opts...),
+		),
+		listUpstreams: connect.NewClient[v1.ListUpstreamsRequest, v1.ListUpstreamsResponse](
+			httpClient,
+			baseURL+AdminListUpstreamsProcedure,
+			connect.WithSchema(adminMethods.ByName("ListUpstreams")),
+			connect.WithClientOptions(opts...),
+		),
+		testUpstream: connect.NewClient[v1.TestUpstreamRequest, v1.TestUpstreamResponse](
+			httpClient,
+			baseURL+AdminTestUpstreamProcedure,
+			connect.WithSchema(adminMethods.ByName("TestUpstream")),
+			connect.WithClientOptions(opts...),
+		),
+		removeUpstream: connect.NewClient[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse](
+			httpClient,
+			baseURL+AdminRemoveUpstreamProcedure,
+			connect.WithSchema(adminMethods.ByName("RemoveUpstream")),
+			connect.WithClientOptions(opts...),
+		),
 		listKeys: connect.NewClient[v1.ListKeysRequest, v1.ListKeysResponse](
 			httpClient,
 			baseURL+AdminListKeysProcedure,
@@ -262,27 +312,32 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 
 // adminClient implements AdminClient.
 type adminClient struct {
-	makeInvite    *connect.Client[v1.MakeInviteRequest, v1.MakeInviteResponse]
-	listInvites   *connect.Client[v1.ListInvitesRequest, v1.ListInvitesResponse]
-	cancelInvite  *connect.Client[v1.CancelInviteRequest, v1.CancelInviteResponse]
-	listMachines  *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
-	changeMachine *connect.Client[v1.ChangeMachineRequest, v1.ChangeMachineResponse]
-	removeMachine *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
-	audit         *connect.Client[v1.AuditRequest, v1.AuditResponse]
-	servers       *connect.Client[v1.ServersRequest, v1.ServersResponse]
-	transfer      *connect.Client[v1.TransferRequest, v1.TransferResponse]
-	removeServer  *connect.Client[v1.RemoveServerRequest, v1.RemoveServerResponse]
-	drain         *connect.Client[v1.DrainRequest, v1.DrainResponse]
-	usage         *connect.Client[v1.UsageRequest, v1.UsageResponse]
-	collect       *connect.Client[v1.CollectRequest, v1.CollectProgress]
-	roots         *connect.Client[v1.RootsRequest, v1.RootsResponse]
-	why           *connect.Client[v1.WhyRequest, v1.WhyResponse]
-	keepPath      *connect.Client[v1.KeepPathRequest, v1.KeepPathResponse]
-	_import       *connect.Client[v1.ImportRequest, v1.ImportProgress]
-	listKeys      *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
-	importKey     *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
-	rotateKeys    *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
-	backup        *connect.Client[v1.BackupRequest, v1.BackupProgress]
+	makeInvite     *connect.Client[v1.MakeInviteRequest, v1.MakeInviteResponse]
+	listInvites    *connect.Client[v1.ListInvitesRequest, v1.ListInvitesResponse]
+	cancelInvite   *connect.Client[v1.CancelInviteRequest, v1.CancelInviteResponse]
+	listMachines   *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
+	changeMachine  *connect.Client[v1.ChangeMachineRequest, v1.ChangeMachineResponse]
+	removeMachine  *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
+	audit          *connect.Client[v1.AuditRequest, v1.AuditResponse]
+	servers        *connect.Client[v1.ServersRequest, v1.ServersResponse]
+	transfer       *connect.Client[v1.TransferRequest, v1.TransferResponse]
+	removeServer   *connect.Client[v1.RemoveServerRequest, v1.RemoveServerResponse]
+	drain          *connect.Client[v1.DrainRequest, v1.DrainResponse]
+	usage          *connect.Client[v1.UsageRequest, v1.UsageResponse]
+	collect        *connect.Client[v1.CollectRequest, v1.CollectProgress]
+	roots          *connect.Client[v1.RootsRequest, v1.RootsResponse]
+	why            *connect.Client[v1.WhyRequest, v1.WhyResponse]
+	keepPath       *connect.Client[v1.KeepPathRequest, v1.KeepPathResponse]
+	_import        *connect.Client[v1.ImportRequest, v1.ImportProgress]
+	differences    *connect.Client[v1.DifferencesRequest, v1.DifferencesResponse]
+	addUpstream    *connect.Client[v1.AddUpstreamRequest, v1.AddUpstreamResponse]
+	listUpstreams  *connect.Client[v1.ListUpstreamsRequest, v1.ListUpstreamsResponse]
+	testUpstream   *connect.Client[v1.TestUpstreamRequest, v1.TestUpstreamResponse]
+	removeUpstream *connect.Client[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse]
+	listKeys       *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
+	importKey      *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
+	rotateKeys     *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
+	backup         *connect.Client[v1.BackupRequest, v1.BackupProgress]
 }
 
 // MakeInvite calls flox.v1.Admin.MakeInvite.
@@ -370,6 +425,31 @@ func (c *adminClient) Import(ctx context.Context, req *connect.Request[v1.Import
 	return c._import.CallServerStream(ctx, req)
 }
 
+// Differences calls flox.v1.Admin.Differences.
+func (c *adminClient) Differences(ctx context.Context, req *connect.Request[v1.DifferencesRequest]) (*connect.Response[v1.DifferencesResponse], error) {
+	return c.differences.CallUnary(ctx, req)
+}
+
+// AddUpstream calls flox.v1.Admin.AddUpstream.
+func (c *adminClient) AddUpstream(ctx context.Context, req *connect.Request[v1.AddUpstreamRequest]) (*connect.Response[v1.AddUpstreamResponse], error) {
+	return c.addUpstream.CallUnary(ctx, req)
+}
+
+// ListUpstreams calls flox.v1.Admin.ListUpstreams.
+func (c *adminClient) ListUpstreams(ctx context.Context, req *connect.Request[v1.ListUpstreamsRequest]) (*connect.Response[v1.ListUpstreamsResponse], error) {
+	return c.listUpstreams.CallUnary(ctx, req)
+}
+
+// TestUpstream calls flox.v1.Admin.TestUpstream.
+func (c *adminClient) TestUpstream(ctx context.Context, req *connect.Request[v1.TestUpstreamRequest]) (*connect.Response[v1.TestUpstreamResponse], error) {
+	return c.testUpstream.CallUnary(ctx, req)
+}
+
+// RemoveUpstream calls flox.v1.Admin.RemoveUpstream.
+func (c *adminClient) RemoveUpstream(ctx context.Context, req *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error) {
+	return c.removeUpstream.CallUnary(ctx, req)
+}
+
 // ListKeys calls flox.v1.Admin.ListKeys.
 func (c *adminClient) ListKeys(ctx context.Context, req *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {
 	return c.listKeys.CallUnary(ctx, req)
@@ -412,6 +492,14 @@ type AdminHandler interface {
 	Why(context.Context, *connect.Request[v1.WhyRequest]) (*connect.Response[v1.WhyResponse], error)
 	KeepPath(context.Context, *connect.Request[v1.KeepPathRequest]) (*connect.Response[v1.KeepPathResponse], error)
 	Import(context.Context, *connect.Request[v1.ImportRequest], *connect.ServerStream[v1.ImportProgress]) error
+	// Differences lists where a second, different NAR was offered for a valid path:
+	// what does not build reproducibly, or was tampered with.
+	Differences(context.Context, *connect.Request[v1.DifferencesRequest]) (*connect.Response[v1.DifferencesResponse], error)
+	// Upstreams.
+	AddUpstream(context.Context, *connect.Request[v1.AddUpstreamRequest]) (*connect.Response[v1.AddUpstreamResponse], error)
+	ListUpstreams(context.Context, *connect.Request[v1.ListUpstreamsRequest]) (*connect.Response[v1.ListUpstreamsResponse], error)
+	TestUpstream(context.Context, *connect.Request[v1.TestUpstreamRequest]) (*connect.Response[v1.TestUpstreamResponse], error)
+	RemoveUpstream(context.Context, *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -528,6 +616,36 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("Import")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminDifferencesHandler := connect.NewUnaryHandler(
+		AdminDifferencesProcedure,
+		svc.Differences,
+		connect.WithSchema(adminMethods.ByName("Differences")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminAddUpstreamHandler := connect.NewUnaryHandler(
+		AdminAddUpstreamProcedure,
+		svc.AddUpstream,
+		connect.WithSchema(adminMethods.ByName("AddUpstream")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminListUpstreamsHandler := connect.NewUnaryHandler(
+		AdminListUpstreamsProcedure,
+		svc.ListUpstreams,
+		connect.WithSchema(adminMethods.ByName("ListUpstreams")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminTestUpstreamHandler := connect.NewUnaryHandler(
+		AdminTestUpstreamProcedure,
+		svc.TestUpstream,
+		connect.WithSchema(adminMethods.ByName("TestUpstream")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminRemoveUpstreamHandler := connect.NewUnaryHandler(
+		AdminRemoveUpstreamProcedure,
+		svc.RemoveUpstream,
+		connect.WithSchema(adminMethods.ByName("RemoveUpstream")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListKeysHandler := connect.NewUnaryHandler(
 		AdminListKeysProcedure,
 		svc.ListKeys,
@@ -588,6 +706,16 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminKeepPathHandler.ServeHTTP(w, r)
 		case AdminImportProcedure:
 			adminImportHandler.ServeHTTP(w, r)
+		case AdminDifferencesProcedure:
+			adminDifferencesHandler.ServeHTTP(w, r)
+		case AdminAddUpstreamProcedure:
+			adminAddUpstreamHandler.ServeHTTP(w, r)
+		case AdminListUpstreamsProcedure:
+			adminListUpstreamsHandler.ServeHTTP(w, r)
+		case AdminTestUpstreamProcedure:
+			adminTestUpstreamHandler.ServeHTTP(w, r)
+		case AdminRemoveUpstreamProcedure:
+			adminRemoveUpstreamHandler.ServeHTTP(w, r)
 		case AdminListKeysProcedure:
 			adminListKeysHandler.ServeHTTP(w, r)
 		case AdminImportKeyProcedure:
@@ -673,6 +801,26 @@ func (UnimplementedAdminHandler) Import(context.Context, *connect.Request[v1.Imp
 	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.Import is not implemented"))
 }
 
+func (UnimplementedAdminHandler) Differences(context.Context, *connect.Request[v1.DifferencesRequest]) (*connect.Response[v1.DifferencesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.Differences is not implemented"))
+}
+
+func (UnimplementedAdminHandler) AddUpstream(context.Context, *connect.Request[v1.AddUpstreamRequest]) (*connect.Response[v1.AddUpstreamResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.AddUpstream is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ListUpstreams(context.Context, *connect.Request[v1.ListUpstreamsRequest]) (*connect.Response[v1.ListUpstreamsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListUpstreams is not implemented"))
+}
+
+func (UnimplementedAdminHandler) TestUpstream(context.Context, *connect.Request[v1.TestUpstreamRequest]) (*connect.Response[v1.TestUpstreamResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.TestUpstream is not implemented"))
+}
+
+func (UnimplementedAdminHandler) RemoveUpstream(context.Context, *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.RemoveUpstream is not implemented"))
+}
+
 func (UnimplementedAdminHandler) ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListKeys is not implemented"))
 }
@@ -699,6 +847,8 @@ type ServersClient interface {
 	Sweep(context.Context, *connect.Request[v1.SweepRequest]) (*connect.ServerStreamForClient[v1.CollectProgress], error)
 	// Seen tells the leader which machines watch the members at the caller.
 	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
+	// Staged says what a publisher put here under a key whose path info came to the caller; NOT_FOUND.
+	Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error)
 }
 
 // NewServersClient constructs a client for the flox.v1.Servers service. By default, it uses the
@@ -736,15 +886,22 @@ func NewServersClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(serversMethods.ByName("Seen")),
 			connect.WithClientOptions(opts...),
 		),
+		staged: connect.NewClient[v1.StagedRequest, v1.StagedResponse](
+			httpClient,
+			baseURL+ServersStagedProcedure,
+			connect.WithSchema(serversMethods.ByName("Staged")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // serversClient implements ServersClient.
 type serversClient struct {
-	fetch *connect.Client[v1.FetchRequest, v1.FetchResponse]
-	state *connect.Client[v1.StateRequest, v1.StateResponse]
-	sweep *connect.Client[v1.SweepRequest, v1.CollectProgress]
-	seen  *connect.Client[v1.SeenRequest, v1.SeenResponse]
+	fetch  *connect.Client[v1.FetchRequest, v1.FetchResponse]
+	state  *connect.Client[v1.StateRequest, v1.StateResponse]
+	sweep  *connect.Client[v1.SweepRequest, v1.CollectProgress]
+	seen   *connect.Client[v1.SeenRequest, v1.SeenResponse]
+	staged *connect.Client[v1.StagedRequest, v1.StagedResponse]
 }
 
 // Fetch calls flox.v1.Servers.Fetch.
@@ -767,6 +924,11 @@ func (c *serversClient) Seen(ctx context.Context, req *connect.Request[v1.SeenRe
 	return c.seen.CallUnary(ctx, req)
 }
 
+// Staged calls flox.v1.Servers.Staged.
+func (c *serversClient) Staged(ctx context.Context, req *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error) {
+	return c.staged.CallUnary(ctx, req)
+}
+
 // ServersHandler is an implementation of the flox.v1.Servers service.
 type ServersHandler interface {
 	// Fetch brings blocks from the caller (or whoever has them) and answers once they are durable here.
@@ -777,6 +939,8 @@ type ServersHandler interface {
 	Sweep(context.Context, *connect.Request[v1.SweepRequest], *connect.ServerStream[v1.CollectProgress]) error
 	// Seen tells the leader which machines watch the members at the caller.
 	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
+	// Staged says what a publisher put here under a key whose path info came to the caller; NOT_FOUND.
+	Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error)
 }
 
 // NewServersHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -810,6 +974,12 @@ func NewServersHandler(svc ServersHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(serversMethods.ByName("Seen")),
 		connect.WithHandlerOptions(opts...),
 	)
+	serversStagedHandler := connect.NewUnaryHandler(
+		ServersStagedProcedure,
+		svc.Staged,
+		connect.WithSchema(serversMethods.ByName("Staged")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Servers/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ServersFetchProcedure:
@@ -820,6 +990,8 @@ func NewServersHandler(svc ServersHandler, opts ...connect.HandlerOption) (strin
 			serversSweepHandler.ServeHTTP(w, r)
 		case ServersSeenProcedure:
 			serversSeenHandler.ServeHTTP(w, r)
+		case ServersStagedProcedure:
+			serversStagedHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -843,4 +1015,8 @@ func (UnimplementedServersHandler) Sweep(context.Context, *connect.Request[v1.Sw
 
 func (UnimplementedServersHandler) Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Seen is not implemented"))
+}
+
+func (UnimplementedServersHandler) Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Staged is not implemented"))
 }

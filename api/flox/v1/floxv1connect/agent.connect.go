@@ -57,6 +57,8 @@ const (
 	AgentKeepProcedure = "/flox.v1.Agent/Keep"
 	// AgentUnkeepProcedure is the fully-qualified name of the Agent's Unkeep RPC.
 	AgentUnkeepProcedure = "/flox.v1.Agent/Unkeep"
+	// AgentKeptProcedure is the fully-qualified name of the Agent's Kept RPC.
+	AgentKeptProcedure = "/flox.v1.Agent/Kept"
 	// AgentCacheUsageProcedure is the fully-qualified name of the Agent's CacheUsage RPC.
 	AgentCacheUsageProcedure = "/flox.v1.Agent/CacheUsage"
 	// AgentCacheGCProcedure is the fully-qualified name of the Agent's CacheGC RPC.
@@ -89,6 +91,8 @@ type AgentClient interface {
 	Add(context.Context) *connect.ClientStreamForClient[v1.AddRequest, v1.AddResponse]
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
+	// Kept lists what is kept.
+	Kept(context.Context, *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error)
 	CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error)
 	CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error)
 	// Paths lists store paths by name: those known here, or everything valid.
@@ -174,6 +178,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Unkeep")),
 			connect.WithClientOptions(opts...),
 		),
+		kept: connect.NewClient[v1.KeptRequest, v1.KeptResponse](
+			httpClient,
+			baseURL+AgentKeptProcedure,
+			connect.WithSchema(agentMethods.ByName("Kept")),
+			connect.WithClientOptions(opts...),
+		),
 		cacheUsage: connect.NewClient[v1.CacheUsageRequest, v1.CacheUsageResponse](
 			httpClient,
 			baseURL+AgentCacheUsageProcedure,
@@ -214,6 +224,7 @@ type agentClient struct {
 	add        *connect.Client[v1.AddRequest, v1.AddResponse]
 	keep       *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	unkeep     *connect.Client[v1.KeepRequest, v1.KeepResponse]
+	kept       *connect.Client[v1.KeptRequest, v1.KeptResponse]
 	cacheUsage *connect.Client[v1.CacheUsageRequest, v1.CacheUsageResponse]
 	cacheGC    *connect.Client[v1.CacheGCRequest, v1.CacheGCResponse]
 	paths      *connect.Client[v1.ListPathsRequest, v1.ListPathsResponse]
@@ -275,6 +286,11 @@ func (c *agentClient) Unkeep(ctx context.Context, req *connect.Request[v1.KeepRe
 	return c.unkeep.CallUnary(ctx, req)
 }
 
+// Kept calls flox.v1.Agent.Kept.
+func (c *agentClient) Kept(ctx context.Context, req *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error) {
+	return c.kept.CallUnary(ctx, req)
+}
+
 // CacheUsage calls flox.v1.Agent.CacheUsage.
 func (c *agentClient) CacheUsage(ctx context.Context, req *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error) {
 	return c.cacheUsage.CallUnary(ctx, req)
@@ -317,6 +333,8 @@ type AgentHandler interface {
 	Add(context.Context, *connect.ClientStream[v1.AddRequest]) (*connect.Response[v1.AddResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
+	// Kept lists what is kept.
+	Kept(context.Context, *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error)
 	CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error)
 	CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error)
 	// Paths lists store paths by name: those known here, or everything valid.
@@ -398,6 +416,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Unkeep")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentKeptHandler := connect.NewUnaryHandler(
+		AgentKeptProcedure,
+		svc.Kept,
+		connect.WithSchema(agentMethods.ByName("Kept")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentCacheUsageHandler := connect.NewUnaryHandler(
 		AgentCacheUsageProcedure,
 		svc.CacheUsage,
@@ -446,6 +470,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentKeepHandler.ServeHTTP(w, r)
 		case AgentUnkeepProcedure:
 			agentUnkeepHandler.ServeHTTP(w, r)
+		case AgentKeptProcedure:
+			agentKeptHandler.ServeHTTP(w, r)
 		case AgentCacheUsageProcedure:
 			agentCacheUsageHandler.ServeHTTP(w, r)
 		case AgentCacheGCProcedure:
@@ -505,6 +531,10 @@ func (UnimplementedAgentHandler) Keep(context.Context, *connect.Request[v1.KeepR
 
 func (UnimplementedAgentHandler) Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Unkeep is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Kept(context.Context, *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Kept is not implemented"))
 }
 
 func (UnimplementedAgentHandler) CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error) {

@@ -55,6 +55,10 @@ const (
 	StorehouseListPathsProcedure = "/flox.v1.Storehouse/ListPaths"
 	// StorehouseReportStartsProcedure is the fully-qualified name of the Storehouse's ReportStarts RPC.
 	StorehouseReportStartsProcedure = "/flox.v1.Storehouse/ReportStarts"
+	// StorehouseOfferPathsProcedure is the fully-qualified name of the Storehouse's OfferPaths RPC.
+	StorehouseOfferPathsProcedure = "/flox.v1.Storehouse/OfferPaths"
+	// StorehouseTakePathsProcedure is the fully-qualified name of the Storehouse's TakePaths RPC.
+	StorehouseTakePathsProcedure = "/flox.v1.Storehouse/TakePaths"
 )
 
 // FactsClient is a client for the flox.v1.Facts service.
@@ -176,6 +180,11 @@ type StorehouseClient interface {
 	ListPaths(context.Context, *connect.Request[v1.ListValidRequest]) (*connect.Response[v1.ListValidResponse], error)
 	// ReportStarts tells which chunks programs read when they started here.
 	ReportStarts(context.Context, *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error)
+	// OfferPaths asks what the storehouse lacks of paths that a machine could upload.
+	OfferPaths(context.Context, *connect.Request[v1.OfferPathsRequest]) (*connect.Response[v1.OfferPathsResponse], error)
+	// TakePaths uploads content-addressed paths. Any member may: the storehouse
+	// checks the address of each itself.
+	TakePaths(context.Context) *connect.ClientStreamForClient[v1.TakePathsRequest, v1.TakePathsResponse]
 }
 
 // NewStorehouseClient constructs a client for the flox.v1.Storehouse service. By default, it uses
@@ -231,6 +240,18 @@ func NewStorehouseClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(storehouseMethods.ByName("ReportStarts")),
 			connect.WithClientOptions(opts...),
 		),
+		offerPaths: connect.NewClient[v1.OfferPathsRequest, v1.OfferPathsResponse](
+			httpClient,
+			baseURL+StorehouseOfferPathsProcedure,
+			connect.WithSchema(storehouseMethods.ByName("OfferPaths")),
+			connect.WithClientOptions(opts...),
+		),
+		takePaths: connect.NewClient[v1.TakePathsRequest, v1.TakePathsResponse](
+			httpClient,
+			baseURL+StorehouseTakePathsProcedure,
+			connect.WithSchema(storehouseMethods.ByName("TakePaths")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -243,6 +264,8 @@ type storehouseClient struct {
 	addPath      *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
 	listPaths    *connect.Client[v1.ListValidRequest, v1.ListValidResponse]
 	reportStarts *connect.Client[v1.ReportStartsRequest, v1.ReportStartsResponse]
+	offerPaths   *connect.Client[v1.OfferPathsRequest, v1.OfferPathsResponse]
+	takePaths    *connect.Client[v1.TakePathsRequest, v1.TakePathsResponse]
 }
 
 // Watch calls flox.v1.Storehouse.Watch.
@@ -280,6 +303,16 @@ func (c *storehouseClient) ReportStarts(ctx context.Context, req *connect.Reques
 	return c.reportStarts.CallUnary(ctx, req)
 }
 
+// OfferPaths calls flox.v1.Storehouse.OfferPaths.
+func (c *storehouseClient) OfferPaths(ctx context.Context, req *connect.Request[v1.OfferPathsRequest]) (*connect.Response[v1.OfferPathsResponse], error) {
+	return c.offerPaths.CallUnary(ctx, req)
+}
+
+// TakePaths calls flox.v1.Storehouse.TakePaths.
+func (c *storehouseClient) TakePaths(ctx context.Context) *connect.ClientStreamForClient[v1.TakePathsRequest, v1.TakePathsResponse] {
+	return c.takePaths.CallClientStream(ctx)
+}
+
 // StorehouseHandler is an implementation of the flox.v1.Storehouse service.
 type StorehouseHandler interface {
 	// Watch streams what changes after index: newly valid and removed paths, trust
@@ -299,6 +332,11 @@ type StorehouseHandler interface {
 	ListPaths(context.Context, *connect.Request[v1.ListValidRequest]) (*connect.Response[v1.ListValidResponse], error)
 	// ReportStarts tells which chunks programs read when they started here.
 	ReportStarts(context.Context, *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error)
+	// OfferPaths asks what the storehouse lacks of paths that a machine could upload.
+	OfferPaths(context.Context, *connect.Request[v1.OfferPathsRequest]) (*connect.Response[v1.OfferPathsResponse], error)
+	// TakePaths uploads content-addressed paths. Any member may: the storehouse
+	// checks the address of each itself.
+	TakePaths(context.Context, *connect.ClientStream[v1.TakePathsRequest]) (*connect.Response[v1.TakePathsResponse], error)
 }
 
 // NewStorehouseHandler builds an HTTP handler from the service implementation. It returns the path
@@ -350,6 +388,18 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(storehouseMethods.ByName("ReportStarts")),
 		connect.WithHandlerOptions(opts...),
 	)
+	storehouseOfferPathsHandler := connect.NewUnaryHandler(
+		StorehouseOfferPathsProcedure,
+		svc.OfferPaths,
+		connect.WithSchema(storehouseMethods.ByName("OfferPaths")),
+		connect.WithHandlerOptions(opts...),
+	)
+	storehouseTakePathsHandler := connect.NewClientStreamHandler(
+		StorehouseTakePathsProcedure,
+		svc.TakePaths,
+		connect.WithSchema(storehouseMethods.ByName("TakePaths")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Storehouse/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case StorehouseWatchProcedure:
@@ -366,6 +416,10 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 			storehouseListPathsHandler.ServeHTTP(w, r)
 		case StorehouseReportStartsProcedure:
 			storehouseReportStartsHandler.ServeHTTP(w, r)
+		case StorehouseOfferPathsProcedure:
+			storehouseOfferPathsHandler.ServeHTTP(w, r)
+		case StorehouseTakePathsProcedure:
+			storehouseTakePathsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -401,4 +455,12 @@ func (UnimplementedStorehouseHandler) ListPaths(context.Context, *connect.Reques
 
 func (UnimplementedStorehouseHandler) ReportStarts(context.Context, *connect.Request[v1.ReportStartsRequest]) (*connect.Response[v1.ReportStartsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.ReportStarts is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) OfferPaths(context.Context, *connect.Request[v1.OfferPathsRequest]) (*connect.Response[v1.OfferPathsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.OfferPaths is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) TakePaths(context.Context, *connect.ClientStream[v1.TakePathsRequest]) (*connect.Response[v1.TakePathsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.TakePaths is not implemented"))
 }

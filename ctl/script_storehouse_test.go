@@ -1,0 +1,65 @@
+package ctl
+
+import (
+	"context"
+
+	"connectrpc.com/connect"
+
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+)
+
+func (s *scriptedAdmin) Servers(_ context.Context, r *connect.Request[floxv1.ServersRequest]) (*connect.Response[floxv1.ServersResponse], error) {
+	return unary[floxv1.ServersRequest, floxv1.ServersResponse](s.scripted, "Servers", r)
+}
+
+func (s *scriptedAdmin) Transfer(_ context.Context, r *connect.Request[floxv1.TransferRequest]) (*connect.Response[floxv1.TransferResponse], error) {
+	return unary[floxv1.TransferRequest, floxv1.TransferResponse](s.scripted, "Transfer", r)
+}
+
+func (s *scriptedAdmin) RemoveServer(_ context.Context, r *connect.Request[floxv1.RemoveServerRequest]) (*connect.Response[floxv1.RemoveServerResponse], error) {
+	return unary[floxv1.RemoveServerRequest, floxv1.RemoveServerResponse](s.scripted, "RemoveServer", r)
+}
+
+func (s *scriptedAdmin) Drain(_ context.Context, r *connect.Request[floxv1.DrainRequest]) (*connect.Response[floxv1.DrainResponse], error) {
+	return unary[floxv1.DrainRequest, floxv1.DrainResponse](s.scripted, "Drain", r)
+}
+
+func (s *scriptedAdmin) Usage(_ context.Context, r *connect.Request[floxv1.UsageRequest]) (*connect.Response[floxv1.UsageResponse], error) {
+	return unary[floxv1.UsageRequest, floxv1.UsageResponse](s.scripted, "Usage", r)
+}
+
+func (s *scriptedAdmin) Collect(_ context.Context, r *connect.Request[floxv1.CollectRequest], out *connect.ServerStream[floxv1.CollectProgress]) error {
+	return stream[floxv1.CollectRequest](s.scripted, "Collect", r, out)
+}
+
+func (s *scriptedAdmin) Roots(_ context.Context, r *connect.Request[floxv1.RootsRequest]) (*connect.Response[floxv1.RootsResponse], error) {
+	return unary[floxv1.RootsRequest, floxv1.RootsResponse](s.scripted, "Roots", r)
+}
+
+func (s *scriptedAdmin) Why(_ context.Context, r *connect.Request[floxv1.WhyRequest]) (*connect.Response[floxv1.WhyResponse], error) {
+	return unary[floxv1.WhyRequest, floxv1.WhyResponse](s.scripted, "Why", r)
+}
+
+func (s *scriptedAdmin) KeepPath(_ context.Context, r *connect.Request[floxv1.KeepPathRequest]) (*connect.Response[floxv1.KeepPathResponse], error) {
+	return unary[floxv1.KeepPathRequest, floxv1.KeepPathResponse](s.scripted, "KeepPath", r)
+}
+
+func (s *scriptedAdmin) Import(_ context.Context, r *connect.Request[floxv1.ImportRequest], out *connect.ServerStream[floxv1.ImportProgress]) error {
+	return stream[floxv1.ImportRequest](s.scripted, "Import", r, out)
+}
+
+func (s *scriptedAdmin) AddUpstream(_ context.Context, r *connect.Request[floxv1.AddUpstreamRequest]) (*connect.Response[floxv1.AddUpstreamResponse], error) {
+	return unary[floxv1.AddUpstreamRequest, floxv1.AddUpstreamResponse](s.scripted, "AddUpstream", r)
+}
+
+func (s *scriptedAdmin) ListUpstreams(_ context.Context, r *connect.Request[floxv1.ListUpstreamsRequest]) (*connect.Response[floxv1.ListUpstreamsResponse], error) {
+	return unary[floxv1.ListUpstreamsRequest, floxv1.ListUpstreamsResponse](s.scripted, "ListUpstreams", r)
+}
+
+func (s *scriptedAdmin) TestUpstream(_ context.Context, r *connect.Request[floxv1.TestUpstreamRequest]) (*connect.Response[floxv1.TestUpstreamResponse], error) {
+	return unary[floxv1.TestUpstreamRequest, floxv1.TestUpstreamResponse](s.scripted, "TestUpstream", r)
+}
+
+func (s *scriptedAdmin) RemoveUpstream(_ context.Context, r *connect.Request[floxv1.RemoveUpstreamRequest]) (*connect.Response[floxv1.RemoveUpstreamResponse], error) {
+	return unary[floxv1.RemoveUpstreamRequest, floxv1.RemoveUpstreamResponse](s.scripted, "RemoveUpstream", r)
+}

@@ -1,0 +1,274 @@
+package storehouse
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	iofs "io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
+	"github.com/floxctl/flox/members"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// goldenEnv names a new fixture to be written, as in
+//
+//	FLOX_GOLDEN=level5 go test -run TestOpensStatesOfOlderPrograms ./storehouse
+//
+// One is made and committed before each release, and whenever level rises. Those
+// that are there stay as they are for ever: a change that does not open one breaks
+// servers that are upgraded.
+const goldenEnv = "FLOX_GOLDEN"
+
+// goldens are state directories that older programs left, testdata/NAME.tar.gz.
+const goldens = "testdata/level*.tar.gz"
+
+// What a fixture holds, by name: makePath makes the same content again. All but
+// goldenBehind is in the snapshot, that is in the log alone.
+const (
+	goldenBase, goldenTop, goldenDrv, goldenBehind = "golden-base", "golden-top", "golden.drv", "golden-behind"
+	goldenUpstream                                 = "http://cache.golden.invalid"
+	goldenRealisation                              = "sha256:0000000000000000000000000000000000000000000000000000000000000001!out"
+)
+
+// goldenPaths are the paths of a fixture.
+func goldenPaths(t *testing.T) (base, top, drv, behind testPath) {
+	t.Helper()
+	base = makePath(t, goldenBase, 30_000)
+	top = makePath(t, goldenTop, 30_000, base.info.Path)
+	return base, top, makePath(t, goldenDrv, 1000), makePath(t, goldenBehind, 1000)
+}
+
+// writeGolden makes a fixture of what this program writes: something of every
+// processor of the log, a snapshot, and entries behind it.
+func writeGolden(t *testing.T, file string) {
+	t.Helper()
+	cfg := testConfig(t.TempDir())
+	cfg.OpenMembership, cfg.Socket = false, filepath.Join(t.TempDir(), "s.sock")
+	s, stop := start(t, cfg)
+	admin := operatorOf(t, s)
+	sealed(t, s)
+	base, top, drv, behind := goldenPaths(t)
+	infos := []*flox.PathInfo{publish(t, s, base), publish(t, s, top)}
+	publish(t, s, drv)
+	if err := s.KeepPath(within(t), top.info.Path, false, "for ever", "tester"); err != nil {
+		t.Fatal(err)
+	}
+	agree(t, s, traceOf(t, s, infos[1], infos[0]))
+	set := &floxv1.UpstreamsCommand_Set{Set: &floxv1.Upstream{Url: goldenUpstream, Keys: []string{s.PublicKey()}, Priority: 7}}
+	if _, err := s.proposeUpstream(within(t), &floxv1.UpstreamsCommand{Command: set}); err != nil {
+		t.Fatal(err)
+	}
+	err := s.builds.note(within(t), &floxv1.NoteBuild{
+		Drv: string(drv.info.Path),
+		Outputs: []*floxv1.BuiltOutput{{
+			Name: "out", Path: string(top.info.Path), Id: goldenRealisation,
+			Realisation: &floxv1.Realisation{Id: goldenRealisation, Path: string(top.info.Path)},
+		}},
+		Record: &floxv1.BuildRecord{Drv: string(drv.info.Path), Log: string(base.info.Path), AskedBy: "tester", Outputs: []string{string(top.info.Path)}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	laptop := newComputer(t)
+	if _, err := laptop.join(s, makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Agent}), "laptop"); err != nil {
+		t.Fatal(err)
+	}
+	setRoots(t, s, string(laptop.id()), base)
+	gone := newComputer(t)
+	if _, err := gone.join(s, makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Worker, Ephemeral: true}), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	s.seen.heard([]string{string(gone.id())})
+	if err := s.recordSeen(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.node.Snapshot(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	publish(t, s, behind)
+	if _, err := admin.RemoveMachine(within(t), connect.NewRequest(&floxv1.RemoveMachineRequest{Machine: "gone", Reason: "stolen"})); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	w := tar.NewWriter(z)
+	if err := errors.Join(w.AddFS(os.DirFS(cfg.StateDir)), w.Close(), z.Close(), os.WriteFile(file, b.Bytes(), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unpackGolden puts a fixture into a new directory, whose files have holes where
+// they are zero.
+func unpackGolden(t *testing.T, file string) (dir string) {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir = t.TempDir()
+	for r := tar.NewReader(z); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			return dir
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, filepath.FromSlash(h.Name))
+		if h.FileInfo().IsDir() {
+			err = os.MkdirAll(path, 0o700)
+		} else {
+			err = errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), writeSparse(path, r, h.Size))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func writeSparse(path string, r io.Reader, size int64) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	err = f.Truncate(size)
+	block, zero := make([]byte, 64<<10), make([]byte, 64<<10)
+	for at := int64(0); err == nil && at < size; at += int64(len(block)) {
+		part := block[:min(int64(len(block)), size-at)]
+		if _, err = io.ReadFull(r, part); err == nil && !bytes.Equal(part, zero[:len(part)]) {
+			_, err = f.WriteAt(part, at)
+		}
+	}
+	return errors.Join(err, f.Close())
+}
+
+// A server that is upgraded finds everything its old program left: facts, content,
+// keys, members, the audit log, roots, traces, caches and builds, in its state as in
+// log and snapshot alone; and it goes on.
+func TestOpensStatesOfOlderPrograms(t *testing.T) {
+	t.Parallel()
+	if name := os.Getenv(goldenEnv); name != "" {
+		writeGolden(t, filepath.Join("testdata", name+".tar.gz"))
+	}
+	files, err := filepath.Glob(goldens)
+	if err != nil || len(files) == 0 {
+		t.Fatalf("fixtures %v, %v", files, err)
+	}
+	for _, file := range files {
+		for _, lost := range []string{"nothing", "state"} {
+			t.Run(filepath.Base(file)+" "+lost+" lost", func(t *testing.T) {
+				t.Parallel()
+				cfg := testConfig(unpackGolden(t, file))
+				checkParts(t, cfg.StateDir)
+				if err := os.RemoveAll(filepath.Join(cfg.StateDir, "raft", lost)); err != nil {
+					t.Fatal(err)
+				}
+				cfg.OpenMembership, cfg.Socket = false, filepath.Join(t.TempDir(), "s.sock")
+				s, stop := start(t, cfg)
+				checkGolden(t, s)
+				stop()
+				s, _ = start(t, cfg) // what this program made of it
+				checkGolden(t, s)
+			})
+		}
+	}
+}
+
+// checkParts: each part is in the fixture, or the test shows less than it says.
+func checkParts(t *testing.T, dir string) {
+	t.Helper()
+	for _, part := range []string{"raft/log/*.wal", "raft/log/wal-meta.db", "raft/snapshots/*/meta.json", "raft/snapshots/*/data/MANIFEST-*", "raft/state/*/MANIFEST-*", "packs/packs/*.pack", "keys/machine.key"} {
+		if found, err := iofs.Glob(os.DirFS(dir), part); err != nil || len(found) == 0 {
+			t.Errorf("fixture without %s: %v", part, err)
+		}
+	}
+}
+
+// checkGoldenMembers checks who is a member, and what the audit log says of them.
+func checkGoldenMembers(t *testing.T, admin floxv1connect.AdminClient) {
+	t.Helper()
+	list, err := admin.ListMachines(within(t), connect.NewRequest(&floxv1.ListMachinesRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, m := range list.Msg.GetMachines() {
+		names = append(names, m.GetMachine().GetName())
+	}
+	if slices.Sort(names); !slices.Equal(names, []string{"laptop", "test"}) {
+		t.Errorf("members %v, want the server and the laptop", names)
+	}
+	log := auditOf(t, admin, &floxv1.AuditRequest{})
+	for action, want := range map[string]int{"machine.join": 2, "machine.revoke": 1, "invite.make": 2} {
+		if got := len(slices.DeleteFunc(slices.Clone(log), func(a string) bool { return a != action })); got != want {
+			t.Errorf("the audit log has %s %d times, want %d: %v", action, got, want, log)
+		}
+	}
+}
+
+// checkGolden checks that a server has what writeGolden left, and goes on with it.
+func checkGolden(t *testing.T, s *Server) {
+	t.Helper()
+	base, top, drv, behind := goldenPaths(t)
+	for _, p := range []testPath{base, top, drv, behind} {
+		checkWhole(t, s, p)
+	}
+	if secrets, err := openSecrets(s.roster.now.Load().secrets, s.id.peer, s.id.machine); err != nil || len(secrets.GetSwarmSecrets()) == 0 {
+		t.Errorf("the cluster's secrets: %v, %v", secrets, err)
+	}
+	admin := operatorOf(t, s)
+	checkGoldenMembers(t, admin)
+	listed, err := s.upstreams.list(within(t))
+	if err != nil || len(listed.GetUpstreams()) != 1 || listed.GetUpstreams()[0].GetUpstream().GetUrl() != goldenUpstream || listed.GetUpstreams()[0].GetUpstream().GetPriority() != 7 {
+		t.Errorf("upstreams %v, %v", listed, err)
+	}
+	why, err := s.Why(within(t), base.info.Path, true)
+	// The laptop's set is given up in its time, as that of a machine that nobody sees.
+	if text := fmt.Sprint(why); err != nil || !strings.Contains(text, "for ever") {
+		t.Errorf("%s stays because of %v, %v; want who keeps what refers to it", base.info.Path, why, err)
+	}
+	awaitMade(t, s, top.info.Path)
+	if traces := askTraces(t, s, top.info.Path); len(traces) != 1 || len(traces[0].GetTrees()) != 2 {
+		t.Errorf("start traces %v, want one of two trees", traces)
+	}
+	err = s.read(within(t), cluster.Linearizable, func(r *cluster.Reader) error {
+		record, err := readRecord(r, drv.info.Path.HashPart())
+		if err == nil && record.GetAskedBy() != "tester" {
+			t.Errorf("record %v", record)
+		}
+		real, err2 := readRealisation(r, goldenRealisation)
+		if err2 == nil && real.GetPath() != string(top.info.Path) {
+			t.Errorf("realisation %v", real)
+		}
+		return errors.Join(err, err2)
+	})
+	if err != nil {
+		t.Errorf("what is known of builds: %v", err)
+	}
+	// And it goes on, with all this program knows.
+	fresh := makePath(t, fmt.Sprint("fresh-", s.node.Applied()), 1000, top.info.Path)
+	publish(t, s, fresh)
+	checkWhole(t, s, fresh)
+	if err := s.node.Snapshot(within(t)); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,20 @@
+package storehouse
+
+// level is the newest level of commands that this program knows; the log takes
+// commands of it once every server does. A command of a level says so in a field
+// that older programs do not know.
+//
+//	1  the beginning
+//	2  MembersCommand.level; PathsCommand.sign, and with it keys that retire: an older
+//	   program would forget when, if it sealed the keys anew
+//	3  UpstreamsCommand; PathsCommand.build
+//	4  MembersCommand.seen
+const level = 4
+
+// Levels of commands and changes.
+const (
+	membersLevel = 2 // of the newest MembersCommand
+	retireLevel  = 2 // of keys that retire
+	buildsLevel  = 3 // of commands about builds
+	seenLevel    = 4 // of when machines were seen
+)
