@@ -356,7 +356,12 @@ func (a *Agent) Run(ctx context.Context) error {
 		group.Go(func() error { return a.cfg.Warden.Beats(ctx, func() { a.mount.Stats() }) })
 	}
 	group.Go(func() error { return ended(ctx, "cache", a.cache.Run(ctx)) })
-	group.Go(func() error { return ended(ctx, "network", a.host.Run(ctx)) })
+	network, leave := context.WithCancel(context.WithoutCancel(ctx))
+	group.Go(func() error { return ended(ctx, "network", a.host.Run(network)) })
+	group.Go(func() error {
+		defer leave()
+		return a.rememberPeers(ctx)
+	})
 	group.Go(func() error { return a.follower.run(ctx) })
 	if a.local != nil {
 		group.Go(func() error { return a.local.Run(ctx) })
@@ -364,7 +369,6 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.runMembers(ctx) })
 	group.Go(func() error { return a.renewer.run(ctx) })
 	group.Go(func() error { return a.announce(ctx) })
-	group.Go(func() error { return a.rememberPeers(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
 	group.Go(func() error { return a.profiles.run(ctx) })
 	group.Go(func() error { return a.roots.run(ctx) })

@@ -16,7 +16,7 @@ const (
 	// maxKnown is how many peers are remembered over a restart.
 	maxKnown = 64
 	// saveKnownEvery is how often that list is written, if it changed.
-	saveKnownEvery = 20 * time.Second
+	saveKnownEvery = 5 * time.Second
 )
 
 // knownPeers remembers where other agents were, so that a machine that starts
@@ -40,8 +40,8 @@ func (k *knownPeers) load() []p2p.PeerAddr {
 func (k *knownPeers) update(now []p2p.PeerStat) error {
 	list := make([]p2p.PeerAddr, 0, maxKnown)
 	for _, p := range now {
-		if p.Role == p2p.Agent && len(p.Addrs) > 0 && len(list) < maxKnown {
-			list = append(list, p2p.PeerAddr{ID: p.ID, Addrs: p.Addrs})
+		if p.Role == p2p.Agent && len(p.Listens) > 0 && len(list) < maxKnown {
+			list = append(list, p2p.PeerAddr{ID: p.ID, Addrs: p.Listens})
 		}
 	}
 	for _, p := range k.saved {
@@ -72,7 +72,8 @@ func (k *knownPeers) update(now []p2p.PeerStat) error {
 	return nil
 }
 
-// rememberPeers meets the peers known from before and keeps the list.
+// rememberPeers meets the peers known from before and keeps the list. Who is
+// there at the end is on it, so the network must outlast this.
 func (a *Agent) rememberPeers(ctx context.Context) error {
 	for _, p := range a.known.load() {
 		if err := a.host.AddPeer(p); err != nil {

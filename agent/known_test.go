@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/floxctl/flox/p2p"
@@ -13,7 +14,7 @@ func TestPeersAreRememberedOverARestart(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "peers.json")
 	stat := func(i int, role p2p.Role) p2p.PeerStat {
-		return p2p.PeerStat{ID: p2p.PeerID(fmt.Sprintf("peer%03d", i)), Addrs: []string{fmt.Sprintf("10.0.0.%d:7782", i)}, Role: role}
+		return p2p.PeerStat{ID: p2p.PeerID(fmt.Sprintf("peer%03d", i)), Listens: []string{fmt.Sprintf("10.0.0.%d:7782", i)}, Role: role}
 	}
 	k := &knownPeers{file: file}
 	if got := k.load(); len(got) != 0 {
@@ -55,5 +56,25 @@ func TestPeersAreRememberedOverARestart(t *testing.T) {
 	}
 	if got := (&knownPeers{file: file}).load(); len(got) != 0 {
 		t.Errorf("a damaged list gave %d peers", len(got))
+	}
+}
+
+// TestPeersMetLastAreRemembered: who is met just before the end is known after it,
+// at the address it listens on, also if it made the connection itself.
+func TestPeersMetLastAreRemembered(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	met, stop := runAgent(t, h, nil, nil)
+	other, _ := runAgent(t, h, nil, nil)
+	if err := other.host.AddPeer(peerAddr(met)); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the other made itself known", func() bool {
+		return slices.ContainsFunc(met.host.Peers(), func(p p2p.PeerStat) bool { return p.ID == other.host.ID() })
+	})
+	stop()
+	got := (&knownPeers{file: met.known.file}).load()
+	if len(got) != 1 || got[0].ID != other.host.ID() || !slices.Contains(got[0].Addrs, other.host.Addrs()[0]) {
+		t.Errorf("remembered %v, want %s at %v", got, other.host.ID(), other.host.Addrs())
 	}
 }

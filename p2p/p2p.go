@@ -237,8 +237,11 @@ type Hints struct {
 
 // PeerStat is what is known of a connected peer.
 type PeerStat struct {
-	ID        PeerID
-	Addrs     []string
+	ID    PeerID
+	Addrs []string // the other ends of its connections, as multiaddrs
+	// Listens are where it can be reached again, as multiaddrs: what it was reached
+	// at first, then what it says. A connection it made itself shows neither.
+	Listens   []string
 	Tier      Tier
 	Role      Role
 	Site      string

@@ -319,8 +319,20 @@ func (h *Host) Peers() []PeerStat {
 	}
 	t.mu.Unlock()
 	for i := range out {
+		var reached []string
 		for _, c := range h.net.Network().ConnsToPeer(ids[out[i].ID]) {
-			out[i].Addrs = append(out[i].Addrs, c.RemoteMultiaddr().String())
+			addr := c.RemoteMultiaddr().String()
+			out[i].Addrs = append(out[i].Addrs, addr)
+			if c.Stat().Direction == network.DirOutbound {
+				reached = append(reached, addr)
+			}
+		}
+		said := out[i].Listens
+		out[i].Listens = reached
+		for _, addr := range said {
+			if len(out[i].Listens) < maxAddrs && !slices.Contains(out[i].Listens, addr) {
+				out[i].Listens = append(out[i].Listens, addr)
+			}
 		}
 	}
 	slices.SortFunc(out, func(a, b PeerStat) int {
@@ -332,7 +344,7 @@ func (h *Host) Peers() []PeerStat {
 func (r *remote) stat() PeerStat {
 	const sample = 256 << 10
 	s := PeerStat{
-		ID: r.name, Tier: r.tier, Role: Role(r.hello.Role), Site: r.hello.Site,
+		ID: r.name, Listens: r.hello.Addrs, Tier: r.tier, Role: Role(r.hello.Role), Site: r.hello.Site,
 		RTT: r.rtt, Goodput: r.goodput, BytesIn: r.in.Load(), BytesOut: r.out.Load(),
 		Connected: r.since, Holds: -1, Score: r.expected(sample).Seconds(),
 	}
