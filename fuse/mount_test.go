@@ -65,11 +65,19 @@ func TestSecondPassAsksNothing(t *testing.T) {
 	if first[8].Text != bigSum || first[10].Text != bigSum || first[6].Count != crowd {
 		t.Errorf("read %s, mapped %s, want %s; %d files, want %d", first[8].Text, first[10].Text, bigSum, first[6].Count, crowd)
 	}
-	before := m.ask(t, command{Cmd: "stats"}).Stats
-	m.touch(t, pass...)
-	after := m.ask(t, command{Cmd: "stats"}).Stats
-	if before.Total == 0 || before.Total != after.Total {
-		t.Errorf("requests before and after the second pass:\n%s", cmp.Diff(before.Requests, after.Requests))
+	// A kernel that takes pages away from files nobody uses just now (DAMON's pageout)
+	// asks for those again; what it never keeps, it asks for in every pass.
+	const tries = 20
+	for try := 1; ; try++ {
+		before := m.ask(t, command{Cmd: "stats"}).Stats
+		m.touch(t, pass...)
+		after := m.ask(t, command{Cmd: "stats"}).Stats
+		if before.Total == 0 || before.Total != after.Total && try == tries {
+			t.Fatalf("requests before and after pass %d:\n%s", try+1, cmp.Diff(before.Requests, after.Requests))
+		}
+		if before.Total == after.Total {
+			return
+		}
 	}
 }
 
