@@ -90,14 +90,25 @@ func (c *child) servingSince() time.Time {
 	return c.serving
 }
 
-// startChild starts the child with the mount's device, a line and a life pipe.
+// startChild gives a process the mount's device, a line and a life pipe, and makes
+// it the child: the spare, or a new one.
 func (w *warden) startChild() (*child, error) {
-	value, err := json.Marshal(inheritance{
+	given := inheritance{
 		Init: w.dev.Init, MountDir: w.cfg.MountDir, RunDir: w.cfg.RunDir, Beat: w.cfg.Silence / looksPerSilence / 2, Before: w.before,
-	})
+	}
+	if c := w.takeSpare(&given); c != nil {
+		return c, nil
+	}
+	value, err := json.Marshal(given)
 	if err != nil {
 		return nil, err
 	}
+	return w.startProcess(envName + "=" + string(value))
+}
+
+// startProcess starts a process with one more variable, and more files than a
+// child is given.
+func (w *warden) startProcess(variable string, more ...*os.File) (*child, error) {
 	ours, theirs, err := socketPair()
 	if err != nil {
 		return nil, err
@@ -110,12 +121,12 @@ func (w *warden) startChild() (*child, error) {
 	}
 	defer lifeEnd.Close()
 	cmd := w.program.command(w.cfg.Child[1:]...)
-	cmd.Env = append(withoutEnv(w.cfg.Env), envName+"="+string(value))
+	cmd.Env = append(withoutEnv(w.cfg.Env), variable)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if w.cfg.Output != nil {
 		cmd.Stdout, cmd.Stderr = w.cfg.Output, w.cfg.Output
 	}
-	cmd.ExtraFiles = []*os.File{w.dev.File, theirs, lifeEnd} // deviceFD, lineFD, lifeFD
+	cmd.ExtraFiles = append([]*os.File{w.dev.File, theirs, lifeEnd}, more...) // deviceFD, lineFD, lifeFD, spareFD
 	cmd.SysProcAttr = w.ordinary()
 	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{}), ready: make(chan struct{})}
 	if err := c.launch(cmd); err != nil {
@@ -325,7 +336,7 @@ func socketPair() (ours *net.UnixConn, theirs *os.File, err error) {
 func withoutEnv(env []string) []string {
 	var kept []string
 	for _, v := range env {
-		if !strings.HasPrefix(v, envName+"=") {
+		if !strings.HasPrefix(v, envName+"=") && !strings.HasPrefix(v, spareName+"=") {
 			kept = append(kept, v)
 		}
 	}

@@ -37,6 +37,9 @@ func TestMain(m *testing.M) {
 		fmt.Println(errors.Is(err, flox.ErrDenied), err)
 		os.Exit(0)
 	case "child":
+		if !Standby() {
+			os.Exit(0)
+		}
 		behave()
 		if err := childMain(); err != nil {
 			fmt.Fprintln(os.Stderr, "child:", err)

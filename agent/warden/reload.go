@@ -90,6 +90,7 @@ func (c *change) older(than *child) error {
 // begin makes a change the program that is started next. old is what runs, and
 // is ended; nil if nothing does.
 func (w *warden) begin(ctx context.Context, c *change, old *child) {
+	w.dropSpare()
 	c.from = w.program
 	w.program = c.to
 	c.report.Unchanged = c.to.sameFile(c.from)

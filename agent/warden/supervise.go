@@ -11,6 +11,7 @@ import (
 
 // supervise keeps a child running until ctx is done.
 func (w *warden) supervise(ctx context.Context) error {
+	defer w.dropSpare()
 	delay := time.Duration(0)
 	var c *change // nil: no reload is under way
 	for {
@@ -130,6 +131,7 @@ func (w *warden) stay(ctx context.Context, c *child, under *change) (*change, er
 				w.served(under, c)
 				under = nil
 			}
+			w.prepareSpare()
 		case <-tooLate:
 			c.kill()
 			return under, fmt.Errorf("it was not ready within %v", w.cfg.ReadyTimeout)

@@ -169,6 +169,7 @@ type warden struct {
 	clerk *clerk
 
 	program   *program     // what is started next; supervise's
+	spare     *spare       // waits to be the next child, nil = none; supervise's
 	before    *Ended       // the last child, if it was killed for its silence; supervise's
 	changes   chan *change // reloads, to supervise
 	reloading sync.Mutex   // held by the one there may be

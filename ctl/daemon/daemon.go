@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/floxctl/flox/agent"
+	"github.com/floxctl/flox/agent/warden"
 	"github.com/floxctl/flox/buildfarm"
 	"github.com/floxctl/flox/ctl/cli"
 )
@@ -22,6 +23,9 @@ import (
 // Main runs floxd with the process's arguments and returns its exit code.
 func Main() int {
 	buildfarm.Inside()
+	if !warden.Standby() {
+		return 0
+	}
 	// Hardened machines give root a mask under which nobody else could pass the
 	// directories it makes. What is secret says so by its own mode.
 	syscall.Umask(0o022)
