@@ -65,16 +65,23 @@ func (c *control) keep(ctx context.Context, req *floxv1.KeepRequest) (*floxv1.Ke
 	defer c.a.roots.changed()
 	owned := make(map[string]ownedPolicy, len(infos))
 	for _, info := range infos {
+		owned[string(info.Path)] = ownedPolicy{Policy: policy, Paths: []flox.StorePath{info.Path}}
+	}
+	if policy != "" {
+		if err := c.a.policies.fits(owned, caller(ctx)); err != nil {
+			return nil, err
+		}
+	}
+	for _, info := range infos {
 		if err := c.a.keep(ctx, info); err != nil {
 			return nil, err
 		}
-		owned[string(info.Path)] = ownedPolicy{Policy: policy, Paths: []flox.StorePath{info.Path}}
 		response.Kept = append(response.Kept, c.a.cfg.StoreDir.Join(info.Path))
 	}
 	if policy == "" {
 		return response, nil
 	}
-	if err := c.a.policies.set(owned); err != nil {
+	if err := c.a.policies.set(owned, caller(ctx)); err != nil {
 		return nil, err
 	}
 	c.a.complete.poke()

@@ -22,8 +22,14 @@ const (
 	policyNone    = "none"    // nothing
 )
 
-// maxPolicies bounds the owners with a policy of their own.
-const maxPolicies = 16384
+const (
+	// maxPolicies bounds the owners with a policy of their own: each is looked at again
+	// and again.
+	maxPolicies = 16384
+	// maxPoliciesOf bounds those that one user chose, maxPoliciesOfUsers those of all
+	// users: the rest is root's.
+	maxPoliciesOf, maxPoliciesOfUsers = 4096, 12288
+)
 
 // checkPolicy refuses what is no policy.
 func checkPolicy(policy string) error {
@@ -47,6 +53,8 @@ type policies struct {
 type ownedPolicy struct {
 	Policy string           `json:"policy"`
 	Paths  []flox.StorePath `json:"paths"`
+	// User is who chose it; 0 is root, and whoever the agent runs as.
+	User int `json:"user,omitempty"`
 }
 
 // loadPolicies reads the policies. A damaged file is an error: what somebody
@@ -95,16 +103,62 @@ func storeKept[V any](file, what string, kept map[string]V) error {
 	return nil
 }
 
-// set gives owners their policies, durably; all or none of them.
-func (p *policies) set(owners map[string]ownedPolicy) error {
+// set gives owners the policies that a user chose, durably; all or none of them.
+// ErrFull: those that are new do not fit.
+func (p *policies) set(owners map[string]ownedPolicy, user int) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	next := maps.Clone(p.owners)
-	maps.Copy(next, owners)
-	if len(next) > maxPolicies {
-		return fmt.Errorf("more than %d offline policies; unkeep what is not needed any more: %w", maxPolicies, flox.ErrFull)
+	next, err := p.with(owners, user)
+	if err != nil {
+		return err
 	}
 	return p.store(next)
+}
+
+// fits is set without setting anything.
+func (p *policies) fits(owners map[string]ownedPolicy, user int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, err := p.with(owners, user)
+	return err
+}
+
+// with gives all policies as they are after a set, p.mu being held. One that is there
+// already stays in the share of who chose it first, unless root takes it over.
+func (p *policies) with(owners map[string]ownedPolicy, user int) (map[string]ownedPolicy, error) {
+	next := maps.Clone(p.owners)
+	for name, o := range owners {
+		o.User = user
+		if had, known := p.owners[name]; known && user != 0 {
+			o.User = had.User
+		}
+		next[name] = o
+	}
+	if len(next) == len(p.owners) {
+		return next, nil
+	}
+	own, users := 0, 0
+	for _, o := range next {
+		if o.User != 0 {
+			users++
+		}
+		if o.User == user {
+			own++
+		}
+	}
+	const (
+		instead = "let go of what is not needed any more (floxctl keep --list, sudo floxctl unkeep), or keep a link to it as a profile, which has one policy for all it refers to"
+		orRoot  = ", or let root keep it (sudo)"
+	)
+	switch {
+	case len(next) > maxPolicies:
+		return nil, fmt.Errorf("%d paths with an offline policy, and no more than %d may have one; %s: %w", len(next), maxPolicies, instead, flox.ErrFull)
+	case user != 0 && own > maxPoliciesOf:
+		return nil, fmt.Errorf("%d paths with an offline policy of user %d, and no user but root may give one to more than %d; %s%s: %w", own, user, maxPoliciesOf, instead, orRoot, flox.ErrFull)
+	case user != 0 && users > maxPoliciesOfUsers:
+		return nil, fmt.Errorf("%d paths with an offline policy of users, who may give one to %d, the others are root's; %s%s: %w", users, maxPoliciesOfUsers, instead, orRoot, flox.ErrFull)
+	}
+	return next, nil
 }
 
 // drop takes the policies of owners away.
@@ -149,7 +203,7 @@ func (p *policies) of(owner string) ownedPolicy {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if o, ok := p.owners[owner]; ok {
-		return ownedPolicy{Policy: o.Policy, Paths: slices.Clone(o.Paths)}
+		return ownedPolicy{Policy: o.Policy, Paths: slices.Clone(o.Paths), User: o.User}
 	}
 	return ownedPolicy{Policy: policyUsed, Paths: []flox.StorePath{flox.StorePath(owner)}}
 }

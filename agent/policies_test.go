@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -177,16 +178,93 @@ func TestPoliciesOfNobody(t *testing.T) {
 	for i := range maxPolicies {
 		many[fmt.Sprint(i)] = ownedPolicy{Policy: policyNone}
 	}
-	if err := p.set(map[string]ownedPolicy{"gone": {Policy: policyClosure}, "here": {Policy: policyClosure}}); err != nil {
+	if err := p.set(map[string]ownedPolicy{"gone": {Policy: policyClosure}, "here": {Policy: policyClosure}}, 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.set(many); !errors.Is(err, flox.ErrFull) {
+	if err := p.set(many, 0); !errors.Is(err, flox.ErrFull) {
 		t.Errorf("%d policies: %v", len(many)+2, err)
 	}
 	if err := p.retain(func(owner string) bool { return owner == "here" }); err != nil {
 		t.Fatal(err)
 	}
 	if p, err = loadPolicies(file); err != nil || len(p.owners) != 1 || p.of("here").Policy != policyClosure || p.of("gone").Policy != policyUsed {
+		t.Errorf("%+v %v", p, err)
+	}
+}
+
+// TestPoliciesOfUsers: no user, nor all of them together, takes what is root's, and
+// who is refused has nothing kept.
+func TestPoliciesOfUsers(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	prog := someProgram(t, h, "prog", 10)
+	a, _ := runAgent(t, h, nil, nil)
+	following(t, a)
+	c := &control{a: a}
+	by := func(uid int) context.Context { return context.WithValue(within(t, time.Minute), callerKey{}, uid) }
+	fill := func(n int, user func(int) int) {
+		a.policies.mu.Lock()
+		defer a.policies.mu.Unlock()
+		a.policies.owners = make(map[string]ownedPolicy, n)
+		for i := range n {
+			a.policies.owners[fmt.Sprint(i)] = ownedPolicy{Policy: policyNone, User: user(i)}
+		}
+	}
+	keep := &floxv1.KeepRequest{Paths: []string{string(prog.Path)}, Offline: policyNone}
+	refused := func(uid int, says ...string) {
+		t.Helper()
+		_, err := c.keep(by(uid), keep)
+		if !errors.Is(err, flox.ErrFull) {
+			t.Fatalf("one more of user %d: %v", uid, err)
+		}
+		for _, part := range append(says, "floxctl keep --list", "floxctl unkeep") {
+			if !strings.Contains(err.Error(), part) {
+				t.Errorf("%v does not say %q", err, part)
+			}
+		}
+		if kept, err := a.keptOwners(by(uid)); err != nil || len(kept) != 0 {
+			t.Errorf("kept all the same: %v %v", kept, err)
+		}
+	}
+	fill(maxPoliciesOf, func(int) int { return 1000 })
+	refused(1000, "user 1000", fmt.Sprint(maxPoliciesOf), "sudo")
+	fill(maxPoliciesOfUsers, func(i int) int { return 1000 + i%8 })
+	refused(7, "root's", fmt.Sprint(maxPoliciesOfUsers), "sudo")
+	fill(maxPolicies, func(int) int { return 0 })
+	refused(0, fmt.Sprint(maxPolicies))
+
+	fill(maxPoliciesOf-1, func(int) int { return 1000 })
+	if _, err := c.keep(by(1000), keep); err != nil {
+		t.Fatalf("the last of a user's share: %v", err)
+	}
+	for _, uid := range []int{1000, 1001} { // it stays the first one's
+		if _, err := c.keep(by(uid), keep); err != nil {
+			t.Errorf("what has a policy already: %v", err)
+		}
+		if p := a.policies.of(string(prog.Path)); p.User != 1000 {
+			t.Errorf("chosen by %d: %+v", uid, p)
+		}
+	}
+	if _, err := c.keep(by(0), keep); err != nil || a.policies.of(string(prog.Path)).User != 0 {
+		t.Errorf("root takes over: %v, %+v", err, a.policies.of(string(prog.Path)))
+	}
+}
+
+// TestPoliciesWithoutUser: what was written before policies had users is root's.
+func TestPoliciesWithoutUser(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "offline.json")
+	if err := os.WriteFile(file, []byte(`{"x":{"policy":"closure","paths":["x"]}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p, err := loadPolicies(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.set(map[string]ownedPolicy{"y": {Policy: policyUsed}}, 1000); err != nil {
+		t.Fatal(err)
+	}
+	if p, err = loadPolicies(file); err != nil || p.of("x").User != 0 || p.of("x").Policy != policyClosure || p.of("y").User != 1000 {
 		t.Errorf("%+v %v", p, err)
 	}
 }

@@ -32,7 +32,8 @@ With --offline, a link outside the store is a PROFILE: the policy is that of wha
 it leads to, with all that refers to, now and whenever it moves to another
 generation; the one before then loses it. One that cannot be read keeps what it
 had. Without --offline it stands for the path it leads to now. A user may keep 32
-profiles, root all that is left of 256.
+profiles, root all that is left of 256; and give a policy to 4,096 paths, root to all
+that is left of 16,384.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl keep --offline closure /nix/store/...-texlive   # before a journey
