@@ -55,7 +55,9 @@ first time, a file with what floxctl invite --role agent --ephemeral prints, or 
 invite.json of an open storehouse: --invite, then $` + envInvite + `, then
 ~/.config/floxd/invite.json, then that of this machine's agent if it may be read.
 The cache is in ~/.local/state/floxd (--state-dir, $XDG_STATE_HOME); programs that
-run at the same time have one each, so the second may have to fetch again.
+run at the same time have an agent and a cache each, so the second may have to
+fetch again, and is a machine of its own that joins: for two at a time, the invite
+is made with --uses 2, or the second run is given one more (--invite).
 
 COMMAND is oneself, in the namespace too, with all signals passed on. What it
 leaves running in the background ends with it wherever there is a namespace: in

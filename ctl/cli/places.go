@@ -27,3 +27,6 @@ const (
 	EnvToken  = "FLOXD_TOKEN"  // an upload token
 	EnvConfig = "FLOXD_CONFIG" // floxd's configuration file
 )
+
+// HowToBeInvited says what a run without an agent needs to get into a storehouse.
+const HowToBeInvited = "name a file with an invite, --invite FILE; on a server of the storehouse, or as its admin, one is made with: floxctl invite --role agent --ephemeral >FILE"

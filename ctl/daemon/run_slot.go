@@ -191,7 +191,7 @@ func (s *slot) install(ctx context.Context, cfg *Config, opts *runOptions) error
 		from = remembered
 	}
 	if line := inviteIn(from); line != "" {
-		return s.join(ctx, cfg, line, remembered)
+		return s.join(ctx, cfg, opts, line, remembered)
 	}
 	invite, err := checkInvite(cfg, from)
 	if err != nil {
@@ -213,7 +213,7 @@ const usedName = "joined-with"
 
 // join makes the agent of this slot a member with an invite's line, once: each slot
 // has a key of its own, and is a machine to the storehouse.
-func (s *slot) join(ctx context.Context, cfg *Config, line, remembered string) error {
+func (s *slot) join(ctx context.Context, cfg *Config, opts *runOptions, line, remembered string) error {
 	invite, err := agentInvite(cfg, line)
 	if err != nil {
 		return err
@@ -228,8 +228,8 @@ func (s *slot) join(ctx context.Context, cfg *Config, line, remembered string) e
 			Do: entry.Join, StateDir: s.dir, Invite: invite, Name: name + "-run-" + strings.ToLower(rand.Text()[:8]),
 			User: person(), Version: cli.ReadVersion().Version,
 		}
-		if err := runStep(ctx, account{}, step, &entry.Joined{}, os.Stderr); err != nil {
-			return err
+		if _, err := step.Join(ctx); err != nil { // as who this is: so is the agent
+			return s.notJoined(err, opts.stateDir, line)
 		}
 	}
 	for _, file := range []string{used, remembered} {
@@ -241,6 +241,25 @@ func (s *slot) join(ctx context.Context, cfg *Config, line, remembered string) e
 		}
 	}
 	return nil
+}
+
+// notJoined says what to do when the storehouse did not take the agent of this slot.
+func (s *slot) notJoined(err error, stateDir, line string) error {
+	if !errors.Is(err, flox.ErrDenied) {
+		return err
+	}
+	others := 0
+	for n := range maxSlots {
+		if dir := filepath.Join(stateDir, strconv.Itoa(n)); dir != s.dir && holdsLine(filepath.Join(dir, usedName), line) {
+			others++
+		}
+	}
+	if others > 0 {
+		return cli.Explain(flox.ErrDenied, `programs that run at the same time have an agent each, and the invite lets in no more than the %d that joined with it from %s (%v).
+Wait until one of those has ended, or run with an invite for more machines: --invite FILE, made on a server of the storehouse or by its admin with
+  floxctl invite --role agent --ephemeral --uses %d >FILE`, others, stateDir, err, others+1)
+	}
+	return cli.Explain(flox.ErrDenied, "%v: %s", err, cli.HowToBeInvited)
 }
 
 // holdsLine reports whether a file holds a line and nothing else.
