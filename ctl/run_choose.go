@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -79,7 +80,7 @@ func choose(s *surroundings, mode, to string) (choice, error) {
 func (s *surroundings) advice(mode string) string {
 	switch mode {
 	case modeAgent:
-		return "\n  start an agent: sudo floxd agent --invite FILE"
+		return "\n  start an agent: sudo floxd agent --invite " + cmp.Or(s.given, "FILE")
 	case modeBind:
 		return fmt.Sprintf("\n  give the container the host's mount: --mount type=bind,src=%s,dst=%[1]s", s.storeDir)
 	case modeFUSE:
@@ -88,7 +89,11 @@ func (s *surroundings) advice(mode string) string {
 		}
 		return "\n  allow user namespaces, and /dev/fuse: chmod 666 /dev/fuse, in a container --device /dev/fuse"
 	}
-	return fmt.Sprintf("\n  write the files somewhere: floxctl run --to DIR %s; programs run from them if DIR is %s", s.what.Path, s.storeDir)
+	with := ""
+	if s.given != "" {
+		with = " --invite " + s.given
+	}
+	return fmt.Sprintf("\n  write the files somewhere: floxctl run --to DIR%s %s; programs run from them if DIR is %s", with, s.what.Path, s.storeDir)
 }
 
 func (s *surroundings) tryAgent(string) choice {
@@ -203,7 +208,7 @@ func (s *surroundings) needs(mode string) error {
 	case mode != modeBind && s.invite == "" && s.unusable != nil:
 		return fmt.Errorf("%s; %s needs the storehouse's invite: %w", s.lack(), mode, s.unusable)
 	case mode != modeBind && s.invite == "":
-		return cli.Explain(flox.ErrBadInput, "%s; %s needs the storehouse's invite the first time, and there is none at %s: name it with --invite FILE", s.lack(), mode, s.looked)
+		return cli.Explain(flox.ErrBadInput, "%s; %s needs the storehouse's invite the first time, and there is none at %s: %s", s.lack(), mode, s.looked, cli.HowToBeInvited)
 	}
 	return nil
 }

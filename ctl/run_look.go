@@ -45,6 +45,7 @@ type surroundings struct {
 	merged   string   // the local Nix store that the agent shows, too; "" = none
 	stateDir string
 	invite   string // file, "" = none
+	given    string // the same, if it was named for this run
 	looked   string // where it was looked for
 	unusable error  // why one's own invite is none
 	floxd    string // program, "" = none
@@ -138,7 +139,7 @@ func (s *surroundings) findInvite(given string) (flox.StoreDir, error) {
 		if err != nil {
 			return "", err
 		}
-		s.invite = abs
+		s.invite, s.given = abs, abs
 		return dir, nil
 	}
 	for _, file := range s.inviteFiles() {

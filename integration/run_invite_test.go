@@ -24,6 +24,58 @@ func (u *stranger) invitation(t *testing.T, house *hosts.Storehouse, name string
 	return file
 }
 
+// closedHouse is a storehouse with ripgrep that lets in whom it invited, and nobody
+// else.
+func (l *lab) closedHouse(t *testing.T, name string) *hosts.Storehouse {
+	t.Helper()
+	house, err := hosts.StartStorehouse(t.Context(), l.programs, l.host(t, name), l.dir, "--open=false")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stop(t, house.Daemon) })
+	if err := l.copyTo(t.Context(), house, l.world.Ripgrep.Path); err != nil {
+		t.Fatal(err)
+	}
+	return house
+}
+
+// howInvited is what every run is told that is not let in.
+const howInvited = "floxctl invite --role agent --ephemeral >FILE"
+
+// TestRunIsNotLetIn: who is no member of a storehouse that is closed is told what
+// gets one in, an ordinary user and root.
+func TestRunIsNotLetIn(t *testing.T) {
+	l := open(t)
+	house := l.closedHouse(t, "run-closed")
+	u := l.stranger(t, "run-outside")
+	dir := filepath.Join(u.home, "copy")
+	asRoot := func(args ...string) result {
+		return do(t, u.host, "env", append([]string{"HOME=" + u.home, l.programs.Floxctl, "run", "--state-dir", filepath.Join(u.host.Dir, "state")}, args...)...)
+	}
+	u.run(t, l.ripgrep(), "--", "rg", "--version").want(t, 2, "fuse needs the storehouse's invite", howInvited)
+	asRoot("--to", dir, l.ripgrep()).want(t, 2, "copy needs the storehouse's invite", howInvited)
+
+	// An invite.json, as a member has it, makes no member.
+	b, err := os.ReadFile(house.Invite())
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(u.home, "invite.json")
+	if err := os.WriteFile(file, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range private {
+		u.run(t, "--mode", mode, "--invite", file, l.ripgrep(), "--", "rg", "--version").want(t, 4, "not (or no longer) a member", howInvited)
+	}
+	asRoot("--invite", file, "--to", dir, l.ripgrep()).want(t, 4, "not (or no longer) a member", howInvited)
+
+	file = u.invitation(t, house, "invite")
+	asRoot("--invite", file, l.ripgrep(), "--", "rg", "--version").want(t, 4, "must not be", "sudo floxd agent --invite "+file, "run --to DIR --invite "+file)
+	asRoot("--invite", file, "--to", dir, l.ripgrep()).want(t, 0, "complete in")
+	asRoot("--to", filepath.Join(u.home, "again"), l.ripgrep()).want(t, 0, "complete in") // it was remembered
+	u.run(t, "--invite", file, l.ripgrep(), "--", "rg", "--version").want(t, 5, "used up", howInvited)
+}
+
 // TestRunsAtTheSameTimeWithAnInvite: each has an agent of its own, so an invite for
 // one machine is enough for one at a time.
 func TestRunsAtTheSameTimeWithAnInvite(t *testing.T) {

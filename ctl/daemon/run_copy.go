@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/term"
 
+	flox "github.com/floxctl/flox"
 	"github.com/floxctl/flox/agent"
 	"github.com/floxctl/flox/api"
 	"github.com/floxctl/flox/ctl/cli"
@@ -49,6 +51,9 @@ func runCopy(ctx context.Context, file string, opts *runOptions, s *slot) (strin
 	bar.end()
 	if ctx.Err() != nil && !opts.quiet {
 		bar.printf("floxctl: stopped. What has arrived stays; the same command goes on from there.\n")
+	}
+	if errors.Is(err, flox.ErrUnreachable) && ctx.Err() == nil {
+		return "", notKnown(err)
 	}
 	if err != nil {
 		return "", err

@@ -42,6 +42,9 @@ const defaultRunLevel = slog.LevelWarn
 // mountTimeout is how long a private agent may take to serve.
 const mountTimeout = 20 * time.Second
 
+// statusTimeout is how long it may take to say how it is.
+const statusTimeout = 5 * time.Second
+
 // runInside is the inner process: it makes the store appear at its place, runs
 // the command, and clears away.
 func runInside(ctx context.Context) error {
@@ -82,7 +85,7 @@ func runInside(ctx context.Context) error {
 	if plan.Path != "" {
 		dir = flox.StoreDir(plan.StoreDir).Join(plan.Path)
 		if err := room.There(dir); err != nil {
-			return err
+			return plan.whyAway(ctx, err)
 		}
 	}
 	env = room.NixClient(env, plan.Nix)
@@ -147,6 +150,33 @@ func (p *roomPlan) awaitMount(ctx context.Context, line *room.Line, served chan 
 			return cli.Explain(flox.ErrUnreachable, "the private agent does not serve after %s; the end of %s:\n%s", mountTimeout, p.Log, tailOf(p.Log))
 		}
 	}
+}
+
+// whyAway adds to what the mount says of a path, for which it has one word, what the
+// private agent knows of the storehouse.
+func (p *roomPlan) whyAway(ctx context.Context, err error) error {
+	if p.Mode != modeFUSE || !errors.Is(err, flox.ErrUnreachable) {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	client, done := cli.Agent(p.socket())
+	defer done()
+	status, asked := client.Status(ctx, connect.NewRequest(&floxv1.StatusRequest{}))
+	if asked != nil {
+		return err
+	}
+	link := status.Msg.GetStorehouse()
+	if link.GetConnected() || link.GetError() == "" {
+		return err
+	}
+	return notKnown(fmt.Errorf("%w; the storehouse %s is not connected: %s", err, link.GetName(), link.GetError()))
+}
+
+// notKnown adds to why a path could not be looked up what else it may be: a machine
+// that never was a member, or an ephemeral one that was forgotten.
+func notKnown(err error) error {
+	return cli.Explain(flox.ErrUnreachable, "%v\nIf the storehouse does not know this machine (any more): %s", err, cli.HowToBeInvited)
 }
 
 // tailOf gives the end of a log, for somebody whose agent did not start.
