@@ -84,6 +84,17 @@ func TestFloxctlStaysSmall(t *testing.T) {
 	}
 }
 
+// onlyTests are what no program may link.
+var onlyTests = []string{module + "/raft/raftsim", "github.com/anishathalye/porcupine"}
+
+func TestProgramsLinkNoTests(t *testing.T) {
+	for _, p := range goList(t, "-deps", "./cmd/...") {
+		if slices.Contains(onlyTests, p.ImportPath) {
+			t.Errorf("a program links %s: that is for tests", p.ImportPath)
+		}
+	}
+}
+
 // TestLayerRulesCatchMistakes feeds the checker imports that break each rule.
 func TestLayerRulesCatchMistakes(t *testing.T) {
 	tests := []struct {

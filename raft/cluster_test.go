@@ -292,7 +292,7 @@ func TestSnapshotToLaggingServer(t *testing.T) {
 		cfg.KeepEntries = 8
 		cfg.SnapshotEvery = 1 << 30
 		cfg.Heartbeat = time.Second
-		cfg.segmentBytes = 4096
+		cfg.Hooks = &Hooks{SegmentBytes: 4096}
 	})
 	leader := c.leader()
 	away := (leader + 1) % 3

@@ -103,6 +103,10 @@ func RecordKind(record []byte) (kind uint32, key []byte, ok bool) {
 	return binary.BigEndian.Uint32(record[1:]), record[5:], true
 }
 
+// IsLocal reports whether a record of a State is about this server's copy of it, so
+// that it differs from other servers' records at the same index.
+func IsLocal(record []byte) bool { return bytes.Equal(record, keyRestored) }
+
 // maxBuildBatch is how many bytes of records are written at once.
 const maxBuildBatch = 4 << 20
 

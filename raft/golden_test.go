@@ -27,7 +27,7 @@ const format1 = "testdata/format1.tar.gz"
 // writeFormat1 makes the fixture: a snapshot, entries behind it, sessions, a refusal.
 func writeFormat1(t *testing.T) {
 	dir := t.TempDir()
-	n, stop := start(t, Config{Dir: dir, ID: "a", Bootstrap: true, ReserveBytes: 1, segmentBytes: 4096})
+	n, stop := start(t, Config{Dir: dir, ID: "a", Bootstrap: true, ReserveBytes: 1, Hooks: &Hooks{SegmentBytes: 4096}})
 	if err := n.Ready(within(t)); err != nil {
 		t.Fatal(err)
 	}

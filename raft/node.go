@@ -114,7 +114,7 @@ func openLog(dir string, cfg Config) (w *wal.WAL, err error) {
 	err = checkMeta(filepath.Join(dir, "wal-meta.db"))
 	if err == nil {
 		err = guarded(func() (err error) {
-			w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)), wal.WithSegmentSize(cfg.segmentBytes))
+			w, err = wal.Open(dir, wal.WithLogger(newRaftLog(cfg.Log)), wal.WithSegmentSize(cfg.Hooks.SegmentBytes))
 			return err
 		})
 	}
@@ -247,7 +247,7 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	case <-n.machine.closed:
 		n.raft.Store(nil)
 		n.drain()
-	case crashed = <-n.cfg.crash:
+	case crashed = <-n.cfg.Hooks.Crash:
 	}
 	n.raft.Store(nil)
 	stopLooking()

@@ -116,12 +116,10 @@ type Config struct {
 	DeadAfter time.Duration
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger
+	// Hooks are for tests only; nil = none.
+	Hooks *Hooks
 
 	probeEvery time.Duration // how often the other members are asked how they are
-	// crash is a hook of the tests: what it brings runs when raft has stopped, and
-	// nothing is handed over, waited for or written out before.
-	crash        chan func()
-	segmentBytes int // of a file of the log; a hook of the tests, 0 = the library's default
 }
 
 // withDefaults checks c and fills in what is zero.
@@ -156,6 +154,9 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.Level, firstLevel)
 	setDefault(&c.PromoteAfter, 10*time.Second)
 	setDefault(&c.DeadAfter, time.Minute)
+	if c.Hooks == nil {
+		c.Hooks = &Hooks{}
+	}
 	c.probeEvery = max(20*time.Millisecond, min(c.PromoteAfter/4, time.Second))
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

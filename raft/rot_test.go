@@ -138,7 +138,11 @@ func TestRot(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	c := newCluster(t, func(cfg *Config) { cfg.SnapshotEvery = 1 << 30; cfg.KeepEntries = 16; cfg.segmentBytes = 4096 })
+	c := newCluster(t, func(cfg *Config) {
+		cfg.SnapshotEvery = 1 << 30
+		cfg.KeepEntries = 16
+		cfg.Hooks = &Hooks{SegmentBytes: 4096}
+	})
 	found := 0
 	for round := range rounds {
 		leader := c.leader()

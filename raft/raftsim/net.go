@@ -1,4 +1,4 @@
-package raft
+package raftsim
 
 import (
 	"errors"
@@ -8,76 +8,84 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/floxctl/flox/raft"
 )
 
-// simNet connects servers inside one bubble of simulated time. Every direction
+// network connects servers inside one bubble of simulated time. Every direction
 // between two can be cut on its own: what is sent then waits, as with a network
 // that drops packets, until the cut is mended or the sender gives up.
-type simNet struct {
+type network struct {
 	mu     sync.Mutex
-	layers map[string]*simLayer
+	layers map[string]*layer
 	cut    map[[2]string]bool // from, to
 	rng    *rand.Rand
 }
 
-func newSimNet(rng *rand.Rand) *simNet {
-	return &simNet{layers: map[string]*simLayer{}, cut: map[[2]string]bool{}, rng: rng}
+func newNetwork(rng *rand.Rand) *network {
+	return &network{layers: map[string]*layer{}, cut: map[[2]string]bool{}, rng: rng}
 }
 
 // heal mends everything.
-func (s *simNet) heal() {
+func (s *network) heal() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clear(s.cut)
 }
 
 // sever cuts the way from one server to another.
-func (s *simNet) sever(from, to string) {
+func (s *network) sever(from, to string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.cut[[2]string{from, to}] = true
 }
 
-func (s *simNet) severed(from, to string) bool {
+func (s *network) severed(from, to string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.cut[[2]string{from, to}]
 }
 
-func (s *simNet) delay() time.Duration {
+func (s *network) delay() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return time.Duration(100+s.rng.IntN(900)) * time.Microsecond
 }
 
 // listen gives a server its Layer; a former one of that address must be closed.
-func (s *simNet) listen(address string) *simLayer {
-	l := &simLayer{net: s, address: address, accepted: make(chan net.Conn), closed: make(chan struct{})}
+func (s *network) listen(address string) *layer {
+	l := &layer{net: s, address: address, accepted: make(chan net.Conn), closed: make(chan struct{})}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.layers[address] = l
 	return l
 }
 
-// simLayer is a Layer in a simNet.
-type simLayer struct {
-	net      *simNet
+// layer is a Layer in a network.
+type layer struct {
+	net      *network
 	address  string
 	accepted chan net.Conn
 	closed   chan struct{}
 	once     sync.Once
 }
 
-var _ Layer = (*simLayer)(nil)
+var _ raft.Layer = (*layer)(nil)
 
-func (l *simLayer) Addr() net.Addr { return addr(l.address) }
+// addr is the address of a server in a network.
+type addr string
 
-func (l *simLayer) Close() error {
+func (addr) Network() string  { return "simulated" }
+func (a addr) String() string { return string(a) }
+
+func (l *layer) Addr() net.Addr { return addr(l.address) }
+
+func (l *layer) Close() error {
 	l.once.Do(func() { close(l.closed) })
 	return nil
 }
 
-func (l *simLayer) Accept() (net.Conn, error) {
+func (l *layer) Accept() (net.Conn, error) {
 	select {
 	case c := <-l.accepted:
 		return c, nil
@@ -86,7 +94,7 @@ func (l *simLayer) Accept() (net.Conn, error) {
 	}
 }
 
-func (l *simLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
+func (l *layer) Dial(address string, timeout time.Duration) (net.Conn, error) {
 	until := time.Now().Add(timeout)
 	for l.net.severed(l.address, address) || l.net.severed(address, l.address) {
 		if time.Now().After(until) {
@@ -104,8 +112,8 @@ func (l *simLayer) Dial(address string, timeout time.Duration) (net.Conn, error)
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
-	case to.accepted <- &simConn{Conn: there, net: l.net, from: address, to: l.address, closed: make(chan struct{})}:
-		return &simConn{Conn: here, net: l.net, from: l.address, to: address, closed: make(chan struct{})}, nil
+	case to.accepted <- &conn{Conn: there, net: l.net, from: address, to: l.address, closed: make(chan struct{})}:
+		return &conn{Conn: here, net: l.net, from: l.address, to: address, closed: make(chan struct{})}, nil
 	case <-to.closed:
 		return nil, errors.New("connection refused")
 	case <-timer.C:
@@ -113,10 +121,10 @@ func (l *simLayer) Dial(address string, timeout time.Duration) (net.Conn, error)
 	}
 }
 
-// simConn is one end of a connection in a simNet.
-type simConn struct {
+// conn is one end of a connection in a network.
+type conn struct {
 	net.Conn
-	net      *simNet
+	net      *network
 	from, to string
 	closed   chan struct{}
 	once     sync.Once
@@ -125,18 +133,18 @@ type simConn struct {
 	until time.Time
 }
 
-func (c *simConn) SetDeadline(t time.Time) error {
+func (c *conn) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
-func (c *simConn) SetWriteDeadline(t time.Time) error {
+func (c *conn) SetWriteDeadline(t time.Time) error {
 	c.mu.Lock()
 	c.until = t
 	c.mu.Unlock()
 	return c.Conn.SetWriteDeadline(t)
 }
 
-func (c *simConn) Write(b []byte) (int, error) {
+func (c *conn) Write(b []byte) (int, error) {
 	wait := c.net.delay()
 	for {
 		select {
@@ -157,7 +165,7 @@ func (c *simConn) Write(b []byte) (int, error) {
 	}
 }
 
-func (c *simConn) Close() error {
+func (c *conn) Close() error {
 	c.once.Do(func() { close(c.closed) })
 	return c.Conn.Close()
 }
