@@ -28,7 +28,7 @@ const (
 // passedOn gives who asked another server for what that one passes on. Servers
 // alone are believed: any of them could write the same into the log itself.
 func (a *admin) passedOn(from p2p.PeerID, header string) (*floxv1.Actor, error) {
-	if !a.s.servers.allowed(from) {
+	if !a.s.servers.allowed(from) || a.s.revoked(from) { // a revoked one takes part in the log for a moment more
 		return nil, fmt.Errorf("%s passes a call on and is no server of this storehouse: %w", from, flox.ErrDenied)
 	}
 	who := &floxv1.Actor{}

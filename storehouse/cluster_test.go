@@ -274,6 +274,39 @@ func TestServerThatIsRemovedIsCutOff(t *testing.T) {
 	publish(t, h.servers[1], makePath(t, "after", 1000))
 }
 
+// Whoever takes the server that leads out of the member list, it is out of the log and
+// cut off then: it leads no more, and is not believed meanwhile.
+func TestLeaderThatIsNoMemberAnyMoreHandsOver(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, 3)
+	gone, left := h.servers[0], h.servers[1:]
+	if err := left[0].node.Transfer(within(t), string(gone.id.peer)); err != nil {
+		t.Fatal(err)
+	}
+	version := left[0].sealed.Load()
+	_, err := left[0].proposeMembers(within(t), &floxv1.MembersCommand{Command: &floxv1.MembersCommand_Remove{Remove: &floxv1.RemoveMachine{
+		Peer: string(gone.id.peer), Reason: "stolen", Revoked: true,
+	}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	header, err := forWhom(&floxv1.Actor{User: "thief"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if who, err := (&admin{s: left[0]}).passedOn(gone.id.peer, header); !errors.Is(err, flox.ErrDenied) {
+		t.Errorf("what a revoked server passes on is believed to come from %v, %v", who, err)
+	}
+	for _, s := range left {
+		eventually(t, "another server leads, and the one that is gone is let in no more", func() bool {
+			st := s.node.Status()
+			return st.Leader != "" && st.Leader != string(gone.id.peer) && len(st.Members) == 2 && !s.servers.allowed(gone.id.peer)
+		})
+		eventually(t, "the keys are sealed anew", func() bool { return s.sealed.Load() > version && !s.keysKnownTo(string(gone.id.peer)) })
+	}
+	publish(t, left[1], makePath(t, "after", 1000))
+}
+
 func TestRotIsRepairedFromAnotherServer(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 3)

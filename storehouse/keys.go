@@ -52,7 +52,7 @@ func (s *Server) tendServers(ctx context.Context) error {
 	}
 	machines := s.roster.servers()
 	if !slices.ContainsFunc(machines, func(m *floxv1.Machine) bool { return m.GetPeer() == string(s.id.peer) }) {
-		return nil // it has not said yet who it is
+		return s.standDown(ctx, machines)
 	}
 	err := errors.Join(s.sealTo(ctx, machines), s.admitServers(ctx, machines), s.dropServers(ctx, machines))
 	if _, _, none := s.keysInForce(); none != nil {
@@ -62,6 +62,20 @@ func (s *Server) tendServers(ctx context.Context) error {
 		return errors.Join(err, failed)
 	}
 	return errors.Join(err, s.retireKeys(ctx))
+}
+
+// standDown hands leadership over when the member list has servers and this one is
+// none of them any more: what a leader does for the others is for one of them to do,
+// and first to take this one out of the log's servers.
+func (s *Server) standDown(ctx context.Context, machines []*floxv1.Machine) error {
+	if len(machines) == 0 || s.servers.alone.Load() {
+		return nil // it has not said yet who it is
+	}
+	if err := s.node.Transfer(ctx, ""); err != nil {
+		return fmt.Errorf("this server leads and is no member of the storehouse any more: %w", err)
+	}
+	s.cfg.Log.Warn("this server is no member of the storehouse any more and handed leadership over")
+	return nil
 }
 
 // sealTo seals the cluster's secrets anew, under a new cluster key, when they are
