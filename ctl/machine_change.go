@@ -121,6 +121,11 @@ again. What it has of the store stays on its disk. To let the machine in again i
 needs a new key (floxd leave --purge there) and a new invite. A key that is no
 member's is named by its whole peer ID; the newest 65,536 revocations are kept.
 
+A server of the storehouse is taken out of the servers as well: it hands over if it
+leads, and the others get a new cluster key. That is refused where no healthy majority
+of the servers would be left: start those that are down, or add one, and revoke it
+then. It knew the storehouse's keys: see floxctl key rotate.
+
 ` + cli.ExitCodes,
 		Example: "  floxctl machine revoke laptop --reason stolen",
 		Args:    cli.Args(1, 1, "MACHINE"),

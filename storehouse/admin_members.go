@@ -204,7 +204,9 @@ func (a *admin) ChangeMachine(ctx context.Context, req *connect.Request[floxv1.C
 
 // RemoveMachine is floxv1connect.AdminHandler: it revokes the machine's key.
 // When it answers, this server has cut its connections; the others follow within
-// a second. A key that is no member's is named by its whole peer ID.
+// a second. A key that is no member's is named by its whole peer ID. A server is taken
+// out like one that is removed by force: ErrBusy, and nothing is done, where no healthy
+// majority would be left.
 func (a *admin) RemoveMachine(ctx context.Context, req *connect.Request[floxv1.RemoveMachineRequest]) (*connect.Response[floxv1.RemoveMachineResponse], error) {
 	who, err := a.may(ctx, req, adminOnly, "machine.revoke")
 	var m *floxv1.Machine
@@ -217,19 +219,40 @@ func (a *admin) RemoveMachine(ctx context.Context, req *connect.Request[floxv1.R
 	if err == nil && m.GetPeer() == string(a.s.id.peer) {
 		err = fmt.Errorf("%s is the server that was asked: ask another one to take it out: %w", m.GetName(), flox.ErrBusy)
 	}
-	if err == nil {
-		knew := a.s.keysKnownTo(m.GetPeer())
-		remove := &floxv1.RemoveMachine{Peer: m.GetPeer(), Reason: req.Msg.GetReason(), Revoked: true}
-		_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: remove}})
-		if err == nil {
-			err = a.keysWereKnown(ctx, who, m, knew)
-		}
+	switch {
+	case err != nil:
+	case a.s.isServer(m):
+		err = a.revokeServer(ctx, who, m, req.Msg.GetReason())
+	default:
+		err = a.revoke(ctx, who, m, req.Msg.GetReason())
 	}
+	return answer(&floxv1.RemoveMachineResponse{Machine: m}, err)
+}
+
+// revokeServer takes a server out like one that is removed by force: it need not be
+// well for that, and what only it has of the content is not waited for.
+func (a *admin) revokeServer(ctx context.Context, who *floxv1.Actor, m *floxv1.Machine, reason string) error {
+	house := a.s.lookAtServers(ctx)
+	if err := house.mayGo(m, true); err != nil {
+		return fmt.Errorf("%s is not revoked, and nothing was changed: %w", m.GetName(), err)
+	}
+	return a.takeOut(ctx, who, m, house, reason, true)
+}
+
+// isServer reports whether a machine is one of the servers, or still of the log's.
+func (s *Server) isServer(m *floxv1.Machine) bool {
+	return m.GetRole() == members.Server || slices.ContainsFunc(s.servers.members(), func(o cluster.Member) bool { return o.ID == m.GetPeer() })
+}
+
+// revoke takes a machine that is no server out of the member list for ever.
+func (a *admin) revoke(ctx context.Context, who *floxv1.Actor, m *floxv1.Machine, reason string) error {
+	remove := &floxv1.RemoveMachine{Peer: m.GetPeer(), Reason: reason, Revoked: true}
+	_, err := a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: remove}})
 	if err == nil {
 		err = a.s.roster.refresh(ctx, a.s)
 		a.s.swarm.Kick()
 	}
-	return answer(&floxv1.RemoveMachineResponse{Machine: m}, err)
+	return err
 }
 
 // Audit is floxv1connect.AdminHandler.

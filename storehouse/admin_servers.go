@@ -145,6 +145,16 @@ func (a *admin) removeServer(ctx context.Context, who *floxv1.Actor, what string
 	if err := house.mayGo(m, force); err != nil {
 		return err
 	}
+	reason := "taken out of the servers"
+	if force {
+		reason += ", by force"
+	}
+	return a.takeOut(ctx, who, m, house, reason, force)
+}
+
+// takeOut makes a server that may go hand over if it leads, revokes its key, takes it
+// out of the log's servers and cuts it off.
+func (a *admin) takeOut(ctx context.Context, who *floxv1.Actor, m *floxv1.Machine, house *houseState, reason string, force bool) error {
 	limited, cancel := context.WithTimeout(ctx, changeWait)
 	defer cancel()
 	if house.find(m.GetPeer()).GetLeader() {
@@ -152,17 +162,13 @@ func (a *admin) removeServer(ctx context.Context, who *floxv1.Actor, what string
 			return noMajority(ctx, changeWait, err)
 		}
 	}
-	reason := "taken out of the servers"
-	if force {
-		reason += ", by force"
-	}
 	// While the server itself, if it is the one asked, can still say so.
 	if err := a.keysWereKnown(ctx, who, m, a.s.keysKnownTo(m.GetPeer())); err != nil {
 		return err
 	}
 	// Out of the member list first: who is in it would be taken into the log again.
 	remove := &floxv1.RemoveMachine{Peer: m.GetPeer(), Reason: reason, Revoked: true}
-	_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: remove}})
+	_, err := a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Remove{Remove: remove}})
 	if err != nil && !errors.Is(err, flox.ErrNotFound) {
 		return err
 	}

@@ -179,6 +179,51 @@ func TestServersGoOnlyWhileAMajorityStays(t *testing.T) {
 	}
 }
 
+// A server's key is revoked like that of any machine: the one that leads hands over
+// and is out when the call ends. Where no majority would be left nothing is done, and
+// that is said.
+func TestServersAreRevokedLikeAnyMachine(t *testing.T) {
+	t.Parallel()
+	h, ask := operatedHouse(t, 4)
+	revoke := func(at int, name string) error {
+		_, err := ask[at].RemoveMachine(within(t), connect.NewRequest(&floxv1.RemoveMachineRequest{Machine: name, Reason: "stolen"}))
+		return api.FromConnect(err)
+	}
+	if _, err := ask[1].Transfer(within(t), connect.NewRequest(&floxv1.TransferRequest{Server: "s4"})); err != nil {
+		t.Fatal(err)
+	}
+	gone := h.servers[3].id.peer
+	if err := revoke(1, "s4"); err != nil {
+		t.Fatal(err)
+	}
+	if h.servers[1].servers.allowed(gone) {
+		t.Error("the server that led is revoked and let in")
+	}
+	if all := serversOver(t, ask[1]); len(all) != 3 || all["s4"] != nil {
+		t.Errorf("after that the servers are %v", all)
+	}
+	if got := auditOf(t, ask[1], &floxv1.AuditRequest{Action: "key.known", Machine: "s4"}); len(got) != 1 {
+		t.Errorf("the audit log says %d times that s4 knew the keys", len(got))
+	}
+	eventually(t, "the keys are sealed to the others alone", func() bool {
+		sealed := h.servers[0].roster.now.Load().secrets.GetSeals()
+		return len(sealed) == 3 && !h.servers[0].keysKnownTo(string(gone))
+	})
+
+	h.stops[2]()
+	eventually(t, "the leader misses the third", func() bool { return !serversOver(t, ask[0])["s3"].GetHealthy() })
+	if err := revoke(0, "s2"); !errors.Is(err, flox.ErrBusy) || !strings.Contains(err.Error(), "s2 is not revoked") || !strings.Contains(err.Error(), "start or add") {
+		t.Errorf("the second of two that are well: %v, want ErrBusy that says what to do", err)
+	}
+	if s := serversOver(t, ask[0])["s2"]; !s.GetVoter() || !s.GetHealthy() {
+		t.Errorf("and then it is %v", s)
+	}
+	if err := revoke(0, "s3"); err != nil {
+		t.Errorf("the one that is away: %v", err)
+	}
+	publish(t, h.servers[1], makePath(t, "after", 1000))
+}
+
 // A collection ends when leadership moves, and says where to go on.
 func TestCollectionEndsWhenLeadershipMoves(t *testing.T) {
 	t.Parallel()
