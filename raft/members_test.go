@@ -236,7 +236,16 @@ func slowDown(t *testing.T) {
 // then, one for one, also if that one answers sooner than the leader counts its vote.
 func TestDeadServerIsReplaced(t *testing.T) {
 	slowDown(t)
-	c := newCluster(t, func(cfg *Config) { cfg.DeadAfter = time.Second })
+	told := make(chan string, 8) // of whoever leads
+	c := newCluster(t, func(cfg *Config) {
+		cfg.DeadAfter = time.Second
+		cfg.Replacing = func(_ context.Context, id, by string) error {
+			if told <- id + " " + by; len(told) == 1 {
+				return flox.ErrBusy // puts it off
+			}
+			return nil
+		}
+	})
 	dead := (c.leader() + 1) % 3
 	if err := c.stop[dead](); err != nil {
 		t.Fatal(err)
@@ -250,6 +259,16 @@ func TestDeadServerIsReplaced(t *testing.T) {
 	c.until("it is replaced", func(s []ServerStatus) bool {
 		return byID(s, "new").Voter && byID(s, c.cfg[dead].ID).ID == "" && len(s) == 4
 	})
+	for range 2 {
+		select {
+		case got := <-told:
+			if want := c.cfg[dead].ID + " new"; got != want {
+				t.Errorf("told that %q, want %q", got, want)
+			}
+		default:
+			t.Error("it was removed and nobody was told before, or an error did not put it off")
+		}
+	}
 }
 
 // Commands of a level are refused until every server knows it, by name of who

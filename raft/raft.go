@@ -8,6 +8,7 @@
 package raft
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -114,6 +115,10 @@ type Config struct {
 	// DeadAfter is how long a server must be away before one that came later
 	// replaces it. Default 1 min.
 	DeadAfter time.Duration
+	// Replacing is called on the leader before a server that is away is removed because
+	// by replaces it. Who keeps a list of the servers takes it out there: who is listed
+	// would be added again. An error puts the removal off. nil = there is no such list.
+	Replacing func(ctx context.Context, id, by string) error
 	// Log takes what an operator may need; nil = discard.
 	Log *slog.Logger
 	// Hooks are for tests only; nil = none.

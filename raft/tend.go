@@ -205,6 +205,11 @@ func (n *Node) removeDead(ctx context.Context, r *raft.Raft, c *census) error {
 		if by == "" || !c.safe(id, "") {
 			continue
 		}
+		if n.cfg.Replacing != nil {
+			if err := n.cfg.Replacing(ctx, id, by); err != nil {
+				return fmt.Errorf("remove %s, which %s replaces: %w", id, by, err)
+			}
+		}
 		n.cfg.Log.Warn("a server that is away was replaced and is removed", "server", id, "replaced_by", by)
 		if err := n.change(ctx, r, r.RemoveServer(s.ID, 0, enqueueTimeout)); err != nil {
 			return err

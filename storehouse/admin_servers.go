@@ -84,7 +84,7 @@ func (a *admin) transfer(ctx context.Context, who *floxv1.Actor, to string) (str
 	for {
 		leader := a.s.node.Status().Leader
 		if leader != "" && (leader == peer || peer == "" && leader != before) {
-			return leader, a.s.note(ctx, who, actionTransfer, a.nameOf(leader), "before: "+a.nameOf(before))
+			return leader, a.s.note(ctx, who, actionTransfer, a.s.nameOf(leader), "before: "+a.s.nameOf(before))
 		}
 		select {
 		case <-time.After(leaderPause):
@@ -95,8 +95,8 @@ func (a *admin) transfer(ctx context.Context, who *floxv1.Actor, to string) (str
 }
 
 // nameOf is what a server is called, its peer ID if nobody knows.
-func (a *admin) nameOf(peer string) string {
-	for _, m := range a.s.roster.servers() {
+func (s *Server) nameOf(peer string) string {
+	for _, m := range s.roster.servers() {
 		if m.GetPeer() == peer {
 			return m.GetName()
 		}
@@ -163,7 +163,7 @@ func (a *admin) takeOut(ctx context.Context, who *floxv1.Actor, m *floxv1.Machin
 		}
 	}
 	// While the server itself, if it is the one asked, can still say so.
-	if err := a.keysWereKnown(ctx, who, m, a.s.keysKnownTo(m.GetPeer())); err != nil {
+	if err := a.s.keysWereKnown(ctx, who, m, a.s.keysKnownTo(m.GetPeer())); err != nil {
 		return err
 	}
 	// Out of the member list first: who is in it would be taken into the log again.

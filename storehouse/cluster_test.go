@@ -37,19 +37,26 @@ func clusterConfig(dir string) Config {
 func newHouse(t *testing.T, n int, change ...func(*Config)) *house {
 	t.Helper()
 	h := &house{t: t}
-	for i := range n {
-		cfg := clusterConfig(t.TempDir())
-		for _, f := range change {
-			f(&cfg)
-		}
-		if i > 0 {
-			h.tell(cfg)
-		}
-		h.configs = append(h.configs, cfg)
-		h.servers, h.stops = append(h.servers, nil), append(h.stops, nil)
-		h.start(i)
+	for range n {
+		h.add(change...)
 	}
 	return h
+}
+
+// add starts one more server and waits until it votes.
+func (h *house) add(change ...func(*Config)) {
+	h.t.Helper()
+	cfg := clusterConfig(h.t.TempDir())
+	for _, f := range change {
+		f(&cfg)
+	}
+	i := len(h.servers)
+	if i > 0 {
+		h.tell(cfg)
+	}
+	h.configs = append(h.configs, cfg)
+	h.servers, h.stops = append(h.servers, nil), append(h.stops, nil)
+	h.start(i)
 }
 
 // tell writes what a server that joins is told of the others.
@@ -68,6 +75,27 @@ func (h *house) tell(cfg Config) {
 // start runs server i, which keeps its ports when it is started again, and has
 // the others take it in.
 func (h *house) start(i int) {
+	h.t.Helper()
+	s, _ := h.run(i)
+	if _, there := h.servers[0].roster.machine(s.id.peer); i > 0 && !there {
+		h.admit(s, fmt.Sprint("s", i+1))
+	}
+	if err := s.Ready(within(h.t)); err != nil {
+		h.t.Fatal(err)
+	}
+	h.t.Cleanup(func() {
+		if h.t.Failed() {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			list, err := s.node.Servers(ctx)
+			h.t.Logf("server %d is %+v and is told of %+v, %v", i, s.node.Status(), list, err)
+		}
+	})
+	eventually(h.t, "the server votes", func() bool { return h.votes(i) })
+}
+
+// run runs server i until stop is called, or the test ends.
+func (h *house) run(i int) (s *Server, stop func()) {
 	h.t.Helper()
 	s, err := New(h.configs[i])
 	if err != nil {
@@ -91,21 +119,7 @@ func (h *house) start(i int) {
 		}
 	}
 	h.t.Cleanup(h.stops[i])
-	if _, there := h.servers[0].roster.machine(s.id.peer); i > 0 && !there {
-		h.admit(s, fmt.Sprint("s", i+1))
-	}
-	if err := s.Ready(within(h.t)); err != nil {
-		h.t.Fatal(err)
-	}
-	h.t.Cleanup(func() {
-		if h.t.Failed() {
-			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-			defer cancel()
-			list, err := s.node.Servers(ctx)
-			h.t.Logf("server %d is %+v and is told of %+v, %v", i, s.node.Status(), list, err)
-		}
-	})
-	eventually(h.t, "the server votes", func() bool { return h.votes(i) })
+	return s, h.stops[i]
 }
 
 // admit makes a server that runs a member.

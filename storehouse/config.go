@@ -108,6 +108,7 @@ type Config struct {
 
 	// Hooks of the tests.
 	promoteAfter time.Duration
+	deadAfter    time.Duration
 	level        uint32
 	noCatchUp    bool
 	scrubEvery   time.Duration

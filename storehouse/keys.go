@@ -157,7 +157,11 @@ func (s *Server) dropServers(ctx context.Context, machines []*floxv1.Machine) (e
 		if slices.ContainsFunc(machines, func(o *floxv1.Machine) bool { return o.GetPeer() == m.ID }) {
 			continue
 		}
-		if dropErr := s.node.ForceRemoveServer(ctx, m.ID); dropErr != nil {
+		dropErr := s.node.ForceRemoveServer(ctx, m.ID)
+		if errors.Is(dropErr, flox.ErrNotFound) {
+			continue // whoever took its record out was quicker
+		}
+		if dropErr != nil {
 			err = errors.Join(err, dropErr)
 			continue
 		}

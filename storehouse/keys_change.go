@@ -179,11 +179,11 @@ func (s *Server) keysKnownTo(peer string) bool {
 
 // keysWereKnown has the audit log say what to do because a server that is taken
 // out knows the keys. Only the cluster key is replaced by itself.
-func (a *admin) keysWereKnown(ctx context.Context, who *floxv1.Actor, m *floxv1.Machine, knew bool) error {
+func (s *Server) keysWereKnown(ctx context.Context, who *floxv1.Actor, m *floxv1.Machine, knew bool) error {
 	if !knew {
 		return nil
 	}
-	return a.s.note(ctx, who, "key.known", m.GetName(), "it knew the storehouse's keys: if it may be in wrong hands, replace them with floxctl key rotate, and floxctl key rotate --use token")
+	return s.note(ctx, who, "key.known", m.GetName(), "it knew the storehouse's keys: if it may be in wrong hands, replace them with floxctl key rotate, and floxctl key rotate --use token")
 }
 
 // keepFiles writes anew what people read of the keys, after they changed: the

@@ -40,6 +40,7 @@ type Server struct {
 	line      *p2p.Line // to the other servers, for consensus; nil = a single server
 	servers   *servers
 	roster    *roster
+	outcast   atomic.Bool   // the other servers do not take this one for one of them
 	sealed    atomic.Uint64 // version of the secrets in force; 0 = those of the key files
 	filed     uint64        // version that the files people read are of; only runServers uses it
 	memberLog *cluster.Session
@@ -164,8 +165,8 @@ func (s *Server) openLog() (err error) {
 		Dir: filepath.Join(s.cfg.StateDir, "raft"), ID: string(s.id.peer), Bootstrap: s.id.joined == nil,
 		// Less than what content leaves free: facts can be written to the last.
 		ReserveBytes: s.cfg.ReserveBytes / 2, Version: s.cfg.Version, Level: cmp.Or(s.cfg.level, level), PromoteAfter: s.cfg.promoteAfter,
-		Heartbeat: s.cfg.Heartbeat,
-		Log:       s.cfg.Log.With("part", "raft"),
+		Heartbeat: s.cfg.Heartbeat, DeadAfter: s.cfg.deadAfter, Replacing: s.replaced,
+		Log: s.cfg.Log.With("part", "raft"),
 	}
 	if s.cfg.Consensus != "" {
 		s.line, err = p2p.NewLine(p2p.LineConfig{
@@ -268,6 +269,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.packs.Run(gctx) })
 	group.Go(func() error { return s.roster.run(gctx, s) })
 	group.Go(func() error { return s.runServers(gctx) })
+	group.Go(func() error { return s.runOutcast(gctx) })
 	group.Go(func() error { return s.runSigning(gctx) })
 	group.Go(func() error { return s.runMembers(gctx, operators) })
 	group.Go(func() error { return s.catchUp.run(gctx) })

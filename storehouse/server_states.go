@@ -54,6 +54,8 @@ func (s *Server) ownState(ctx context.Context) (*floxv1.StateResponse, error) {
 		Builds: s.builds.state(),
 	}
 	switch sealed := s.roster.now.Load().secrets.GetVersion(); {
+	case s.outcast.Load():
+		st.Problem = outcastWords
 	case sealed > s.sealed.Load():
 		st.Problem = "the storehouse's keys are not open on it"
 	case usage.GetWatermark() != "":
