@@ -27,7 +27,8 @@ const manifestPages = 64 << 20
 // memory; other readers wait.
 const maxDownloads = 128
 
-// maxListings is how many file listings are made and sent at once: each is held
+// maxListings is how many file listings are made and sent at once, half of them for
+// one address: each is held
 // whole, a few hundred bytes for every file of a path.
 const maxListings = 8
 
@@ -67,7 +68,7 @@ type httpCache struct {
 	mux       *http.ServeMux
 	uploads   *shares       // NARs that are taken in at once
 	downloads *shares       // and sent
-	listings  chan struct{} // as many as are made at once
+	listings  *shares       // that are made at once
 	maxNar    uint64        // most bytes of an uploaded NAR, unpacked
 	stall     time.Duration // how long a client may neither send nor take a byte
 }
@@ -83,7 +84,7 @@ func newHTTP(b interface {
 		backend: b, built: b, dir: cfg.StoreDir, name: cfg.Name, blocks: blocks, stored: stored,
 		pages: content.NewPageCache(manifestPages), log: cfg.Log,
 		mux: mux, uploads: newShares(maxUploads, maxUploads/2), downloads: newShares(maxDownloads, maxDownloads/2),
-		listings: make(chan struct{}, maxListings), maxNar: maxNarBytes, stall: clientStall,
+		listings: newShares(maxListings, maxListings/2), maxNar: maxNarBytes, stall: clientStall,
 	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
@@ -200,12 +201,11 @@ func narName(info *flox.PathInfo) string {
 }
 
 func (c *httpCache) listing(w http.ResponseWriter, r *http.Request, info *flox.PathInfo) error {
-	select {
-	case c.listings <- struct{}{}:
-		defer func() { <-c.listings }()
-	case <-r.Context().Done():
-		return r.Context().Err()
+	leave, err := c.listings.take(r.Context(), clientOf(r))
+	if err != nil {
+		return err
 	}
+	defer leave()
 	m, err := c.open(r.Context(), info)
 	if err != nil {
 		return err

@@ -44,12 +44,11 @@ func (s *Server) Realisation(ctx context.Context, id nix.RealisationID) (*nix.Re
 
 // getLog serves log/<base name of a derivation>, which nix log asks substituters for.
 func (c *httpCache) getLog(w http.ResponseWriter, r *http.Request) {
-	select {
-	case c.listings <- struct{}{}: // a log is held whole, as a listing is
-		defer func() { <-c.listings }()
-	case <-r.Context().Done():
+	leave, err := c.listings.take(r.Context(), clientOf(r)) // a log is held whole, as a listing is
+	if err != nil {
 		return
 	}
+	defer leave()
 	log, err := c.built.BuildLog(r.Context(), r.PathValue("drv"))
 	if err != nil {
 		c.fail(w, r, err)

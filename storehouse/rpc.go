@@ -36,9 +36,7 @@ func (s *Server) serveRPC(ctx context.Context, operators *admin) error {
 	if err != nil {
 		return err
 	}
-	calls := &rpc{Server: s, uploads: newShares(maxUploads, maxUploads/2), adding: newShares(maxAdding, maxAdding/8), watchers: make(chan struct{}, maxWatchers), stop: ctx}
-	calls.memberWatchers, calls.substitutions = make(chan struct{}, maxWatchers), make(chan struct{}, maxSubstitutions)
-	calls.takes = make(chan struct{}, maxTakes)
+	calls := newRPC(s, ctx)
 	mux := http.NewServeMux()
 	// What is asked for most, path infos and traces, is hashes and signatures: packing
 	// them took a quarter of the time of an answer and saved little.
@@ -60,11 +58,19 @@ type rpc struct {
 	*Server
 	uploads        *shares
 	adding         *shares
-	takes          chan struct{}
+	takes          *shares
 	watchers       chan struct{}
 	memberWatchers chan struct{}
-	substitutions  chan struct{}
+	substitutions  *shares
 	stop           context.Context //nolint:containedctx // ends streams that would not end by themselves
+}
+
+func newRPC(s *Server, stop context.Context) *rpc { //nolint:revive // stop is kept, not used
+	return &rpc{
+		Server: s, uploads: newShares(maxUploads, maxUploads/2), adding: newShares(maxAdding, maxAdding/8),
+		takes: newShares(maxTakes, maxTakes/2), substitutions: newShares(maxSubstitutions, maxSubstitutions/2),
+		watchers: make(chan struct{}, maxWatchers), memberWatchers: make(chan struct{}, maxWatchers), stop: stop,
+	}
 }
 
 // ready refuses calls before the server knows what it would answer.

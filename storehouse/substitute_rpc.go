@@ -14,7 +14,8 @@ import (
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 )
 
-// maxSubstitutions is how many Substitute calls are answered at once; the others wait.
+// maxSubstitutions is how many Substitute calls are answered at once, half of them of
+// one peer, which may be a server that asks for many; the others wait.
 const maxSubstitutions = 64
 
 // Substitute is floxv1connect.UpstreamsHandler. What would be fetched any server
@@ -23,12 +24,11 @@ func (s *rpc) Substitute(ctx context.Context, req *connect.Request[floxv1.Substi
 	if err := s.ready(ctx); err != nil {
 		return api.ToConnect(err)
 	}
-	select {
-	case s.substitutions <- struct{}{}:
-		defer func() { <-s.substitutions }()
-	case <-ctx.Done():
-		return api.ToConnect(ctx.Err())
+	leave, err := s.substitutions.take(ctx, req.Peer().Addr)
+	if err != nil {
+		return api.ToConnect(err)
 	}
+	defer leave()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(s.stop, func() { cancel(flox.ErrClosed) })()

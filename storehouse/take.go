@@ -28,7 +28,7 @@ const (
 	maxOfferBlocks = 1 << 15
 	maxTakePart    = 4 << 20 // bytes of a TakePart, plain
 	maxTakePaths   = batchPaths
-	maxTakes       = 8 // parts of uploads at once; the others wait
+	maxTakes       = 8 // parts of uploads at once, half of them of one machine; the others wait
 )
 
 // OfferPaths is floxv1connect.StorehouseHandler. What it says of blocks is a hint:
@@ -102,22 +102,22 @@ func (s *rpc) takePaths(ctx context.Context, stream *connect.ClientStream[floxv1
 	defer t.session.Close()
 	t.hasher = &nix.DrvHasher{Dir: s.cfg.StoreDir, Read: t.derivation}
 	for stream.Receive() {
-		if err := t.packed(ctx, s.takes, plain, stream.Msg().GetPart()); err != nil {
+		// While a machine sends nothing it is in nobody's way.
+		leave, err := s.takes.take(ctx, stream.Peer().Addr)
+		if err != nil {
+			return nil, err
+		}
+		err = t.packed(ctx, plain, stream.Msg().GetPart())
+		leave()
+		if err != nil {
 			return nil, err
 		}
 	}
 	return t.out, stream.Err()
 }
 
-// packed takes one part, when its turn comes: while a machine sends nothing it is in
-// nobody's way.
-func (t *take) packed(ctx context.Context, places chan struct{}, plain *zstd.Decoder, packed []byte) error {
-	select {
-	case places <- struct{}{}:
-		defer func() { <-places }()
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+// packed takes one part.
+func (t *take) packed(ctx context.Context, plain *zstd.Decoder, packed []byte) error {
 	b, err := plain.DecodeAll(packed, nil)
 	part := &floxv1.TakePart{}
 	if err == nil {
