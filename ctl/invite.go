@@ -22,6 +22,7 @@ type inviteOptions struct {
 	ttl       string
 	labels    []string
 	ephemeral bool
+	nonVoter  bool
 	user      string
 	lan       string
 	many      bool // as many as the storehouse lets in through one window
@@ -39,6 +40,9 @@ machine gets the role, labels and user of the invite, whatever it says itself.
 --lan lets machines of the storehouse's own network (private addresses of a subnet
 that the asked server is on) join without a secret for that long;
 each shows the storehouse's fingerprint before it joins.
+A --non-voter server keeps everything and answers, but is not asked when the servers
+agree: for another office, whose line may be slow or cut. The label voter says so, and
+floxctl machine label SERVER voter=true or voter=false changes it later.
 --ephemeral machines (CI, containers) are forgotten an hour after they were seen
 last. --user gives a person rights there: member, publisher (uploads) or admin.
 
@@ -46,6 +50,7 @@ last. --user gives a person rights there: member, publisher (uploads) or admin.
 		Example: `  floxctl invite --role agent                       one machine, within an hour
   floxctl invite --role agent --uses 50 --ttl 2d --label site=berlin
   floxctl invite --role agent --user alice:admin
+  floxctl invite --role server --non-voter --label site=lisbon
   floxctl invite --lan 10m                          agents, whoever is in this network
   floxctl invite list`,
 		Args: cli.Args(0, 0, ""),
@@ -63,6 +68,7 @@ last. --user gives a person rights there: member, publisher (uploads) or admin.
 	f.StringVar(&opts.ttl, "ttl", "1h", "how long it can be used: 10m, 1h, 2d")
 	f.StringArrayVar(&opts.labels, "label", nil, "label of whoever joins, `KEY=VALUE`; may be repeated")
 	f.BoolVar(&opts.ephemeral, "ephemeral", false, "forget the machine an hour after it was seen last")
+	f.BoolVar(&opts.nonVoter, "non-voter", false, "of a server: it follows and answers, and never votes or leads; label voter=false")
 	f.StringVar(&opts.user, "user", "", "who may use the machine and how, `NAME[:member|publisher|admin]`")
 	f.StringVar(&opts.lan, "lan", "", "no secret: the local network may join for this `TIME`")
 	cmd.AddCommand(newInviteListCmd(g), newInviteCancelCmd(g))
@@ -77,6 +83,9 @@ func (o inviteOptions) request() (*floxv1.MakeInviteRequest, error) {
 	if o.lan != "" && o.role != "agent" {
 		return nil, cli.Usage("--lan with --role %s: a network lets in agents; make an invite without --lan", o.role)
 	}
+	if o.nonVoter && o.role != "server" {
+		return nil, cli.Usage("--non-voter with --role %s: servers alone vote", o.role)
+	}
 	if o.uses == 0 {
 		return nil, cli.Usage("--uses 0: want at least 1")
 	}
@@ -86,6 +95,9 @@ func (o inviteOptions) request() (*floxv1.MakeInviteRequest, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if o.nonVoter {
+		o.labels = append(slices.Clone(o.labels), "voter=false")
 	}
 	labels, err := parseLabels(o.labels)
 	if err != nil {

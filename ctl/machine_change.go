@@ -19,7 +19,8 @@ func newMachineLabelCmd(g *globals) *cobra.Command {
 		Use:   "label MACHINE KEY=VALUE|KEY-...",
 		Short: "Set and drop labels of a machine",
 		Long: `Set labels of a machine (KEY=VALUE) and drop them (KEY-). The label site says
-where it is: machines of one site prefer each other.
+where it is: machines of one site prefer each other. voter=false makes a server one
+that only follows, voter=true one that votes; what it changes takes some seconds.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl machine label laptop site=berlin team=build

@@ -189,6 +189,24 @@ func UserRole(m *floxv1.Machine, user string) string {
 	return ""
 }
 
+// VoterLabel is the label of a server that says whether it votes: "false" = it only
+// follows.
+const VoterLabel = "voter"
+
+// NoVote reports whether a server shall only follow.
+func NoVote(m *floxv1.Machine) bool { return Label(m, VoterLabel) == "false" }
+
+// CheckVoterLabel refuses another value of VoterLabel than true or false, by which
+// nobody would know what was meant. ErrBadInput.
+func CheckVoterLabel(labels []*floxv1.Label) error {
+	for _, l := range labels {
+		if l.GetKey() == VoterLabel && l.GetValue() != "true" && l.GetValue() != "false" {
+			return fmt.Errorf("label %s=%s: want true, or false of a server that only follows: %w", VoterLabel, l.GetValue(), flox.ErrBadInput)
+		}
+	}
+	return nil
+}
+
 // Label gives a label's value, "" if it has none.
 func Label(m *floxv1.Machine, key string) string {
 	for _, l := range m.GetLabels() {

@@ -49,6 +49,9 @@ func (a *admin) makeInvite(ctx context.Context, who *floxv1.Actor, m *floxv1.Mak
 	if m.GetTtlSeconds() > uint64(maxInviteTTL/time.Second) {
 		return nil, fmt.Errorf("an invite of %d s, want at most %v: %w", m.GetTtlSeconds(), maxInviteTTL, flox.ErrBadInput)
 	}
+	if err := members.CheckVoterLabel(m.GetLabels()); m.GetRole() == members.Server && err != nil {
+		return nil, fmt.Errorf("invite: %w", err)
+	}
 	if m.GetRole() == members.Server && a.s.line == nil {
 		return nil, fmt.Errorf("this server listens for no other servers: set storehouse.consensus in its configuration and start it again: %w", flox.ErrBadInput)
 	}
@@ -198,8 +201,28 @@ func (a *admin) ChangeMachine(ctx context.Context, req *connect.Request[floxv1.C
 		change = &floxv1.ChangeMachine{}
 	}
 	change.Peer = m.GetPeer()
+	if err := a.mayChange(ctx, m, change); err != nil {
+		return nil, api.ToConnect(err)
+	}
 	reply, err := a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_Change{Change: change}})
 	return answer(&floxv1.ChangeMachineResponse{Machine: reply.GetMachine()}, err)
+}
+
+// mayChange refuses to take the vote of a server that the others need.
+func (a *admin) mayChange(ctx context.Context, m *floxv1.Machine, change *floxv1.ChangeMachine) error {
+	if m.GetRole() != members.Server {
+		return nil
+	}
+	if err := members.CheckVoterLabel(change.GetSetLabels()); err != nil {
+		return fmt.Errorf("machine %s: %w", m.GetName(), err)
+	}
+	if next := (&floxv1.Machine{Labels: change.GetSetLabels()}); !members.NoVote(next) || members.NoVote(m) {
+		return nil
+	}
+	if err := a.s.lookAtServers(ctx).mayGo(m, true); err != nil {
+		return fmt.Errorf("%s keeps its vote: %w", m.GetName(), err)
+	}
+	return nil
 }
 
 // RemoveMachine is floxv1connect.AdminHandler: it revokes the machine's key.

@@ -224,6 +224,55 @@ func TestServersAreRevokedLikeAnyMachine(t *testing.T) {
 	publish(t, h.servers[1], makePath(t, "after", 1000))
 }
 
+// The label voter takes a server's vote away and gives it back while it runs; one that
+// leads hands over first. The others keep their majority.
+func TestVoterLabelTakesEffect(t *testing.T) {
+	t.Parallel()
+	h, ask := operatedHouse(t, 3)
+	label := func(at int, name, value string) error {
+		_, err := ask[at].ChangeMachine(within(t), connect.NewRequest(&floxv1.ChangeMachineRequest{
+			Machine: name, Change: &floxv1.ChangeMachine{SetLabels: []*floxv1.Label{{Key: "voter", Value: value}}},
+		}))
+		return api.FromConnect(err)
+	}
+	votes := func(at int, name string) func() bool {
+		return func() bool { s := serversOver(t, ask[at])[name]; return s.GetVoter() && s.GetHealthy() }
+	}
+	if err := label(0, "s3", "no"); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), "true, or false") {
+		t.Errorf("voter=no: %v, want ErrBadInput", err)
+	}
+	if err := label(0, "s3", "false"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it has no vote, and is well", func() bool {
+		s := serversOver(t, ask[0])["s3"]
+		return s.GetHealthy() && !s.GetVoter() && !s.GetWantsVote()
+	})
+	if err := label(1, "s3", "true"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it votes again", votes(0, "s3"))
+
+	leader := leaderName(t, ask[0])
+	if err := label(1, leader, "false"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the server that led follows", func() bool {
+		s := serversOver(t, ask[1])[leader]
+		return s != nil && !s.GetLeader() && !s.GetVoter() && leaderName(t, ask[1]) != ""
+	})
+	if err := label(1, leader, "true"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it votes again", votes(1, leader))
+
+	h.stops[2]()
+	eventually(t, "the leader misses the third", func() bool { return !votes(0, "s3")() })
+	if err := label(0, "s2", "false"); !errors.Is(err, flox.ErrBusy) || !strings.Contains(err.Error(), "s2 keeps its vote") {
+		t.Errorf("the vote of the second of two that are well: %v, want ErrBusy", err)
+	}
+}
+
 // A collection ends when leadership moves, and says where to go on.
 func TestCollectionEndsWhenLeadershipMoves(t *testing.T) {
 	t.Parallel()

@@ -122,20 +122,34 @@ func (s *Server) actor() *floxv1.Actor {
 	return &floxv1.Actor{Peer: string(s.id.peer), Machine: s.machineName()}
 }
 
-// admitServers takes machines into the log's servers that run and are none yet.
+// admitServers takes machines into the log's servers that run and are none yet, and
+// makes those vote that shall, and no others.
 func (s *Server) admitServers(ctx context.Context, machines []*floxv1.Machine) (err error) {
-	have, old := map[string]string{}, map[string]string{}
+	have, old, wanted := map[string]string{}, map[string]string{}, map[string]*floxv1.Machine{}
+	for _, m := range machines {
+		wanted[m.GetPeer()] = m
+	}
 	defer s.servers.old.Store(&old)
 	before := s.servers.tooOld()
-	for _, m := range s.servers.members() {
-		have[m.ID] = m.Address
+	now, err := s.node.Servers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, o := range now {
+		have[o.ID] = o.Address
+		if no := members.NoVote(wanted[o.ID]); o.WantsVote == no || o.Voter && no {
+			have[o.ID] = "" // its vote is another one than its label says
+		}
 	}
 	for _, m := range machines {
 		address, there := have[m.GetPeer()]
 		if m.GetRaftAddress() == "" || there && address == m.GetRaftAddress() {
 			continue
 		}
-		if err := s.node.AddServer(ctx, m.GetPeer(), m.GetRaftAddress(), members.Label(m, "voter") != "false"); err != nil {
+		if m.GetPeer() == string(s.id.peer) && members.NoVote(m) {
+			return s.node.Transfer(ctx, "") // the next leader takes its vote away
+		}
+		if err := s.node.AddServer(ctx, m.GetPeer(), m.GetRaftAddress(), !members.NoVote(m)); err != nil {
 			if errors.Is(err, cluster.ErrLevel) {
 				old[m.GetPeer()] = err.Error()
 				if _, told := before[m.GetPeer()]; !told {
