@@ -209,6 +209,7 @@ func (c *control) add(ctx context.Context, stream *connect.ClientStream[floxv1.A
 		return nil, fmt.Errorf("the storehouse is not connected, and adding needs it; `floxctl status` says why: %w", flox.ErrUnreachable)
 	}
 	house := c.a.houses.first()
+	defer c.a.houses.wrote()
 	up := c.a.calls.storehouse(house).AddPath(ctx)
 	for first := true; stream.Receive(); first = false {
 		m := stream.Msg()

@@ -53,6 +53,7 @@ type house struct {
 	told     [][]byte                                                                                             // keys of the last Announce
 	added    []string                                                                                             // names of AddPath
 	asked    int                                                                                                  // calls of Paths
+	maxAge   time.Duration                                                                                        // that the last of them allowed
 	broken   error                                                                                                // what Paths answers
 	asks     int                                                                                                  // calls of ListPaths
 	list     func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
@@ -334,6 +335,7 @@ func (h *house) Paths(_ context.Context, req *connect.Request[floxv1.PathsReques
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.asked++
+	h.maxAge = time.Duration(req.Msg.GetMaxAgeMs()) * time.Millisecond
 	if h.broken != nil {
 		return nil, h.broken
 	}

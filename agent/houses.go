@@ -24,6 +24,9 @@ const (
 	houseDown = 5 * time.Second
 	// sameDistance is a round trip that is as good as any shorter one.
 	sameDistance = 8 * time.Millisecond
+	// oldAnswer is how old an answer may be of a server that only follows, when its
+	// line to the others is cut.
+	oldAnswer = time.Minute
 )
 
 // houses are the servers of the storehouse. Any of them answers for all; one is
@@ -35,10 +38,11 @@ type houses struct {
 	list    []p2p.PeerID             // in an order of this machine's own, so that a fleet spreads
 	down    map[p2p.PeerID]time.Time // did not answer: asked last until then
 	current p2p.PeerID               // answered last
+	wroteAt time.Time                // when the storehouse last made something valid for this machine
 }
 
 func newHouses(ids []p2p.PeerID, reach func(p2p.PeerID) (time.Duration, bool)) *houses {
-	h := &houses{reach: reach, down: map[p2p.PeerID]time.Time{}}
+	h := &houses{reach: reach, down: map[p2p.PeerID]time.Time{}, wroteAt: time.Now()} // perhaps a moment before the start
 	h.set(ids)
 	return h
 }
@@ -93,6 +97,21 @@ func (h *houses) order() []p2p.PeerID {
 		return 0
 	})
 	return out
+}
+
+// wrote notes that the storehouse has built, fetched or taken something for this machine.
+func (h *houses) wrote() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.wroteAt = time.Now()
+}
+
+// maxAge is how old an answer about what is valid may be, in milliseconds: not so old
+// that it could miss what this machine had the storehouse do.
+func (h *houses) maxAge() uint32 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return uint32(min(time.Since(h.wroteAt), oldAnswer).Milliseconds()) //nolint:gosec // within bounds
 }
 
 // is reports whether a machine is one of them.

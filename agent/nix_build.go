@@ -227,6 +227,7 @@ func (n *nixSession) buildStream(ctx context.Context, request *floxv1.BuildReque
 func (n *nixSession) buildAt(ctx context.Context, house p2p.PeerID, request *floxv1.BuildRequest, show *buildShow, results map[string]*floxv1.BuildOutcome) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // ends it there too
+	defer n.a.houses.wrote()
 	stream, err := n.a.calls.builds(house).Build(ctx, connect.NewRequest(request))
 	if err != nil {
 		return api.FromConnect(err)

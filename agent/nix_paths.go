@@ -94,7 +94,7 @@ func (a *Agent) validHere(p flox.StorePath) (valid, ok bool) {
 
 // many asks the storehouse about many paths at once and keeps what it says.
 func (r *resolver) many(ctx context.Context, paths []flox.StorePath) error {
-	request := &floxv1.PathsRequest{}
+	request := &floxv1.PathsRequest{MaxAgeMs: r.houses.maxAge()}
 	for _, p := range paths {
 		request.HashParts = append(request.HashParts, p.HashPart())
 	}

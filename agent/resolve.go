@@ -264,6 +264,7 @@ func (r *resolver) askHouse(ctx context.Context, house p2p.PeerID, p flox.StoreP
 func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, closure bool) (*flox.PathInfo, *floxv1.PathsResponse, error) {
 	request := connect.NewRequest(&floxv1.PathsRequest{
 		HashParts: []string{p.HashPart()}, Closure: closure, Traces: closure && r.book != nil, Roots: closure && r.root != nil && r.far(),
+		MaxAgeMs: r.houses.maxAge(),
 	})
 	trip := r.traffic.trips.next()
 	response, err := r.calls.facts(peer).Paths(ctx, request)

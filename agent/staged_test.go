@@ -272,6 +272,36 @@ func TestPublishStagedSendsWhatIsLacking(t *testing.T) {
 	}
 }
 
+// A server that only follows may answer with what it knew some time ago, but not from
+// before the storehouse last did something for this machine.
+func TestAnswersAreNoOlderThanWhatThisMachineHadDone(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	a, _ := runAgent(t, h, nil, nil)
+	following(t, a)
+	allowed := func(name string) (age time.Duration) {
+		t.Helper()
+		info := h.make(t, name, nil, testFile{name: "f", data: []byte(name)})
+		if _, _, err := a.store.Lookup(within(t, 40*time.Second), string(info.Path), flox.Reader{}); !errors.Is(err, flox.ErrNotFound) {
+			t.Fatal(err)
+		}
+		h.set(func() { age = h.maxAge })
+		return age
+	}
+	a.houses.mu.Lock()
+	a.houses.wroteAt = time.Now().Add(-time.Hour)
+	a.houses.mu.Unlock()
+	if got := allowed("one"); got != oldAnswer {
+		t.Errorf("an answer may be %v old, want %v", got, oldAnswer)
+	}
+	if _, err := a.PublishStaged(within(t, time.Minute), addText(t, a, "up", []byte("text")).Info.Path); err != nil {
+		t.Fatal(err)
+	}
+	if got := allowed("two"); got >= oldAnswer {
+		t.Errorf("right after an upload an answer may be %v old", got)
+	}
+}
+
 // Once the storehouse has signed it, a path is no longer staged, and reads on.
 func TestUploadedPathsLeaveTheStagingStore(t *testing.T) {
 	t.Parallel()

@@ -333,6 +333,7 @@ func (a *Agent) upload(ctx context.Context, house p2p.PeerID, paths []*staging.P
 		return err
 	}
 	response, err := u.stream.CloseAndReceive() // also says why a send failed
+	a.houses.wrote()
 	if err != nil {
 		return api.FromConnect(err)
 	}

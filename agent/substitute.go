@@ -77,6 +77,7 @@ func (a *Agent) substituted(ctx context.Context, paths []flox.StorePath, tell fu
 	if connect.CodeOf(err) == connect.CodeUnimplemented {
 		return failed, nil
 	}
+	a.houses.wrote()
 	if err != nil {
 		return failed, err
 	}

@@ -159,14 +159,14 @@ func (v *validNames) ask(ctx context.Context, after string) (namesPage, error) {
 // should be, in order, and more than none if there are more.
 func (c *calls) listValid(ctx context.Context, houses *houses, after string) (names []string, more bool, index uint64, err error) {
 	err = houses.call(ctx, func(ctx context.Context, house p2p.PeerID) (err error) {
-		names, more, index, err = c.listValidOf(ctx, house, after)
+		names, more, index, err = c.listValidOf(ctx, house, after, houses.maxAge())
 		return err
 	})
 	return names, more, index, err
 }
 
-func (c *calls) listValidOf(ctx context.Context, house p2p.PeerID, after string) (names []string, more bool, index uint64, err error) {
-	response, err := c.storehouse(house).ListPaths(ctx, connect.NewRequest(&floxv1.ListValidRequest{After: after, Limit: validPage}))
+func (c *calls) listValidOf(ctx context.Context, house p2p.PeerID, after string, maxAge uint32) (names []string, more bool, index uint64, err error) {
+	response, err := c.storehouse(house).ListPaths(ctx, connect.NewRequest(&floxv1.ListValidRequest{After: after, Limit: validPage, MaxAgeMs: maxAge}))
 	if err != nil {
 		return nil, false, 0, &unreachable{api.FromConnect(err)}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -31,6 +32,42 @@ func (s *Server) read(ctx context.Context, c cluster.Consistency, f func(*cluste
 	}
 	return errors.Join(f(r), r.Close())
 }
+
+// readAged calls f with facts that are at most maxAge old (milliseconds), if this
+// server does not vote, and else with those as of now. What f is not sure of it is asked
+// again with those as of now, while there is a leader to ask: an answer that came in
+// between would be missed, and that is not waited for where the line to the others is cut.
+func (s *Server) readAged(ctx context.Context, maxAge uint32, f func(*cluster.Reader) (sure bool, err error)) error {
+	now := func(r *cluster.Reader) error {
+		_, err := f(r)
+		return err
+	}
+	if maxAge == 0 {
+		return s.read(ctx, cluster.Linearizable, now)
+	}
+	if _, _, votes := s.servers.others(); votes {
+		return s.read(ctx, cluster.Linearizable, now)
+	}
+	sure := false
+	r, err := s.node.ViewWithin(ctx, pathsKind, time.Duration(maxAge)*time.Millisecond)
+	if err == nil {
+		sure, err = f(r)
+		err = errors.Join(err, r.Close())
+	}
+	if err != nil || sure || s.node.Status().Leader == "" {
+		return err
+	}
+	limited, cancel := context.WithTimeout(ctx, leaderWait)
+	defer cancel()
+	if r, err = s.node.View(limited, pathsKind, cluster.Linearizable); err != nil {
+		return ctx.Err() // what f said counts
+	}
+	return errors.Join(now(r), r.Close())
+}
+
+// leaderWait is how long a server that does not vote waits for the leader about what
+// is not valid here.
+const leaderWait = time.Second
 
 // Info gives the facts of the valid path with a hash part (32 characters);
 // ErrNotFound when there is none.
@@ -67,46 +104,11 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 	if err := checkHashParts(asked); err != nil {
 		return nil, err
 	}
-	out := &floxv1.PathsResponse{}
+	var out *floxv1.PathsResponse
 	valid := 0 // of what was asked for, first in out.Found
-	err := s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
-		out.Index = r.Index()
-		seen := make(map[string]bool, len(asked))
-		queue := make([]string, 0, len(asked))
-		add := func(hashPart string) {
-			if !seen[hashPart] {
-				seen[hashPart] = true
-				queue = append(queue, hashPart)
-			}
-		}
-		for _, h := range asked {
-			add(h)
-		}
-		first := len(queue)
-		for i := 0; i < len(queue); i++ {
-			if len(out.Found)+len(out.Invalid) >= maxAnswers {
-				out.Truncated = true
-				return nil
-			}
-			m, err := readInfo(r, queue[i])
-			if errors.Is(err, flox.ErrNotFound) {
-				out.Invalid = append(out.Invalid, queue[i])
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			out.Found = append(out.Found, m)
-			if i < first {
-				valid = len(out.GetFound())
-			}
-			if req.GetClosure() {
-				for _, ref := range m.GetReferences() {
-					add(flox.StorePath(ref).HashPart())
-				}
-			}
-		}
-		return nil
+	err := s.readAged(ctx, req.GetMaxAgeMs(), func(r *cluster.Reader) (sure bool, err error) {
+		out, valid, err = readPaths(r, req)
+		return len(out.GetInvalid()) == 0, err // what is valid stays so, for as long as a reader needs
 	})
 	if err == nil {
 		err = s.foundUsed(ctx, out.GetFound())
@@ -121,6 +123,49 @@ func (s *Server) answerPaths(ctx context.Context, req *floxv1.PathsRequest) (*fl
 		out.Roots = s.answerRoots(ctx, out.GetFound()[:valid], out.GetTraces())
 	}
 	return out, err
+}
+
+// readPaths answers from one moment of the facts; valid says how many of those found
+// first were asked for.
+func readPaths(r *cluster.Reader, req *floxv1.PathsRequest) (out *floxv1.PathsResponse, valid int, err error) {
+	asked := req.GetHashParts()
+	out = &floxv1.PathsResponse{Index: r.Index()}
+	seen := make(map[string]bool, len(asked))
+	queue := make([]string, 0, len(asked))
+	add := func(hashPart string) {
+		if !seen[hashPart] {
+			seen[hashPart] = true
+			queue = append(queue, hashPart)
+		}
+	}
+	for _, h := range asked {
+		add(h)
+	}
+	first := len(queue)
+	for i := 0; i < len(queue); i++ {
+		if len(out.Found)+len(out.Invalid) >= maxAnswers {
+			out.Truncated = true
+			return out, valid, nil
+		}
+		m, err := readInfo(r, queue[i])
+		if errors.Is(err, flox.ErrNotFound) {
+			out.Invalid = append(out.Invalid, queue[i])
+			continue
+		}
+		if err != nil {
+			return out, valid, err
+		}
+		out.Found = append(out.Found, m)
+		if i < first {
+			valid = len(out.GetFound())
+		}
+		if req.GetClosure() {
+			for _, ref := range m.GetReferences() {
+				add(flox.StorePath(ref).HashPart())
+			}
+		}
+	}
+	return out, valid, nil
 }
 
 func checkHashParts(asked []string) error {

@@ -25,7 +25,7 @@ func (s *rpc) ListPaths(ctx context.Context, req *connect.Request[floxv1.ListVal
 	if err := s.ready(ctx); err != nil {
 		return nil, api.ToConnect(err)
 	}
-	out, err := s.listPaths(ctx, req.Msg.GetAfter(), req.Msg.GetLimit())
+	out, err := s.listPaths(ctx, req.Msg)
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
@@ -35,7 +35,8 @@ func (s *rpc) ListPaths(ctx context.Context, req *connect.Request[floxv1.ListVal
 // listPaths gives the valid paths whose names sort behind after; the key of a
 // path is its hash part, which sorts as its name does. After may be any
 // beginning of a name.
-func (s *Server) listPaths(ctx context.Context, after string, limit uint32) (*floxv1.ListValidResponse, error) {
+func (s *Server) listPaths(ctx context.Context, q *floxv1.ListValidRequest) (out *floxv1.ListValidResponse, err error) {
+	after, limit := q.GetAfter(), q.GetLimit()
 	switch {
 	case len(after) > maxName:
 		return nil, fmt.Errorf("list paths behind a name of %d bytes, want at most %d: %w", len(after), maxName, flox.ErrBadInput)
@@ -46,14 +47,16 @@ func (s *Server) listPaths(ctx context.Context, after string, limit uint32) (*fl
 	}
 	// A listing has everything that was valid when it began, whoever made it so.
 	// The pages behind the first are read from a state that is no older.
-	how := cluster.Local
-	if after == "" {
-		how = cluster.Linearizable
+	if after != "" {
+		err = s.read(ctx, cluster.Local, func(r *cluster.Reader) (err error) {
+			out, err = readNames(ctx, r, after, int(limit))
+			return err
+		})
+		return out, err
 	}
-	var out *floxv1.ListValidResponse
-	err := s.read(ctx, how, func(r *cluster.Reader) (err error) {
+	err = s.readAged(ctx, q.GetMaxAgeMs(), func(r *cluster.Reader) (bool, error) {
 		out, err = readNames(ctx, r, after, int(limit))
-		return err
+		return true, err
 	})
 	return out, err
 }

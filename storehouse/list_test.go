@@ -38,7 +38,7 @@ func TestListPathsInPages(t *testing.T) {
 	for _, limit := range []uint32{0, 1, 7, 55, 56, maxListed} {
 		var got []string
 		for after, more := "", true; more; {
-			page, err := f.listPaths(within(t), after, limit)
+			page, err := f.listPaths(within(t), &floxv1.ListValidRequest{After: after, Limit: limit})
 			if err != nil || len(page.GetPaths()) == 0 || page.GetIndex() == 0 {
 				t.Fatalf("page of %d behind %q: %v %v", limit, after, page, err)
 			}
@@ -53,11 +53,11 @@ func TestListPathsInPages(t *testing.T) {
 		}
 	}
 	// A beginning of a name is a place too.
-	page, err := f.listPaths(within(t), want[30][:11], 1)
+	page, err := f.listPaths(within(t), &floxv1.ListValidRequest{After: want[30][:11], Limit: 1})
 	if err != nil || len(page.GetPaths()) != 1 || page.GetPaths()[0] != want[30] {
 		t.Errorf("behind %q: %v %v, want %s", want[30][:11], page, err, want[30])
 	}
-	if page, err := f.listPaths(within(t), want[len(want)-1], 0); err != nil || len(page.GetPaths()) != 0 || page.GetMore() {
+	if page, err := f.listPaths(within(t), &floxv1.ListValidRequest{After: want[len(want)-1]}); err != nil || len(page.GetPaths()) != 0 || page.GetMore() {
 		t.Errorf("behind the last: %v %v", page, err)
 	}
 }

@@ -33,7 +33,11 @@ type PathsRequest struct {
 	Traces bool `protobuf:"varint,3,opt,name=traces,proto3" json:"traces,omitempty"`
 	// Also send the root blocks of the manifests of the paths asked for (not of
 	// their closures): who asks reads them next.
-	Roots         bool `protobuf:"varint,4,opt,name=roots,proto3" json:"roots,omitempty"`
+	Roots bool `protobuf:"varint,4,opt,name=roots,proto3" json:"roots,omitempty"`
+	// How old an answer may be, in milliseconds; 0 = as of now. Only a server that
+	// does not vote makes use of it: it answers from its own facts, and asks the leader
+	// about what is not valid there only while it hears of one.
+	MaxAgeMs      uint32 `protobuf:"varint,5,opt,name=max_age_ms,json=maxAgeMs,proto3" json:"max_age_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -94,6 +98,13 @@ func (x *PathsRequest) GetRoots() bool {
 		return x.Roots
 	}
 	return false
+}
+
+func (x *PathsRequest) GetMaxAgeMs() uint32 {
+	if x != nil {
+		return x.MaxAgeMs
+	}
+	return 0
 }
 
 type PathsResponse struct {
@@ -486,8 +497,9 @@ func (x *TrustListResponse) GetLists() [][]byte {
 
 type ListValidRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	After         string                 `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
-	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	After         string                 `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`                          // base name
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`                         // at most 4,096, 0 = 1,024
+	MaxAgeMs      uint32                 `protobuf:"varint,3,opt,name=max_age_ms,json=maxAgeMs,proto3" json:"max_age_ms,omitempty"` // as in PathsRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -532,6 +544,13 @@ func (x *ListValidRequest) GetAfter() string {
 func (x *ListValidRequest) GetLimit() uint32 {
 	if x != nil {
 		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListValidRequest) GetMaxAgeMs() uint32 {
+	if x != nil {
+		return x.MaxAgeMs
 	}
 	return 0
 }
@@ -1605,13 +1624,15 @@ var File_flox_v1_facts_proto protoreflect.FileDescriptor
 
 const file_flox_v1_facts_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"u\n" +
+	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"\x93\x01\n" +
 	"\fPathsRequest\x12\x1d\n" +
 	"\n" +
 	"hash_parts\x18\x01 \x03(\tR\thashParts\x12\x18\n" +
 	"\aclosure\x18\x02 \x01(\bR\aclosure\x12\x16\n" +
 	"\x06traces\x18\x03 \x01(\bR\x06traces\x12\x14\n" +
-	"\x05roots\x18\x04 \x01(\bR\x05roots\"\xf4\x01\n" +
+	"\x05roots\x18\x04 \x01(\bR\x05roots\x12\x1c\n" +
+	"\n" +
+	"max_age_ms\x18\x05 \x01(\rR\bmaxAgeMs\"\xf4\x01\n" +
 	"\rPathsResponse\x12'\n" +
 	"\x05found\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05found\x12\x18\n" +
 	"\ainvalid\x18\x02 \x03(\tR\ainvalid\x12\x14\n" +
@@ -1639,10 +1660,12 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x10TrustListRequest\x12!\n" +
 	"\fhave_version\x18\x01 \x01(\x04R\vhaveVersion\")\n" +
 	"\x11TrustListResponse\x12\x14\n" +
-	"\x05lists\x18\x01 \x03(\fR\x05lists\">\n" +
+	"\x05lists\x18\x01 \x03(\fR\x05lists\"\\\n" +
 	"\x10ListValidRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\tR\x05after\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"S\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x1c\n" +
+	"\n" +
+	"max_age_ms\x18\x03 \x01(\rR\bmaxAgeMs\"S\n" +
 	"\x11ListValidResponse\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\x12\x12\n" +
 	"\x04more\x18\x02 \x01(\bR\x04more\x12\x14\n" +
