@@ -310,6 +310,41 @@ func TestAgentsCutOffWhoIsNoMember(t *testing.T) {
 	}
 }
 
+// What the member list calls ephemeral is no server of the DHT, also after a restart
+// without the storehouse.
+func TestEphemeralAgentsLeaveTheDHT(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.book.roll = newRoll()
+	dir := ""
+	a, stop := runAgent(t, h, func(c *Config) { dir = c.StateDir }, nil)
+	serves := func(a *Agent) bool {
+		if err := h.host.AddPeer(peerAddr(a)); err != nil {
+			t.Fatal(err)
+		}
+		conn, err := h.host.Dial(within(t, 10*time.Second), a.host.ID(), "/flox/kad/1.0.0")
+		if err == nil {
+			err = conn.Close()
+		}
+		return err == nil
+	}
+	until(t, "it serves the DHT as any agent", func() bool { return serves(a) })
+	me := agentMember(a.host.ID(), "runner")
+	me.Ephemeral = true
+	h.book.roll.tell(t, &floxv1.MembersEvent{Index: 10, Reset_: true, Put: []*floxv1.Member{houseMember(h), me}, SwarmSecrets: [][]byte{testSecret}})
+	until(t, "it leaves the DHT", func() bool { return !serves(a) })
+	until(t, "the list is kept", func() bool {
+		s, err := loadMembers(filepath.Join(dir, membersFile), h.invite)
+		return err == nil && s.known
+	})
+	stop()
+	again, _ := runAgent(t, h, func(c *Config) { c.StateDir = dir }, nil) // the list is not told a second time
+	following(t, again)
+	if serves(again) {
+		t.Error("it serves the DHT until it hears that it is ephemeral")
+	}
+}
+
 func TestServersOfTheStorehouseAreAskedInTurn(t *testing.T) {
 	t.Parallel()
 	at := map[p2p.PeerID]time.Duration{}
