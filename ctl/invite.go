@@ -43,8 +43,8 @@ each shows the storehouse's fingerprint before it joins.
 A --non-voter server keeps everything and answers, but is not asked when the servers
 agree: for another office, whose line may be slow or cut. The label voter says so, and
 floxctl machine label SERVER voter=true or voter=false changes it later.
---ephemeral machines (CI, containers) are forgotten an hour after they were seen
-last. --user gives a person rights there: member, publisher (uploads) or admin.
+--ephemeral agents (CI, containers) are forgotten an hour after they were seen last,
+and nobody counts on them: they keep nothing for the DHT and build for nobody. --user gives a person rights there: member, publisher (uploads) or admin.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl invite --role agent                       one machine, within an hour
@@ -82,6 +82,9 @@ func (o inviteOptions) request() (*floxv1.MakeInviteRequest, error) {
 	}
 	if o.lan != "" && o.role != "agent" {
 		return nil, cli.Usage("--lan with --role %s: a network lets in agents; make an invite without --lan", o.role)
+	}
+	if o.ephemeral && o.role != "agent" {
+		return nil, cli.Usage("--ephemeral with --role %s: others count on it; only agents may be ephemeral", o.role)
 	}
 	if o.nonVoter && o.role != "server" {
 		return nil, cli.Usage("--non-voter with --role %s: servers alone vote", o.role)

@@ -49,6 +49,10 @@ func (a *admin) makeInvite(ctx context.Context, who *floxv1.Actor, m *floxv1.Mak
 	if m.GetTtlSeconds() > uint64(maxInviteTTL/time.Second) {
 		return nil, fmt.Errorf("an invite of %d s, want at most %v: %w", m.GetTtlSeconds(), maxInviteTTL, flox.ErrBadInput)
 	}
+	if m.GetEphemeral() && m.GetRole() != members.Agent {
+		return nil, fmt.Errorf("an ephemeral %s: what is forgotten an hour after it left cannot be counted on for work of others; want the role %s, or none that is ephemeral: %w",
+			m.GetRole(), members.Agent, flox.ErrBadInput)
+	}
 	if err := members.CheckVoterLabel(m.GetLabels()); m.GetRole() == members.Server && err != nil {
 		return nil, fmt.Errorf("invite: %w", err)
 	}

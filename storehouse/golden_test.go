@@ -88,7 +88,7 @@ func writeGolden(t *testing.T, file string) {
 	}
 	setRoots(t, s, string(laptop.id()), base)
 	gone := newComputer(t)
-	if _, err := gone.join(s, makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Worker, Ephemeral: true}), "gone"); err != nil {
+	if _, err := gone.join(s, makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Agent, Ephemeral: true}), "gone"); err != nil {
 		t.Fatal(err)
 	}
 	s.seen.heard([]string{string(gone.id())})

@@ -326,6 +326,18 @@ func TestInvitesThatAreOverOrTaken(t *testing.T) {
 	}
 }
 
+// What leaves soon is counted on by nobody: it neither builds for others nor serves.
+func TestOnlyAgentsAreEphemeral(t *testing.T) {
+	t.Parallel()
+	_, admin := closedHouse(t, nil)
+	for _, role := range []string{members.Server, members.Worker} {
+		_, err := admin.MakeInvite(within(t), connect.NewRequest(&floxv1.MakeInviteRequest{Role: role, Ephemeral: true}))
+		if err := api.FromConnect(err); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), "ephemeral "+role) {
+			t.Errorf("an ephemeral %s: %v, want ErrBadInput", role, err)
+		}
+	}
+}
+
 func mustInvite(t *testing.T, text string) *api.JoinInvite {
 	t.Helper()
 	inv, err := api.ParseJoinInvite(text)
