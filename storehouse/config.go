@@ -55,7 +55,8 @@ type Config struct {
 	// the leader follows longer round trips by itself, that for a majority does not.
 	Heartbeat time.Duration `json:"heartbeat"`
 	// CatchUpRate bounds in bytes per second what is fetched of content that the
-	// other servers have and this one lacks. Default 0 = no bound.
+	// other servers have and this one lacks. Default 0 = as fast as it comes, two paths
+	// at a time, beside which what the servers confirm to each other stays in time.
 	CatchUpRate uint64 `json:"catch_up_rate"`
 	// Site is the label of the place this server stands at; "" = none.
 	Site string `json:"site"`

@@ -66,7 +66,7 @@ type StorehouseConfig struct {
 	Consensus string   `toml:"consensus" help:"host:port at which the other servers reach this one to agree; none = one server that no other can join"`
 	ConsensAd string   `toml:"consensus-advertise" help:"host:port of it that is told to the other servers (default: the one listened at)"`
 	Heartbeat Duration `toml:"heartbeat" help:"how long servers wait for each other before they choose another leader: more than two of the round trips between them; 0 = 200 ms"`
-	CatchUp   Size     `toml:"catch-up-rate" help:"most bytes per second of content fetched from other servers; 0 = no limit"`
+	CatchUp   Size     `toml:"catch-up-rate" help:"most bytes per second of content fetched from other servers; 0 = as fast as it comes, which keeps servers in touch; for a line that others need"`
 	DiskSlow  Percent  `toml:"disk-slow" help:"how full its disk is, in percent, when uploads are slowed down"`
 	DiskHigh  Percent  `toml:"disk-essential" help:"how full when only profile changes and running builds are taken in"`
 	DiskFull  Percent  `toml:"disk-read-only" help:"how full when nothing is taken in"`
