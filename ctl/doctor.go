@@ -33,8 +33,8 @@ func newDoctorCmd(g *globals) *cobra.Command {
 		Use:   "doctor",
 		Short: "Check this machine, line by line, each with its fix",
 		Long: `Check what the store needs on this machine: kernel, FUSE, mount, disk, clock,
-ports, keys; then ask the agent for its own findings. Everything but the last part
-works before anything is set up. Each line is ok, warning or error and says what
+ports, keys; then ask the agent for its own findings, and the storehouse what is not
+well with its servers. Everything but these two works before anything is set up. Each line is ok, warning or error and says what
 to do; the exit code is 1 if there is an error. Run it with sudo to let it look
 everywhere.
 
@@ -122,7 +122,25 @@ func runDoctor(ctx context.Context, opts doctorOptions, out *output) error {
 			findings = append(findings, agentFindings(resp.Msg)...)
 		}
 	}
-	return printFindings(out, findings)
+	return printFindings(out, append(findings, houseFindings(askCtx, opts.globals)...))
+}
+
+// houseFindings says what the storehouse's servers say of each other, where this
+// machine reaches any; what keeps it from that is among the agent's findings.
+func houseFindings(ctx context.Context, g *globals) (list []finding) {
+	house, err := askServers(ctx, g)
+	if err != nil {
+		return nil
+	}
+	for _, s := range house.GetServers() {
+		if s.GetProblem() != "" {
+			list = append(list, warning("servers", "see floxctl storehouse status", "%s: %s", s.GetName(), s.GetProblem()))
+		}
+		if s.GetAdvice() != "" {
+			list = append(list, warning("servers", "see floxctl storehouse status", "%s: %s", s.GetName(), s.GetAdvice()))
+		}
+	}
+	return list
 }
 
 // agentFindings takes over what the agent found; a level nobody knows counts as

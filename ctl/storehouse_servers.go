@@ -41,6 +41,8 @@ type serverFacts struct {
 	Drained       bool    `json:"drained"`
 	Healthy       bool    `json:"healthy"`
 	Problem       string  `json:"problem"`
+	Advice        string  `json:"advice"` // what is not wrong yet
+	RTTUs         uint32  `json:"rttUs"`  // from the leader; 0 = not known
 	LastContactMs *int64  `json:"lastContactMs"`
 	Applied       uint64  `json:"applied"`
 	Version       string  `json:"version"`
@@ -68,6 +70,7 @@ func serverOf(s *floxv1.ServerState) serverFacts {
 		Peer: s.GetPeer(), Name: s.GetName(), Address: s.GetAddress(), Leader: s.GetLeader(), Voter: s.GetVoter(), WantsVote: s.GetWantsVote(),
 		Drained: s.GetDrained(), Healthy: s.GetHealthy(), Problem: s.GetProblem(), Applied: s.GetApplied(), Version: s.GetVersion(), Level: s.GetLevel(),
 		LackingBlocks: s.GetLackingBlocks(), LackingBytes: s.GetLackingBytes(), CatchUpRate: s.GetCatchUpRate(), DiskUsed: s.GetDiskUsed(),
+		Advice: s.GetAdvice(), RTTUs: s.GetRttUs(),
 	}
 	if ms := s.GetLastContactMs(); ms >= 0 {
 		f.LastContactMs = &ms
@@ -155,6 +158,9 @@ func printServers(out *output, resp *floxv1.ServersResponse) {
 	for _, s := range resp.GetServers() {
 		if s.GetProblem() != "" {
 			out.printf("%s: %s\n", out.paint(yellow, clean(s.GetName())), clean(s.GetProblem()))
+		}
+		if s.GetAdvice() != "" {
+			out.printf("%s: %s\n", clean(s.GetName()), clean(s.GetAdvice()))
 		}
 	}
 }

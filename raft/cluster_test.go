@@ -114,6 +114,7 @@ type cluster struct {
 	stop  []func() error
 	cfg   []Config
 	away  []bool
+	trip  time.Duration // a round trip between servers takes longer by this
 }
 
 // spare makes room for one more server and gives its number.
@@ -133,6 +134,9 @@ func (c *cluster) listen(i int) {
 		c.t.Fatal(err)
 	}
 	c.cfg[i].Layer, c.cfg[i].Address = tcpLayer{l}, l.Addr().String()
+	if c.trip > 0 {
+		c.cfg[i].Address = slowLine(c.t, c.cfg[i].Address, c.trip/2)
+	}
 }
 
 func (c *cluster) start(i int) {
@@ -145,7 +149,12 @@ func (c *cluster) start(i int) {
 
 // newCluster starts three servers that agree.
 func newCluster(t *testing.T, edit func(*Config)) *cluster {
-	c := &cluster{t: t}
+	return newFarCluster(t, 0, edit)
+}
+
+// newFarCluster is newCluster with long ways between the servers.
+func newFarCluster(t *testing.T, trip time.Duration, edit func(*Config)) *cluster {
+	c := &cluster{t: t, trip: trip}
 	for i := range 3 {
 		c.spare(Config{Dir: t.TempDir(), ID: fmt.Sprint("n", i), Bootstrap: i == 0, ReserveBytes: 1, Heartbeat: 600 * time.Millisecond, PromoteAfter: 80 * time.Millisecond})
 		if edit != nil {

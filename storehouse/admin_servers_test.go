@@ -14,6 +14,7 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
+	cluster "github.com/floxctl/flox/raft"
 )
 
 // operatedHouse is a house whose servers can be asked over their sockets.
@@ -360,6 +361,27 @@ func TestLackingContentIsCounted(t *testing.T) {
 	})
 	if u := usageOver(t, a); u.GetUnderPlaced() == 0 {
 		t.Errorf("nothing is under-placed: %v", u)
+	}
+}
+
+// A voter so far away that the leader may miss it is told of before that happens.
+func TestFarVotersAreToldOf(t *testing.T) {
+	t.Parallel()
+	if got := farAdvice("s2", 100*time.Millisecond, 200*time.Millisecond); got != "" {
+		t.Errorf("half of the heartbeat: %q", got)
+	}
+	for _, want := range []string{"takes 150ms", "of 200ms", `heartbeat = "600ms"`, "label s2 voter=false"} {
+		if got := farAdvice("s2", 150*time.Millisecond, 200*time.Millisecond); !strings.Contains(got, want) {
+			t.Errorf("three quarters of it: %q, want %q in it", got, want)
+		}
+	}
+	s, _ := start(t, testConfig(t.TempDir()))
+	for rtt, far := range map[time.Duration]bool{time.Millisecond: false, time.Second: true} {
+		st := &floxv1.ServerState{Peer: "a", Name: "s2"}
+		s.judge(st, []cluster.ServerStatus{{ID: "a", Voter: true, Healthy: true, RTT: rtt}}, nil, true)
+		if (st.GetAdvice() != "") != far || st.GetRttUs() != uint32(rtt.Microseconds()) || !st.GetHealthy() {
+			t.Errorf("a voter %v away: %v", rtt, st)
+		}
 	}
 }
 

@@ -165,6 +165,10 @@ func (s *Server) judge(st *floxv1.ServerState, seen []cluster.ServerStatus, lead
 			st.Problem = "it does not keep up with the log"
 		}
 		st.Healthy = answered && (o.Healthy || o.Leader)
+		st.RttUs = uint32(min(o.RTT.Microseconds(), 1<<31))
+		if o.Voter && !o.Leader {
+			st.Advice = farAdvice(st.GetName(), o.RTT, s.node.Heartbeat())
+		}
 	case leading != nil: // nobody leads: what this server knows of who takes part
 		for _, m := range s.servers.members() {
 			if m.ID == st.GetPeer() {
@@ -178,6 +182,18 @@ func (s *Server) judge(st *floxv1.ServerState, seen []cluster.ServerStatus, lead
 			st.Problem = "it is not taken in: " + why
 		}
 	}
+}
+
+// farAdvice is what to do where round trips to a voter are long: a leader waits for a
+// majority no longer than the heartbeat, and that does not follow them.
+func farAdvice(name string, rtt, heartbeat time.Duration) string {
+	if rtt <= heartbeat/2 {
+		return ""
+	}
+	const step = 100 * time.Millisecond
+	return fmt.Sprintf("a round trip to it takes %s, more than half of the heartbeat of %s, within which a leader has to hear of a majority: "+
+		"the storehouse may change its leader for no reason; set heartbeat = %q on every server and start one after the other, or take its vote (floxctl machine label %s voter=false)",
+		rtt.Round(time.Millisecond), heartbeat, max(4*rtt, 2*heartbeat).Round(step).String(), name)
 }
 
 // reachedAt is host:port of a server's address, which begins with its peer ID.

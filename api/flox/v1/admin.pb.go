@@ -1001,6 +1001,8 @@ type ServerState struct {
 	DiskUsed      float64                `protobuf:"fixed64,16,opt,name=disk_used,json=diskUsed,proto3" json:"disk_used,omitempty"`           // fraction
 	Problem       string                 `protobuf:"bytes,17,opt,name=problem,proto3" json:"problem,omitempty"`                               // in words
 	Builds        *ServerBuilds          `protobuf:"bytes,18,opt,name=builds,proto3" json:"builds,omitempty"`                                 // missing: the server is older than this, or did not answer
+	RttUs         uint32                 `protobuf:"varint,19,opt,name=rtt_us,json=rttUs,proto3" json:"rtt_us,omitempty"`                     // round trip from the leader, microseconds; 0 = not known
+	Advice        string                 `protobuf:"bytes,20,opt,name=advice,proto3" json:"advice,omitempty"`                                 // what is not wrong yet and may be, and what to do, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1159,6 +1161,20 @@ func (x *ServerState) GetBuilds() *ServerBuilds {
 		return x.Builds
 	}
 	return nil
+}
+
+func (x *ServerState) GetRttUs() uint32 {
+	if x != nil {
+		return x.RttUs
+	}
+	return 0
+}
+
+func (x *ServerState) GetAdvice() string {
+	if x != nil {
+		return x.Advice
+	}
+	return ""
 }
 
 // ServerBuilds is what builds on a server.
@@ -3473,7 +3489,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x0eServersRequest\"f\n" +
 	"\x0fServersResponse\x12.\n" +
 	"\aservers\x18\x01 \x03(\v2\x14.flox.v1.ServerStateR\aservers\x12#\n" +
-	"\rcluster_level\x18\x02 \x01(\rR\fclusterLevel\"\x98\x04\n" +
+	"\rcluster_level\x18\x02 \x01(\rR\fclusterLevel\"\xc7\x04\n" +
 	"\vServerState\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
@@ -3494,7 +3510,9 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\rcatch_up_rate\x18\x0f \x01(\x04R\vcatchUpRate\x12\x1b\n" +
 	"\tdisk_used\x18\x10 \x01(\x01R\bdiskUsed\x12\x18\n" +
 	"\aproblem\x18\x11 \x01(\tR\aproblem\x12-\n" +
-	"\x06builds\x18\x12 \x01(\v2\x15.flox.v1.ServerBuildsR\x06builds\"t\n" +
+	"\x06builds\x18\x12 \x01(\v2\x15.flox.v1.ServerBuildsR\x06builds\x12\x15\n" +
+	"\x06rtt_us\x18\x13 \x01(\rR\x05rttUs\x12\x16\n" +
+	"\x06advice\x18\x14 \x01(\tR\x06advice\"t\n" +
 	"\fServerBuilds\x12\x0e\n" +
 	"\x02on\x18\x01 \x01(\bR\x02on\x12\x10\n" +
 	"\x03nix\x18\x02 \x01(\tR\x03nix\x12\x12\n" +

@@ -1,0 +1,114 @@
+package raft
+
+import (
+	"errors"
+	"net"
+	"sync"
+	"testing"
+	"time"
+)
+
+// slowLine passes connections on to a server, each byte after delay, both ways.
+func slowLine(t *testing.T, to string, delay time.Duration) (address string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var work sync.WaitGroup
+	var mu sync.Mutex
+	var open []net.Conn
+	closed := false
+	keep := func(conns ...net.Conn) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		open = append(open, conns...)
+		return !closed
+	}
+	t.Cleanup(func() {
+		mu.Lock()
+		closed = true
+		all := open
+		mu.Unlock()
+		for _, c := range all {
+			c.Close()
+		}
+		l.Close()
+		work.Wait()
+	})
+	work.Go(func() {
+		for {
+			near, err := l.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", to)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			if !keep(near, far) {
+				near.Close()
+				far.Close()
+			}
+			work.Go(func() { slowly(far, near, delay) })
+			work.Go(func() { slowly(near, far, delay) })
+		}
+	})
+	return l.Addr().String()
+}
+
+// slowly copies until one end closes.
+func slowly(to, from net.Conn, delay time.Duration) {
+	type part struct {
+		b  []byte
+		at time.Time
+	}
+	way := make(chan part, 1024)
+	var work sync.WaitGroup
+	work.Go(func() {
+		var failed error
+		for p := range way {
+			time.Sleep(time.Until(p.at))
+			if failed == nil {
+				_, failed = to.Write(p.b)
+			}
+		}
+		failed = errors.Join(failed, to.Close(), from.Close())
+	})
+	for {
+		b := make([]byte, 32<<10)
+		n, err := from.Read(b)
+		if n > 0 {
+			way <- part{b[:n], time.Now().Add(delay)}
+		}
+		if err != nil {
+			break
+		}
+	}
+	close(way)
+	work.Wait()
+}
+
+// Where round trips take a third of the heartbeat the leader stays, though its own
+// wait for a majority is not raised with them; those that wait for it wait longer.
+func TestLeaderStaysOverLongWays(t *testing.T) {
+	const trip = 300 * time.Millisecond
+	c := newFarCluster(t, trip, func(cfg *Config) { cfg.Heartbeat = time.Second })
+	lead := c.leader()
+	before := c.nodes[lead].Status()
+	for range 5 {
+		if _, _, err := c.nodes[(lead+1)%3].NewSession().Propose(within(t), testKind, []byte("add x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.same("x", 5)
+	for _, n := range c.nodes {
+		if st := n.Status(); st.Leader != before.Leader || st.Term != before.Term {
+			t.Errorf("%s led in term %d, and now %s in term %d", before.Leader, before.Term, st.Leader, st.Term)
+		}
+		if wait := n.raft.Load().ReloadableConfig().HeartbeatTimeout; wait < 4*trip {
+			t.Errorf("a leader %v away is waited for for %v", trip, wait)
+		}
+	}
+}
