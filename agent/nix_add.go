@@ -53,6 +53,10 @@ func (n *nixSession) addPath(ctx context.Context, info *worker.Info, nar io.Read
 		shared = known
 	}
 	_, err := n.a.lookup(ctx, info.Path)
+	if have, known := n.a.facts.get(info.Path.HashPart()); known && have.Path != info.Path {
+		return fmt.Errorf("importing path '%s': its hash part is that of '%s', which is valid, and two paths cannot have the same: %w",
+			dir.Join(info.Path), dir.Join(have.Path), flox.ErrBadInput)
+	}
 	if err == nil {
 		if _, err = io.Copy(io.Discard, nar); err == nil && o.Repair && n.s.Trusted() {
 			err = n.repairPaths(ctx, []flox.StorePath{info.Path})

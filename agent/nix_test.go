@@ -332,6 +332,17 @@ func TestForgedPathsStayOnTheMachine(t *testing.T) {
 	if _, err := a.PublishStaged(ctx, other); !errors.Is(err, flox.ErrUntrusted) {
 		t.Errorf("it may be published: %v", err)
 	}
+	// A path is known by its hash part: one of another name is another path, and refused.
+	for _, p := range []flox.StorePath{bash.Path, other} {
+		namesake := p[:33] + "namesake"
+		err := root.AddNar(ctx, forged(namesake), bytes.NewReader(nar.Bytes()), worker.AddOptions{NoCheckSigs: true})
+		if err == nil || !strings.Contains(err.Error(), "hash part") || !strings.Contains(err.Error(), string(p)) {
+			t.Errorf("root adds %s beside %s: %v", namesake, p, err)
+		}
+		if _, err := user.Info(ctx, namesake); !errors.Is(err, flox.ErrNotFound) {
+			t.Errorf("%s: %v", namesake, err)
+		}
+	}
 	b := runNixAgent(t, h)
 	if _, err := nixDial(t, b, worker.NotTrusted).Info(ctx, other); !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("another machine: %v", err)

@@ -136,7 +136,7 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 	l.lists(t, s2, "s1", "s2", "s3")
 	l.nothingLeft(t, user)
 	do(t, user, "ls", "/var/lib/floxd/agent").want(t, 2, "No such file")
-	if r := do(t, user, "cat", "/etc/nix/nix.conf"); strings.TrimSuffix(r.out, "\n") != nixConf {
+	if r := do(t, user, "cat", "/etc/nix/nix.conf"); r.out != nixConf {
 		t.Errorf("nix.conf is %q after it left, was %q", r.out, nixConf)
 	}
 	do(t, user, "readlink", "/nix/var/nix/daemon-socket/socket").want(t, 1)

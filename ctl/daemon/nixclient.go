@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
+	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/ctl/cli"
 )
 
@@ -23,6 +25,9 @@ const (
 const (
 	nixConfBegin = "# floxd join wrote this; floxd leave removes it."
 	nixConfEnd   = "# Here ends what floxd join wrote."
+	// What the file was before, where the rest of it does not show that.
+	nixConfOpen  = "# The line before had no end."
+	nixConfEmpty = "# The file was empty."
 )
 
 // nixClient makes stock Nix of this machine a client of the agent, without any
@@ -55,21 +60,30 @@ type nixFacts struct {
 
 func (c *nixClient) link() string { return filepath.Join(c.state, "daemon-socket", "socket") }
 
-// block is what is added to nix.conf. The keys are in a file of their own, since
+// with gives nix.conf with our block. The keys are in a file of their own, since
 // they are rotated; it is missing until the agent has run.
-func (c *nixClient) block() string {
-	return strings.Join([]string{nixConfBegin, "store = daemon", "!include " + c.keys, nixConfEnd, ""}, "\n")
+func (c *nixClient) with(theirs string, there bool) string {
+	block := []string{nixConfBegin}
+	switch {
+	case theirs == "" && there:
+		block = append(block, nixConfEmpty)
+	case theirs != "" && !strings.HasSuffix(theirs, "\n"):
+		theirs += "\n"
+		block = append(block, nixConfOpen)
+	}
+	block = append(block, "store = daemon", "!include "+c.keys, nixConfEnd, "")
+	return theirs + strings.Join(block, "\n")
 }
 
 // install changes nothing if this machine's Nix was set up otherwise by somebody,
 // which the facts say. It may be called again.
 func (c *nixClient) install() (*nixFacts, error) {
 	f := &nixFacts{Conf: c.conf, Socket: c.link()}
-	text, mode, err := c.read()
+	old, err := c.read()
 	if err != nil {
 		return nil, err
 	}
-	theirs, _ := withoutBlock(text)
+	theirs, there, _ := old.withoutBlock()
 	if f.Reason = c.otherwise(theirs); f.Reason != "" {
 		return f, nil
 	}
@@ -89,13 +103,10 @@ func (c *nixClient) install() (*nixFacts, error) {
 	if err := os.Symlink(c.socket, c.link()); err != nil {
 		return nil, fmt.Errorf("socket of stock Nix: %w", err)
 	}
-	if theirs != "" && !strings.HasSuffix(theirs, "\n") {
-		theirs += "\n"
-	}
 	if err := os.MkdirAll(filepath.Dir(c.conf), 0o755); err != nil { //nolint:gosec // everybody's programs read it
 		return nil, err
 	}
-	return f, replaceFile(c.conf, theirs+c.block(), mode)
+	return f, old.replace(c.with(theirs, there))
 }
 
 // makeNixDir makes a directory, and those above it, unless it is there: then it
@@ -145,44 +156,74 @@ func (c *nixClient) remove() error {
 			return fmt.Errorf("socket of stock Nix: %w", err)
 		}
 	}
-	text, mode, err := c.read()
+	old, err := c.read()
 	if err != nil {
 		return err
 	}
-	theirs, had := withoutBlock(text)
+	theirs, there, had := old.withoutBlock()
 	switch {
 	case !had:
 		return nil
-	case theirs == "": // install made it
-		return removeFile(c.conf)
+	case !there: // install made it
+		return removeFile(old.name)
 	}
-	return replaceFile(c.conf, theirs, mode)
+	return old.replace(theirs)
 }
 
-func (c *nixClient) read() (text string, mode fs.FileMode, err error) {
-	b, err := os.ReadFile(c.conf)
+// nixConf is a nix.conf as it is on the disk.
+type nixConf struct {
+	name  string // of the file itself, where its usual name is a link
+	text  string
+	there bool
+	mode  fs.FileMode
+	owner *syscall.Stat_t // nil: it is to be made
+}
+
+func (c *nixClient) read() (*nixConf, error) {
+	name, err := filepath.EvalSymlinks(c.conf)
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", 0o644, nil
+		if to, linkErr := os.Readlink(c.conf); linkErr == nil {
+			return nil, fmt.Errorf("configuration of Nix: %s leads to %s, which is not there: make it, or remove the link: %w", c.conf, to, flox.ErrNotFound)
+		}
+		return &nixConf{name: c.conf, mode: 0o644}, nil
 	}
 	if err != nil {
-		return "", 0, fmt.Errorf("configuration of Nix: %w", err)
+		return nil, fmt.Errorf("configuration of Nix: %w", err)
 	}
-	info, err := os.Stat(c.conf)
+	b, err := os.ReadFile(name)
 	if err != nil {
-		return "", 0, fmt.Errorf("configuration of Nix: %w", err)
+		return nil, fmt.Errorf("configuration of Nix: %w", err)
 	}
-	return string(b), info.Mode().Perm(), nil
+	info, err := os.Stat(name)
+	if err != nil {
+		return nil, fmt.Errorf("configuration of Nix: %w", err)
+	}
+	owner, _ := info.Sys().(*syscall.Stat_t)
+	return &nixConf{name: name, text: string(b), there: true, mode: info.Mode().Perm(), owner: owner}, nil
 }
 
-// withoutBlock gives a nix.conf without what join wrote, and whether it was there.
-func withoutBlock(text string) (rest string, had bool) {
-	before, after, ok := strings.Cut(text, nixConfBegin+"\n")
-	if !ok {
-		return text, false
+// replace writes the file anew, for whom it belonged to.
+func (f *nixConf) replace(text string) error {
+	if err := replaceFile(f.name, text, f.mode); err != nil || f.owner == nil {
+		return err
 	}
-	_, after, ok = strings.Cut(after, nixConfEnd+"\n")
+	return os.Lchown(f.name, int(f.owner.Uid), int(f.owner.Gid))
+}
+
+// withoutBlock gives what a nix.conf was before join wrote to it, whether it was
+// there, and whether join did write.
+func (f *nixConf) withoutBlock() (theirs string, there, had bool) {
+	before, after, ok := strings.Cut(f.text, nixConfBegin+"\n")
 	if !ok {
-		return text, false // somebody changed it: it is theirs now
+		return f.text, f.there, false
 	}
-	return before + after, true
+	ours, after, ok := strings.Cut(after, nixConfEnd+"\n")
+	if !ok {
+		return f.text, f.there, false // somebody changed it: it is theirs now
+	}
+	if strings.HasPrefix(ours, nixConfOpen+"\n") && after == "" {
+		before = strings.TrimSuffix(before, "\n")
+	}
+	theirs = before + after
+	return theirs, theirs != "" || strings.HasPrefix(ours, nixConfEmpty+"\n"), true
 }

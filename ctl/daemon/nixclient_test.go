@@ -1,11 +1,15 @@
 package daemon
 
 import (
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/floxctl/flox"
 )
 
 func testNixClient(t *testing.T) *nixClient {
@@ -19,12 +23,15 @@ func testNixClient(t *testing.T) *nixClient {
 // What join writes is added to what is there, once, and taken out again to the byte.
 func TestNixIsSetUpAndBack(t *testing.T) {
 	for name, before := range map[string]string{
-		"none": "", "some": "max-jobs = 3\n", "no newline": "max-jobs = 3", "store is auto": "store = auto # so\n", "a comment": "# store = /elsewhere\n",
+		"none": "not there", "empty": "", "some": "max-jobs = 3\n", "no newline": "max-jobs = 3", "store is auto": "store = auto # so\n", "a comment": "# store = /elsewhere\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := testNixClient(t)
-			if before != "" {
+			there := before != "not there"
+			if there {
 				writeConf(t, c, before)
+			} else {
+				before = ""
 			}
 			for range 2 {
 				f, err := c.install()
@@ -51,13 +58,61 @@ func TestNixIsSetUpAndBack(t *testing.T) {
 				}
 			}
 			b, err = os.ReadFile(c.conf)
-			if after := strings.TrimSuffix(string(b), "\n"); after != strings.TrimSuffix(before, "\n") || (before == "") != os.IsNotExist(err) {
+			if string(b) != before || there == os.IsNotExist(err) {
 				t.Errorf("afterwards it is %q, %v", b, err)
 			}
 			if _, err := os.Lstat(filepath.Join(c.state, "daemon-socket/socket")); !os.IsNotExist(err) {
 				t.Errorf("the socket is still there: %v", err)
 			}
 		})
+	}
+}
+
+// A nix.conf that is a link stays one, and the file it leads to whose it was.
+func TestNixConfMayBeALink(t *testing.T) {
+	c := testNixClient(t)
+	writeConf(t, c, "max-jobs = 3\n")
+	file := filepath.Join(t.TempDir(), "there")
+	if err := errors.Join(os.Rename(c.conf, file), os.Symlink(file, c.conf)); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(file, 65533, 65532); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := c.install(); err != nil || f.Reason != "" {
+		t.Fatal(f, err)
+	}
+	if b, err := os.ReadFile(file); err != nil || !strings.Contains(string(b), nixConfBegin) {
+		t.Errorf("the file it leads to: %q, %v", b, err)
+	}
+	if err := c.remove(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(file); err != nil || string(b) != "max-jobs = 3\n" {
+		t.Errorf("afterwards it is %q, %v", b, err)
+	}
+	if to, err := os.Readlink(c.conf); err != nil || to != file {
+		t.Errorf("the link leads to %q, %v", to, err)
+	}
+	after, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was, is := before.Sys().(*syscall.Stat_t), after.Sys().(*syscall.Stat_t)
+	if was.Uid != is.Uid || was.Gid != is.Gid || before.Mode() != after.Mode() {
+		t.Errorf("it was %d:%d %v, and is %d:%d %v", was.Uid, was.Gid, before.Mode(), is.Uid, is.Gid, after.Mode())
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.install(); !errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("a link to nothing: %v", err)
 	}
 }
 
