@@ -120,3 +120,16 @@ func (u *stranger) beside(t *testing.T, mode string) {
 		t.Errorf("%s: exit code %d", mode, code)
 	}
 }
+
+// TestRunOnAFullDisk: who has no room for state is told so, and what to do.
+func TestRunOnAFullDisk(t *testing.T) {
+	l := open(t)
+	u := l.stranger(t, "run-full")
+	u.invite(t)
+	dir := filepath.Join(u.host.Dir, "small")
+	u.root(t, `mkdir "$1/small" && mount -t tmpfs -o size=1m,mode=777 tmpfs "$1/small"`)
+	release := fill(t, u.host, dir)
+	u.run(t, "--mode", "copy", "--state-dir", dir+"/new", l.ripgrep(), "--", "rg", "--version").want(t, 7, "no space left on device", dir, "free some space", "--state-dir")
+	release()
+	u.run(t, "--state-dir", filepath.Join(u.home, "new"), l.ripgrep(), "--", "rg", "--version").want(t, 0, "ripgrep ")
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -79,9 +80,17 @@ the system chooses, and is no member of the DHT and of multicast unless told so.
 			}
 		}
 		opts.command = args[dash:]
-		return runRun(cmd.Context(), *file, &opts)
+		return noRoom(runRun(cmd.Context(), *file, &opts), opts.stateDir)
 	}
 	return cmd
+}
+
+// noRoom says what to do about a state directory whose disk is full.
+func noRoom(err error, stateDir string) error {
+	if errors.Is(err, flox.ErrFull) || !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+		return err
+	}
+	return cli.Explain(flox.ErrFull, "%v; free some space on the disk of %s, or choose another --state-dir", err, stateDir)
 }
 
 // runRun is the outer process: it prepares what the mode needs and hands over
