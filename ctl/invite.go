@@ -44,7 +44,8 @@ A --non-voter server keeps everything and answers, but is not asked when the ser
 agree: for another office, whose line may be slow or cut. The label voter says so, and
 floxctl machine label SERVER voter=true or voter=false changes it later.
 --ephemeral agents (CI, containers) are forgotten an hour after they were seen last,
-and nobody counts on them: they keep nothing for the DHT and build for nobody. --user gives a person rights there: member, publisher (uploads) or admin.
+and nobody counts on them: they keep nothing for the DHT and build for nobody.
+--user gives a person rights there: member, publisher (uploads) or admin.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl invite --role agent                       one machine, within an hour

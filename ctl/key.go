@@ -196,9 +196,9 @@ signed with the new key meanwhile. The overlap is 30 days for keys that sign and
 days for swarm and token, unless --overlap says otherwise; given a second time it
 shortens overlaps under way. Members hear of a new swarm secret while they are
 connected; one that was away all the time comes back by its key and hears of it then.
-Only a machine that is in no list (open = true) needs a new invite.json. The new upload token
-is in the file upload-token of each server. imported makes nothing and lets
-imported keys go.
+Only a machine that is in no list (open = true) needs a new invite.json. The new
+upload token is in the file upload-token of each server. imported makes nothing
+and lets imported keys go.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl key rotate                           e.g. after a server was stolen
