@@ -36,6 +36,7 @@ mount --bind ROOT/etc /etc && exec 9<ROOT/secret && exec ROOT/floxd "$@"`, "ROOT
 	if !holds(t, pid, m.root+"/secret") {
 		t.Fatal("the parent was not given the open file")
 	}
+	eventually(t, "all processes run", func() bool { return complete(children(t, pid)) })
 	before := children(t, pid)
 	for child, line := range before {
 		if holds(t, child, m.root+"/secret") {
@@ -56,7 +57,7 @@ mount --bind ROOT/etc /etc && exec 9<ROOT/secret && exec ROOT/floxd "$@"`, "ROOT
 				return false
 			}
 		}
-		return len(children(t, pid)) == 2 && m.answers(t)
+		return complete(children(t, pid)) && m.answers(t)
 	})
 	m.checkReload(t, program, link)
 	r.stop()

@@ -224,6 +224,21 @@ func children(t *testing.T, pid int) map[int]string {
 	return found
 }
 
+// complete reports whether floxd up's processes all run: the storehouse, the agent,
+// and the next agent, which waits.
+func complete(children map[int]string) bool {
+	agents, storehouses := 0, 0
+	for _, line := range children {
+		switch {
+		case strings.Contains(line, " agent --child"):
+			agents++
+		case strings.Contains(line, " storehouse "):
+			storehouses++
+		}
+	}
+	return agents == 2 && storehouses == 1 && len(children) == 3
+}
+
 // eventually waits for something that must happen.
 func eventually(t *testing.T, what string, happened func() bool) {
 	t.Helper()
@@ -248,6 +263,7 @@ func TestUp(t *testing.T) {
 			t.Errorf("floxd up does not say %q:\n%s", want, r.out)
 		}
 	}
+	eventually(t, "all processes run", func() bool { return complete(children(t, r.cmd.Process.Pid)) })
 	m.checkServed(t)
 	m.checkBuilds(t, r)
 	m.checkOwners(t)
@@ -276,10 +292,8 @@ func TestUp(t *testing.T) {
 	}
 
 	// Killed itself, it leaves no process behind, and is started again as if nothing had been.
+	eventually(t, "all processes run", func() bool { return complete(children(t, r.cmd.Process.Pid)) })
 	before := children(t, r.cmd.Process.Pid)
-	if len(before) != 2 {
-		t.Errorf("floxd up has the children %v, want an agent and a storehouse", before)
-	}
 	if err := r.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
