@@ -178,10 +178,13 @@ func TestRootsThatHang(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := 0; ; i++ { // when the reads that were left behind end
-		if _, unread, err := c.Roots(ctx); err == nil && len(unread) == 0 {
+		_, left, targetErr := c.RootTarget(ctx, indirect) // which others read than those of all roots
+		_, unread, err := c.Roots(ctx)
+		if err = errors.Join(err, targetErr); err == nil && len(unread) == 0 && !left {
 			break
-		} else if i == 600 {
-			t.Fatalf("unread %q, %v", unread, err)
+		}
+		if i == 600 {
+			t.Fatalf("unread %q and, alone, %v: %v", unread, left, err)
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
