@@ -87,7 +87,7 @@ func TestUpOnABareMachine(t *testing.T) {
 
 	// Its parts are started again when they die.
 	house := part(t, a, "storehouse --ready-fd")
-	for _, pid := range []string{house, part(t, a, "agent --child")} {
+	for _, pid := range []string{house, strconv.Itoa(status(t, a).PID)} {
 		do(t, a.Host, "kill", "-9", pid).want(t, 0)
 	}
 	eventually(t, "another storehouse", func() bool { p := parts(t, a, "storehouse --ready-fd"); return len(p) == 1 && p[0] != house })
