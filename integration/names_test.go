@@ -150,10 +150,11 @@ func contains(names, some []string) bool {
 	return true
 }
 
-// TestHungLookup: one name nobody can answer holds up neither other names that
-// were never looked up here, nor a listing, nor what is cached.
+// TestHungLookup: names nobody can answer hold up neither other names that were
+// never looked up here, nor a listing, nor what is cached: all of that is over
+// while they hang on, and they end when they are killed.
 func TestHungLookup(t *testing.T) {
-	const timeout = 8 * time.Second
+	const timeout = time.Hour // whatever waits for it to pass does not end in this test
 	l := open(t)
 	ha, hb := l.neighbours(t, "hung")
 	a, b := l.agent(t, ha, "--lookup-timeout", timeout.String()), l.agent(t, hb)
@@ -187,9 +188,8 @@ func TestHungLookup(t *testing.T) {
 	for i, p := range stuck {
 		p.begin("stat", fmt.Sprintf("%s/%032d-nobody", store, 900+i))
 	}
-	time.Sleep(200 * time.Millisecond)
+	await(t, a, "both look-ups wait", func(s *hosts.Status) bool { return s.Waiting >= len(stuck) })
 	p := newToucher(t, ha, true)
-	began := time.Now()
 	for i, path := range fresh {
 		if o := p.do("stat", store+"/"+string(path), time.Minute); o.Errno != "" {
 			t.Errorf("look-up %d of %s: %s after %s", i, path, o.Errno, o.Took)
@@ -198,23 +198,16 @@ func TestHungLookup(t *testing.T) {
 			t.Errorf("listing of %s: %s after %s", path, o.Errno, o.Took)
 		}
 	}
-	took := time.Since(began)
 	if o := p.do("readdir", store, time.Minute); o.Errno != "" || o.Count < len(known)+len(fresh) {
 		t.Errorf("listing of the store: %q, %d names", o.Errno, o.Count)
 	}
 	if o := p.do("read", l.world.Ripgrep.Exe, time.Minute); o.Errno != "" {
 		t.Errorf("a cached file: %s", o.Errno)
 	}
-	hung := 0
-	for _, s := range stuck {
-		if len(s.out) == 0 {
-			hung++
-		}
+	if n := status(t, a).Waiting; n < len(stuck) {
+		t.Errorf("%d wait, want the %d look-ups nobody can answer", n, len(stuck))
 	}
-	t.Logf("%d paths looked up in %s beside %d look-ups, of which %d hang still", len(fresh), took, len(stuck), hung)
-	for _, s := range stuck {
-		if o := s.wait(time.Minute); o.Errno != "EIO" || o.Took < timeout {
-			t.Errorf("the look-up nobody can answer: %q after %s", o.Errno, o.Took)
-		}
+	for i, s := range stuck { // kill complains of one that does not hang any more
+		t.Logf("look-up %d nobody can answer: gone %s after it was killed", i, s.kill(time.Minute))
 	}
 }
