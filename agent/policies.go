@@ -137,15 +137,7 @@ func (p *policies) with(owners map[string]ownedPolicy, user int) (map[string]own
 	if len(next) == len(p.owners) {
 		return next, nil
 	}
-	own, users := 0, 0
-	for _, o := range next {
-		if o.User != 0 {
-			users++
-		}
-		if o.User == user {
-			own++
-		}
-	}
+	own, users := chosenBy(next, user)
 	const (
 		instead = "let go of what is not needed any more (floxctl keep --list, sudo floxctl unkeep), or keep a link to it as a profile, which has one policy for all it refers to"
 		orRoot  = ", or let root keep it (sudo)"
@@ -159,6 +151,21 @@ func (p *policies) with(owners map[string]ownedPolicy, user int) (map[string]own
 		return nil, fmt.Errorf("%d paths with an offline policy of users, who may give one to %d, the others are root's; %s%s: %w", users, maxPoliciesOfUsers, instead, orRoot, flox.ErrFull)
 	}
 	return next, nil
+}
+
+func (o ownedPolicy) chooser() int { return o.User }
+
+// chosenBy counts what a user chose, and what all users but root did.
+func chosenBy[V interface{ chooser() int }](all map[string]V, user int) (own, users int) {
+	for _, v := range all {
+		if v.chooser() != 0 {
+			users++
+		}
+		if v.chooser() == user {
+			own++
+		}
+	}
+	return own, users
 }
 
 // drop takes the policies of owners away.

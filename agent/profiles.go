@@ -146,17 +146,11 @@ func (s *profiles) put(link string, p *profile) error {
 	return nil
 }
 
+func (p profile) chooser() int { return p.User }
+
 // room refuses one more profile of a user if there are too many.
 func room(links map[string]profile, user int) error {
-	own, users := 0, 0
-	for _, p := range links {
-		if p.User != 0 {
-			users++
-		}
-		if p.User == user {
-			own++
-		}
-	}
+	own, users := chosenBy(links, user)
 	const instead = "unkeep one of those that floxctl keep --list shows"
 	switch {
 	case len(links) >= maxProfiles:

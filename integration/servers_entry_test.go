@@ -22,10 +22,10 @@ func (h *house) invite(server int, role string, labels ...*floxv1.Label) string 
 	return made.Msg.GetInvite()
 }
 
-// machines are the names of the members.
-func (h *house) machines() (names []string) {
+// machines are the names of the members, as a server has them.
+func (h *house) machines(asked *hosts.Storehouse) (names []string) {
 	h.t.Helper()
-	list, err := h.servers[0].Admin().ListMachines(h.t.Context(), connect.NewRequest(&floxv1.ListMachinesRequest{}))
+	list, err := asked.Admin().ListMachines(h.t.Context(), connect.NewRequest(&floxv1.ListMachinesRequest{}))
 	must(h.t, err)
 	for _, m := range list.Msg.GetMachines() {
 		names = append(names, m.GetMachine().GetName())
@@ -63,7 +63,7 @@ func (h *house) onceOnly(a, b *netns.Host) {
 	if !strings.Contains(no.Error(), "invite") {
 		h.t.Errorf("who came second is told %v", no)
 	}
-	guests := slices.DeleteFunc(h.machines(), func(name string) bool { return !strings.HasPrefix(name, "guest") })
+	guests := slices.DeleteFunc(h.machines(h.servers[0]), func(name string) bool { return !strings.HasPrefix(name, "guest") })
 	if len(guests) != 1 {
 		h.t.Errorf("members are now %v, want one of the guests", guests)
 	}
@@ -86,7 +86,7 @@ const keptInvite = "/var/lib/floxd/agent/invite.json"
 func (h *house) removed(a, b *netns.Host) {
 	h.t.Helper()
 	in, name := a, "guest0"
-	if !slices.Contains(h.machines(), name) {
+	if !slices.Contains(h.machines(h.servers[0]), name) {
 		in, name = b, "guest1"
 	}
 	guest, err := hosts.StartAgent(h.t.Context(), h.programs, in, h.dir, keptInvite, "--lookup-timeout", "1s", "--read-timeout", "1s")

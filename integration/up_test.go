@@ -87,11 +87,12 @@ func TestUpOnABareMachine(t *testing.T) {
 
 	// Its parts are started again when they die.
 	house := part(t, a, "storehouse --ready-fd")
-	for _, pid := range []string{house, strconv.Itoa(status(t, a).PID)} {
+	child := status(t, a).PID
+	for _, pid := range []string{house, strconv.Itoa(child)} {
 		do(t, a.Host, "kill", "-9", pid).want(t, 0)
 	}
 	eventually(t, "another storehouse", func() bool { p := parts(t, a, "storehouse --ready-fd"); return len(p) == 1 && p[0] != house })
-	await(t, a, "follows the storehouse again", connected)
+	await(t, a, "follows the storehouse again", func(s *hosts.Status) bool { return s.PID != child && connected(s) })
 	l.runs(t, a.Host)
 
 	if code := interrupt(t, a.Daemon); code != 0 {

@@ -28,8 +28,7 @@ const manifestPages = 64 << 20
 const maxDownloads = 128
 
 // maxListings is how many file listings are made and sent at once, half of them for
-// one address: each is held
-// whole, a few hundred bytes for every file of a path.
+// one address: each is held whole, a few hundred bytes for every file of a path.
 const maxListings = 8
 
 // clientStall is how long a client may neither send nor take a byte before it is

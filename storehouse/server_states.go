@@ -130,6 +130,9 @@ func (s *Server) stateOf(ctx context.Context, peer p2p.PeerID) (*floxv1.StateRes
 		return s.ownState(ctx)
 	}
 	resp, err := s.servers.client(peer).State(ctx, connect.NewRequest(&floxv1.StateRequest{}))
+	if errors.Is(err, flox.ErrDenied) {
+		return nil, err // there was no connection to ask over: to connect that is unreachable
+	}
 	if err != nil {
 		return nil, api.FromConnect(err)
 	}

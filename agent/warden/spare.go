@@ -2,10 +2,9 @@ package warden
 
 import (
 	"encoding/json"
-	"fmt"
+	"errors"
 	"io"
 	"os"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,7 +40,6 @@ func Standby() bool {
 // spare is a process of a program that waits to be the next child.
 type spare struct {
 	*child
-	of    *program
 	order *os.File
 }
 
@@ -63,7 +61,7 @@ func (w *warden) prepareSpare() {
 		w.log.Debug("no spare child", "error", err)
 		return
 	}
-	w.spare = &spare{child: c, of: w.program, order: order}
+	w.spare = &spare{child: c, order: order}
 }
 
 // takeSpare makes the spare the child, if there is one and it lives.
@@ -74,16 +72,13 @@ func (w *warden) takeSpare(given *inheritance) *child {
 	}
 	w.spare = nil
 	value, err := json.Marshal(given)
+	if err == nil {
+		_, err = s.order.Write(value) // less than the pipe holds
+	}
 	select {
 	case <-s.closed:
-		err = fmt.Errorf("it ended: %s", s.ended())
+		err = errors.Join(err, errors.New("it has ended"))
 	default:
-	}
-	if s.of != w.program {
-		err = fmt.Errorf("it is of another program")
-	}
-	if err == nil {
-		_, err = s.order.Write(value)
 	}
 	if err != nil {
 		w.log.Debug("the spare child is of no use", "pid", s.pid, "error", err)
@@ -107,14 +102,4 @@ func (s *spare) drop() {
 	s.order.Close()
 	s.kill()
 	s.release()
-}
-
-// ended is what is known of how it ended.
-func (s *spare) ended() string {
-	select {
-	case <-s.reaped:
-		return strings.TrimSpace(s.state)
-	default:
-		return "not reaped yet"
-	}
 }
