@@ -7,7 +7,7 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// acks are when the heartbeats were sent that other servers answered last. Raft's own
+// acks are when the heartbeats and entries were sent that other servers answered last. Raft's own
 // question whether it leads still takes any answer for a yes, also one that lay in a
 // socket while this process stood still and the others elected another leader.
 type acks struct {
@@ -16,7 +16,7 @@ type acks struct {
 	late time.Duration               // in tests: how much longer every answer took
 }
 
-// note records that a heartbeat sent then was answered.
+// note records that what was sent then was answered.
 func (a *acks) note(id raft.ServerID, sent time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -28,9 +28,10 @@ func (a *acks) note(id raft.ServerID, sent time.Time) {
 	}
 }
 
-// majority reports whether self led at asked or later: most voters answered a heartbeat
-// sent since, or so short a time ago that they can have voted for nobody else yet.
-func (a *acks) majority(servers []raft.Server, self string, asked time.Time, patience time.Duration) bool {
+// majority reports whether self led at asked or later: most voters answered what
+// was sent since. That they answered one a moment before would say too little: they vote for
+// another whom this leader handed over to, and when they have restarted.
+func (a *acks) majority(servers []raft.Server, self string, asked time.Time) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	voters, yes := 0, 0
@@ -44,7 +45,7 @@ func (a *acks) majority(servers []raft.Server, self string, asked time.Time, pat
 			continue
 		}
 		voters++
-		if string(s.ID) == self || ok && (!sent.Before(asked) || time.Since(sent) < patience) {
+		if string(s.ID) == self || ok && !sent.Before(asked) {
 			yes++
 		}
 	}
@@ -52,7 +53,7 @@ func (a *acks) majority(servers []raft.Server, self string, asked time.Time, pat
 	return yes > voters/2
 }
 
-// AppendEntries is raft.Transport; heartbeats go this way.
+// AppendEntries is raft.Transport; heartbeats go this way, entries through pipelines too.
 func (s standing) AppendEntries(id raft.ServerID, target raft.ServerAddress, q *raft.AppendEntriesRequest, a *raft.AppendEntriesResponse) error {
 	sent := time.Now()
 	err := s.NetworkTransport.AppendEntries(id, target, q, a)

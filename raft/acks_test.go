@@ -11,7 +11,7 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// Only answers to what was sent since, or a moment ago, say that a server leads.
+// Only answers to what was sent since say that a server leads.
 func TestAcks(t *testing.T) {
 	t.Parallel()
 	now := time.Now()
@@ -21,19 +21,19 @@ func TestAcks(t *testing.T) {
 		want bool
 	}{
 		"nobody answered":              {nil, false},
-		"one did a moment ago":         {map[raft.ServerID]time.Duration{"b": time.Second}, true},
+		"one did a moment ago":         {map[raft.ServerID]time.Duration{"b": time.Millisecond}, false},
 		"one did since":                {map[raft.ServerID]time.Duration{"c": -time.Hour}, true},
 		"long before":                  {map[raft.ServerID]time.Duration{"b": time.Hour, "c": time.Hour}, false},
 		"one that does not vote":       {map[raft.ServerID]time.Duration{"d": 0}, false},
 		"one that is no member":        {map[raft.ServerID]time.Duration{"x": 0, "y": 0}, false},
-		"the last of several messages": {map[raft.ServerID]time.Duration{"b": time.Second, "c": time.Hour}, true},
+		"the last of several messages": {map[raft.ServerID]time.Duration{"b": -time.Second, "c": time.Hour}, true},
 	} {
 		a := &acks{}
 		for id, age := range c.sent {
 			a.note(id, now.Add(-age))
 			a.note(id, now.Add(-age-time.Hour)) // an older answer that came later
 		}
-		if got := a.majority(servers, "a", now, time.Minute); got != c.want {
+		if got := a.majority(servers, "a", now); got != c.want {
 			t.Errorf("%s: %v", name, got)
 		}
 		if _, ok := a.sent["x"]; ok {

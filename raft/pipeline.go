@@ -16,10 +16,12 @@ type pipeline struct {
 	ended   chan struct{}
 	end     sync.Once
 	pumping sync.WaitGroup
+	success func(raft.AppendFuture)
 }
 
-func newPipeline(of raft.AppendPipeline) *pipeline {
-	p := &pipeline{AppendPipeline: of, answers: make(chan raft.AppendFuture), ended: make(chan struct{})}
+// newPipeline has success called with each answer that is one.
+func newPipeline(of raft.AppendPipeline, success func(raft.AppendFuture)) *pipeline {
+	p := &pipeline{AppendPipeline: of, answers: make(chan raft.AppendFuture), ended: make(chan struct{}), success: success}
 	p.pumping.Go(p.pump)
 	return p
 }
@@ -34,6 +36,9 @@ func (p *pipeline) pump() {
 			return
 		}
 		last := f.Error() != nil || !f.Response().Success
+		if !last {
+			p.success(f)
+		}
 		select {
 		case p.answers <- f:
 		case <-p.ended:
@@ -63,5 +68,9 @@ func (s standing) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddr
 	if err != nil {
 		return nil, err
 	}
-	return newPipeline(p), nil
+	return newPipeline(p, func(f raft.AppendFuture) {
+		if f.Response().Term == f.Request().Term {
+			s.node.acks.note(id, f.Start())
+		}
+	}), nil
 }

@@ -84,13 +84,14 @@ func (n *Node) readIndexHere(ctx context.Context) (uint64, error) {
 	return index, nil
 }
 
-// verifyPause is between two questions whether this server leads, when what was
-// answered to the first was too old.
+// verifyPause is before the third question whether this server leads, and those after it.
+// The first may be answered by a heartbeat that was under way; the second is not.
 const verifyPause = 5 * time.Millisecond
 
 // verify waits until it is certain that this server leads still, when it begins or later.
 func (n *Node) verify(ctx context.Context, r *raft.Raft) error {
-	for asked := time.Now(); ; {
+	asked := time.Now()
+	for tries := 1; ; tries++ {
 		if err := n.verifyOnce(ctx, r); err != nil {
 			return err
 		}
@@ -98,8 +99,11 @@ func (n *Node) verify(ctx context.Context, r *raft.Raft) error {
 		if err := f.Error(); err != nil {
 			return err
 		}
-		if n.acks.majority(f.Configuration().Servers, n.cfg.ID, asked, n.cfg.Heartbeat) {
+		if n.acks.majority(f.Configuration().Servers, n.cfg.ID, asked) {
 			return nil
+		}
+		if tries == 1 {
+			continue
 		}
 		select {
 		case <-time.After(verifyPause):

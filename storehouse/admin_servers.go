@@ -180,6 +180,13 @@ func (a *admin) takeOut(ctx context.Context, who *floxv1.Actor, m *floxv1.Machin
 		takeOut = a.s.node.ForceRemoveServer
 	}
 	err = takeOut(limited, m.GetPeer())
+	for errors.Is(err, flox.ErrBusy) && limited.Err() == nil { // a new leader does not know at once who is well
+		select {
+		case <-time.After(removalEvery):
+			err = takeOut(limited, m.GetPeer())
+		case <-limited.Done():
+		}
+	}
 	if errors.Is(err, flox.ErrNotFound) {
 		err = nil // the leader does so as well, and was quicker
 	}
@@ -214,7 +221,7 @@ func (s *Server) awaitRemoval(ctx context.Context) error {
 	}
 }
 
-// removalEvery is how often a server asks whether it is taken out.
+// removalEvery is how often it is tried again to take a server out.
 const removalEvery = 200 * time.Millisecond
 
 // mayGo refuses to take a server out while that would risk something, unless forced.

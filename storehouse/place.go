@@ -57,6 +57,9 @@ func (s *Server) place(ctx context.Context, manifests ...flox.CID) ([]string, er
 	var failed error
 	for range voters {
 		a := <-answers
+		if errors.Is(a.err, flox.ErrDenied) { // this server, which is taken out: nobody refuses who uploads
+			a.err = errors.New(a.err.Error())
+		}
 		if a.err != nil {
 			failed = errors.Join(failed, fmt.Errorf("server %s: %w", a.peer, a.err))
 			continue
