@@ -148,8 +148,13 @@ func (h *house) recovers(s *hosts.Storehouse) {
 func (h *house) spoil(rng *rand.Rand, s *hosts.Storehouse) string {
 	h.t.Helper()
 	var files []string
-	for _, dir := range []string{"raft", "packs"} {
+	// Beside these there is what names the machine and its storehouse, which nobody else
+	// has, and the second copy of who the others are.
+	for _, dir := range []string{"raft", "packs", "staged", "placed.json", "scrub.json", "servers.json"} {
 		err := filepath.WalkDir(filepath.Join(s.State(), dir), func(path string, d iofs.DirEntry, err error) error {
+			if errors.Is(err, os.ErrNotExist) {
+				return nil // yet
+			}
 			if err == nil && d.Type().IsRegular() && d.Name() != "lock" && !strings.Contains(path, "/damaged/") {
 				files = append(files, path)
 			}

@@ -311,14 +311,10 @@ func (r *restoring) finish() error {
 	if err != nil {
 		return err
 	}
-	names, err := json.MarshalIndent(fixed{Format: 1, Name: r.m.Storehouse, StoreDir: r.m.StoreDir}, "", "  ")
-	if err != nil {
-		return err
-	}
 	if err := r.token(r.v.secrets); err != nil {
 		return err
 	}
-	err = writeFile(r.file(fixedName), append(names, '\n'), 0o644)
+	err = writeNote(r.file(fixedName), fixed{Format: 1, Name: r.m.Storehouse, StoreDir: r.m.StoreDir}, 0o644)
 	if err == nil {
 		err = writeFile(r.file(restoredName), append(said, '\n'), 0o600)
 	}

@@ -2,7 +2,6 @@ package storehouse
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -98,17 +97,16 @@ func (c *catchUp) run(ctx context.Context) error {
 func (c *catchUp) needed() bool { return c.line != nil && c.cfg.Bucket == "" && !c.cfg.noCatchUp }
 
 func (c *catchUp) load() error {
-	b, err := os.ReadFile(c.file)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("catch up: %w", err)
-	}
 	var mark placedMark
-	if err := json.Unmarshal(b, &mark); err != nil {
-		c.cfg.Log.Warn("going through all content: the mark of what is here cannot be read", "file", c.file, "error", err)
+	err := readNote(c.file, &mark)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		return nil
+	case errors.Is(err, flox.ErrCorrupt):
+		c.cfg.Log.Warn("going through all content: the mark of what is here is damaged", "file", c.file, "error", err)
+		return nil
+	case err != nil:
+		return fmt.Errorf("catch up: %w", err)
 	}
 	if c.packs.Stat().Blocks == 0 {
 		return nil // whatever was here, it is gone
@@ -130,11 +128,7 @@ func (c *catchUp) reached(index uint64) error {
 	if len(c.lacking) > 0 {
 		return nil // after a restart the mark before leads to them again
 	}
-	b, err := json.Marshal(placedMark{index})
-	if err != nil {
-		return err
-	}
-	return writeFile(c.file, append(b, '\n'), 0o644)
+	return writeNote(c.file, placedMark{index}, 0o644)
 }
 
 // step goes through everything if need be, else waits for what is new, and asks

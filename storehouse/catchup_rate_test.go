@@ -1,8 +1,6 @@
 package storehouse
 
 import (
-	"encoding/json"
-	"os"
 	"testing"
 	"time"
 )
@@ -22,9 +20,8 @@ func TestRateCountsWhatCame(t *testing.T) {
 	publish(t, h.servers[0], p)
 	upTo := h.servers[0].node.Applied()
 	eventually(t, "the second server has looked at what it was sent", func() bool {
-		b, err := os.ReadFile(h.servers[1].catchUp.file)
 		var mark placedMark
-		return err == nil && json.Unmarshal(b, &mark) == nil && mark.Index >= upTo
+		return readNote(h.servers[1].catchUp.file, &mark) == nil && mark.Index >= upTo
 	})
 	if !whole(h.servers[1], p) {
 		t.Error("the upload is not on the second server")

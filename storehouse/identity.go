@@ -1,10 +1,8 @@
 package storehouse
 
 import (
-	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -140,7 +138,7 @@ func swarmSecret(text string) []byte {
 // configuration that says otherwise.
 func (id *identity) loadFixed(cfg Config) error {
 	path := filepath.Join(cfg.StateDir, fixedName)
-	b, err := os.ReadFile(path)
+	err := readNote(path, &id.fixed)
 	if errors.Is(err, os.ErrNotExist) {
 		id.fixed = fixed{Format: 1, Name: cfg.Name, StoreDir: cfg.StoreDir}
 		if id.Name == "" {
@@ -148,18 +146,16 @@ func (id *identity) loadFixed(cfg Config) error {
 				return fmt.Errorf("the storehouse needs a name: %w", err)
 			}
 		}
-		if b, err = json.MarshalIndent(id.fixed, "", "  "); err != nil {
-			return err
-		}
-		return writeFile(path, append(b, '\n'), 0o644)
+		return writeNote(path, id.fixed, 0o644)
+	}
+	if errors.Is(err, flox.ErrCorrupt) {
+		return fmt.Errorf("%w: it is damaged; put back what it was, or, where other servers have everything, let this one join anew with an empty state directory: %w", err, flox.ErrBadInput)
 	}
 	if err != nil {
-		return fmt.Errorf("read state directory: %w", err)
+		return err
 	}
-	d := json.NewDecoder(bytes.NewReader(b))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&id.fixed); err != nil || id.Format != 1 {
-		return fmt.Errorf("%s is not of this program (format %d); use another state directory: %w", path, id.Format, errors.Join(err, flox.ErrBadInput))
+	if id.Format != 1 {
+		return fmt.Errorf("%s is not of this program (format %d, want 1); use another state directory: %w", path, id.Format, flox.ErrBadInput)
 	}
 	if id.StoreDir != cfg.StoreDir {
 		return fmt.Errorf("%s was made for the store directory %s, the configuration says %s: every path's name depends on it; change the configuration or begin in another directory: %w",
@@ -170,6 +166,14 @@ func (id *identity) loadFixed(cfg Config) error {
 			cfg.StateDir, id.Name, cfg.Name, flox.ErrBadInput)
 	}
 	return nil
+}
+
+// NameIn gives the name of the storehouse whose server a state directory holds.
+// os.ErrNotExist where it holds none, ErrCorrupt where the file with the name is damaged.
+func NameIn(stateDir string) (string, error) {
+	var names fixed
+	err := readNote(filepath.Join(stateDir, fixedName), &names)
+	return names.Name, err
 }
 
 // signingKey reads a key file in Nix's format or makes one.

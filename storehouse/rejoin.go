@@ -1,7 +1,7 @@
 package storehouse
 
 import (
-	"encoding/json"
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -13,9 +13,10 @@ import (
 	cluster "github.com/floxctl/flox/raft"
 )
 
-// othersName is the file in the state directory that names the other servers: a
-// server whose facts are damaged has to find them without these.
-const othersName = "servers.json"
+// othersNames are the files in the state directory that name the other servers: a
+// server whose facts are damaged has to find them without these. There are two, which say
+// the same, since nothing else does where the server is the first one.
+var othersNames = []string{"servers.json", "servers-again.json"}
 
 // loadOthers reads which other servers there were last, and before there were any
 // noted, which ones this server was told of when it joined.
@@ -24,18 +25,17 @@ func loadOthers(dir string, joined *api.Invite) ([]api.InvitePeer, error) {
 	if joined != nil {
 		told = joined.Storehouse
 	}
-	b, err := os.ReadFile(filepath.Join(dir, othersName))
-	if errors.Is(err, os.ErrNotExist) {
-		return told, nil
+	for _, name := range othersNames {
+		var noted []api.InvitePeer
+		err := readNote(filepath.Join(dir, name), &noted)
+		if err == nil {
+			return noted, nil
+		}
+		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, flox.ErrCorrupt) { // such are written anew later
+			return nil, err
+		}
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read state directory: %w", err)
-	}
-	var noted []api.InvitePeer
-	if err := json.Unmarshal(b, &noted); err != nil {
-		return told, nil //nolint:nilerr // it is written anew with the next change
-	}
-	return noted, nil
+	return told, nil
 }
 
 // noteOthers writes the other servers down when they changed.
@@ -46,13 +46,16 @@ func (s *Server) noteOthers() {
 			others = append(others, api.InvitePeer{ID: m.GetPeer(), Addrs: m.GetAddrs()})
 		}
 	}
-	b, err := json.MarshalIndent(others, "", "  ")
-	if err == nil {
-		have, _ := os.ReadFile(filepath.Join(s.cfg.StateDir, othersName))
-		if string(have) == string(b)+"\n" || len(have) == 0 && len(others) == 0 {
-			return
+	b, err := sealNote(others)
+	for _, name := range othersNames {
+		if err != nil {
+			break
 		}
-		err = writeFile(filepath.Join(s.cfg.StateDir, othersName), append(b, '\n'), 0o600)
+		file := filepath.Join(s.cfg.StateDir, name)
+		have, _ := os.ReadFile(file)
+		if !bytes.Equal(have, b) && (len(have) > 0 || len(others) > 0) {
+			err = writeFile(file, b, 0o600)
+		}
 	}
 	if err != nil {
 		s.cfg.Log.Warn("the other servers are not noted", "error", err)
@@ -63,10 +66,16 @@ func (s *Server) noteOthers() {
 // other servers, if there are any.
 func (s *Server) openNode(cfg cluster.Config) (*cluster.Node, error) {
 	node, err := cluster.Open(cfg)
-	if err == nil || !s.giveUpFacts(err) {
-		return node, err
+	switch {
+	case err == nil:
+		return node, nil
+	case s.giveUpFacts(err):
+		return cluster.Open(cfg)
+	case errors.Is(err, flox.ErrCorrupt):
+		return nil, fmt.Errorf("%w; this server knows no other that has the facts. Where there are others, put one's %s into %s, or let this server join anew; "+
+			"where there are none, restore a backup (floxctl storehouse restore)", err, othersNames[0], s.cfg.StateDir)
 	}
-	return cluster.Open(cfg)
+	return nil, err
 }
 
 // giveUpFacts gives the facts of this server, which does not use them, up if they
@@ -93,7 +102,7 @@ func (s *Server) giveUpFacts(damage error) bool {
 func (s *Server) meetOthers() error {
 	for _, p := range s.id.others {
 		if err := s.swarm.AddPeer(p2p.PeerAddr{ID: p2p.PeerID(p.ID), Addrs: p.Addrs}); err != nil {
-			return fmt.Errorf("address of a server in %s or %s: %w", joinedName, othersName, err)
+			return fmt.Errorf("address of a server in %s or %s: %w", joinedName, othersNames[0], err)
 		}
 	}
 	return nil

@@ -2,11 +2,14 @@ package storehouse
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
 )
 
 // rotLog makes a stopped server's log unreadable.
@@ -26,9 +29,17 @@ func TestDamagedFactsComeFromTheOthers(t *testing.T) {
 	publish(t, h.servers[1], p)
 	h.stops[0]()
 	rotLog(t, h.servers[0])
+	others := stateFile(h.servers[0], othersNames[0])
+	if err := os.WriteFile(others, []byte("[{rotted"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	h.start(0)
 	checkWhole(t, h.servers[0], p)
 	publish(t, h.servers[0], makePath(t, "later", 1000))
+	var noted []api.InvitePeer
+	if err := readNote(others, &noted); err != nil || len(noted) != 2 {
+		t.Errorf("who the others are is not written anew: %v, %v", noted, err)
+	}
 	eventually(t, "nothing damaged is kept any more", func() bool {
 		_, err := os.Stat(stateFile(h.servers[0], "raft/damaged"))
 		return errors.Is(err, os.ErrNotExist)
@@ -44,8 +55,8 @@ func TestDamagedFactsOfTheOnlyServerStay(t *testing.T) {
 	stop()
 	rotLog(t, s)
 	again, err := New(cfg)
-	if !errors.Is(err, flox.ErrCorrupt) {
-		t.Errorf("got %v, want ErrCorrupt", err)
+	if !errors.Is(err, flox.ErrCorrupt) || !strings.Contains(fmt.Sprint(err), "restore a backup") {
+		t.Errorf("got %v, want ErrCorrupt and what to do", err)
 	}
 	if err == nil {
 		again.Close()

@@ -2,7 +2,6 @@ package storehouse
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -37,11 +36,11 @@ type rescrub struct {
 func (s *Server) scrubLoop(ctx context.Context) error {
 	file := filepath.Join(s.cfg.StateDir, "scrub.json")
 	var mark rescrub
-	if b, err := os.ReadFile(file); err == nil {
-		if err := json.Unmarshal(b, &mark); err != nil {
-			mark = rescrub{} // it begins anew
-		}
-	} else if !errors.Is(err, os.ErrNotExist) {
+	err := readNote(file, &mark)
+	if errors.Is(err, flox.ErrCorrupt) {
+		s.cfg.Log.Warn("all content is read back now: the mark of when it was is damaged", "file", file, "error", err)
+		mark = rescrub{Running: true}
+	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("scrub: %w", err)
 	}
 	if mark.Finished.IsZero() && !mark.Running {
@@ -72,11 +71,7 @@ func (s *Server) scrubLoop(ctx context.Context) error {
 }
 
 func (m *rescrub) save(file string) error {
-	b, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return writeFile(file, append(b, '\n'), 0o644)
+	return writeNote(file, m, 0o644)
 }
 
 // scrubOnce reads everything behind the mark back.

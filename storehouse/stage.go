@@ -2,7 +2,6 @@ package storehouse
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -64,10 +63,7 @@ func openStaging(dir string, cfg Config) (*staging, error) {
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
 		p := &pending{}
-		b, err := os.ReadFile(path)
-		if err == nil {
-			err = json.Unmarshal(b, p)
-		}
+		err := readNote(path, p)
 		if err == nil && fileName(p.Publisher, p.Key) != e.Name() {
 			err = flox.ErrCorrupt
 		}
@@ -183,10 +179,6 @@ func pin(ctx context.Context, packs *pack.Store, manifest flox.CID) (*pack.Sessi
 func (s *staging) put(st Staged, session *pack.Session) error {
 	p := &pending{Staged: st, session: session}
 	name := fileName(st.Publisher, st.Key)
-	b, err := json.Marshal(p)
-	if err != nil {
-		return err
-	}
 	s.mu.Lock()
 	before := s.records[name]
 	if before == nil && len(s.records) >= s.max {
@@ -197,7 +189,7 @@ func (s *staging) put(st Staged, session *pack.Session) error {
 	}
 	s.records[name] = p
 	s.mu.Unlock()
-	if err := writeFile(filepath.Join(s.dir, name), b, 0o600); err != nil {
+	if err := writeNote(filepath.Join(s.dir, name), p, 0o600); err != nil {
 		s.mu.Lock()
 		delete(s.records, name)
 		s.mu.Unlock()

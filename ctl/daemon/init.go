@@ -21,6 +21,7 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
 	"github.com/floxctl/flox/ctl/entry"
+	"github.com/floxctl/flox/storehouse"
 )
 
 // initFlags are the flags of storehouse init.
@@ -141,20 +142,11 @@ func storehouseThere(cfg *Config) (string, error) {
 	if _, err := os.Lstat(filepath.Join(dir, "joined.json")); err == nil {
 		return "", cli.Explain(flox.ErrBusy, "%s is that of a server that joined others: floxd leave takes it out there; or choose another --state-dir", dir)
 	}
-	b, err := os.ReadFile(filepath.Join(dir, "storehouse.json"))
+	name, err := storehouse.NameIn(dir)
 	if errors.Is(err, os.ErrNotExist) {
 		return "", nil
 	}
-	fixed := struct {
-		Name string `json:"name"`
-	}{}
-	if err == nil {
-		err = json.Unmarshal(b, &fixed)
-	}
-	if err != nil {
-		return "", fmt.Errorf("read the state directory: %w", err)
-	}
-	return fixed.Name, nil
+	return name, err
 }
 
 func (n *initial) run(ctx context.Context) error {
