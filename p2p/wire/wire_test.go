@@ -117,7 +117,7 @@ func TestRoundTrip(t *testing.T) {
 func TestCutAnywhere(t *testing.T) {
 	b := sample()
 	whole := map[int]bool{}
-	for at := 0; at < len(b); at += 4 + int(binary.BigEndian.Uint32(b[at:])) {
+	for at := 0; at < len(b); at += frameLength(b[at:]) {
 		whole[at] = true
 	}
 	for i := range b {
@@ -127,6 +127,9 @@ func TestCutAnywhere(t *testing.T) {
 		}
 	}
 }
+
+// frameLength is that of the frame b begins with.
+func frameLength(b []byte) int { return 4 + int(binary.BigEndian.Uint32(b)) }
 
 func frame(t Type, body ...byte) []byte {
 	return append(append(binary.BigEndian.AppendUint32(nil, uint32(1+len(body))), byte(t)), body...)
