@@ -72,6 +72,31 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 	return err
 }
 
+// lastCommand gives the index of the last command behind one index and up to another;
+// 0 if the log has none there.
+func (s *logStore) lastCommand(after, last uint64) (uint64, error) {
+	for index := last; index > after; index-- {
+		l := s.recent.get(index)
+		if l == nil {
+			l = &raft.Log{}
+			err := s.WAL.GetLog(index, l)
+			if errors.Is(err, raft.ErrLogNotFound) {
+				return 0, nil
+			}
+			if err == nil {
+				err = checkEntry(index, l)
+			}
+			if err != nil {
+				return 0, fmt.Errorf("log entry %d: %w", index, err)
+			}
+		}
+		if l.Type == raft.LogCommand {
+			return index, nil
+		}
+	}
+	return 0, nil
+}
+
 // StoreLog is raft.LogStore.
 func (s *logStore) StoreLog(l *raft.Log) error { return s.StoreLogs([]*raft.Log{l}) }
 

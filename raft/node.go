@@ -238,29 +238,37 @@ func (n *Node) Run(ctx context.Context) (err error) {
 	looking, stopLooking := context.WithCancel(context.Background())
 	n.work.Go(func() { n.look(looking, r) })
 	n.work.Go(func() { n.rejoin(looking) })
-	crashed := func() {}
-	select {
-	case <-ctx.Done():
-		n.handOver(r)
-		n.raft.Store(nil)
-		n.drain()
-	case <-n.machine.closed:
-		n.raft.Store(nil)
-		n.drain()
-	case crashed = <-n.cfg.Hooks.Crash:
-	}
-	n.raft.Store(nil)
+	crashed := n.toEnd(ctx, r)
 	stopLooking()
 	stopWatching()
 	if err := r.Shutdown().Error(); err != nil {
 		return fmt.Errorf("stop raft: %w", err)
 	}
-	crashed()
-	if why := n.machine.stopped.Load(); why != nil {
+	if crashed != nil {
+		crashed()
+	}
+	if why := n.machine.stopped.Load(); why != nil && (crashed == nil || !errors.Is(*why, flox.ErrClosed)) {
 		return *why
 	}
 	n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed)) // ends everybody's waiting
 	return nil
+}
+
+// toEnd waits until ctx ends, nothing can be applied any more, or a crash, of which it
+// gives what is to be done then; and it settles what is under way.
+func (n *Node) toEnd(ctx context.Context, r *raft.Raft) (crashed func()) {
+	select {
+	case <-ctx.Done():
+		n.handOver(r)
+	case <-n.machine.closed:
+	case crashed = <-n.cfg.Hooks.Crash:
+		// From now on nobody hears anything and nothing gets into the state. What waits
+		// for raft would wait for ever if that ended without an answer.
+		n.machine.stop(fmt.Errorf("raft: %w", flox.ErrClosed))
+	}
+	n.raft.Store(nil)
+	n.drain()
+	return crashed
 }
 
 // begin starts raft. Damage of the log that it finds then, or later, ends the

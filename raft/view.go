@@ -16,8 +16,9 @@ type Consistency uint8
 const (
 	// Local is what this server has applied: never wrong, perhaps old.
 	Local Consistency = iota
-	// Linearizable holds every command that was answered, anywhere, before the
-	// View was asked for. It needs a leader with a majority behind it, which may be another server.
+	// Linearizable holds every command that was answered, anywhere, before the View was
+	// asked for, and every one that an earlier View held, of any server. It needs a
+	// leader with a majority behind it, which may be another server.
 	Linearizable
 )
 
@@ -41,7 +42,7 @@ func (n *Node) View(ctx context.Context, kind uint32, c Consistency) (*Reader, e
 }
 
 // ReadIndex gives an index: a state that holds it, on any server, holds every
-// command answered so far. It costs the leader one round of heartbeats, not an
+// command answered so far, and every one that any server's state held. It costs the leader one round of heartbeats, not an
 // entry. While nobody leads it waits, until ctx ends: ErrUnreachable.
 func (n *Node) ReadIndex(ctx context.Context) (uint64, error) {
 	a, _, err := n.atLeader(ctx, &floxv1.ClusterCall{Call: &floxv1.ClusterCall_ReadIndex{ReadIndex: &floxv1.ReadIndexCall{}}}, true)
@@ -72,9 +73,13 @@ func (n *Node) readIndexHere(ctx context.Context) (uint64, error) {
 		}
 		n.readTerm.Store(term)
 	}
-	// A leader answers a command after applying it, so its own state holds all
-	// that was answered, provided that it still leads after this was read.
-	index := n.machine.applied()
+	// What is committed holds all that was answered, and all that another server may
+	// have applied and shown already, which can be more than the state here: provided
+	// that this server still leads after this was read.
+	index, err := n.committed(r)
+	if err != nil {
+		return 0, err
+	}
 	if err := n.verify(ctx, r); err != nil {
 		return 0, fmt.Errorf("read: %w: %w", err, ErrNotLeader)
 	}
@@ -82,6 +87,17 @@ func (n *Node) readIndexHere(ctx context.Context) (uint64, error) {
 		return 0, fmt.Errorf("read: leadership changed: %w", ErrNotLeader)
 	}
 	return index, nil
+}
+
+// committed is the index of the last command that is committed, as this server knows.
+func (n *Node) committed(r *raft.Raft) (uint64, error) {
+	commit, applied := r.CommitIndex(), n.machine.applied()
+	index, err := n.log.lastCommand(applied, commit)
+	if err != nil {
+		return 0, fmt.Errorf("read: %w", err)
+	}
+	// What a snapshot took out of the log was applied before.
+	return max(index, n.machine.applied()), nil
 }
 
 // verifyPause is before the third question whether this server leads, and those after it.

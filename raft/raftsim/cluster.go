@@ -147,7 +147,8 @@ func (c *Cluster) crash(v *server) {
 	}
 }
 
-// Run lets clients work while things go wrong, until the cluster is length old.
+// Run lets clients work while things go wrong, one or two of them at a time, until
+// the cluster is length old.
 // work is one client: it must return soon after ctx ends. When Run returns, all
 // servers are up and reach each other.
 func (c *Cluster) Run(length time.Duration, clients int, work func(ctx context.Context, client int, rng *rand.Rand)) {
@@ -159,12 +160,22 @@ func (c *Cluster) Run(length time.Duration, clients int, work func(ctx context.C
 	}
 	for c.Age() < length {
 		c.harm(ctx)
-		time.Sleep(time.Duration(2+c.rng.IntN(20)) * time.Second)
+		c.pause(10)
+		if c.rng.IntN(2) == 0 {
+			c.faults["another beside it"]++
+			c.harm(ctx)
+		}
+		c.pause(10)
 		c.mend()
 		time.Sleep(time.Duration(c.rng.IntN(10)) * time.Second)
 	}
 	cancel()
 	all.Wait()
+}
+
+// pause lets at least a second go by, and at most that many.
+func (c *Cluster) pause(seconds int) {
+	time.Sleep(time.Duration(1+c.rng.IntN(seconds)) * time.Second)
 }
 
 // Stop ends the servers.
@@ -204,19 +215,19 @@ func (c *Cluster) Nodes() (up []*raft.Node) {
 // Answer is what a client was told of its command.
 type Answer struct {
 	Reply   []byte
-	Index   uint64
+	Index   uint64     // at which the state holds it; later than its own entry if it was repeated
 	Node    *raft.Node // who answered
 	Refused error      // wraps raft.ErrRefused
-	Unknown bool       // nobody said within a minute what became of it
+	Unknown bool       // nobody said in time what became of it
 }
 
 // Propose has a command carried out, over as many servers and tries as it takes
-// within a minute. Errors that no fault explains fail the test.
-func (c *Cluster) Propose(rng *rand.Rand, kind uint32, command []byte, opt raft.ProposeOptions) Answer {
-	for until := time.Now().Add(time.Minute); time.Now().Before(until); {
+// until ctx ends. Errors that no fault explains fail the test.
+func (c *Cluster) Propose(ctx context.Context, rng *rand.Rand, kind uint32, command []byte, opt raft.ProposeOptions) Answer {
+	for ctx.Err() == nil {
 		n := c.Any(rng)
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		reply, index, err := n.Propose(ctx, kind, command, opt)
+		try, cancel := context.WithTimeout(ctx, 5*time.Second)
+		reply, index, err := n.Propose(try, kind, command, opt)
 		cancel()
 		switch {
 		case err == nil:
@@ -225,8 +236,9 @@ func (c *Cluster) Propose(rng *rand.Rand, kind uint32, command []byte, opt raft.
 			c.t.Errorf("session %s: %v", opt.Session, err)
 			return Answer{Unknown: true}
 		case errors.Is(err, raft.ErrRefused):
-			return Answer{Refused: err, Node: n}
-		case errors.Is(err, raft.ErrUnknownOutcome), errors.Is(err, raft.ErrNotLeader), errors.Is(err, flox.ErrClosed), errors.Is(err, flox.ErrBusy):
+			return Answer{Refused: err, Index: index, Node: n}
+		case errors.Is(err, raft.ErrUnknownOutcome), errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLevel),
+			errors.Is(err, flox.ErrClosed), errors.Is(err, flox.ErrBusy):
 			time.Sleep(50 * time.Millisecond)
 		default:
 			c.t.Errorf("propose: %v", err)

@@ -2,8 +2,12 @@ package raftsim
 
 import (
 	"context"
+	"errors"
 	"os"
 	"time"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/raft"
 )
 
 // harm does one thing that goes wrong in real life.
@@ -61,7 +65,8 @@ func (c *Cluster) harm(ctx context.Context) {
 	}
 }
 
-// replace loses a server with its disk; the operator removes it and adds another.
+// replace loses a server with its disk; the operator removes it and adds another,
+// beside what else goes wrong if that lets it be.
 func (c *Cluster) replace(ctx context.Context) {
 	i := c.rng.IntN(len(c.servers))
 	v := c.servers[i]
@@ -71,22 +76,40 @@ func (c *Cluster) replace(ctx context.Context) {
 	if err := os.RemoveAll(v.cfg.Dir); err != nil {
 		c.t.Error(err)
 	}
-	c.mend()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
 	fresh := &server{cfg: c.config(false)}
-	if err := c.Any(c.rng).ForceRemoveServer(ctx, v.cfg.ID); err != nil {
-		c.t.Errorf("remove a server that is gone: %v", err)
-	}
+	c.operate(ctx, "remove a server that is gone", func(ctx context.Context, by *raft.Node) error {
+		err := by.ForceRemoveServer(ctx, v.cfg.ID)
+		if errors.Is(err, flox.ErrNotFound) {
+			return nil // an earlier try did it
+		}
+		return err
+	})
+	by := c.Any(c.rng)
 	c.mu.Lock()
 	c.servers[i] = fresh
 	c.mu.Unlock()
-	by := c.Any(c.rng)
 	c.boot(fresh)
-	if err := by.AddServer(ctx, fresh.cfg.ID, fresh.cfg.Address, true); err != nil {
-		c.t.Errorf("add a server: %v", err)
-	}
+	c.operate(ctx, "add a server", func(ctx context.Context, _ *raft.Node) error {
+		return by.AddServer(ctx, fresh.cfg.ID, fresh.cfg.Address, true)
+	})
 	c.faults["replaced"]++
+}
+
+// operate has a change of the members made: at once if possible, and else when
+// all that goes wrong is mended.
+func (c *Cluster) operate(ctx context.Context, what string, change func(context.Context, *raft.Node) error) {
+	short, cancel := context.WithTimeout(ctx, 5*time.Second)
+	err := change(short, c.Any(c.rng))
+	cancel()
+	if err == nil {
+		return
+	}
+	c.mend()
+	long, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err := change(long, c.Any(c.rng)); err != nil {
+		c.t.Errorf("%s: %v", what, err)
+	}
 }
 
 // mend ends what goes wrong and gives the servers time to agree.
