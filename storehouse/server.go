@@ -125,10 +125,9 @@ func (s *Server) open() (err error) {
 	if err := s.openLog(); err != nil {
 		return err
 	}
-	s.node.Register(pathsKind, paths{touchEvery: s.cfg.touchEvery})
-	s.node.Register(tracesKind, traces{})
-	s.node.Register(members.Kind, members.Processor{})
-	s.node.Register(upstreamsKind, upstreamFacts{})
+	for kind, p := range processors(s.cfg.touchEvery) {
+		s.node.Register(kind, p)
+	}
 	s.upstreams = newUpstreams(s)
 	s.disk = &gauge{dir: s.cfg.StateDir, marks: s.cfg.Watermarks, log: s.cfg.Log.With("part", "disk")}
 	s.catchUp, s.mender = newCatchUp(s), newMender(s)
@@ -147,6 +146,14 @@ func (s *Server) open() (err error) {
 	s.builds = newBuilds(s)
 	s.moreRoots = append(s.moreRoots, buildLogs{})
 	return s.listen()
+}
+
+// processors gives those of all facts, by kind; touchEvery overrides its constant
+// in tests, 0 = that.
+func processors(touchEvery time.Duration) map[uint32]cluster.Processor {
+	return map[uint32]cluster.Processor{
+		pathsKind: paths{touchEvery: touchEvery}, tracesKind: traces{}, members.Kind: members.Processor{}, upstreamsKind: upstreamFacts{},
+	}
 }
 
 // openLog opens the facts, and the door to the other servers if there may be any.
