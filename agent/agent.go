@@ -239,7 +239,7 @@ func (a *Agent) openState() (err error) {
 	// At once: who reads waits for both, and each waits for the disk.
 	var group errgroup.Group
 	group.Go(func() (err error) {
-		a.facts, err = openFacts(filepath.Join(dir, "facts"), a.cfg.StoreDir, a.cfg.Invite.TrustList)
+		a.facts, err = openFacts(filepath.Join(dir, "facts"), a.cfg.StoreDir, a.cfg.Invite.TrustList, a.log)
 		return err
 	})
 	group.Go(func() (err error) {
@@ -274,8 +274,8 @@ func lockDir(dir string) (*os.File, error) {
 	if err := f.Truncate(0); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	_, err = fmt.Fprintf(f, "%d", os.Getpid())
-	return f, err
+	_, _ = fmt.Fprintf(f, "%d", os.Getpid()) // for people only: a full disk must not stop us
+	return f, nil
 }
 
 // prepareNetwork makes what needs the network, and waits for it where it is used.
@@ -356,6 +356,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		group.Go(func() error { return a.cfg.Warden.Beats(ctx, func() { a.mount.Stats() }) })
 	}
 	group.Go(func() error { return ended(ctx, "cache", a.cache.Run(ctx)) })
+	group.Go(func() error { return ended(ctx, "facts", a.facts.run(ctx)) })
 	network, leave := context.WithCancel(context.WithoutCancel(ctx))
 	group.Go(func() error { return ended(ctx, "network", a.host.Run(network)) })
 	group.Go(func() error {

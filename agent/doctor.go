@@ -14,6 +14,7 @@ import (
 func (c *control) Doctor(ctx context.Context, _ *connect.Request[floxv1.DoctorRequest]) (*connect.Response[floxv1.DoctorResponse], error) {
 	a := c.a
 	findings := []*floxv1.Finding{a.doctorStorehouse(), a.doctorTrust(), a.doctorMount(), a.doctorCache(), a.doctorPeers()}
+	findings = append(findings, a.doctorFacts()...)
 	if a.local != nil {
 		findings = append(findings, a.doctorLocal())
 	}
@@ -71,6 +72,14 @@ func (a *Agent) doctorBefore() *floxv1.Finding {
 			"at %s the agent's process was replaced, %s; who read meanwhile waited", before.At.Format(time.DateTime), before.Why)
 	}
 	return finding(check, "ok", "", "an agent's process that says nothing any more is replaced, and the one before this was not")
+}
+
+// doctorFacts says nothing unless they cannot be written.
+func (a *Agent) doctorFacts() []*floxv1.Finding {
+	if err := a.facts.full(); err != nil {
+		return []*floxv1.Finding{finding("facts", "error", "free some disk space", "%s", oneLine(err))}
+	}
+	return nil
 }
 
 func (a *Agent) doctorCache() *floxv1.Finding {

@@ -5,11 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"google.golang.org/protobuf/proto"
@@ -18,6 +22,7 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/indexdb"
 )
 
 // Key prefixes of the facts database.
@@ -26,6 +31,9 @@ const (
 	prefixManifest = 'm' // m<CID> -> hash part, or floxv1.PathInfo of a path no longer valid
 	prefixReferrer = 'r' // r<hash part of the reference><hash part of the referrer> -> ""
 )
+
+// factsBallast is how many bytes are set aside for the facts on a large disk.
+const factsBallast = 4 << 20
 
 // trustFile holds the newest trust list accepted, beside the database.
 const trustFile = "trust.json"
@@ -38,11 +46,14 @@ type facts struct {
 	dir    flox.StoreDir
 	state  string
 	anchor flox.CID // fingerprint of the first trust list, from the invite
-	db     *pebble.DB
+	db     *indexdb.DB
 
 	closed    sync.Once
 	writing   sync.Mutex // held by put and remove
 	accepting sync.Mutex // held by accept
+	// failed has the hash parts of a write that broke db: they may be read there, and
+	// are not known to be on the disk.
+	failed atomic.Pointer[map[string]bool]
 
 	mu    sync.RWMutex       // of the fields below, never held over I/O
 	trust *content.TrustList // nil until the first list was accepted
@@ -52,12 +63,16 @@ type facts struct {
 }
 
 // openFacts opens the database in dir. A damaged one is an error that says to
-// delete it: everything in it can be fetched again.
-func openFacts(dir string, store flox.StoreDir, anchor flox.CID) (*facts, error) {
+// delete it: everything in it can be fetched again. On a disk without any room what is there is
+// read only. ErrFull: there is no room to make it.
+func openFacts(dir string, store flox.StoreDir, anchor flox.CID, log *slog.Logger) (*facts, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("facts: %w", err)
+		return nil, fmt.Errorf("facts: %w", indexdb.Full(err))
 	}
-	db, err := pebble.Open(filepath.Join(dir, "db"), &pebble.Options{Logger: quiet{}})
+	db, err := indexdb.Open(indexdb.Config{Name: "facts of store paths", Dir: filepath.Join(dir, "db"), Ballast: filepath.Join(dir, "ballast"), Most: factsBallast, Log: log})
+	if errors.Is(err, flox.ErrFull) {
+		return nil, fmt.Errorf("facts: %w; free some space on the disk of %s", err, dir)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("facts in %s: %w; if the disk is sound, delete the directory: it is fetched again", dir, err)
 	}
@@ -70,6 +85,41 @@ func openFacts(dir string, store flox.StoreDir, anchor flox.CID) (*facts, error)
 	}
 	return f, nil
 }
+
+// run watches the room of the disk until ctx ends. ErrFull: facts could not be written, and
+// there is room again now; the process has to start anew.
+func (f *facts) run(ctx context.Context) error {
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-look.C:
+		}
+		if err := f.db.Tend(); err != nil {
+			return err
+		}
+	}
+}
+
+// full says what to do while facts cannot be written, with ErrFull; nil: they can.
+func (f *facts) full() error {
+	if err := f.db.Room(); err != nil {
+		return f.unkept(err)
+	}
+	return nil
+}
+
+func (f *facts) unkept(err error) error {
+	return &unkept{fmt.Errorf("what is not known here of store paths yet cannot be written down, and is not served; free some space on the disk of %s: %w", f.state, err)}
+}
+
+// unkept is the error of facts that are here and cannot be kept. To ask again is no use.
+type unkept struct{ error }
+
+// Unwrap is for errors.Is.
+func (u *unkept) Unwrap() error { return u.error }
 
 // close may be called twice.
 func (f *facts) close() (err error) {
@@ -91,7 +141,7 @@ func (f *facts) loadTrust() error {
 }
 
 func (f *facts) recount() error {
-	it, err := f.db.NewIter(&pebble.IterOptions{LowerBound: []byte{prefixInfo}, UpperBound: []byte{prefixInfo + 1}})
+	it, err := f.db.NewIter(context.Background(), &pebble.IterOptions{LowerBound: []byte{prefixInfo}, UpperBound: []byte{prefixInfo + 1}})
 	if err != nil {
 		return fmt.Errorf("facts: %w", err)
 	}
@@ -112,12 +162,25 @@ func (f *facts) get(hashPart string) (*flox.PathInfo, bool) {
 
 // read is get of what is on the disk.
 func (f *facts) read(hashPart string) (*flox.PathInfo, bool) {
-	b, closer, err := f.db.Get(append([]byte{prefixInfo}, hashPart...))
+	b, closer, err := f.stored(hashPart)
 	if err != nil {
 		return nil, false
 	}
 	defer func() { _ = closer.Close() }()
 	return decodeInfo(b)
+}
+
+// stored is the message on the disk.
+func (f *facts) stored(hashPart string) ([]byte, io.Closer, error) {
+	if f.lost(hashPart) {
+		return nil, nil, flox.ErrNotFound
+	}
+	return f.db.Get(append([]byte{prefixInfo}, hashPart...))
+}
+
+func (f *facts) lost(hashPart string) bool {
+	p := f.failed.Load()
+	return p != nil && (*p)[hashPart]
 }
 
 func decodeInfo(b []byte) (*flox.PathInfo, bool) {
@@ -165,8 +228,8 @@ func (f *facts) put(infos ...*flox.PathInfo) error { return f.write(infos, nil) 
 func (f *facts) write(infos []*flox.PathInfo, c *coming) error {
 	f.writing.Lock()
 	defer f.writing.Unlock()
-	batch := f.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
+	fresh := make(map[string]bool)
 	added := uint64(0)
 	seen := make(map[string]bool, len(infos))
 	if c != nil {
@@ -182,6 +245,7 @@ func (f *facts) write(infos []*flox.PathInfo, c *coming) error {
 		}
 		seen[hash] = true
 		if !ok {
+			fresh[hash] = true
 			added++
 		}
 		b, err := proto.Marshal(api.FromPathInfo(info))
@@ -199,8 +263,12 @@ func (f *facts) write(infos []*flox.PathInfo, c *coming) error {
 	if batch.Empty() {
 		return nil
 	}
-	if err := batch.Commit(pebble.Sync); err != nil {
-		return fmt.Errorf("facts: %w", err)
+	if err := f.full(); err != nil {
+		return err
+	}
+	if err := f.db.Apply(batch, true); err != nil {
+		f.failed.Store(&fresh) // nothing is written any more
+		return f.unkept(err)
 	}
 	f.mu.Lock()
 	f.count += added
@@ -228,8 +296,7 @@ func (f *facts) remove(hashPart string) error {
 	if !ok {
 		return nil
 	}
-	batch := f.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	b, err := proto.Marshal(api.FromPathInfo(info))
 	if err != nil {
 		return fmt.Errorf("facts of %s: %w", info.Path, err)
@@ -239,8 +306,8 @@ func (f *facts) remove(hashPart string) error {
 	for _, ref := range info.References {
 		_ = batch.Delete(referrerKey(ref, hashPart), nil)
 	}
-	if err := batch.Commit(pebble.Sync); err != nil {
-		return fmt.Errorf("facts: %w", err)
+	if err := f.db.Apply(batch, true); err != nil {
+		return fmt.Errorf("facts of %s: %w", info.Path, err)
 	}
 	f.mu.Lock()
 	f.count--
@@ -252,7 +319,7 @@ func (f *facts) remove(hashPart string) error {
 func (f *facts) referrers(p flox.StorePath, limit int) []flox.StorePath {
 	lower := referrerKey(p, "")
 	upper := append(bytes.Clone(lower[:len(lower)-1]), lower[len(lower)-1]+1)
-	it, err := f.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	it, err := f.db.NewIter(context.Background(), &pebble.IterOptions{LowerBound: lower, UpperBound: upper})
 	if err != nil {
 		return nil
 	}
@@ -268,7 +335,7 @@ func (f *facts) referrers(p flox.StorePath, limit int) []flox.StorePath {
 
 // each calls yield with every known info whose base name sorts behind after.
 func (f *facts) each(after string, yield func(*flox.PathInfo) bool) error {
-	it, err := f.db.NewIter(&pebble.IterOptions{
+	it, err := f.db.NewIter(context.Background(), &pebble.IterOptions{
 		LowerBound: append([]byte{prefixInfo}, after[:min(len(after), flox.HashPartLen)]...),
 		UpperBound: []byte{prefixInfo + 1},
 	})
@@ -288,7 +355,7 @@ func (f *facts) each(after string, yield func(*flox.PathInfo) bool) error {
 // may be any beginning of one. Their facts are not looked at any closer: a
 // listing has a million of them.
 func (f *facts) names(ctx context.Context, after string, limit int) ([]flox.Named, error) {
-	it, err := f.db.NewIterWithContext(ctx, &pebble.IterOptions{
+	it, err := f.db.NewIter(ctx, &pebble.IterOptions{
 		LowerBound: append([]byte{prefixInfo}, after[:min(len(after), flox.HashPartLen)]...),
 		UpperBound: []byte{prefixInfo + 1},
 	})
@@ -297,7 +364,7 @@ func (f *facts) names(ctx context.Context, after string, limit int) ([]flox.Name
 	}
 	out := make([]flox.Named, 0, limit)
 	for it.First(); it.Valid() && len(out) < limit && ctx.Err() == nil; it.Next() {
-		if name, manifest, ok := api.PeekPathInfo(it.Value()); ok && name > after {
+		if name, manifest, ok := api.PeekPathInfo(it.Value()); ok && name > after && !f.lost(string(it.Key()[1:])) {
 			out = append(out, flox.Named{Name: name, Manifest: manifest})
 		}
 	}
@@ -309,7 +376,7 @@ func (f *facts) names(ctx context.Context, after string, limit int) ([]flox.Name
 
 // has reports whether the facts of a hash part are here.
 func (f *facts) has(hashPart string) bool {
-	_, closer, err := f.db.Get(append([]byte{prefixInfo}, hashPart...))
+	_, closer, err := f.stored(hashPart)
 	if err != nil {
 		return false
 	}
@@ -379,13 +446,4 @@ func (f *facts) trustAt() (version, epoch uint64) {
 		return 0, 0
 	}
 	return f.trust.Version, f.trust.Epoch
-}
-
-// quiet keeps Pebble's own chatter out of our log; its errors come back as errors.
-type quiet struct{}
-
-func (quiet) Infof(string, ...any)  {}
-func (quiet) Errorf(string, ...any) {}
-func (quiet) Fatalf(format string, args ...any) {
-	panic(fmt.Sprintf("pebble: "+format, args...)) // an impossible state: its invariants are broken
 }

@@ -206,7 +206,7 @@ func (f *facts) path(hashPart string) (flox.StorePath, bool) {
 		}
 		return info.Path, true
 	}
-	b, closer, err := f.db.Get(append([]byte{prefixInfo}, hashPart...))
+	b, closer, err := f.stored(hashPart)
 	if err != nil {
 		return "", false
 	}

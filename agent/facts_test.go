@@ -2,6 +2,7 @@ package agent
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -12,7 +13,7 @@ import (
 
 func openTestFacts(t *testing.T, dir string, anchor flox.CID) *facts {
 	t.Helper()
-	f, err := openFacts(dir, testStore, anchor)
+	f, err := openFacts(dir, testStore, anchor, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

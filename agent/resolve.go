@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -146,7 +147,7 @@ func (r *resolver) find(ctx context.Context, p flox.StorePath, who asker, watch 
 			return matchName(info, p)
 		}
 		if who != elsewhere {
-			return nil, fmt.Errorf("what was answered about %s is not kept: %w", p, flox.ErrUnreachable)
+			return nil, fmt.Errorf("what was answered about %s is not kept: %w", p, cmp.Or(r.facts.full(), flox.ErrUnreachable))
 		}
 		return matchName(f.info, p)
 	case <-ctx.Done():
@@ -174,7 +175,7 @@ func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight
 	asked := make(map[p2p.PeerID]bool)
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
 		info, err := r.round(ctx, p, asked)
-		if err == nil || errors.Is(err, flox.ErrNotFound) {
+		if final(err) {
 			return info, err
 		}
 		f.mu.Lock()
@@ -186,6 +187,12 @@ func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight
 			return nil, fmt.Errorf("no answer about %s: %w", p, because(err, flox.ErrUnreachable))
 		}
 	}
+}
+
+// final says that to ask again or elsewhere gives nothing better.
+func final(err error) bool {
+	var here *unkept
+	return err == nil || errors.Is(err, flox.ErrNotFound) || errors.As(err, &here)
 }
 
 // round asks the storehouse and, when it is slow or away, peers. The first
@@ -211,7 +218,7 @@ func (r *resolver) round(ctx context.Context, p flox.StorePath, asked map[p2p.Pe
 	for peersAsked, open := false, 1; open > 0; {
 		select {
 		case a := <-house:
-			if a.err == nil || errors.Is(a.err, flox.ErrNotFound) {
+			if final(a.err) {
 				return a.info, a.err
 			}
 			failed = append(failed, a.err)

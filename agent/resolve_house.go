@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -45,7 +44,7 @@ func (r *resolver) askStorehouse(ctx context.Context, p flox.StorePath) (*flox.P
 			next.Reset(houseHedge)
 		case a := <-answers:
 			delete(waiting, a.from)
-			if a.err == nil || errors.Is(a.err, flox.ErrNotFound) {
+			if final(a.err) {
 				for slow := range waiting { // it was asked first
 					r.houses.failed(slow)
 				}

@@ -153,7 +153,7 @@ func (w *town) resolver() *resolver {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	f, err := openFacts(filepath.Join(w.t.TempDir(), "facts"), testStore, anchor)
+	f, err := openFacts(filepath.Join(w.t.TempDir(), "facts"), testStore, anchor, slog.New(slog.DiscardHandler))
 	if err != nil {
 		w.t.Fatal(err)
 	}

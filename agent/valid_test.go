@@ -396,7 +396,7 @@ func listMounted(t *testing.T, a *Agent, n int) {
 func putMany(t *testing.T, f *facts, like *flox.PathInfo, n int) {
 	t.Helper()
 	const letters = "0123456789abcdfghijklmnpqrsvwxyz"
-	batch := f.db.NewBatch()
+	batch := new(pebble.Batch)
 	for i := range n {
 		one, hash := api.FromPathInfo(like), content.Hash(fmt.Appendf(nil, "path %d", i))
 		text := make([]byte, flox.HashPartLen)
@@ -409,12 +409,11 @@ func putMany(t *testing.T, f *facts, like *flox.PathInfo, n int) {
 			err = batch.Set(append([]byte{prefixInfo}, text...), b, nil)
 		}
 		if err == nil && (batch.Len() > 4<<20 || i == n-1) {
-			err = batch.Commit(pebble.NoSync)
-			batch = f.db.NewBatch()
+			err = f.db.Apply(batch, false)
+			batch = new(pebble.Batch)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	_ = batch.Close()
 }

@@ -65,6 +65,40 @@ func TestAgentsDiskIsFull(t *testing.T) {
 	l.runs(t, h)
 }
 
+// TestAgentsDiskIsFullToTheLastByte: an agent that finds no byte free, not even what it
+// had set aside, serves what is here, says of what it cannot write down why and what to do, and
+// gets well by itself.
+func TestAgentsDiskIsFullToTheLastByte(t *testing.T) {
+	l := open(t)
+	h := l.host(t, "last-byte")
+	const dir = "/var/lib/floxd"
+	smallDisk(t, h, dir, "60m")
+	a := l.agent(t, h, "--cache-reserve", "1MiB")
+	here := l.files(t, l.closure(l.world.Ripgrep.Path)...)
+	l.same(t, h, here...)
+	if err := a.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	do(t, h, "find", dir, "-name", "ballast", "-delete").want(t, 0)
+	release := fill(t, h, dir)
+	if err := a.Start(t.Context()); err != nil {
+		t.Fatalf("start with a full disk: %v", err)
+	}
+	l.same(t, h, here...)
+	await(t, a, "it says so", func(s *hosts.Status) bool {
+		return strings.Contains(strings.Join(s.Problems, "\n"), "cannot be written down")
+	})
+	unknown := l.world.StoreDir.Join(l.world.Unused.Path)
+	do(t, h, "ls", unknown).want(t, 2, "Input/output error")
+	do(t, h, l.programs.Floxctl, "doctor").want(t, 1, "cannot be written down", "free some space")
+	l.ctl(t, a, "download", unknown).want(t, 7, "cannot be written down", "free some space")
+	l.same(t, h, here...)
+
+	release()
+	await(t, a, "facts are written again", func(s *hosts.Status) bool { return len(s.Problems) == 0 })
+	l.same(t, h, append(here, l.files(t, l.world.Unused.Path)...)...)
+}
+
 // TestStorehousesDiskIsFull: uploads are refused with the reason, what is there
 // is served on, and uploads work again once there is room.
 func TestStorehousesDiskIsFull(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/indexdb"
 )
 
 // File names the content of one regular file.
@@ -141,7 +142,7 @@ func (c *Cache) open() (err error) {
 		return fmt.Errorf("cache: no directory given: %w", flox.ErrBadInput)
 	}
 	if err := os.MkdirAll(filepath.Join(cfg.Dir, "data"), 0o700); err != nil {
-		return fmt.Errorf("cache: %w", full(err))
+		return fmt.Errorf("cache: %w", indexdb.Full(err))
 	}
 	if c.lock, err = lockDir(cfg.Dir); err != nil {
 		return err
@@ -161,7 +162,7 @@ func (c *Cache) open() (err error) {
 			return fmt.Errorf("cache: %w", err)
 		}
 	}
-	if c.index, err = c.openIndex(total); err != nil {
+	if c.index, err = c.openIndex(); err != nil {
 		return err
 	}
 	if c.session, err = openSession(c.index, c.dir, cfg.BootID); err != nil {
@@ -216,7 +217,7 @@ func (cfg *Config) check(total int64) error {
 func lockDir(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("cache: %w", full(err))
+		return nil, fmt.Errorf("cache: %w", indexdb.Full(err))
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		holder := make([]byte, 20)
@@ -233,9 +234,9 @@ func lockDir(dir string) (*os.File, error) {
 }
 
 // openIndex opens the index; a damaged one is replaced: it is a cache.
-func (c *Cache) openIndex(disk int64) (*index, error) {
+func (c *Cache) openIndex() (*index, error) {
 	dir, ballast := filepath.Join(c.cfg.Dir, "index"), filepath.Join(c.cfg.Dir, "ballast")
-	ix, err := openIndex(dir, ballast, disk, c.cfg.Log)
+	ix, err := openIndex(dir, ballast, c.cfg.Log)
 	if err == nil || !errors.Is(err, flox.ErrCorrupt) {
 		return ix, err
 	}
@@ -243,7 +244,7 @@ func (c *Cache) openIndex(disk int64) (*index, error) {
 	if err := os.RemoveAll(dir); err != nil {
 		return nil, fmt.Errorf("remove the damaged index %s: %w", dir, err)
 	}
-	return openIndex(dir, ballast, disk, c.cfg.Log)
+	return openIndex(dir, ballast, c.cfg.Log)
 }
 
 // adopt looks through the objects on disk and removes those the index does not know:
@@ -276,7 +277,7 @@ func (c *Cache) adopt() error {
 		delete(known, object)
 		return nil
 	})
-	if err != nil || c.index.broken.Load() != nil {
+	if err != nil || c.index.Broken() != nil {
 		return err
 	}
 	for object, pack := range known {
@@ -322,7 +323,7 @@ func (c *Cache) strike(object uint64, pack bool) error {
 func (c *Cache) Close() error {
 	c.evicting <- struct{}{} // waits for an eviction, and lets none begin
 	defer func() { <-c.evicting }()
-	if c.index.broken.Load() != nil {
+	if c.index.Broken() != nil {
 		return c.release() // a put may wait for ever for an index that cannot be written
 	}
 	c.keeping.Lock() // waits for puts

@@ -327,7 +327,7 @@ func (c *Cache) take(group []victim) error {
 	}
 	// An index that cannot be written must not keep the disk full: an object that
 	// is missing is never taken for content, and Open strikes it off.
-	if err := b.commit(durable); err != nil && c.index.broken.Load() == nil {
+	if err := b.commit(durable); err != nil && c.index.Broken() == nil {
 		return err
 	}
 	c.account(b.sum)

@@ -61,13 +61,13 @@ func TestDiskFull(t *testing.T) {
 	for range 3 {
 		gc(t, c)
 	}
-	c.limit() // as Run does: the ballast is set aside again
+	tend(t, c)
 	s := newSample(1, 100<<10, 16<<10)
 	s.putAll(t, c)
 	if st := s.readAll(t, c, 0); st != Hit {
 		t.Errorf("state %d, want hit", st)
 	}
-	c.limit()
+	tend(t, c)
 	if err := refill(cfg.Dir); err != nil {
 		t.Fatal(err)
 	}
@@ -81,6 +81,14 @@ func TestDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// tend sets the ballast aside again, as Run does.
+func tend(t *testing.T, c *Cache) {
+	t.Helper()
+	if err := c.index.Tend(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -112,7 +120,7 @@ func TestDiskFullToTheLastByte(t *testing.T) {
 	if v := look(c); v.wrong > 0 || v.hits == 0 {
 		t.Errorf("on a full disk: %+v", v)
 	}
-	if c.index.broken.Load() != nil {
+	if c.index.Broken() != nil {
 		is(t, newSample(1, 100, 100).put(c, 0), flox.ErrFull)
 	}
 	if err := c.Close(); err != nil {
@@ -127,6 +135,7 @@ func TestDiskFullToTheLastByte(t *testing.T) {
 		t.Errorf("with room again: %+v", v)
 	}
 	checkDisk(t, c)
+	os.Exit(exitCode(t)) // an attempt to open may have been left behind
 }
 
 // A disk that fails under the running cache: errors, never wrong bytes, and nothing hangs.

@@ -7,18 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"runtime"
-	"strings"
 	"sync"
-	"sync/atomic"
-	"syscall"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
-	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/indexdb"
 )
 
 // Keys of the index. Numbers are big-endian, so that they sort.
@@ -82,15 +77,10 @@ func readKey(b []byte) (k key, ok bool) {
 // index is the Pebble database. Nothing in it is worth an fsync but marks, keeps
 // and what says that bytes are gone: whatever else a crash takes, it only makes the cache know less.
 type index struct {
-	db      *pebble.DB
-	ballast string
-	log     *slog.Logger
+	*indexdb.DB
 
-	life     sync.RWMutex // shared while db is used, exclusive to close it
-	closed   bool
-	readOnly bool                  // opened without room on the disk; broken from the start
-	low      atomic.Bool           // there is no ballast
-	broken   atomic.Pointer[error] // db must not be written any more
+	life   sync.RWMutex // shared while the database is used, exclusive to close it
+	closed bool
 }
 
 // durability of a commit
@@ -99,82 +89,24 @@ const (
 	lazy    = false
 )
 
-// ballastSize is what is set aside on a disk of so many bytes.
-func ballastSize(disk int64) int64 { return min(max(disk/64, 1<<20), 16<<20) }
-
 // openIndex opens or makes the database in dir. On a disk without any room it
 // opens what is there for reading only, as broken. ErrCorrupt: it is damaged.
-func openIndex(dir, ballast string, disk int64, log *slog.Logger) (*index, error) {
-	ix := &index{ballast: ballast, log: log}
-	err := ix.open(dir, disk, false)
-	if err != nil && !pebble.IsCorruptionError(err) && errors.Is(full(err), flox.ErrFull) {
-		ix.dropBallast()
-		if err = ix.open(dir, disk, false); err != nil && errors.Is(full(err), flox.ErrFull) {
-			cause := fmt.Errorf("the disk of %s has no room: %w", dir, flox.ErrFull)
-			ix.broken.Store(&cause)
-			err = ix.open(dir, disk, true)
-		}
-	}
-	if err != nil {
-		if pebble.IsCorruptionError(err) {
-			return nil, fmt.Errorf("open %s: %w: %w", dir, flox.ErrCorrupt, err)
-		}
-		return nil, fmt.Errorf("open %s: %w", dir, full(err))
-	}
-	if ix.usable() == nil {
-		ix.setBallast(ballastSize(disk))
-	}
-	return ix, nil
-}
-
-func (ix *index) open(dir string, disk int64, readOnly bool) (err error) {
-	defer recoverFatal(&err)
-	opts := &pebble.Options{
-		FS:                 vfs.OnDiskFull(vfs.Default, ix.dropBallast),
-		Logger:             pebbleLog{ix},
+func openIndex(dir, ballast string, log *slog.Logger) (*index, error) {
+	opts := pebble.Options{
 		Merger:             &pebble.Merger{Name: "flox.cache.add", Merge: mergeTotals},
 		FormatMajorVersion: pebble.FormatNewest,
 		CacheSize:          16 << 20,
-		MemTableSize:       uint64(ballastSize(disk) / 4),
 		MaxOpenFiles:       128,
-		ReadOnly:           readOnly,
 	}
 	for i := range opts.Levels {
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
 	opts.CompactionConcurrencyRange = func() (int, int) { return 1, 1 }
-	ix.readOnly = readOnly
-	ix.db, err = pebble.Open(dir, opts)
-	return err
-}
-
-// setBallast sets room aside that the index gets when the disk is full, because
-// making room takes some: what is gone must be noted first.
-func (ix *index) setBallast(size int64) {
-	f, err := os.OpenFile(ix.ballast, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err == nil {
-		err = errors.Join(syscall.Fallocate(int(f.Fd()), 0, 0, size), f.Close())
-	}
+	db, err := indexdb.Open(indexdb.Config{Name: "index of the cache", Dir: dir, Ballast: ballast, Most: 16 << 20, Log: log, Options: opts})
 	if err != nil {
-		ix.log.Warn("no ballast for the cache's index", "size", size, "err", err)
+		return nil, err
 	}
-	ix.low.Store(err != nil)
-}
-
-// dropBallast is called by whoever finds the disk full. From then on nothing is
-// put, until there is a ballast again.
-func (ix *index) dropBallast() {
-	ix.low.Store(true)
-	if err := os.Truncate(ix.ballast, 0); err != nil && !errors.Is(err, os.ErrNotExist) {
-		ix.log.Warn("drop the cache's ballast", "err", err)
-	}
-}
-
-// refill sets the ballast aside again, once the disk has room.
-func (ix *index) refill(disk, free int64) {
-	if size := ballastSize(disk); ix.low.Load() && free > 2*size {
-		ix.setBallast(size)
-	}
+	return &index{DB: db}, nil
 }
 
 // use lets the caller read db until it calls done. It fails when db is closed.
@@ -194,10 +126,7 @@ func (ix *index) usable() error {
 		return err
 	}
 	done()
-	if p := ix.broken.Load(); p != nil {
-		return fmt.Errorf("index of the cache: %w", *p)
-	}
-	return nil
+	return ix.Broken()
 }
 
 // get gives a copy of a value. ErrNotFound: there is none.
@@ -207,7 +136,7 @@ func (ix *index) get(k []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer done()
-	v, closer, err := ix.db.Get(k)
+	v, closer, err := ix.DB.Get(k)
 	if errors.Is(err, pebble.ErrNotFound) {
 		return nil, flox.ErrNotFound
 	}
@@ -231,7 +160,7 @@ func (ix *index) scan(ctx context.Context, prefix, from []byte, yield func(k, v 
 		return err
 	}
 	defer done()
-	it, err := ix.db.NewIter(&pebble.IterOptions{LowerBound: from, UpperBound: behind(prefix)})
+	it, err := ix.NewIter(ctx, &pebble.IterOptions{LowerBound: from, UpperBound: behind(prefix)})
 	if err != nil {
 		return fmt.Errorf("index of the cache: %w", err)
 	}
@@ -306,31 +235,21 @@ func (ix *index) size(before int64) int64 {
 		return before
 	}
 	defer done()
-	if ix.broken.Load() != nil {
-		return before // who broke it may hold its locks for ever
-	}
-	return int64(ix.db.Metrics().DiskSpaceUsage())
+	return ix.Size(before)
 }
 
 func (ix *index) close() error {
-	if ix.broken.Load() != nil && !ix.readOnly {
-		// Writes under way and goroutines of Pebble's may hold its locks for ever.
-		if ix.life.TryLock() {
-			ix.closed = true
-			ix.life.Unlock()
-		}
-		return nil
+	if ix.Broken() == nil {
+		ix.life.Lock()
+	} else if !ix.life.TryLock() {
+		return nil // who uses it may wait for ever for one that is broken
 	}
-	ix.life.Lock()
 	defer ix.life.Unlock()
-	if ix.closed || ix.db == nil {
+	if ix.closed {
 		return nil
 	}
 	ix.closed = true
-	if err := ix.db.Close(); err != nil {
-		return fmt.Errorf("close the cache's index: %w", err)
-	}
-	return nil
+	return ix.DB.Close()
 }
 
 // batch is a set of changes that are made together or not at all.
@@ -347,7 +266,7 @@ func (b *batch) set(k, v []byte) { _ = b.b.Set(k, v, nil) }
 func (b *batch) del(k []byte)    { _ = b.b.Delete(k, nil) }
 
 // commit writes the batch. Concurrent commits of one key must be ordered by the caller.
-func (b *batch) commit(sync bool) (err error) {
+func (b *batch) commit(sync bool) error {
 	done, err := b.ix.use()
 	if err != nil {
 		return err
@@ -359,77 +278,5 @@ func (b *batch) commit(sync bool) (err error) {
 	if b.sum != (totals{}) {
 		_ = b.b.Merge(keyTotals, b.sum.append(nil), nil)
 	}
-	opt := pebble.NoSync
-	if sync {
-		opt = pebble.Sync
-	}
-	if err := b.ix.apply(b.b, opt); err != nil {
-		return fmt.Errorf("index of the cache: %w", full(err))
-	}
-	return nil
-}
-
-func (ix *index) apply(b *pebble.Batch, opt *pebble.WriteOptions) (err error) {
-	defer recoverFatal(&err)
-	return ix.db.Apply(b, opt)
-}
-
-// Pebble has no way back from a write that failed: it calls Fatalf and counts
-// on that not returning. A cache can live without writing its index: what is in
-// it can still be read. So calls of ours come back with an error, and goroutines
-// of Pebble's own stop where they are; nobody needs them for reading.
-
-type fatalError struct{ error }
-
-func recoverFatal(err *error) {
-	if p := recover(); p != nil {
-		fatal, ok := p.(fatalError)
-		if !ok {
-			panic(p)
-		}
-		*err = fatal.error
-	}
-}
-
-// pebbleLog takes Pebble's messages.
-type pebbleLog struct{ ix *index }
-
-func (pebbleLog) Infof(string, ...any) {}
-
-func (l pebbleLog) Errorf(format string, args ...any) {
-	l.ix.log.Warn("cache index", "msg", fmt.Sprintf(format, args...))
-}
-
-func (l pebbleLog) Fatalf(format string, args ...any) {
-	// Whatever the disk's trouble is, for who puts it is as good as full.
-	err := fmt.Errorf(format+": %w", append(args, flox.ErrFull)...)
-	l.ix.broken.CompareAndSwap(nil, &err)
-	l.ix.log.Error("cache index cannot be written any more", "err", err)
-	if l.ix.called() {
-		panic(fatalError{err})
-	}
-	select {}
-}
-
-// called says whether a call of ours, and not a goroutine of Pebble's, is running.
-func (ix *index) called() bool {
-	pcs := make([]uintptr, 64)
-	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs)])
-	for {
-		f, more := frames.Next()
-		if strings.HasSuffix(f.Function, "(*index).apply") || strings.HasSuffix(f.Function, "(*index).open") {
-			return true
-		}
-		if !more {
-			return false
-		}
-	}
-}
-
-// full adds ErrFull to an error that says that a disk has no room.
-func full(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fmt.Errorf("%w: %w", flox.ErrFull, err)
-	}
-	return err
+	return b.ix.Apply(b.b, sync)
 }

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/indexdb"
 )
 
 // objects are the files with content: packs of small segments, and own files
@@ -101,7 +102,7 @@ func (o *objects) make(object uint64) error {
 		}
 	}
 	if err != nil {
-		return full(err)
+		return indexdb.Full(err)
 	}
 	o.fds[object%16].add(object, f)
 	return nil
@@ -229,7 +230,7 @@ func (o *objects) flush(list []uint64) error {
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(full(f.Sync()), f.Close()); err != nil {
+		if err := errors.Join(indexdb.Full(f.Sync()), f.Close()); err != nil {
 			return err
 		}
 		for _, dir := range []string{filepath.Dir(o.path(object)), o.dir} {

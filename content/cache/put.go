@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/indexdb"
 )
 
 const (
@@ -84,7 +85,7 @@ func (c *Cache) put(ctx context.Context, f File, off int64, chunk flox.Chunk, da
 // room fails with ErrFull if what is being put does not fit.
 func (c *Cache) room() error {
 	pending := c.pending.Load()
-	if c.index.low.Load() {
+	if c.index.Low() {
 		return fmt.Errorf("the disk of %s is full: %w", c.cfg.Dir, flox.ErrFull)
 	}
 	if used, budget := c.used(), c.budget(); used+pending > budget {
@@ -206,14 +207,14 @@ func (c *Cache) pwrite(ct *content, data []byte, off int64) error {
 	for range 4 {
 		f, err := c.objects.open(ct.object)
 		if err != nil {
-			return full(err)
+			return indexdb.Full(err)
 		}
 		_, err = f.WriteAt(data, ct.base+off)
 		if err == nil {
 			return nil
 		}
 		if !errors.Is(err, os.ErrClosed) {
-			return full(err)
+			return indexdb.Full(err)
 		}
 	}
 	return fmt.Errorf("object %d is closed again and again: %w", ct.object, flox.ErrBusy)

@@ -2,7 +2,6 @@ package cache
 
 import (
 	"context"
-	"fmt"
 	"time"
 )
 
@@ -28,7 +27,7 @@ func (c *Cache) Run(ctx context.Context) error {
 
 func (c *Cache) runMarks(ctx context.Context) {
 	for sleep(ctx, c.cfg.SyncEvery) == nil {
-		if c.index.low.Load() || c.index.broken.Load() != nil {
+		if c.index.Low() || c.index.Broken() != nil {
 			continue // what is written now is needed to make room
 		}
 		if err := c.Sync(ctx); err != nil && ctx.Err() == nil {
@@ -59,10 +58,8 @@ func (c *Cache) runBudget(ctx context.Context) error {
 		case <-t.C:
 		case <-c.poke:
 		}
-		if cause := c.index.broken.Load(); cause != nil {
-			if total, free, err := c.disk(); err == nil && free > 4*ballastSize(total) {
-				return fmt.Errorf("cache %s must be opened anew: %w", c.cfg.Dir, *cause)
-			}
+		if err := c.index.Tend(); err != nil {
+			return err
 		}
 		limit := c.limit()
 		if time.Since(fruitless) < 15*tick {
@@ -91,11 +88,10 @@ func (c *Cache) shrink(ctx context.Context, limit int64) (freed int64, needed bo
 // others fill the disk.
 func (c *Cache) limit() int64 {
 	c.indexSize.Store(c.index.size(c.indexSize.Load()))
-	total, free, err := c.disk()
+	_, free, err := c.disk()
 	if err != nil {
 		return c.budget()
 	}
-	c.index.refill(total, free)
 	return max(min(c.budget(), c.used()+free-c.cfg.Reserve), 0)
 }
 

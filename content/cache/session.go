@@ -72,7 +72,7 @@ func openSession(ix *index, dir *os.File, id string) (*session, error) {
 	s := &session{index: ix, dir: dir, gen: m.Next}
 	m.Next = s.gen + reserve
 	s.marks.Store(&m)
-	if ix.broken.Load() != nil {
+	if ix.Broken() != nil {
 		return s, nil // nothing will be written in this generation
 	}
 	return s, s.save(m)
