@@ -1,6 +1,7 @@
 package storehouse
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -195,4 +196,69 @@ func (s membersState) redeem(a membersAsk) simNext {
 	s.uses[a.invite]--
 	s.with[a.machine] = with
 	return simNext{s, membersSaid{with: with}}
+}
+
+// auditAgrees looks that every change that was answered left its one record in the
+// audit log, and that there are no others but of commands whose answer is not known.
+func (s *simulation) auditAgrees(n *cluster.Node) error {
+	left, unknown := map[uint64]audited{}, 0 // by log index
+	must := 0
+	for subject, history := range s.history {
+		for _, o := range history {
+			ask, isAsk := o.Input.(membersAsk)
+			a := o.Output.(simAnswer)
+			said, isSaid := a.said.(membersSaid)
+			switch {
+			case subject.part != simMembers{} || !isAsk:
+			case a.unknown:
+				unknown++
+			case isSaid:
+				l := ask.leaves(said)
+				if left[a.from] = l; l.must {
+					must++
+				}
+			}
+		}
+	}
+	v, err := n.View(context.Background(), members.Kind, cluster.Local)
+	if err != nil {
+		return err
+	}
+	var wrong []*floxv1.AuditRecord
+	others := 0
+	err = members.Audit(v, 0, func(r *floxv1.AuditRecord) bool {
+		switch l, ok := left[r.GetIndex()]; {
+		case !ok:
+			others++
+		case !l.must && !l.may || l.refused != r.GetRefused():
+			wrong = append(wrong, r)
+		case l.must:
+			must--
+		}
+		return true
+	})
+	if must != 0 || others > unknown || len(wrong) > 0 {
+		err = errors.Join(err, fmt.Errorf("audit log: no record of %d changes, %d of commands nobody knows (at most %d were not answered), and wrong ones: %v: %w",
+			must, others, unknown, wrong, flox.ErrCorrupt))
+	}
+	return errors.Join(err, v.Close())
+}
+
+// audited is whether a command leaves a record.
+type audited struct{ must, may, refused bool }
+
+// leaves says what an answered command leaves. A machine that joined already is
+// answered the same as one that joins, and so is one that is revoked twice.
+func (a membersAsk) leaves(said membersSaid) audited {
+	switch a.what {
+	case "make", "cancel", "leave":
+		return audited{must: true}
+	case "redeem":
+		return audited{must: said.refused, may: true, refused: said.refused}
+	case "revoke":
+		return audited{must: said.gone, may: true}
+	case "forget":
+		return audited{must: said.gone}
+	}
+	return audited{}
 }

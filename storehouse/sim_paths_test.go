@@ -1,6 +1,7 @@
 package storehouse
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -358,4 +359,24 @@ func either(perhaps bool, undone simNext, done pathsState, i int) []simNext {
 	} else {
 		return []simNext{after, undone}
 	}
+}
+
+// countsAgree looks that what is counted of paths, so that nobody has to, is what there is.
+func (s *simulation) countsAgree(n *cluster.Node) error {
+	v, err := n.View(context.Background(), pathsKind, cluster.Local)
+	if err != nil {
+		return err
+	}
+	counts, err1 := readCounts(v)
+	marks, err2 := readMarks(v)
+	have := map[byte]uint64{}
+	err3 := v.Iterate(nil, nil, func(key, _ []byte) bool {
+		have[key[0]]++
+		return true
+	})
+	if have[infoKey] != counts.paths || have[condemnedKey] != marks.condemned || have[changeKey] != counts.changes || have[differKey] != counts.differences {
+		err = fmt.Errorf("there are %d paths, %d marks, %d changes and %d differences; counted are %+v, %+v: %w",
+			have[infoKey], have[condemnedKey], have[changeKey], have[differKey], counts, marks, flox.ErrCorrupt)
+	}
+	return errors.Join(err, err1, err2, err3, v.Close())
 }

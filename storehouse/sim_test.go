@@ -137,13 +137,16 @@ type simulation struct {
 	*raftsim.Cluster
 	t *testing.T
 	// careless is for the negative controls: what is asked as up to date is answered from
-	// any state if it is of this part.
+	// any state if it is of this part, and so is what may be of some age.
 	careless simPart
+	// What the audit log and the counters say that is not so, in the end.
+	audit, counts error
 
 	mu      sync.Mutex
 	history map[simSubject][]porcupine.Operation
 	unknown int
 	stale   int                      // answers that may be old
+	tooOld  error                    // of the last one that was older than that
 	acked   []simAck                 // in the order of both
 	seen    map[*cluster.Node]uint64 // the newest index seen on a server
 }
@@ -368,15 +371,22 @@ func (c *simClient) readStale(subject simSubject) {
 	c.mu.Unlock()
 	asked := max(c.Age()-age, 0)
 	must := c.answered(asked)
-	v, err := n.ViewWithin(ctx, subject.kind(), age)
+	view := n.ViewWithin
+	if c.careless != nil {
+		view = func(ctx context.Context, kind uint32, _ time.Duration) (*cluster.Reader, error) {
+			return n.View(ctx, kind, cluster.Local)
+		}
+	}
+	v, err := view(ctx, subject.kind(), age)
 	if err != nil {
 		return // it says that it cannot tell
 	}
-	if v.Index() < must || v.Index() < shown {
-		c.t.Errorf("a state of %v ago at most is that of entry %d; then %d was answered already, and this server had shown %d", age, v.Index(), must, shown)
-	}
 	c.mu.Lock()
 	c.stale++
+	if v.Index() < must || v.Index() < shown {
+		c.tooOld = fmt.Errorf("a state of %v ago at most is that of entry %d; then %d was answered already, and this server had shown %d: %w",
+			age, v.Index(), must, shown, flox.ErrCorrupt)
+	}
 	c.mu.Unlock()
 	c.look(v, n, subject, asked) // as if it had been asked then
 }
@@ -397,6 +407,7 @@ func (s *simulation) run(length time.Duration) {
 		s.t.Errorf("%d records: %v", records, err)
 	}
 	s.agree()
+	s.audit, s.counts = s.auditAgrees(s.Nodes()[0]), s.countsAgree(s.Nodes()[0])
 	s.Stop()
 }
 
@@ -468,6 +479,9 @@ func TestSimulation(t *testing.T) {
 			s = newSimulation(t, cfg, nil)
 			s.run(length)
 		})
+		if err := errors.Join(s.audit, s.counts, s.tooOld); err != nil {
+			t.Error(err)
+		}
 		for _, subject := range s.judge(t) {
 			t.Errorf("%s is no possible history:%s", subject.name(), s.story(subject))
 		}
