@@ -182,6 +182,15 @@ func oneMachine(ctx context.Context, g *globals, name string) (*floxv1.MachineSt
 	return nil, cli.Explain(flox.ErrBadInput, "%s may be %s: name one", name, strings.Join(names, " or "))
 }
 
+// spelled gives the name of a machine as the storehouse spells it; what it does not
+// know by name stays as it is.
+func spelled(ctx context.Context, g *globals, name string) string {
+	if m, err := oneMachine(ctx, g, name); err == nil && strings.EqualFold(m.GetMachine().GetName(), name) {
+		return m.GetMachine().GetName()
+	}
+	return name
+}
+
 func newMachineShowCmd(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:   "show MACHINE",

@@ -35,6 +35,7 @@ func runDrain(ctx context.Context, g *globals, out *output, server string, undo 
 	if _, err := g.admin().Drain(ctx, connect.NewRequest(&floxv1.DrainRequest{Server: server, Undo: undo})); err != nil {
 		return explainAdmin(err)
 	}
+	server = spelled(ctx, g, server)
 	if out.json {
 		return out.printJSON(struct {
 			Server  string `json:"server"`

@@ -39,6 +39,7 @@ they lack). Not even --force leaves the storehouse without a majority that is we
 			if args[0] == "" {
 				return cli.Usage("SERVER is empty")
 			}
+			args[0] = spelled(cmd.Context(), g, args[0])
 			question := fmt.Sprintf("Take %s out of the servers? Its key is never let in again.", clean(args[0]))
 			if opts.force {
 				question = fmt.Sprintf("Take %s out of the servers by force? Its key is never let in again, and what only it has of the content is lost.", clean(args[0]))

@@ -100,7 +100,7 @@ func printHouse(out *output, house *floxv1.ServersResponse, usage *floxv1.UsageR
 
 func nobody(leader string) string {
 	if leader == "" {
-		return "nobody: no majority of the servers reaches each other; start those that are away"
+		return "nobody: no majority of the servers reaches each other (start those that are away), or what is said below"
 	}
 	return leader
 }

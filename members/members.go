@@ -11,6 +11,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/proto"
 
@@ -202,6 +204,17 @@ func CheckVoterLabel(labels []*floxv1.Label) error {
 	for _, l := range labels {
 		if l.GetKey() == VoterLabel && l.GetValue() != "true" && l.GetValue() != "false" {
 			return fmt.Errorf("label %s=%s: want true, or false of a server that only follows: %w", VoterLabel, l.GetValue(), flox.ErrBadInput)
+		}
+	}
+	return nil
+}
+
+// CheckLabelText refuses values of new labels that cannot be shown as they are, in a
+// line. The log takes them: older servers did. ErrBadInput.
+func CheckLabelText(labels []*floxv1.Label) error {
+	for _, l := range labels {
+		if !utf8.ValidString(l.GetValue()) || strings.ContainsFunc(l.GetValue(), func(r rune) bool { return !unicode.IsPrint(r) }) {
+			return fmt.Errorf("label %s=%q: want printable text behind '=': %w", l.GetKey(), l.GetValue(), flox.ErrBadInput)
 		}
 	}
 	return nil

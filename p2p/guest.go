@@ -99,6 +99,15 @@ func GuestInvite(conn net.Conn) (inviteID string, peer PeerID) {
 	return "", ""
 }
 
+// GuestAddr is the host:port that an accepted connection of ListenGuests comes from, ""
+// for any other connection.
+func GuestAddr(conn net.Conn) string {
+	if c, ok := conn.(*guestConn); ok && c.from != nil {
+		return c.from.String()
+	}
+	return ""
+}
+
 // welcome runs the rest of a guest's handshake and then lends the connection
 // out, until it ends or its time is up. It always gives an error.
 func (d *guestDoor) welcome(conn sec.SecureConn, p *proving, from net.Addr) error {

@@ -66,6 +66,9 @@ func (a *admin) mayAs(ctx context.Context, peer string, header http.Header, need
 	if len(person) > maxUserName {
 		return nil, fmt.Errorf("%s of %d bytes, want at most %d: %w", UserHeader, len(person), maxUserName, flox.ErrBadInput)
 	}
+	if need == adminOnly && action != actionRemove && a.s.takesNoPart() {
+		return nil, errOutcast
+	}
 	if uid, local := ctx.Value(socketKey{}).(int); local {
 		return a.operator(uid, person)
 	}

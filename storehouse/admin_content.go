@@ -286,8 +286,8 @@ func (a *admin) importFor(ctx context.Context, who *floxv1.Actor, q *floxv1.Impo
 		}
 		opts.Paths = append(opts.Paths, p)
 	}
-	if err := a.s.note(ctx, who, actionImport, redacted(q.GetFrom()), fmt.Sprintf("%d paths named", len(opts.Paths))); err != nil {
-		return err
+	opts.begun = func() error {
+		return a.s.note(ctx, who, actionImport, redacted(q.GetFrom()), fmt.Sprintf("%d paths named", len(opts.Paths)))
 	}
 	return a.s.Import(ctx, opts, send)
 }

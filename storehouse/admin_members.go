@@ -53,6 +53,9 @@ func (a *admin) makeInvite(ctx context.Context, who *floxv1.Actor, m *floxv1.Mak
 		return nil, fmt.Errorf("an ephemeral %s: what is forgotten an hour after it left cannot be counted on for work of others; want the role %s, or none that is ephemeral: %w",
 			m.GetRole(), members.Agent, flox.ErrBadInput)
 	}
+	if err := members.CheckLabelText(m.GetLabels()); err != nil {
+		return nil, fmt.Errorf("invite: %w", err)
+	}
 	if err := members.CheckVoterLabel(m.GetLabels()); m.GetRole() == members.Server && err != nil {
 		return nil, fmt.Errorf("invite: %w", err)
 	}
@@ -135,7 +138,7 @@ func (a *admin) ListInvites(ctx context.Context, req *connect.Request[floxv1.Lis
 		err = a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 			now := time.Now().UnixMilli()
 			return members.Invites(r, func(inv *floxv1.InviteRecord) bool {
-				if inv.Verifier = nil; inv.GetExpiresUnixMs() > now {
+				if inv.Verifier = nil; inv.GetExpiresUnixMs() > now && inv.GetUses() > 0 {
 					out.Invites = append(out.Invites, inv)
 				}
 				return true
@@ -151,6 +154,9 @@ func (a *admin) CancelInvite(ctx context.Context, req *connect.Request[floxv1.Ca
 	if err == nil {
 		_, err = a.s.proposeMembers(ctx, &floxv1.MembersCommand{Actor: who, Command: &floxv1.MembersCommand_CancelInvite{CancelInvite: req.Msg.GetId()}})
 	}
+	if errors.Is(err, flox.ErrNotFound) {
+		err = fmt.Errorf("no invite has the ID %q; see: floxctl invite list: %w", req.Msg.GetId(), flox.ErrNotFound)
+	}
 	return answer(&floxv1.CancelInviteResponse{}, err)
 }
 
@@ -160,11 +166,18 @@ func (a *admin) ListMachines(ctx context.Context, req *connect.Request[floxv1.Li
 		return nil, api.ToConnect(err)
 	}
 	out := &floxv1.ListMachinesResponse{}
+	elsewhere := map[string]*floxv1.MachineState{}
+	if req.Header().Get(actorHeader) == "" {
+		elsewhere = a.s.seenElsewhere(ctx, req.Msg.GetMachine())
+	}
 	add := func(m *floxv1.Machine) bool {
 		state := &floxv1.MachineState{Machine: m}
 		state.Connected, state.SeenUnixMs = a.s.seen.look(m.GetPeer())
 		if m.GetPeer() == string(a.s.id.peer) {
 			state.Connected, state.SeenUnixMs = true, time.Now().UnixMilli()
+		}
+		if there := elsewhere[m.GetPeer()]; there != nil {
+			state.Connected, state.SeenUnixMs = state.Connected || there.GetConnected(), max(state.GetSeenUnixMs(), there.GetSeenUnixMs())
 		}
 		out.Machines = append(out.Machines, state)
 		return true
@@ -212,8 +225,12 @@ func (a *admin) ChangeMachine(ctx context.Context, req *connect.Request[floxv1.C
 	return answer(&floxv1.ChangeMachineResponse{Machine: reply.GetMachine()}, err)
 }
 
-// mayChange refuses to take the vote of a server that the others need.
+// mayChange refuses labels that nobody could read, and to take the vote of a server
+// that the others need.
 func (a *admin) mayChange(ctx context.Context, m *floxv1.Machine, change *floxv1.ChangeMachine) error {
+	if err := members.CheckLabelText(change.GetSetLabels()); err != nil {
+		return fmt.Errorf("machine %s: %w", m.GetName(), err)
+	}
 	if m.GetRole() != members.Server {
 		return nil
 	}

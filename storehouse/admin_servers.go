@@ -78,11 +78,14 @@ func (a *admin) transfer(ctx context.Context, who *floxv1.Actor, to string) (str
 	defer cancel()
 	before := a.s.node.Status().Leader
 	if err := a.s.node.Transfer(limited, peer); err != nil {
-		return "", noMajority(ctx, changeWait, err)
+		return "", a.mayNotLead(ctx, peer, "", noMajority(ctx, changeWait, err))
 	}
 	// This server may hear of it a moment after the one that gave leadership away.
 	for {
 		leader := a.s.node.Status().Leader
+		if leader != "" && leader == peer && leader == before {
+			return leader, nil // nothing was changed
+		}
 		if leader != "" && (leader == peer || peer == "" && leader != before) {
 			return leader, a.s.note(ctx, who, actionTransfer, a.s.nameOf(leader), "before: "+a.s.nameOf(before))
 		}
@@ -92,6 +95,37 @@ func (a *admin) transfer(ctx context.Context, who *floxv1.Actor, to string) (str
 			return "", noMajority(ctx, changeWait, limited.Err())
 		}
 	}
+}
+
+// mayNotLead says of a hand-over that was refused with ErrBusy which server cannot lead,
+// why, and what to do: peer, or if that is "" all but the one that is called apart.
+func (a *admin) mayNotLead(ctx context.Context, peer, apart string, refused error) error {
+	if !errors.Is(refused, flox.ErrBusy) {
+		return refused
+	}
+	var reasons []string
+	for _, st := range a.s.lookAtServers(ctx).servers {
+		if peer != "" && st.GetPeer() != peer || st.GetLeader() || st.GetName() == apart {
+			continue
+		}
+		switch {
+		case !st.GetVoter():
+			reasons = append(reasons, fmt.Sprintf("%s does not vote", st.GetName()))
+		case st.GetDrained():
+			reasons = append(reasons, fmt.Sprintf("%s is drained (floxctl storehouse drain %s --undo)", st.GetName(), st.GetName()))
+		case !st.GetHealthy():
+			reasons = append(reasons, fmt.Sprintf("%s is not well (%s)", st.GetName(), nameOr(st.GetProblem(), "it does not answer")))
+		}
+	}
+	switch {
+	case len(reasons) == 0 && peer != "":
+		return fmt.Errorf("%s does not take over now, try again: %w", a.s.nameOf(peer), refused)
+	case peer != "":
+		return fmt.Errorf("%s, and cannot lead: %w", strings.Join(reasons, ", "), flox.ErrBusy)
+	case len(reasons) == 0:
+		reasons = []string{"there is none that votes"}
+	}
+	return fmt.Errorf("no other server could lead: %s: %w", strings.Join(reasons, ", "), flox.ErrBusy)
 }
 
 // nameOf is what a server is called, its peer ID if nobody knows.
@@ -119,6 +153,9 @@ func (a *admin) Drain(ctx context.Context, req *connect.Request[floxv1.DrainRequ
 		limited, cancel := context.WithTimeout(ctx, changeWait)
 		err = noMajority(ctx, changeWait, change(limited, m.GetPeer()))
 		cancel()
+		if !req.Msg.GetUndo() && errors.Is(err, flox.ErrBusy) {
+			err = fmt.Errorf("%s is not drained: %w", m.GetName(), a.mayNotLead(ctx, "", m.GetName(), err))
+		}
 	}
 	if err == nil {
 		err = a.s.note(ctx, who, action, m.GetName(), "")
@@ -137,6 +174,9 @@ func (a *admin) RemoveServer(ctx context.Context, req *connect.Request[floxv1.Re
 }
 
 func (a *admin) removeServer(ctx context.Context, who *floxv1.Actor, what string, force bool) error {
+	if a.s.takesNoPart() && (what == string(a.s.id.peer) || strings.EqualFold(what, a.s.machineName())) {
+		return nil // the others have taken it out already
+	}
 	m, err := a.findServer(ctx, what)
 	if err != nil {
 		return err

@@ -41,6 +41,8 @@ type ImportOptions struct {
 	Jobs int
 	// Keys are the public keys to accept, "name:base64"; empty = those of the trust list.
 	Keys []string
+	// begun, if set, is called once the cache can be read, before anything is imported.
+	begun func() error
 }
 
 // Import copies paths of an existing binary cache here, references first, with
@@ -66,6 +68,9 @@ func (s *Server) Import(ctx context.Context, opts ImportOptions, progress func(*
 	from := &importedCache{Server: s, source: source}
 	if from.keys, err = s.acceptedKeys(ctx, opts.Keys); err == nil {
 		err = from.checkCache(ctx)
+	}
+	if err == nil && opts.begun != nil {
+		err = opts.begun()
 	}
 	if err == nil {
 		im := newImporting(s, from, opts.Jobs)

@@ -28,6 +28,9 @@ func noMajority(caller context.Context, waited time.Duration, err error) error {
 
 // view opens the facts of a kind. It waits for a leader only so long.
 func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (*cluster.Reader, error) {
+	if c != cluster.Local && s.takesNoPart() {
+		return nil, errOutcast
+	}
 	limited, cancel := context.WithTimeout(ctx, readWait)
 	defer cancel()
 	r, err := s.node.View(limited, kind, c)

@@ -38,7 +38,7 @@ type guestKey struct{}
 type guest struct {
 	invite string // "" = within a window, or a member already
 	peer   p2p.PeerID
-	addr   string
+	addr   string // host:port it comes from
 }
 
 // joining answers guests.
@@ -56,7 +56,7 @@ func (s *Server) serveJoin(ctx context.Context) error {
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 20 * time.Second, MaxHeaderBytes: maxWebHeader,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
 			invite, peer := p2p.GuestInvite(conn)
-			return context.WithValue(ctx, guestKey{}, guest{invite, peer, conn.RemoteAddr().String()})
+			return context.WithValue(ctx, guestKey{}, guest{invite, peer, p2p.GuestAddr(conn)})
 		},
 	})
 }
@@ -184,6 +184,11 @@ func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.Joi
 	asked := req.GetMachine()
 	if asked == nil {
 		asked = &floxv1.Machine{}
+	}
+	if inv.GetRole() != members.Server && (asked.GetRaftAddress() != "" || len(asked.GetSealKey()) > 0) {
+		err := fmt.Errorf("join: the invite %s is for the role %s, and this machine asks to be a server: ask for an invite for that: %w", inv.GetId(), inv.GetRole(), flox.ErrDenied)
+		j.doors.refused(p2p.Refusal{Peer: g.peer, Addr: g.addr, Why: err})
+		return nil, err
 	}
 	asked.Peer = string(g.peer)
 	reply, err := j.proposeMembers(ctx, &floxv1.MembersCommand{

@@ -289,3 +289,44 @@ func (h *houses) Seen(_ context.Context, req *connect.Request[floxv1.SeenRequest
 	h.seen.heard(known)
 	return connect.NewResponse(&floxv1.SeenResponse{}), nil
 }
+
+// seenElsewhereWait is how long a list of machines waits for what other servers see.
+const seenElsewhereWait = time.Second
+
+// seenElsewhere asks the other servers which machines they see, all or one of them, by
+// peer ID: a machine is connected to one server, and servers to none for themselves. A
+// server that is away is not waited for.
+func (s *Server) seenElsewhere(ctx context.Context, machine string) map[string]*floxv1.MachineState {
+	ctx, cancel := context.WithTimeout(ctx, seenElsewhereWait)
+	defer cancel()
+	by, err := forWhom(s.actor())
+	if err != nil {
+		return nil
+	}
+	others, _, _ := s.servers.others()
+	others = others[:min(len(others), maxServers)]
+	answers := make([]*floxv1.ListMachinesResponse, len(others))
+	var group sync.WaitGroup
+	for i, id := range others {
+		group.Go(func() {
+			req := connect.NewRequest(&floxv1.ListMachinesRequest{Machine: machine})
+			req.Header().Set(actorHeader, by) // it tells what it sees itself
+			if resp, err := s.servers.admin(id).ListMachines(ctx, req); err == nil {
+				answers[i] = resp.Msg
+			}
+		})
+	}
+	group.Wait()
+	all := map[string]*floxv1.MachineState{}
+	for _, answer := range answers {
+		for _, m := range answer.GetMachines() {
+			peer := m.GetMachine().GetPeer()
+			if have := all[peer]; have == nil {
+				all[peer] = m
+			} else {
+				have.Connected, have.SeenUnixMs = have.GetConnected() || m.GetConnected(), max(have.GetSeenUnixMs(), m.GetSeenUnixMs())
+			}
+		}
+	}
+	return all
+}

@@ -40,7 +40,7 @@ func OpenNewcomer(stateDir string) (*Newcomer, error) {
 		return nil, err
 	}
 	if _, err := os.Lstat(filepath.Join(stateDir, fixedName)); err == nil && n.Joined == nil {
-		return nil, fmt.Errorf("%s holds a storehouse of its own, which cannot become a part of another one: choose another state directory, or move it away: %w", stateDir, flox.ErrBusy)
+		return nil, fmt.Errorf("%s holds a storehouse of its own, which cannot become a part of another one: choose another state directory, or put it away with floxctl leave: %w", stateDir, flox.ErrBusy)
 	}
 	keys := filepath.Join(stateDir, keysDir)
 	if err := os.MkdirAll(keys, 0o700); err != nil {

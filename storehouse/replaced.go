@@ -36,8 +36,15 @@ const (
 	// whether it is still one of them.
 	outcastEvery = 5 * time.Second
 	outcastWords = "the other servers do not take it for one of them any more: it was taken out, or was away and replaced; " +
-		"make it a server again with floxd join and a new invite, or let it leave: stop it, then floxd leave"
+		"let it leave with floxctl leave, and make it a server again, if it shall be one, with floxctl join and a new invite"
 )
+
+// errOutcast is what a server that takes no part answers those who ask it for what the
+// servers agree on. Another server can answer them.
+var errOutcast = fmt.Errorf("this server takes no part: %s: %w", outcastWords, flox.ErrUnreachable)
+
+// takesNoPart reports whether this server was found to be none of the servers any more.
+func (s *Server) takesNoPart() bool { return s.outcast.Load() && s.node.Status().Leader == "" }
 
 // runOutcast finds out whether the other servers have taken this one out while it was
 // away, and says so, until ctx ends. Without that it would wait for a leader for ever.

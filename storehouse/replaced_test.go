@@ -47,7 +47,7 @@ func TestServerThatWasReplacedIsOutOfTheMemberList(t *testing.T) {
 	defer stop()
 	eventually(t, "it says that it is none of them", func() bool {
 		st, err := back.ownState(within(t))
-		return err == nil && strings.Contains(st.GetState().GetProblem(), "floxd join")
+		return err == nil && strings.Contains(st.GetState().GetProblem(), "floxctl join")
 	})
 	if err := h.servers[1].tendServers(within(t)); err != nil {
 		t.Error(err)

@@ -176,6 +176,9 @@ func (r *roster) run(ctx context.Context, s *Server) error {
 }
 
 func (s *Server) enterMembers(ctx context.Context, c *floxv1.MembersCommand) ([]byte, error) {
+	if s.takesNoPart() {
+		return nil, errOutcast
+	}
 	b, err := proto.Marshal(c)
 	if err != nil {
 		return nil, err

@@ -90,9 +90,11 @@ func (s *Server) lookAtServers(ctx context.Context) *houseState {
 	var seen []cluster.ServerStatus
 	var leading error
 	var group sync.WaitGroup
-	group.Go(func() { seen, leading = s.node.Servers(ctx) })
+	if leading = errOutcast; !s.takesNoPart() {
+		group.Go(func() { seen, leading = s.node.Servers(ctx) })
+	}
 
-	all := map[string]string{} // names by peer ID
+	all := map[string]string{string(s.id.peer): ""} // names by peer ID
 	for _, m := range s.servers.members() {
 		all[m.ID] = ""
 	}
@@ -178,12 +180,16 @@ func (s *Server) judge(st *floxv1.ServerState, seen []cluster.ServerStatus, lead
 				st.Voter, st.Address = m.Voter, reachedAt(cluster.ServerStatus{ID: m.ID, Address: m.Address})
 			}
 		}
-		st.Problem = nameOr(st.Problem, "no majority of the servers reaches each other, so nobody leads")
+		if !errors.Is(leading, errOutcast) {
+			st.Problem = nameOr(st.Problem, "no majority of the servers reaches each other, so nobody leads")
+		}
 	case s.roster.is(p2p.PeerID(st.GetPeer()), members.Server):
 		st.Problem = nameOr(st.Problem, "it takes no part in the log yet")
 		if why, ok := s.servers.tooOld()[st.GetPeer()]; ok {
 			st.Problem = "it is not taken in: " + why
 		}
+	case st.GetPeer() == string(s.id.peer):
+		st.Problem = nameOr(st.Problem, "it is none of the servers")
 	}
 }
 

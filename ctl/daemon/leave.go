@@ -306,7 +306,7 @@ func (l *leave) tell(f *leaveFacts) error {
 	if f.Told {
 		fmt.Fprintf(l.out, "This machine (%s) has left %s as %s.\n", f.Peer, name, f.Role)
 	} else {
-		fmt.Fprintf(l.out, "This machine has left %s as %s, but the storehouse was not told: %s.\nIt lists the machine until somebody runs, elsewhere: floxctl machine revoke %s\n", name, f.Role, f.Reason, f.Peer)
+		fmt.Fprintf(l.out, "This machine has left %s as %s, but the storehouse was not told: %s.\nIf it lists the machine, it does so until somebody runs, elsewhere: floxctl machine revoke %s\n", name, f.Role, f.Reason, f.Peer)
 	}
 	if f.Kept != "" {
 		fmt.Fprintf(l.out, "What it had is in %s.\n", f.Kept)

@@ -204,6 +204,9 @@ func (s *Step) Join(ctx context.Context) (*Joined, error) {
 	if p.before != nil && errors.Is(err, flox.ErrUnreachable) && ctx.Err() == nil {
 		return s.joined(p, p.before, &floxv1.Machine{Name: s.Name, Role: s.Invite.Role}).unconfirmed(), nil
 	}
+	if errors.Is(err, flox.ErrDenied) && p.before != nil {
+		return nil, fmt.Errorf("%w; what this machine has of an earlier time in the storehouse is put away, with its key, by floxctl leave --purge", err)
+	}
 	if err != nil {
 		return nil, err
 	}
