@@ -18,6 +18,7 @@ import (
 // made is what floxd storehouse init, floxd join and floxctl invite print with
 // --json, as far as tests look at it.
 type made struct {
+	ID          string `json:"id"`
 	Invite      string `json:"invite"`
 	Fingerprint string `json:"fingerprint"`
 	Role        string `json:"role"`

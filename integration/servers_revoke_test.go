@@ -2,7 +2,6 @@ package integration
 
 import (
 	"slices"
-	"testing"
 	"time"
 
 	"connectrpc.com/connect"
@@ -11,12 +10,12 @@ import (
 	"github.com/floxctl/flox/integration/hosts"
 )
 
-// TestLeaderIsRevoked: an operator revokes the server that leads. Another one leads
+// revokesTheLeader: an operator revokes the server that leads. Another one leads
 // then, and writers go on; the revoked one takes part in nothing any more, also when it
 // is started again, and says so. While another server is down the revocation is
 // refused, and changes nothing.
-func TestLeaderIsRevoked(t *testing.T) {
-	h := open(t).newServers(t)
+func (h *house) revokesTheLeader() {
+	t := h.t
 	at, leader := h.leader()
 	others := slices.Delete(slices.Clone(h.servers), at, at+1)
 	floxctl := h.programs.Floxctl

@@ -48,8 +48,8 @@ type house struct {
 	checked int // so many acknowledged paths were found
 }
 
-// newServers starts three servers.
-func (l *lab) newServers(t *testing.T) *house {
+// newServers starts three servers, each with more flags.
+func (l *lab) newServers(t *testing.T, more ...string) *house {
 	t.Helper()
 	h := &house{lab: l, t: t, client: l.host(t, "clients")}
 	size := int64(512 << 20)
@@ -59,7 +59,7 @@ func (l *lab) newServers(t *testing.T) *house {
 	for i := range 3 {
 		host := l.host(t, fmt.Sprint("server", i+1))
 		d := disk(t, l, host, size)
-		flags := []string{"--reserve", "16MiB"}
+		flags := append([]string{"--reserve", "16MiB"}, more...)
 		if i == 0 {
 			flags = append(flags, "--name", "proof")
 		}
