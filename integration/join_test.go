@@ -1,15 +1,18 @@
 package integration
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/floxctl/flox/integration/hosts"
 	"github.com/floxctl/flox/integration/netns"
@@ -175,8 +178,14 @@ func TestJoinOnTheLAN(t *testing.T) {
 	window := says(t, server, floxctl, "invite", "--role", "agent", "--lan", "10m", "--json")
 	do(t, user, floxctl, "join", "--no-start").want(t, 2, "acme", window.Fingerprint, server.Addr().String(), "no terminal", "--yes FINGERPRINT")
 	do(t, user, floxctl, "join", "--no-start", "--yes", "bafk").want(t, 5, "no storehouse on this LAN has the fingerprint bafk", window.Fingerprint)
-	do(t, user, floxctl, "join", "--no-start", "--name", "laptop", "--yes", window.Fingerprint).want(t, 0, "laptop (agent) joined")
+	asked := []string{"acme", window.Fingerprint, server.Addr().String(), "Compare the fingerprint", "Join it? [y/N]"}
+	answered(t, user, "n", floxctl, "join", "--no-start", "--name", "laptop").want(t, 130, append(asked, "nothing was changed")...)
+	l.lists(t, server, "s1")
+	do(t, user, "cat", keptInvite).want(t, 1, "No such file")
+	do(t, user, "cat", "/etc/floxd/config.toml").want(t, 1, "No such file")
+	answered(t, user, "y", floxctl, "join", "--no-start", "--name", "laptop").want(t, 0, append(asked, "laptop (agent) joined")...)
 	l.lists(t, server, "laptop", "s1")
+	do(t, user, floxctl, "join", "--no-start", "--name", "laptop", "--yes", window.Fingerprint).want(t, 0, "was a member already")
 
 	// An agent that is run by hand takes an invite as well, once.
 	invite := says(t, server, floxctl, "invite", "--role", "agent", "--json").Invite
@@ -191,6 +200,37 @@ func TestJoinOnTheLAN(t *testing.T) {
 	}
 	await(t, a, "it is one after a restart", connected)
 	l.lists(t, server, "laptop", "s1", server.Name)
+}
+
+// answered runs a command at a terminal, and answers its question.
+func answered(t *testing.T, h *netns.Host, answer, name string, args ...string) result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := h.Command(ctx, "script", "-qec", strings.Join(append([]string{name}, args...), " "), "/dev/null")
+	in, err := cmd.StdinPipe()
+	must(t, err)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	var said []byte
+	asked := false
+	for buf := make([]byte, 4096); ; {
+		n, err := out.Read(buf)
+		if said = append(said, buf[:n]...); !asked && strings.Contains(string(said), "[y/N]") {
+			asked = true
+			_, err := io.WriteString(in, answer+"\n")
+			must(t, err)
+		}
+		if err != nil {
+			break
+		}
+	}
+	err = cmd.Wait()
+	if cmd.ProcessState == nil || ctx.Err() != nil || !asked {
+		t.Fatalf("%s %v on %s: %v, asked: %v\n%s", name, args, h.Name, err, asked, said)
+	}
+	return result{cmd.ProcessState.ExitCode(), string(said)}
 }
 
 // nixNeedsNothing: stock Nix on a machine that joined uses its agent, for root and

@@ -68,11 +68,21 @@ func (h *house) onceOnly(a, b *netns.Host) {
 		h.t.Errorf("members are now %v, want one of the guests", guests)
 	}
 	joined := 0
-	for _, r := range h.audit(0) {
-		if strings.HasPrefix(r.GetActor().GetMachine(), "guest") && !r.GetRefused() {
-			joined++
+	h.eventually("the one that was refused is audited", func() bool {
+		refused := 0
+		joined = 0
+		for _, r := range h.audit(0) {
+			guest := strings.HasPrefix(r.GetActor().GetMachine(), "guest") || strings.Contains(r.GetDetail(), "from "+a.Addr().String()) ||
+				strings.Contains(r.GetDetail(), "from "+b.Addr().String())
+			switch {
+			case guest && r.GetRefused():
+				refused++
+			case guest:
+				joined++
+			}
 		}
-	}
+		return refused > 0
+	})
 	if joined != 1 {
 		h.t.Errorf("the audit log holds %d guests that joined, want 1", joined)
 	}

@@ -58,8 +58,11 @@ func untilSignal() (context.Context, context.CancelFunc) {
 // report prints an error once, unless its explanation is on the screen already.
 func report(cmd *cobra.Command, err error) {
 	out := cmd.ErrOrStderr()
+	var explained *explainedError
 	switch {
 	case errors.Is(err, errSaid):
+	case errors.As(err, &explained) && errors.Is(explained.kind, ErrInterrupted): // a person said no
+		fmt.Fprintf(out, "%s: %v\n", cmd.Root().Name(), err)
 	case errors.Is(err, ErrInterrupted), errors.Is(err, context.Canceled):
 		fmt.Fprintf(out, "%s: interrupted\n", cmd.Root().Name())
 	default:

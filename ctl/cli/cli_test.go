@@ -138,6 +138,8 @@ func TestRunReports(t *testing.T) {
 		{"failure", []string{"sub"}, errors.New("it broke"), 1, "prog: it broke\n"},
 		{"said already", []string{"sub"}, Said(flox.ErrCorrupt), 6, ""},
 		{"interrupted", []string{"sub"}, context.Canceled, 130, "prog: interrupted\n"},
+		{"answered no", []string{"sub"}, Explain(ErrInterrupted, "nothing was changed"), 130, "prog: nothing was changed\n"},
+		{"explained and interrupted", []string{"sub"}, fmt.Errorf("%w: %w", ErrInterrupted, Explain(flox.ErrBusy, "it is in use")), 130, "prog: interrupted\n"},
 		{"too many", []string{"sub", "a", "b"}, nil, 2, "prog: sub: unexpected argument \"b\"\nTry 'prog sub --help'.\n"},
 		{"flag", []string{"sub", "--x"}, nil, 2, "prog: unknown flag: --x\nTry 'prog sub --help'.\n"},
 		{"command", []string{"sup"}, nil, 2, "prog: unknown command \"sup\" for \"prog\"; did you mean sub?\nTry 'prog --help'.\n"},
