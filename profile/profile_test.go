@@ -428,6 +428,9 @@ func TestChangesMerge(t *testing.T) {
 			if same(byName(onX)[c.Name], byName(onY)[c.Name]) {
 				t.Fatalf("%s is a conflict, and both make it alike", c.Name)
 			}
+			if same(byName(base)[c.Name], byName(onX)[c.Name]) {
+				t.Fatalf("%s is a conflict, and the earlier change left it as it was", c.Name)
+			}
 		}
 		if len(yx) == 0 { // then the later one has all it wanted, and the earlier one what the later did not touch
 			for _, s := range y.set {
