@@ -33,12 +33,7 @@ func gather(t *testing.T, seed, n int, blocks [][]byte, hints Hints, change func
 			}
 		}))
 	}
-	for _, a := range agents {
-		eventually(t, "each is known to the storehouse", func() bool {
-			return a.knows(store) && store.knows(a) && store.remote(a).trip.Load() > 0
-		})
-		store.remote(a).trip.Store(int64(time.Millisecond)) // however busy the machine was
-	}
+	alike(t, store, agents...)
 	errs := make([]error, n)
 	var all sync.WaitGroup
 	for i, a := range agents {
@@ -60,6 +55,18 @@ func gather(t *testing.T, seed, n int, blocks [][]byte, hints Hints, change func
 		}
 	}
 	return origin.gets.Load(), agents
+}
+
+// alike waits until a storehouse knows agents, and has it find them equally far, however
+// busy the machine is.
+func alike(t *testing.T, store *Host, agents ...*Host) {
+	t.Helper()
+	for _, a := range agents {
+		eventually(t, "each is known to the storehouse", func() bool {
+			return a.knows(store) && store.knows(a) && store.remote(a).trip.Load() > 0
+		})
+		store.remote(a).trip.Store(int64(time.Millisecond))
+	}
 }
 
 // A crowd that wants the same blocks takes each of them about once from the
@@ -125,7 +132,7 @@ func TestSentToNobody(t *testing.T) {
 		c.Bootstrap, c.Allowed = boot, func(id PeerID) bool { return id != first.ID() }
 	})
 	for _, h := range []*Host{first, second} {
-		eventually(t, "known", func() bool { return store.knows(h) && h.knows(store) })
+		alike(t, store, first, second)
 		var g got
 		if err := h.Fetch(within(t, time.Minute), wantsOf(blocks), Hints{}, g.take); err != nil {
 			t.Fatal(err)
