@@ -23,6 +23,7 @@ import (
 var firstHalf = []string{
 	"TestServers", "TestAllServersLost", "TestAgentPowerCut", "TestSurvives", "TestSurvivesWithoutResend",
 	"TestKilled", "TestImpostor", "TestKeysRotateUnderAgents", "TestStartTraces",
+	"TestOperator", "TestKeepAndCollect",
 }
 
 const halvesEnv = "FLOX_HALVES"

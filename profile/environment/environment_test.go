@@ -2,6 +2,7 @@ package environment
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -13,6 +14,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/nix"
 )
 
 func abs(n, rest string) string { return testDir.Join(name(n)) + "/" + rest }
@@ -298,8 +300,13 @@ func TestInfoIsThePathOfTheNAR(t *testing.T) {
 	if again, err := e.Info("profile"); err != nil || !cmp.Equal(info, again) {
 		t.Errorf("%v, then %v, %v", info, again, err)
 	}
-	if got := uint64(len(encode(t, e))); got != info.NarSize {
-		t.Errorf("NarSize %d, want %d", info.NarSize, got)
+	nar := encode(t, e)
+	if got := uint64(len(nar)); got != info.NarSize || info.NarHash != sha256.Sum256([]byte(nar)) {
+		t.Errorf("NarSize %d, want %d; or the hash is another", info.NarSize, got)
+	}
+	// What it refers to is in its name.
+	if want, err := nix.SourcePath(testDir, "profile", info.NarHash, e.References(), false); err != nil || info.Path != want || len(e.References()) == 0 {
+		t.Errorf("path %s, want %s, %v", info.Path, want, err)
 	}
 	if !slices.Equal(info.References, e.References()) || !strings.HasPrefix(info.CA, "fixed:r:sha256:") {
 		t.Errorf("info %+v", info)
