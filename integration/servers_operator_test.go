@@ -56,21 +56,10 @@ func (o *operator) roles() (leader, follower, third *hosts.Storehouse) {
 	return leader, o.servers[(i+1)%3], o.servers[(i+2)%3]
 }
 
-// tries is ctl of a hand-over. On a busy machine the next leader may not take over in
-// time: then nothing has changed, and people are told to try again.
-func (o *operator) tries(s *hosts.Storehouse, args ...string) (r result) {
-	o.t.Helper()
-	o.eventually("floxctl "+strings.Join(args, " ")+" is done", func() bool {
-		r = o.ctl(s, args...)
-		return r.code != 8 || !strings.Contains(r.out, "did not take over")
-	})
-	return r
-}
-
 // asks decodes what floxctl prints with --json on a server's host.
 func asks[T any](o *operator, s *hosts.Storehouse, args ...string) T {
 	o.t.Helper()
-	r := o.tries(s, append(args, "--json")...)
+	r := o.ctl(s, append(args, "--json")...)
 	r.want(o.t, 0)
 	all := lines[T](o.t, r.out)
 	if len(all) == 0 {
@@ -316,7 +305,7 @@ func (o *operator) handsOver() {
 		if d := asks[serverTold](o, other, "storehouse", "drain", leader.Host.Name, "--undo"); d.Drained {
 			o.t.Errorf("it is told to be %+v", d)
 		}
-		o.tries(other, "storehouse", "transfer", strings.ToUpper(leader.Host.Name)).want(o.t, 0, leader.Host.Name+" leads")
+		o.ctl(other, "storehouse", "transfer", strings.ToUpper(leader.Host.Name)).want(o.t, 0, leader.Host.Name+" leads")
 		leads(leader)
 		o.ctl(other, "storehouse", "transfer", leader.Host.Name).want(o.t, 0, leader.Host.Name+" leads") // it does
 	},

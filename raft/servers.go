@@ -256,6 +256,9 @@ func (n *Node) transferAlone(ctx context.Context, to string) error {
 	return n.transferHere(ctx, to)
 }
 
+// transferTries is how often a hand-over is tried before its caller hears of it.
+const transferTries = 5
+
 func (n *Node) transferHere(ctx context.Context, to string) error {
 	r, c, err := n.leading()
 	if err != nil {
@@ -274,10 +277,22 @@ func (n *Node) transferHere(ctx context.Context, to string) error {
 	if !ok {
 		return fmt.Errorf("no healthy voter, not drained, that could lead: %w", flox.ErrBusy)
 	}
-	if err := n.wait(ctx, r.LeadershipTransferToServer(s.ID, s.Address)); err != nil {
-		return fmt.Errorf("%s did not take over: %v: %w", s.ID, err, flox.ErrBusy) //nolint:errorlint // raft's words
+	// Raft gives up after one election timeout, which is short for a busy machine.
+	for tries := 1; ; tries++ {
+		err := n.wait(ctx, r.LeadershipTransferToServer(s.ID, s.Address))
+		switch {
+		case err == nil:
+			return nil
+		case r.State() != raft.Leader:
+			return fmt.Errorf("handed over, ask the next leader: %w", ErrNotLeader)
+		case tries == transferTries || ctx.Err() != nil:
+			return fmt.Errorf("%s did not take over: %v: %w", s.ID, err, flox.ErrBusy) //nolint:errorlint // raft's words
+		}
+		select {
+		case <-time.After(n.cfg.Heartbeat):
+		case <-ctx.Done():
+		}
 	}
-	return nil
 }
 
 func (n *Node) drainHere(ctx context.Context, q *floxv1.DrainCall) error {

@@ -104,6 +104,7 @@ func (a *admin) mayNotLead(ctx context.Context, peer, apart string, refused erro
 		return refused
 	}
 	var reasons []string
+	fit := false
 	for _, st := range a.s.lookAtServers(ctx).servers {
 		if peer != "" && st.GetPeer() != peer || st.GetLeader() || st.GetName() == apart {
 			continue
@@ -115,11 +116,13 @@ func (a *admin) mayNotLead(ctx context.Context, peer, apart string, refused erro
 			reasons = append(reasons, fmt.Sprintf("%s is drained (floxctl storehouse drain %s --undo)", st.GetName(), st.GetName()))
 		case !st.GetHealthy():
 			reasons = append(reasons, fmt.Sprintf("%s is not well (%s)", st.GetName(), nameOr(st.GetProblem(), "it does not answer")))
+		default:
+			fit = true
 		}
 	}
 	switch {
-	case len(reasons) == 0 && peer != "":
-		return fmt.Errorf("%s does not take over now, try again: %w", a.s.nameOf(peer), refused)
+	case fit:
+		return fmt.Errorf("%s does not take over now, try again: %w", nameOr(a.s.nameOf(peer), "another server"), refused)
 	case peer != "":
 		return fmt.Errorf("%s, and cannot lead: %w", strings.Join(reasons, ", "), flox.ErrBusy)
 	case len(reasons) == 0:
