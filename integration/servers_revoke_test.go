@@ -16,6 +16,10 @@ import (
 // refused, and changes nothing.
 func (h *house) revokesTheLeader() {
 	t := h.t
+	h.eventually("all three vote", func() bool { // one may have just come anew
+		_, leader := h.leader()
+		return h.well(leader) == 3
+	})
 	at, leader := h.leader()
 	others := slices.Delete(slices.Clone(h.servers), at, at+1)
 	floxctl := h.programs.Floxctl

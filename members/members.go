@@ -18,6 +18,7 @@ import (
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/raft"
 )
 
 // Kind is the kind of MembersCommand in the log. Kinds are never reused.
@@ -79,25 +80,15 @@ func indexKey(kind byte, index uint64) []byte {
 }
 
 // getter is a transaction or a reader.
-type getter interface {
-	Get(key []byte) ([]byte, error)
-	Iterate(prefix, from []byte, yield func(key, value []byte) bool) error
-}
+type getter = raft.Getter
 
 // load reads one message of the state. ErrNotFound.
 func load[M proto.Message](g getter, key []byte, into M) (M, error) {
-	b, err := g.Get(key)
-	if err == nil {
-		err = decode(key, b, into)
-	}
-	return into, err
+	return raft.LoadRecord(g, "members", key, into)
 }
 
 func decode(key, value []byte, into proto.Message) error {
-	if err := proto.Unmarshal(value, into); err != nil {
-		return fmt.Errorf("members: record %q: %w: %w", key, err, flox.ErrCorrupt)
-	}
-	return nil
+	return raft.DecodeRecord("members", key, value, into)
 }
 
 // each reads the messages behind a prefix, from a key on.
@@ -124,21 +115,8 @@ func (c *counts) fields() []*uint64 {
 }
 
 func loadCounts(g getter) (c counts, err error) {
-	b, err := g.Get([]byte{countsKey})
-	if errors.Is(err, flox.ErrNotFound) {
-		return c, nil
-	}
-	fields := c.fields()
-	if err == nil && len(b) != 8*len(fields) {
-		err = fmt.Errorf("members: counters of %d bytes: %w", len(b), flox.ErrCorrupt)
-	}
-	if err != nil {
-		return c, err
-	}
-	for i, f := range fields {
-		*f = binary.BigEndian.Uint64(b[8*i:])
-	}
-	return c, nil
+	err = raft.LoadCounts(g, "members", []byte{countsKey}, c.fields())
+	return c, err
 }
 
 // folded is a name as it is compared.

@@ -1,8 +1,6 @@
 package members
 
 import (
-	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -114,31 +112,17 @@ func (a *applying) finish() error {
 			return err
 		}
 	}
-	for a.counts.changes > maxChanges {
-		var oldest []byte
-		err := a.tx.Iterate([]byte{changeKey}, indexKey(changeKey, a.counts.dropped), func(key, _ []byte) bool {
-			oldest = bytes.Clone(key)
-			return false
-		})
-		if err == nil {
-			err = a.tx.Delete(oldest)
-		}
-		if err != nil {
-			return err
-		}
-		a.counts.dropped = binary.BigEndian.Uint64(oldest[1:])
-		a.counts.changes--
+	dropped, err := raft.DropOldest(a.tx, changeKey, a.counts.dropped, &a.counts.changes, maxChanges)
+	if err != nil {
+		return err
 	}
+	a.counts.dropped = max(a.counts.dropped, dropped)
 	if a.audit != nil {
 		if err := a.put(indexKey(auditKey, a.index), a.audit); err != nil {
 			return err
 		}
 	}
-	var b []byte
-	for _, f := range a.counts.fields() {
-		b = binary.BigEndian.AppendUint64(b, *f)
-	}
-	return a.tx.Set([]byte{countsKey}, b)
+	return raft.SetCounts(a.tx, []byte{countsKey}, a.counts.fields())
 }
 
 func (a *applying) put(key []byte, m proto.Message) error {

@@ -2,7 +2,6 @@ package profile
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -368,24 +367,10 @@ func (a *applying) finish() error {
 	if err := a.tx.Set(indexKey(a.index), []byte(a.name)); err != nil {
 		return err
 	}
-	for a.counts.changes > a.maxChanges {
-		var oldest []byte
-		err := a.tx.Iterate([]byte{changeKey}, indexKey(a.counts.dropped), func(key, _ []byte) bool {
-			oldest = bytes.Clone(key)
-			return false
-		})
-		if err == nil {
-			err = a.tx.Delete(oldest)
-		}
-		if err != nil {
-			return err
-		}
-		a.counts.dropped = binary.BigEndian.Uint64(oldest[1:])
-		a.counts.changes--
+	dropped, err := raft.DropOldest(a.tx, changeKey, a.counts.dropped, &a.counts.changes, a.maxChanges)
+	if err != nil {
+		return err
 	}
-	var b []byte
-	for _, f := range a.counts.fields() {
-		b = binary.BigEndian.AppendUint64(b, *f)
-	}
-	return a.tx.Set([]byte{countsKey}, b)
+	a.counts.dropped = max(a.counts.dropped, dropped)
+	return raft.SetCounts(a.tx, []byte{countsKey}, a.counts.fields())
 }

@@ -8,7 +8,6 @@ package profile
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"strings"
 
@@ -16,6 +15,7 @@ import (
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/raft"
 )
 
 // Kind is the kind of ProfilesCommand in the log. Kinds are never reused.
@@ -165,25 +165,15 @@ func nameOr(name, other string) string {
 }
 
 // getter is a transaction or a reader.
-type getter interface {
-	Get(key []byte) ([]byte, error)
-	Iterate(prefix, from []byte, yield func(key, value []byte) bool) error
-}
+type getter = raft.Getter
 
 // load reads one message of the state. ErrNotFound.
 func load[M proto.Message](g getter, key []byte, into M) (M, error) {
-	b, err := g.Get(key)
-	if err == nil {
-		err = decode(key, b, into)
-	}
-	return into, err
+	return raft.LoadRecord(g, "profiles", key, into)
 }
 
 func decode(key, value []byte, into proto.Message) error {
-	if err := proto.Unmarshal(value, into); err != nil {
-		return fmt.Errorf("profiles: record %q: %w: %w", key, err, flox.ErrCorrupt)
-	}
-	return nil
+	return raft.DecodeRecord("profiles", key, value, into)
 }
 
 // counts are kept so that nobody has to count.
@@ -196,19 +186,6 @@ type counts struct {
 func (c *counts) fields() []*uint64 { return []*uint64{&c.profiles, &c.changes, &c.dropped} }
 
 func loadCounts(g getter) (c counts, err error) {
-	b, err := g.Get([]byte{countsKey})
-	if errors.Is(err, flox.ErrNotFound) {
-		return c, nil
-	}
-	fields := c.fields()
-	if err == nil && len(b) != 8*len(fields) {
-		err = fmt.Errorf("profiles: counters of %d bytes: %w", len(b), flox.ErrCorrupt)
-	}
-	if err != nil {
-		return c, err
-	}
-	for i, f := range fields {
-		*f = binary.BigEndian.Uint64(b[8*i:])
-	}
-	return c, nil
+	err = raft.LoadCounts(g, "profiles", []byte{countsKey}, c.fields())
+	return c, err
 }

@@ -185,7 +185,16 @@ func (a *admin) removeServer(ctx context.Context, who *floxv1.Actor, what string
 		return err
 	}
 	house := a.s.lookAtServers(ctx)
-	if err := house.mayGo(m, force); err != nil {
+	err = house.mayGo(m, force)
+	// While content comes in, some server lacks a bit of it at most moments.
+	for until := time.Now().Add(changeWait); errors.Is(err, errBehind) && time.Now().Before(until) && ctx.Err() == nil; err = house.mayGo(m, force) {
+		select {
+		case <-time.After(removalEvery):
+		case <-ctx.Done():
+		}
+		house = a.s.lookAtServers(ctx)
+	}
+	if err != nil {
 		return err
 	}
 	reason := "taken out of the servers"
@@ -267,6 +276,9 @@ func (s *Server) awaitRemoval(ctx context.Context) error {
 // removalEvery is how often it is tried again to take a server out.
 const removalEvery = 200 * time.Millisecond
 
+// errBehind is why a server stays for the moment: others lack what may be on it alone.
+var errBehind = fmt.Errorf("others have not caught up: %w", flox.ErrBusy)
+
 // mayGo refuses to take a server out while that would risk something, unless forced.
 // Without a majority nothing can be forced: nobody could agree on it.
 func (h *houseState) mayGo(m *floxv1.Machine, force bool) error {
@@ -298,7 +310,7 @@ func (h *houseState) mayGo(m *floxv1.Machine, force bool) error {
 			m.GetName(), nameOr(st.GetProblem(), "it does not answer"), flox.ErrBusy)
 	case len(behind) > 0:
 		return fmt.Errorf("%s: what they lack may be on %s; wait until they have caught up, or use force, which may lose it: %w",
-			strings.Join(behind, ", "), m.GetName(), flox.ErrBusy)
+			strings.Join(behind, ", "), m.GetName(), errBehind)
 	}
 	return nil
 }

@@ -136,28 +136,12 @@ func (c *factCounts) fields() []*uint64 {
 }
 
 // getter is a transaction or a reader.
-type getter interface {
-	Get(key []byte) ([]byte, error)
-	Iterate(prefix, from []byte, yield func(key, value []byte) bool) error
-}
+type getter = cluster.Getter
 
 // readCounts reads the counters.
 func readCounts(g getter) (c factCounts, err error) {
-	b, err := g.Get([]byte{countsKey})
-	if errors.Is(err, flox.ErrNotFound) {
-		return c, nil
-	}
-	fields := c.fields()
-	if err == nil && len(b) != 8*len(fields) {
-		err = fmt.Errorf("facts: counters of %d bytes: %w", len(b), flox.ErrCorrupt)
-	}
-	if err != nil {
-		return c, err
-	}
-	for i, f := range fields {
-		*f = binary.BigEndian.Uint64(b[8*i:])
-	}
-	return c, nil
+	err = cluster.LoadCounts(g, "facts", []byte{countsKey}, c.fields())
+	return c, err
 }
 
 // readInfo reads the facts of the path with a hash part. ErrNotFound.
@@ -218,39 +202,15 @@ func (a *applying) finish() error {
 	}
 	// Begun behind what was dropped before, not to walk over what Pebble has not
 	// yet forgotten of it.
-	dropped, err := a.dropOldest(changeKey, a.counts.dropped, &a.counts.changes, a.most)
+	dropped, err := cluster.DropOldest(a.tx, changeKey, a.counts.dropped, &a.counts.changes, a.most)
 	if err != nil {
 		return err
 	}
 	a.counts.dropped = max(a.counts.dropped, dropped)
-	if _, err := a.dropOldest(differKey, 0, &a.counts.differences, maxDifferences); err != nil {
+	if _, err := cluster.DropOldest(a.tx, differKey, 0, &a.counts.differences, maxDifferences); err != nil {
 		return err
 	}
-	var b []byte
-	for _, f := range a.counts.fields() {
-		b = binary.BigEndian.AppendUint64(b, *f)
-	}
-	return a.tx.Set([]byte{countsKey}, b)
-}
-
-// dropOldest keeps a list within its bound. It gives the log index of what it dropped.
-func (a *applying) dropOldest(kind byte, behind uint64, have *uint64, most uint64) (dropped uint64, err error) {
-	for *have > most {
-		var oldest []byte
-		err := a.tx.Iterate([]byte{kind}, indexKey(kind, behind), func(key, _ []byte) bool {
-			oldest = bytes.Clone(key)
-			return false
-		})
-		if err == nil {
-			err = a.tx.Delete(oldest)
-		}
-		if err != nil {
-			return 0, err
-		}
-		dropped = binary.BigEndian.Uint64(oldest[1:])
-		*have--
-	}
-	return dropped, nil
+	return cluster.SetCounts(a.tx, []byte{countsKey}, a.counts.fields())
 }
 
 // add makes paths valid, in order, all or none.
