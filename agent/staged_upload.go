@@ -402,3 +402,20 @@ func (u *uploading) flush() error {
 	}
 	return nil
 }
+
+// Share implements floxv1connect.AgentHandler.
+func (c *control) Share(ctx context.Context, req *connect.Request[floxv1.ShareRequest]) (*connect.Response[floxv1.ShareResponse], error) {
+	var paths []flox.StorePath
+	for _, text := range req.Msg.GetPaths() {
+		p, err := flox.ParseStorePath(text)
+		if err != nil {
+			return nil, api.ToConnect(err)
+		}
+		paths = append(paths, p)
+	}
+	done, err := c.a.PublishStaged(ctx, paths...)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return connect.NewResponse(&floxv1.ShareResponse{Paths: uint32(done.Paths), Bytes: done.Bytes}), nil //nolint:gosec // few, not negative
+}

@@ -63,3 +63,35 @@ func (s *scriptedAdmin) TestUpstream(_ context.Context, r *connect.Request[floxv
 func (s *scriptedAdmin) RemoveUpstream(_ context.Context, r *connect.Request[floxv1.RemoveUpstreamRequest]) (*connect.Response[floxv1.RemoveUpstreamResponse], error) {
 	return unary[floxv1.RemoveUpstreamRequest, floxv1.RemoveUpstreamResponse](s.scripted, "RemoveUpstream", r)
 }
+
+func (s *scriptedAdmin) CreateProfile(_ context.Context, r *connect.Request[floxv1.CreateProfileRequest]) (*connect.Response[floxv1.CreateProfileResponse], error) {
+	return unary[floxv1.CreateProfileRequest, floxv1.CreateProfileResponse](s.scripted, "CreateProfile", r)
+}
+
+func (s *scriptedAdmin) DeleteProfile(_ context.Context, r *connect.Request[floxv1.DeleteProfileRequest]) (*connect.Response[floxv1.DeleteProfileResponse], error) {
+	return unary[floxv1.DeleteProfileRequest, floxv1.DeleteProfileResponse](s.scripted, "DeleteProfile", r)
+}
+
+func (s *scriptedAdmin) ListProfiles(_ context.Context, r *connect.Request[floxv1.ListProfilesRequest]) (*connect.Response[floxv1.ListProfilesResponse], error) {
+	return unary[floxv1.ListProfilesRequest, floxv1.ListProfilesResponse](s.scripted, "ListProfiles", r)
+}
+
+func (s *scriptedAdmin) ShowProfile(_ context.Context, r *connect.Request[floxv1.ShowProfileRequest]) (*connect.Response[floxv1.ShowProfileResponse], error) {
+	return unary[floxv1.ShowProfileRequest, floxv1.ShowProfileResponse](s.scripted, "ShowProfile", r)
+}
+
+func (s *scriptedAdmin) ProfileHistory(_ context.Context, r *connect.Request[floxv1.ProfileHistoryRequest]) (*connect.Response[floxv1.ProfileHistoryResponse], error) {
+	return unary[floxv1.ProfileHistoryRequest, floxv1.ProfileHistoryResponse](s.scripted, "ProfileHistory", r)
+}
+
+func (s *scriptedAdmin) ChangeProfile(_ context.Context, r *connect.Request[floxv1.ChangeProfileRequest]) (*connect.Response[floxv1.ChangeProfileResponse], error) {
+	return unary[floxv1.ChangeProfileRequest, floxv1.ChangeProfileResponse](s.scripted, "ChangeProfile", r)
+}
+
+func (s *scriptedAdmin) RollbackProfile(_ context.Context, r *connect.Request[floxv1.RollbackProfileRequest]) (*connect.Response[floxv1.RollbackProfileResponse], error) {
+	return unary[floxv1.RollbackProfileRequest, floxv1.RollbackProfileResponse](s.scripted, "RollbackProfile", r)
+}
+
+func (s *scriptedAdmin) GrantProfile(_ context.Context, r *connect.Request[floxv1.GrantProfileRequest]) (*connect.Response[floxv1.GrantProfileResponse], error) {
+	return unary[floxv1.GrantProfileRequest, floxv1.GrantProfileResponse](s.scripted, "GrantProfile", r)
+}

@@ -300,3 +300,7 @@ func (s *scripted) Add(_ context.Context, in *connect.ClientStream[floxv1.AddReq
 	}
 	return unary[floxv1.AddRequest, floxv1.AddResponse](s, "AddAnswer", connect.NewRequest(&floxv1.AddRequest{}))
 }
+
+func (s *scripted) Share(_ context.Context, r *connect.Request[floxv1.ShareRequest]) (*connect.Response[floxv1.ShareResponse], error) {
+	return unary[floxv1.ShareRequest, floxv1.ShareResponse](s, "Share", r)
+}

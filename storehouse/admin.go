@@ -81,8 +81,12 @@ func (a *admin) mayAs(ctx context.Context, peer string, header http.Header, need
 	if have := members.Rights(members.UserRole(m, person)); have >= need && (ok || need == anyMember && a.s.allowed(p2p.PeerID(peer))) {
 		return who, nil
 	}
+	role := members.Admin
+	if need < adminOnly {
+		role = members.Member
+	}
 	err := fmt.Errorf("%s needs the role %s in the storehouse, which %q does not have on %s: an admin can give it with floxctl machine user: %w",
-		action, members.Admin, person, nameOr(m.GetName(), peer), flox.ErrDenied)
+		action, role, person, nameOr(m.GetName(), peer), flox.ErrDenied)
 	if !ok {
 		err = fmt.Errorf("%s: this machine (%s) is not in the member list: join it with an invite: %w", action, peer, flox.ErrDenied)
 	}

@@ -25,7 +25,7 @@ import (
 
 // goldenEnv names a new fixture to be written, as in
 //
-//	FLOX_GOLDEN=level5 go test -run TestOpensStatesOfOlderPrograms ./storehouse
+//	FLOX_GOLDEN=level6 go test -run TestOpensStatesOfOlderPrograms ./storehouse
 //
 // One is made and committed before each release, and whenever level rises. Those
 // that are there stay as they are for ever: a change that does not open one breaks
@@ -39,6 +39,7 @@ const goldens = "testdata/level*.tar.gz"
 // goldenBehind is in the snapshot, that is in the log alone.
 const (
 	goldenBase, goldenTop, goldenDrv, goldenBehind = "golden-base", "golden-top", "golden.drv", "golden-behind"
+	goldenProfile                                  = "alice/golden"
 	goldenUpstream                                 = "http://cache.golden.invalid"
 	goldenRealisation                              = "sha256:0000000000000000000000000000000000000000000000000000000000000001!out"
 )
@@ -95,7 +96,16 @@ func writeGolden(t *testing.T, file string) {
 	if err := s.recordSeen(within(t)); err != nil {
 		t.Fatal(err)
 	}
+	newProfile(t, s, goldenProfile)
+	for i, p := range []testPath{base, top} { // which have the same files
+		pkg := asPackage(fmt.Sprint("p", i), "1", p)
+		pkg.Priority += uint32(i)
+		install(t, s, goldenProfile, pkg)
+	}
 	if err := s.node.Snapshot(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.profiles.rollback(within(t), alice(), &floxv1.RollbackProfileRequest{Name: goldenProfile}); err != nil {
 		t.Fatal(err)
 	}
 	publish(t, s, behind)
@@ -183,11 +193,14 @@ func TestOpensStatesOfOlderPrograms(t *testing.T) {
 					t.Fatal(err)
 				}
 				cfg.OpenMembership, cfg.Socket = false, filepath.Join(t.TempDir(), "s.sock")
-				s, stop := start(t, cfg)
-				checkGolden(t, s)
-				stop()
-				s, _ = start(t, cfg) // what this program made of it
-				checkGolden(t, s)
+				for range 2 { // and what this program made of it
+					s, stop := start(t, cfg)
+					checkGolden(t, s)
+					if file >= "testdata/level5" {
+						checkGoldenProfile(t, s)
+					}
+					stop()
+				}
 			})
 		}
 	}
@@ -222,6 +235,30 @@ func checkGoldenMembers(t *testing.T, admin floxv1connect.AdminClient) {
 		if got := len(slices.DeleteFunc(slices.Clone(log), func(a string) bool { return a != action })); got != want {
 			t.Errorf("the audit log has %s %d times, want %d: %v", action, got, want, log)
 		}
+	}
+}
+
+// checkGoldenProfile checks the profile of fixtures that have one.
+func checkGoldenProfile(t *testing.T, s *Server) {
+	t.Helper()
+	admin := operatorOf(t, s)
+	now, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenProfile}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := now.Msg.GetProfile(); p.GetLive() != 1 || p.GetLast() != 2 || !p.GetHeld() {
+		t.Errorf("profile %v, want the first of two generations, held", p)
+	}
+	history, err := admin.ProfileHistory(within(t), connect.NewRequest(&floxv1.ProfileHistoryRequest{Name: goldenProfile}))
+	if err != nil || len(history.Msg.GetEvents()) != 4 {
+		t.Errorf("history %v, %v, want four events", history, err)
+	}
+	for _, n := range []uint64{1, 2} {
+		g, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenProfile, Generation: n}))
+		if err != nil || len(g.Msg.GetGeneration().GetPackages()) != int(n) { //nolint:gosec // small
+			t.Errorf("generation %d: %v, %v, want as many packages", n, g, err)
+		}
+		linksOf(t, s, g.Msg.GetGeneration())
 	}
 }
 

@@ -9,7 +9,8 @@ package storehouse
 //	   program would forget when, if it sealed the keys anew
 //	3  UpstreamsCommand; PathsCommand.build
 //	4  MembersCommand.seen
-const level = 4
+//	5  ProfilesCommand
+const level = 5
 
 // Levels of commands and changes.
 const (

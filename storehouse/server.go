@@ -23,6 +23,7 @@ import (
 	"github.com/floxctl/flox/content/pack/bucket"
 	"github.com/floxctl/flox/members"
 	"github.com/floxctl/flox/p2p"
+	"github.com/floxctl/flox/profile"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -55,6 +56,7 @@ type Server struct {
 	upstreams *upstreams
 	staging   *staging
 	builds    *builds
+	profiles  *profiles
 	tracker   *tracker
 	reports   reportCounts
 	made      *traceMaker
@@ -144,7 +146,8 @@ func (s *Server) open() (err error) {
 	s.batch = newBatcher(s.node)
 	s.starts, s.marker, s.memberLog = s.node.NewSession(), s.node.NewSession(), s.node.NewSession()
 	s.builds = newBuilds(s)
-	s.moreRoots = append(s.moreRoots, buildLogs{})
+	s.profiles = newProfiles(s)
+	s.moreRoots = append(s.moreRoots, buildLogs{}, s.profiles)
 	return s.listen()
 }
 
@@ -153,6 +156,7 @@ func (s *Server) open() (err error) {
 func processors(touchEvery time.Duration) map[uint32]cluster.Processor {
 	return map[uint32]cluster.Processor{
 		pathsKind: paths{touchEvery: touchEvery}, tracesKind: traces{}, members.Kind: members.Processor{}, upstreamsKind: upstreamFacts{},
+		profile.Kind: profile.Processor{},
 	}
 }
 

@@ -33,7 +33,11 @@ func (*CollisionError) Unwrap() error { return flox.ErrBadInput }
 // Error names packages, files and the way out.
 func (e *CollisionError) Error() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%d files of different packages collide:", e.Total)
+	files := "files"
+	if e.Total == 1 {
+		files = "file"
+	}
+	fmt.Fprintf(&b, "different packages have %d same %s:", e.Total, files)
 	for _, c := range e.Collisions[:min(len(e.Collisions), maxShown)] {
 		fmt.Fprintf(&b, "\n  %s of %s and %s of %s: %s", c.FirstFile, c.First, c.SecondFile, c.Second, c.wayOut())
 	}

@@ -3434,7 +3434,7 @@ var File_flox_v1_admin_proto protoreflect.FileDescriptor
 
 const file_flox_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
+	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
 	"\x12DifferencesRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"`\n" +
@@ -3677,7 +3677,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xfd\r\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xfa\x12\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3701,7 +3701,15 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\vAddUpstream\x12\x1b.flox.v1.AddUpstreamRequest\x1a\x1c.flox.v1.AddUpstreamResponse\x12N\n" +
 	"\rListUpstreams\x12\x1d.flox.v1.ListUpstreamsRequest\x1a\x1e.flox.v1.ListUpstreamsResponse\x12K\n" +
 	"\fTestUpstream\x12\x1c.flox.v1.TestUpstreamRequest\x1a\x1d.flox.v1.TestUpstreamResponse\x12Q\n" +
-	"\x0eRemoveUpstream\x12\x1e.flox.v1.RemoveUpstreamRequest\x1a\x1f.flox.v1.RemoveUpstreamResponse\x12?\n" +
+	"\x0eRemoveUpstream\x12\x1e.flox.v1.RemoveUpstreamRequest\x1a\x1f.flox.v1.RemoveUpstreamResponse\x12N\n" +
+	"\rCreateProfile\x12\x1d.flox.v1.CreateProfileRequest\x1a\x1e.flox.v1.CreateProfileResponse\x12N\n" +
+	"\rDeleteProfile\x12\x1d.flox.v1.DeleteProfileRequest\x1a\x1e.flox.v1.DeleteProfileResponse\x12K\n" +
+	"\fListProfiles\x12\x1c.flox.v1.ListProfilesRequest\x1a\x1d.flox.v1.ListProfilesResponse\x12H\n" +
+	"\vShowProfile\x12\x1b.flox.v1.ShowProfileRequest\x1a\x1c.flox.v1.ShowProfileResponse\x12Q\n" +
+	"\x0eProfileHistory\x12\x1e.flox.v1.ProfileHistoryRequest\x1a\x1f.flox.v1.ProfileHistoryResponse\x12N\n" +
+	"\rChangeProfile\x12\x1d.flox.v1.ChangeProfileRequest\x1a\x1e.flox.v1.ChangeProfileResponse\x12T\n" +
+	"\x0fRollbackProfile\x12\x1f.flox.v1.RollbackProfileRequest\x1a .flox.v1.RollbackProfileResponse\x12K\n" +
+	"\fGrantProfile\x12\x1c.flox.v1.GrantProfileRequest\x1a\x1d.flox.v1.GrantProfileResponse\x12?\n" +
 	"\bListKeys\x12\x18.flox.v1.ListKeysRequest\x1a\x19.flox.v1.ListKeysResponse\x12B\n" +
 	"\tImportKey\x12\x19.flox.v1.ImportKeyRequest\x1a\x1a.flox.v1.ImportKeyResponse\x12E\n" +
 	"\n" +
@@ -3728,80 +3736,96 @@ func file_flox_v1_admin_proto_rawDescGZIP() []byte {
 
 var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_flox_v1_admin_proto_goTypes = []any{
-	(*DifferencesRequest)(nil),     // 0: flox.v1.DifferencesRequest
-	(*DifferencesResponse)(nil),    // 1: flox.v1.DifferencesResponse
-	(*MakeInviteRequest)(nil),      // 2: flox.v1.MakeInviteRequest
-	(*MakeInviteResponse)(nil),     // 3: flox.v1.MakeInviteResponse
-	(*ListInvitesRequest)(nil),     // 4: flox.v1.ListInvitesRequest
-	(*ListInvitesResponse)(nil),    // 5: flox.v1.ListInvitesResponse
-	(*CancelInviteRequest)(nil),    // 6: flox.v1.CancelInviteRequest
-	(*CancelInviteResponse)(nil),   // 7: flox.v1.CancelInviteResponse
-	(*ListMachinesRequest)(nil),    // 8: flox.v1.ListMachinesRequest
-	(*ListMachinesResponse)(nil),   // 9: flox.v1.ListMachinesResponse
-	(*MachineState)(nil),           // 10: flox.v1.MachineState
-	(*ChangeMachineRequest)(nil),   // 11: flox.v1.ChangeMachineRequest
-	(*ChangeMachineResponse)(nil),  // 12: flox.v1.ChangeMachineResponse
-	(*RemoveMachineRequest)(nil),   // 13: flox.v1.RemoveMachineRequest
-	(*RemoveMachineResponse)(nil),  // 14: flox.v1.RemoveMachineResponse
-	(*AuditRequest)(nil),           // 15: flox.v1.AuditRequest
-	(*AuditResponse)(nil),          // 16: flox.v1.AuditResponse
-	(*ServersRequest)(nil),         // 17: flox.v1.ServersRequest
-	(*ServersResponse)(nil),        // 18: flox.v1.ServersResponse
-	(*ServerState)(nil),            // 19: flox.v1.ServerState
-	(*ServerBuilds)(nil),           // 20: flox.v1.ServerBuilds
-	(*TransferRequest)(nil),        // 21: flox.v1.TransferRequest
-	(*TransferResponse)(nil),       // 22: flox.v1.TransferResponse
-	(*RemoveServerRequest)(nil),    // 23: flox.v1.RemoveServerRequest
-	(*RemoveServerResponse)(nil),   // 24: flox.v1.RemoveServerResponse
-	(*DrainRequest)(nil),           // 25: flox.v1.DrainRequest
-	(*DrainResponse)(nil),          // 26: flox.v1.DrainResponse
-	(*UsageRequest)(nil),           // 27: flox.v1.UsageRequest
-	(*UsageResponse)(nil),          // 28: flox.v1.UsageResponse
-	(*CollectRequest)(nil),         // 29: flox.v1.CollectRequest
-	(*CollectProgress)(nil),        // 30: flox.v1.CollectProgress
-	(*RootsRequest)(nil),           // 31: flox.v1.RootsRequest
-	(*RootsResponse)(nil),          // 32: flox.v1.RootsResponse
-	(*Root)(nil),                   // 33: flox.v1.Root
-	(*WhyRequest)(nil),             // 34: flox.v1.WhyRequest
-	(*WhyResponse)(nil),            // 35: flox.v1.WhyResponse
-	(*WhyChain)(nil),               // 36: flox.v1.WhyChain
-	(*KeepPathRequest)(nil),        // 37: flox.v1.KeepPathRequest
-	(*KeepPathResponse)(nil),       // 38: flox.v1.KeepPathResponse
-	(*ImportRequest)(nil),          // 39: flox.v1.ImportRequest
-	(*ImportProgress)(nil),         // 40: flox.v1.ImportProgress
-	(*ListKeysRequest)(nil),        // 41: flox.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),       // 42: flox.v1.ListKeysResponse
-	(*KeyState)(nil),               // 43: flox.v1.KeyState
-	(*ImportKeyRequest)(nil),       // 44: flox.v1.ImportKeyRequest
-	(*ImportKeyResponse)(nil),      // 45: flox.v1.ImportKeyResponse
-	(*RotateKeysRequest)(nil),      // 46: flox.v1.RotateKeysRequest
-	(*RotateKeysResponse)(nil),     // 47: flox.v1.RotateKeysResponse
-	(*BackupRequest)(nil),          // 48: flox.v1.BackupRequest
-	(*BackupProgress)(nil),         // 49: flox.v1.BackupProgress
-	(*StagedRequest)(nil),          // 50: flox.v1.StagedRequest
-	(*StagedResponse)(nil),         // 51: flox.v1.StagedResponse
-	(*FetchRequest)(nil),           // 52: flox.v1.FetchRequest
-	(*FetchResponse)(nil),          // 53: flox.v1.FetchResponse
-	(*SeenRequest)(nil),            // 54: flox.v1.SeenRequest
-	(*SeenResponse)(nil),           // 55: flox.v1.SeenResponse
-	(*StateRequest)(nil),           // 56: flox.v1.StateRequest
-	(*StateResponse)(nil),          // 57: flox.v1.StateResponse
-	(*SweepRequest)(nil),           // 58: flox.v1.SweepRequest
-	(*Difference)(nil),             // 59: flox.v1.Difference
-	(*Label)(nil),                  // 60: flox.v1.Label
-	(*UserGrant)(nil),              // 61: flox.v1.UserGrant
-	(*InviteRecord)(nil),           // 62: flox.v1.InviteRecord
-	(*Machine)(nil),                // 63: flox.v1.Machine
-	(*ChangeMachine)(nil),          // 64: flox.v1.ChangeMachine
-	(*AuditRecord)(nil),            // 65: flox.v1.AuditRecord
-	(*AddUpstreamRequest)(nil),     // 66: flox.v1.AddUpstreamRequest
-	(*ListUpstreamsRequest)(nil),   // 67: flox.v1.ListUpstreamsRequest
-	(*TestUpstreamRequest)(nil),    // 68: flox.v1.TestUpstreamRequest
-	(*RemoveUpstreamRequest)(nil),  // 69: flox.v1.RemoveUpstreamRequest
-	(*AddUpstreamResponse)(nil),    // 70: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),  // 71: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),   // 72: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil), // 73: flox.v1.RemoveUpstreamResponse
+	(*DifferencesRequest)(nil),      // 0: flox.v1.DifferencesRequest
+	(*DifferencesResponse)(nil),     // 1: flox.v1.DifferencesResponse
+	(*MakeInviteRequest)(nil),       // 2: flox.v1.MakeInviteRequest
+	(*MakeInviteResponse)(nil),      // 3: flox.v1.MakeInviteResponse
+	(*ListInvitesRequest)(nil),      // 4: flox.v1.ListInvitesRequest
+	(*ListInvitesResponse)(nil),     // 5: flox.v1.ListInvitesResponse
+	(*CancelInviteRequest)(nil),     // 6: flox.v1.CancelInviteRequest
+	(*CancelInviteResponse)(nil),    // 7: flox.v1.CancelInviteResponse
+	(*ListMachinesRequest)(nil),     // 8: flox.v1.ListMachinesRequest
+	(*ListMachinesResponse)(nil),    // 9: flox.v1.ListMachinesResponse
+	(*MachineState)(nil),            // 10: flox.v1.MachineState
+	(*ChangeMachineRequest)(nil),    // 11: flox.v1.ChangeMachineRequest
+	(*ChangeMachineResponse)(nil),   // 12: flox.v1.ChangeMachineResponse
+	(*RemoveMachineRequest)(nil),    // 13: flox.v1.RemoveMachineRequest
+	(*RemoveMachineResponse)(nil),   // 14: flox.v1.RemoveMachineResponse
+	(*AuditRequest)(nil),            // 15: flox.v1.AuditRequest
+	(*AuditResponse)(nil),           // 16: flox.v1.AuditResponse
+	(*ServersRequest)(nil),          // 17: flox.v1.ServersRequest
+	(*ServersResponse)(nil),         // 18: flox.v1.ServersResponse
+	(*ServerState)(nil),             // 19: flox.v1.ServerState
+	(*ServerBuilds)(nil),            // 20: flox.v1.ServerBuilds
+	(*TransferRequest)(nil),         // 21: flox.v1.TransferRequest
+	(*TransferResponse)(nil),        // 22: flox.v1.TransferResponse
+	(*RemoveServerRequest)(nil),     // 23: flox.v1.RemoveServerRequest
+	(*RemoveServerResponse)(nil),    // 24: flox.v1.RemoveServerResponse
+	(*DrainRequest)(nil),            // 25: flox.v1.DrainRequest
+	(*DrainResponse)(nil),           // 26: flox.v1.DrainResponse
+	(*UsageRequest)(nil),            // 27: flox.v1.UsageRequest
+	(*UsageResponse)(nil),           // 28: flox.v1.UsageResponse
+	(*CollectRequest)(nil),          // 29: flox.v1.CollectRequest
+	(*CollectProgress)(nil),         // 30: flox.v1.CollectProgress
+	(*RootsRequest)(nil),            // 31: flox.v1.RootsRequest
+	(*RootsResponse)(nil),           // 32: flox.v1.RootsResponse
+	(*Root)(nil),                    // 33: flox.v1.Root
+	(*WhyRequest)(nil),              // 34: flox.v1.WhyRequest
+	(*WhyResponse)(nil),             // 35: flox.v1.WhyResponse
+	(*WhyChain)(nil),                // 36: flox.v1.WhyChain
+	(*KeepPathRequest)(nil),         // 37: flox.v1.KeepPathRequest
+	(*KeepPathResponse)(nil),        // 38: flox.v1.KeepPathResponse
+	(*ImportRequest)(nil),           // 39: flox.v1.ImportRequest
+	(*ImportProgress)(nil),          // 40: flox.v1.ImportProgress
+	(*ListKeysRequest)(nil),         // 41: flox.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),        // 42: flox.v1.ListKeysResponse
+	(*KeyState)(nil),                // 43: flox.v1.KeyState
+	(*ImportKeyRequest)(nil),        // 44: flox.v1.ImportKeyRequest
+	(*ImportKeyResponse)(nil),       // 45: flox.v1.ImportKeyResponse
+	(*RotateKeysRequest)(nil),       // 46: flox.v1.RotateKeysRequest
+	(*RotateKeysResponse)(nil),      // 47: flox.v1.RotateKeysResponse
+	(*BackupRequest)(nil),           // 48: flox.v1.BackupRequest
+	(*BackupProgress)(nil),          // 49: flox.v1.BackupProgress
+	(*StagedRequest)(nil),           // 50: flox.v1.StagedRequest
+	(*StagedResponse)(nil),          // 51: flox.v1.StagedResponse
+	(*FetchRequest)(nil),            // 52: flox.v1.FetchRequest
+	(*FetchResponse)(nil),           // 53: flox.v1.FetchResponse
+	(*SeenRequest)(nil),             // 54: flox.v1.SeenRequest
+	(*SeenResponse)(nil),            // 55: flox.v1.SeenResponse
+	(*StateRequest)(nil),            // 56: flox.v1.StateRequest
+	(*StateResponse)(nil),           // 57: flox.v1.StateResponse
+	(*SweepRequest)(nil),            // 58: flox.v1.SweepRequest
+	(*Difference)(nil),              // 59: flox.v1.Difference
+	(*Label)(nil),                   // 60: flox.v1.Label
+	(*UserGrant)(nil),               // 61: flox.v1.UserGrant
+	(*InviteRecord)(nil),            // 62: flox.v1.InviteRecord
+	(*Machine)(nil),                 // 63: flox.v1.Machine
+	(*ChangeMachine)(nil),           // 64: flox.v1.ChangeMachine
+	(*AuditRecord)(nil),             // 65: flox.v1.AuditRecord
+	(*AddUpstreamRequest)(nil),      // 66: flox.v1.AddUpstreamRequest
+	(*ListUpstreamsRequest)(nil),    // 67: flox.v1.ListUpstreamsRequest
+	(*TestUpstreamRequest)(nil),     // 68: flox.v1.TestUpstreamRequest
+	(*RemoveUpstreamRequest)(nil),   // 69: flox.v1.RemoveUpstreamRequest
+	(*CreateProfileRequest)(nil),    // 70: flox.v1.CreateProfileRequest
+	(*DeleteProfileRequest)(nil),    // 71: flox.v1.DeleteProfileRequest
+	(*ListProfilesRequest)(nil),     // 72: flox.v1.ListProfilesRequest
+	(*ShowProfileRequest)(nil),      // 73: flox.v1.ShowProfileRequest
+	(*ProfileHistoryRequest)(nil),   // 74: flox.v1.ProfileHistoryRequest
+	(*ChangeProfileRequest)(nil),    // 75: flox.v1.ChangeProfileRequest
+	(*RollbackProfileRequest)(nil),  // 76: flox.v1.RollbackProfileRequest
+	(*GrantProfileRequest)(nil),     // 77: flox.v1.GrantProfileRequest
+	(*AddUpstreamResponse)(nil),     // 78: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),   // 79: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),    // 80: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),  // 81: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),   // 82: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),   // 83: flox.v1.DeleteProfileResponse
+	(*ListProfilesResponse)(nil),    // 84: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),     // 85: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),  // 86: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),   // 87: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil), // 88: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),    // 89: flox.v1.GrantProfileResponse
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
 	59, // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
@@ -3845,48 +3869,64 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	67, // 38: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
 	68, // 39: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
 	69, // 40: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
-	41, // 41: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	44, // 42: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	46, // 43: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	48, // 44: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	52, // 45: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	56, // 46: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	58, // 47: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	54, // 48: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	50, // 49: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,  // 50: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,  // 51: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,  // 52: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,  // 53: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12, // 54: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14, // 55: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16, // 56: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18, // 57: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22, // 58: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24, // 59: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26, // 60: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28, // 61: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	30, // 62: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	32, // 63: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	35, // 64: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	38, // 65: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	40, // 66: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,  // 67: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	70, // 68: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	71, // 69: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	72, // 70: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	73, // 71: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	42, // 72: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	45, // 73: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	47, // 74: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	49, // 75: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	53, // 76: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	57, // 77: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	30, // 78: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	55, // 79: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	51, // 80: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	50, // [50:81] is the sub-list for method output_type
-	19, // [19:50] is the sub-list for method input_type
+	70, // 41: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
+	71, // 42: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
+	72, // 43: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	73, // 44: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	74, // 45: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	75, // 46: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	76, // 47: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	77, // 48: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	41, // 49: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	44, // 50: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	46, // 51: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	48, // 52: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	52, // 53: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	56, // 54: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	58, // 55: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	54, // 56: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	50, // 57: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,  // 58: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,  // 59: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,  // 60: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,  // 61: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12, // 62: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14, // 63: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16, // 64: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18, // 65: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22, // 66: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24, // 67: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26, // 68: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28, // 69: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	30, // 70: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	32, // 71: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	35, // 72: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	38, // 73: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	40, // 74: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,  // 75: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	78, // 76: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	79, // 77: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	80, // 78: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	81, // 79: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	82, // 80: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	83, // 81: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	84, // 82: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	85, // 83: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	86, // 84: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	87, // 85: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	88, // 86: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	89, // 87: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	42, // 88: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	45, // 89: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	47, // 90: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	49, // 91: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	53, // 92: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	57, // 93: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	30, // 94: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	55, // 95: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	51, // 96: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	58, // [58:97] is the sub-list for method output_type
+	19, // [19:58] is the sub-list for method input_type
 	19, // [19:19] is the sub-list for extension type_name
 	19, // [19:19] is the sub-list for extension extendee
 	0,  // [0:19] is the sub-list for field type_name
@@ -3899,6 +3939,7 @@ func file_flox_v1_admin_proto_init() {
 	}
 	file_flox_v1_log_proto_init()
 	file_flox_v1_members_proto_init()
+	file_flox_v1_profiles_proto_init()
 	file_flox_v1_upstreams_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{

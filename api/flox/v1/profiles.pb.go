@@ -1131,6 +1131,887 @@ func (x *ProfileEvent) GetDetail() string {
 	return ""
 }
 
+// What people ask of profiles. NAME is OWNER/NAME, in any case.
+type CreateProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Systems       []string               `protobuf:"bytes,2,rep,name=systems,proto3" json:"systems,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateProfileRequest) Reset() {
+	*x = CreateProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateProfileRequest) ProtoMessage() {}
+
+func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateProfileRequest.ProtoReflect.Descriptor instead.
+func (*CreateProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *CreateProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateProfileRequest) GetSystems() []string {
+	if x != nil {
+		return x.Systems
+	}
+	return nil
+}
+
+type CreateProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateProfileResponse) Reset() {
+	*x = CreateProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateProfileResponse) ProtoMessage() {}
+
+func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateProfileResponse.ProtoReflect.Descriptor instead.
+func (*CreateProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *CreateProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type DeleteProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteProfileRequest) Reset() {
+	*x = DeleteProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteProfileRequest) ProtoMessage() {}
+
+func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteProfileRequest.ProtoReflect.Descriptor instead.
+func (*DeleteProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DeleteProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteProfileResponse) Reset() {
+	*x = DeleteProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteProfileResponse) ProtoMessage() {}
+
+func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteProfileResponse.ProtoReflect.Descriptor instead.
+func (*DeleteProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
+}
+
+type ListProfilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Owner         string                 `protobuf:"bytes,1,opt,name=owner,proto3" json:"owner,omitempty"`
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	After         string                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesRequest) Reset() {
+	*x = ListProfilesRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesRequest) ProtoMessage() {}
+
+func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
+func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ListProfilesRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *ListProfilesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListProfilesRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+type ListProfilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profiles      []*Profile             `protobuf:"bytes,1,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	More          bool                   `protobuf:"varint,2,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProfilesResponse) Reset() {
+	*x = ListProfilesResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProfilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProfilesResponse) ProtoMessage() {}
+
+func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
+func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ListProfilesResponse) GetProfiles() []*Profile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+func (x *ListProfilesResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+type ShowProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowProfileRequest) Reset() {
+	*x = ShowProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowProfileRequest) ProtoMessage() {}
+
+func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowProfileRequest.ProtoReflect.Descriptor instead.
+func (*ShowProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ShowProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ShowProfileRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type ShowProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Generation    *Generation            `protobuf:"bytes,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowProfileResponse) Reset() {
+	*x = ShowProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowProfileResponse) ProtoMessage() {}
+
+func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowProfileResponse.ProtoReflect.Descriptor instead.
+func (*ShowProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ShowProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *ShowProfileResponse) GetGeneration() *Generation {
+	if x != nil {
+		return x.Generation
+	}
+	return nil
+}
+
+type ProfileHistoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	Before        uint64                 `protobuf:"varint,3,opt,name=before,proto3" json:"before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileHistoryRequest) Reset() {
+	*x = ProfileHistoryRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileHistoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileHistoryRequest) ProtoMessage() {}
+
+func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileHistoryRequest.ProtoReflect.Descriptor instead.
+func (*ProfileHistoryRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ProfileHistoryRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ProfileHistoryRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *ProfileHistoryRequest) GetBefore() uint64 {
+	if x != nil {
+		return x.Before
+	}
+	return 0
+}
+
+type ProfileHistoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Events        []*ProfileEvent        `protobuf:"bytes,2,rep,name=events,proto3" json:"events,omitempty"`
+	More          bool                   `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileHistoryResponse) Reset() {
+	*x = ProfileHistoryResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileHistoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileHistoryResponse) ProtoMessage() {}
+
+func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileHistoryResponse.ProtoReflect.Descriptor instead.
+func (*ProfileHistoryResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ProfileHistoryResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *ProfileHistoryResponse) GetEvents() []*ProfileEvent {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+func (x *ProfileHistoryResponse) GetMore() bool {
+	if x != nil {
+		return x.More
+	}
+	return false
+}
+
+type ChangeProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Parent        uint64                 `protobuf:"varint,2,opt,name=parent,proto3" json:"parent,omitempty"` // what the caller saw; 0 = whatever lives
+	Set           []*Package             `protobuf:"bytes,3,rep,name=set,proto3" json:"set,omitempty"`
+	Drop          []string               `protobuf:"bytes,4,rep,name=drop,proto3" json:"drop,omitempty"`
+	Kind          string                 `protobuf:"bytes,5,opt,name=kind,proto3" json:"kind,omitempty"`
+	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	DryRun        bool                   `protobuf:"varint,7,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeProfileRequest) Reset() {
+	*x = ChangeProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeProfileRequest) ProtoMessage() {}
+
+func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeProfileRequest.ProtoReflect.Descriptor instead.
+func (*ChangeProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ChangeProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ChangeProfileRequest) GetParent() uint64 {
+	if x != nil {
+		return x.Parent
+	}
+	return 0
+}
+
+func (x *ChangeProfileRequest) GetSet() []*Package {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
+func (x *ChangeProfileRequest) GetDrop() []string {
+	if x != nil {
+		return x.Drop
+	}
+	return nil
+}
+
+func (x *ChangeProfileRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *ChangeProfileRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ChangeProfileRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type ChangeProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Generation    *Generation            `protobuf:"bytes,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	Before        *Generation            `protobuf:"bytes,3,opt,name=before,proto3" json:"before,omitempty"`  // none if nothing was installed yet
+	Merged        bool                   `protobuf:"varint,4,opt,name=merged,proto3" json:"merged,omitempty"` // somebody else's change came between
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeProfileResponse) Reset() {
+	*x = ChangeProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeProfileResponse) ProtoMessage() {}
+
+func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeProfileResponse.ProtoReflect.Descriptor instead.
+func (*ChangeProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ChangeProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *ChangeProfileResponse) GetGeneration() *Generation {
+	if x != nil {
+		return x.Generation
+	}
+	return nil
+}
+
+func (x *ChangeProfileResponse) GetBefore() *Generation {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+func (x *ChangeProfileResponse) GetMerged() bool {
+	if x != nil {
+		return x.Merged
+	}
+	return false
+}
+
+type RollbackProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	To            uint64                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackProfileRequest) Reset() {
+	*x = RollbackProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackProfileRequest) ProtoMessage() {}
+
+func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackProfileRequest.ProtoReflect.Descriptor instead.
+func (*RollbackProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *RollbackProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RollbackProfileRequest) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *RollbackProfileRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type RollbackProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	From          uint64                 `protobuf:"varint,2,opt,name=from,proto3" json:"from,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackProfileResponse) Reset() {
+	*x = RollbackProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackProfileResponse) ProtoMessage() {}
+
+func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackProfileResponse.ProtoReflect.Descriptor instead.
+func (*RollbackProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *RollbackProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *RollbackProfileResponse) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+type GrantProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Grants        []*ProfileGrant        `protobuf:"bytes,2,rep,name=grants,proto3" json:"grants,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantProfileRequest) Reset() {
+	*x = GrantProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantProfileRequest) ProtoMessage() {}
+
+func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantProfileRequest.ProtoReflect.Descriptor instead.
+func (*GrantProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *GrantProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GrantProfileRequest) GetGrants() []*ProfileGrant {
+	if x != nil {
+		return x.Grants
+	}
+	return nil
+}
+
+type GrantProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantProfileResponse) Reset() {
+	*x = GrantProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantProfileResponse) ProtoMessage() {}
+
+func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantProfileResponse.ProtoReflect.Descriptor instead.
+func (*GrantProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *GrantProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
 var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
@@ -1226,7 +2107,67 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04from\x18\x05 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x06 \x01(\x04R\x02to\x12\x16\n" +
 	"\x06reason\x18\a \x01(\tR\x06reason\x12\x16\n" +
-	"\x06detail\x18\b \x01(\tR\x06detailB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\x06detail\x18\b \x01(\tR\x06detail\"D\n" +
+	"\x14CreateProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\asystems\x18\x02 \x03(\tR\asystems\"C\n" +
+	"\x15CreateProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"*\n" +
+	"\x14DeleteProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x17\n" +
+	"\x15DeleteProfileResponse\"W\n" +
+	"\x13ListProfilesRequest\x12\x14\n" +
+	"\x05owner\x18\x01 \x01(\tR\x05owner\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\"X\n" +
+	"\x14ListProfilesResponse\x12,\n" +
+	"\bprofiles\x18\x01 \x03(\v2\x10.flox.v1.ProfileR\bprofiles\x12\x12\n" +
+	"\x04more\x18\x02 \x01(\bR\x04more\"H\n" +
+	"\x12ShowProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\"v\n" +
+	"\x13ShowProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x123\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\v2\x13.flox.v1.GenerationR\n" +
+	"generation\"Y\n" +
+	"\x15ProfileHistoryRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x16\n" +
+	"\x06before\x18\x03 \x01(\x04R\x06before\"\x87\x01\n" +
+	"\x16ProfileHistoryResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x12-\n" +
+	"\x06events\x18\x02 \x03(\v2\x15.flox.v1.ProfileEventR\x06events\x12\x12\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\"\xbf\x01\n" +
+	"\x14ChangeProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06parent\x18\x02 \x01(\x04R\x06parent\x12\"\n" +
+	"\x03set\x18\x03 \x03(\v2\x10.flox.v1.PackageR\x03set\x12\x12\n" +
+	"\x04drop\x18\x04 \x03(\tR\x04drop\x12\x12\n" +
+	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x17\n" +
+	"\adry_run\x18\a \x01(\bR\x06dryRun\"\xbd\x01\n" +
+	"\x15ChangeProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x123\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\v2\x13.flox.v1.GenerationR\n" +
+	"generation\x12+\n" +
+	"\x06before\x18\x03 \x01(\v2\x13.flox.v1.GenerationR\x06before\x12\x16\n" +
+	"\x06merged\x18\x04 \x01(\bR\x06merged\"T\n" +
+	"\x16RollbackProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"Y\n" +
+	"\x17RollbackProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\x04R\x04from\"X\n" +
+	"\x13GrantProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
+	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"B\n" +
+	"\x14GrantProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofileB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_profiles_proto_rawDescOnce sync.Once
@@ -1240,26 +2181,42 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_flox_v1_profiles_proto_goTypes = []any{
-	(*ProfilesCommand)(nil), // 0: flox.v1.ProfilesCommand
-	(*NewProfile)(nil),      // 1: flox.v1.NewProfile
-	(*NewGeneration)(nil),   // 2: flox.v1.NewGeneration
-	(*LiveGeneration)(nil),  // 3: flox.v1.LiveGeneration
-	(*SetGrants)(nil),       // 4: flox.v1.SetGrants
-	(*ProfilesReply)(nil),   // 5: flox.v1.ProfilesReply
-	(*Profile)(nil),         // 6: flox.v1.Profile
-	(*ProfileGrant)(nil),    // 7: flox.v1.ProfileGrant
-	(*Package)(nil),         // 8: flox.v1.Package
-	(*PackagePaths)(nil),    // 9: flox.v1.PackagePaths
-	(*Environment)(nil),     // 10: flox.v1.Environment
-	(*Generation)(nil),      // 11: flox.v1.Generation
-	(*PackageRecord)(nil),   // 12: flox.v1.PackageRecord
-	(*ProfileEvent)(nil),    // 13: flox.v1.ProfileEvent
-	(*Actor)(nil),           // 14: flox.v1.Actor
+	(*ProfilesCommand)(nil),         // 0: flox.v1.ProfilesCommand
+	(*NewProfile)(nil),              // 1: flox.v1.NewProfile
+	(*NewGeneration)(nil),           // 2: flox.v1.NewGeneration
+	(*LiveGeneration)(nil),          // 3: flox.v1.LiveGeneration
+	(*SetGrants)(nil),               // 4: flox.v1.SetGrants
+	(*ProfilesReply)(nil),           // 5: flox.v1.ProfilesReply
+	(*Profile)(nil),                 // 6: flox.v1.Profile
+	(*ProfileGrant)(nil),            // 7: flox.v1.ProfileGrant
+	(*Package)(nil),                 // 8: flox.v1.Package
+	(*PackagePaths)(nil),            // 9: flox.v1.PackagePaths
+	(*Environment)(nil),             // 10: flox.v1.Environment
+	(*Generation)(nil),              // 11: flox.v1.Generation
+	(*PackageRecord)(nil),           // 12: flox.v1.PackageRecord
+	(*ProfileEvent)(nil),            // 13: flox.v1.ProfileEvent
+	(*CreateProfileRequest)(nil),    // 14: flox.v1.CreateProfileRequest
+	(*CreateProfileResponse)(nil),   // 15: flox.v1.CreateProfileResponse
+	(*DeleteProfileRequest)(nil),    // 16: flox.v1.DeleteProfileRequest
+	(*DeleteProfileResponse)(nil),   // 17: flox.v1.DeleteProfileResponse
+	(*ListProfilesRequest)(nil),     // 18: flox.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),    // 19: flox.v1.ListProfilesResponse
+	(*ShowProfileRequest)(nil),      // 20: flox.v1.ShowProfileRequest
+	(*ShowProfileResponse)(nil),     // 21: flox.v1.ShowProfileResponse
+	(*ProfileHistoryRequest)(nil),   // 22: flox.v1.ProfileHistoryRequest
+	(*ProfileHistoryResponse)(nil),  // 23: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileRequest)(nil),    // 24: flox.v1.ChangeProfileRequest
+	(*ChangeProfileResponse)(nil),   // 25: flox.v1.ChangeProfileResponse
+	(*RollbackProfileRequest)(nil),  // 26: flox.v1.RollbackProfileRequest
+	(*RollbackProfileResponse)(nil), // 27: flox.v1.RollbackProfileResponse
+	(*GrantProfileRequest)(nil),     // 28: flox.v1.GrantProfileRequest
+	(*GrantProfileResponse)(nil),    // 29: flox.v1.GrantProfileResponse
+	(*Actor)(nil),                   // 30: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	14, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	30, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
@@ -1270,16 +2227,29 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	6,  // 8: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
 	7,  // 9: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
 	9,  // 10: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	14, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	30, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
 	8,  // 12: flox.v1.Generation.packages:type_name -> flox.v1.Package
 	10, // 13: flox.v1.Generation.environments:type_name -> flox.v1.Environment
 	8,  // 14: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	14, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	30, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	6,  // 16: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
+	6,  // 17: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
+	6,  // 18: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
+	11, // 19: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
+	6,  // 20: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
+	13, // 21: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
+	8,  // 22: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
+	6,  // 23: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
+	11, // 24: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
+	11, // 25: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
+	6,  // 26: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
+	7,  // 27: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
+	6,  // 28: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -1301,7 +2271,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

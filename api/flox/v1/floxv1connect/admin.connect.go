@@ -83,6 +83,22 @@ const (
 	AdminTestUpstreamProcedure = "/flox.v1.Admin/TestUpstream"
 	// AdminRemoveUpstreamProcedure is the fully-qualified name of the Admin's RemoveUpstream RPC.
 	AdminRemoveUpstreamProcedure = "/flox.v1.Admin/RemoveUpstream"
+	// AdminCreateProfileProcedure is the fully-qualified name of the Admin's CreateProfile RPC.
+	AdminCreateProfileProcedure = "/flox.v1.Admin/CreateProfile"
+	// AdminDeleteProfileProcedure is the fully-qualified name of the Admin's DeleteProfile RPC.
+	AdminDeleteProfileProcedure = "/flox.v1.Admin/DeleteProfile"
+	// AdminListProfilesProcedure is the fully-qualified name of the Admin's ListProfiles RPC.
+	AdminListProfilesProcedure = "/flox.v1.Admin/ListProfiles"
+	// AdminShowProfileProcedure is the fully-qualified name of the Admin's ShowProfile RPC.
+	AdminShowProfileProcedure = "/flox.v1.Admin/ShowProfile"
+	// AdminProfileHistoryProcedure is the fully-qualified name of the Admin's ProfileHistory RPC.
+	AdminProfileHistoryProcedure = "/flox.v1.Admin/ProfileHistory"
+	// AdminChangeProfileProcedure is the fully-qualified name of the Admin's ChangeProfile RPC.
+	AdminChangeProfileProcedure = "/flox.v1.Admin/ChangeProfile"
+	// AdminRollbackProfileProcedure is the fully-qualified name of the Admin's RollbackProfile RPC.
+	AdminRollbackProfileProcedure = "/flox.v1.Admin/RollbackProfile"
+	// AdminGrantProfileProcedure is the fully-qualified name of the Admin's GrantProfile RPC.
+	AdminGrantProfileProcedure = "/flox.v1.Admin/GrantProfile"
 	// AdminListKeysProcedure is the fully-qualified name of the Admin's ListKeys RPC.
 	AdminListKeysProcedure = "/flox.v1.Admin/ListKeys"
 	// AdminImportKeyProcedure is the fully-qualified name of the Admin's ImportKey RPC.
@@ -133,6 +149,15 @@ type AdminClient interface {
 	ListUpstreams(context.Context, *connect.Request[v1.ListUpstreamsRequest]) (*connect.Response[v1.ListUpstreamsResponse], error)
 	TestUpstream(context.Context, *connect.Request[v1.TestUpstreamRequest]) (*connect.Response[v1.TestUpstreamResponse], error)
 	RemoveUpstream(context.Context, *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error)
+	// Profiles. Who may do what is said in the profile itself.
+	CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error)
+	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
+	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
+	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
+	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
+	ChangeProfile(context.Context, *connect.Request[v1.ChangeProfileRequest]) (*connect.Response[v1.ChangeProfileResponse], error)
+	RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error)
+	GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -283,6 +308,54 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("RemoveUpstream")),
 			connect.WithClientOptions(opts...),
 		),
+		createProfile: connect.NewClient[v1.CreateProfileRequest, v1.CreateProfileResponse](
+			httpClient,
+			baseURL+AdminCreateProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("CreateProfile")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteProfile: connect.NewClient[v1.DeleteProfileRequest, v1.DeleteProfileResponse](
+			httpClient,
+			baseURL+AdminDeleteProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("DeleteProfile")),
+			connect.WithClientOptions(opts...),
+		),
+		listProfiles: connect.NewClient[v1.ListProfilesRequest, v1.ListProfilesResponse](
+			httpClient,
+			baseURL+AdminListProfilesProcedure,
+			connect.WithSchema(adminMethods.ByName("ListProfiles")),
+			connect.WithClientOptions(opts...),
+		),
+		showProfile: connect.NewClient[v1.ShowProfileRequest, v1.ShowProfileResponse](
+			httpClient,
+			baseURL+AdminShowProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("ShowProfile")),
+			connect.WithClientOptions(opts...),
+		),
+		profileHistory: connect.NewClient[v1.ProfileHistoryRequest, v1.ProfileHistoryResponse](
+			httpClient,
+			baseURL+AdminProfileHistoryProcedure,
+			connect.WithSchema(adminMethods.ByName("ProfileHistory")),
+			connect.WithClientOptions(opts...),
+		),
+		changeProfile: connect.NewClient[v1.ChangeProfileRequest, v1.ChangeProfileResponse](
+			httpClient,
+			baseURL+AdminChangeProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("ChangeProfile")),
+			connect.WithClientOptions(opts...),
+		),
+		rollbackProfile: connect.NewClient[v1.RollbackProfileRequest, v1.RollbackProfileResponse](
+			httpClient,
+			baseURL+AdminRollbackProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("RollbackProfile")),
+			connect.WithClientOptions(opts...),
+		),
+		grantProfile: connect.NewClient[v1.GrantProfileRequest, v1.GrantProfileResponse](
+			httpClient,
+			baseURL+AdminGrantProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("GrantProfile")),
+			connect.WithClientOptions(opts...),
+		),
 		listKeys: connect.NewClient[v1.ListKeysRequest, v1.ListKeysResponse](
 			httpClient,
 			baseURL+AdminListKeysProcedure,
@@ -312,32 +385,40 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 
 // adminClient implements AdminClient.
 type adminClient struct {
-	makeInvite     *connect.Client[v1.MakeInviteRequest, v1.MakeInviteResponse]
-	listInvites    *connect.Client[v1.ListInvitesRequest, v1.ListInvitesResponse]
-	cancelInvite   *connect.Client[v1.CancelInviteRequest, v1.CancelInviteResponse]
-	listMachines   *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
-	changeMachine  *connect.Client[v1.ChangeMachineRequest, v1.ChangeMachineResponse]
-	removeMachine  *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
-	audit          *connect.Client[v1.AuditRequest, v1.AuditResponse]
-	servers        *connect.Client[v1.ServersRequest, v1.ServersResponse]
-	transfer       *connect.Client[v1.TransferRequest, v1.TransferResponse]
-	removeServer   *connect.Client[v1.RemoveServerRequest, v1.RemoveServerResponse]
-	drain          *connect.Client[v1.DrainRequest, v1.DrainResponse]
-	usage          *connect.Client[v1.UsageRequest, v1.UsageResponse]
-	collect        *connect.Client[v1.CollectRequest, v1.CollectProgress]
-	roots          *connect.Client[v1.RootsRequest, v1.RootsResponse]
-	why            *connect.Client[v1.WhyRequest, v1.WhyResponse]
-	keepPath       *connect.Client[v1.KeepPathRequest, v1.KeepPathResponse]
-	_import        *connect.Client[v1.ImportRequest, v1.ImportProgress]
-	differences    *connect.Client[v1.DifferencesRequest, v1.DifferencesResponse]
-	addUpstream    *connect.Client[v1.AddUpstreamRequest, v1.AddUpstreamResponse]
-	listUpstreams  *connect.Client[v1.ListUpstreamsRequest, v1.ListUpstreamsResponse]
-	testUpstream   *connect.Client[v1.TestUpstreamRequest, v1.TestUpstreamResponse]
-	removeUpstream *connect.Client[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse]
-	listKeys       *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
-	importKey      *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
-	rotateKeys     *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
-	backup         *connect.Client[v1.BackupRequest, v1.BackupProgress]
+	makeInvite      *connect.Client[v1.MakeInviteRequest, v1.MakeInviteResponse]
+	listInvites     *connect.Client[v1.ListInvitesRequest, v1.ListInvitesResponse]
+	cancelInvite    *connect.Client[v1.CancelInviteRequest, v1.CancelInviteResponse]
+	listMachines    *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
+	changeMachine   *connect.Client[v1.ChangeMachineRequest, v1.ChangeMachineResponse]
+	removeMachine   *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
+	audit           *connect.Client[v1.AuditRequest, v1.AuditResponse]
+	servers         *connect.Client[v1.ServersRequest, v1.ServersResponse]
+	transfer        *connect.Client[v1.TransferRequest, v1.TransferResponse]
+	removeServer    *connect.Client[v1.RemoveServerRequest, v1.RemoveServerResponse]
+	drain           *connect.Client[v1.DrainRequest, v1.DrainResponse]
+	usage           *connect.Client[v1.UsageRequest, v1.UsageResponse]
+	collect         *connect.Client[v1.CollectRequest, v1.CollectProgress]
+	roots           *connect.Client[v1.RootsRequest, v1.RootsResponse]
+	why             *connect.Client[v1.WhyRequest, v1.WhyResponse]
+	keepPath        *connect.Client[v1.KeepPathRequest, v1.KeepPathResponse]
+	_import         *connect.Client[v1.ImportRequest, v1.ImportProgress]
+	differences     *connect.Client[v1.DifferencesRequest, v1.DifferencesResponse]
+	addUpstream     *connect.Client[v1.AddUpstreamRequest, v1.AddUpstreamResponse]
+	listUpstreams   *connect.Client[v1.ListUpstreamsRequest, v1.ListUpstreamsResponse]
+	testUpstream    *connect.Client[v1.TestUpstreamRequest, v1.TestUpstreamResponse]
+	removeUpstream  *connect.Client[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse]
+	createProfile   *connect.Client[v1.CreateProfileRequest, v1.CreateProfileResponse]
+	deleteProfile   *connect.Client[v1.DeleteProfileRequest, v1.DeleteProfileResponse]
+	listProfiles    *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
+	showProfile     *connect.Client[v1.ShowProfileRequest, v1.ShowProfileResponse]
+	profileHistory  *connect.Client[v1.ProfileHistoryRequest, v1.ProfileHistoryResponse]
+	changeProfile   *connect.Client[v1.ChangeProfileRequest, v1.ChangeProfileResponse]
+	rollbackProfile *connect.Client[v1.RollbackProfileRequest, v1.RollbackProfileResponse]
+	grantProfile    *connect.Client[v1.GrantProfileRequest, v1.GrantProfileResponse]
+	listKeys        *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
+	importKey       *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
+	rotateKeys      *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
+	backup          *connect.Client[v1.BackupRequest, v1.BackupProgress]
 }
 
 // MakeInvite calls flox.v1.Admin.MakeInvite.
@@ -450,6 +531,46 @@ func (c *adminClient) RemoveUpstream(ctx context.Context, req *connect.Request[v
 	return c.removeUpstream.CallUnary(ctx, req)
 }
 
+// CreateProfile calls flox.v1.Admin.CreateProfile.
+func (c *adminClient) CreateProfile(ctx context.Context, req *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error) {
+	return c.createProfile.CallUnary(ctx, req)
+}
+
+// DeleteProfile calls flox.v1.Admin.DeleteProfile.
+func (c *adminClient) DeleteProfile(ctx context.Context, req *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error) {
+	return c.deleteProfile.CallUnary(ctx, req)
+}
+
+// ListProfiles calls flox.v1.Admin.ListProfiles.
+func (c *adminClient) ListProfiles(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	return c.listProfiles.CallUnary(ctx, req)
+}
+
+// ShowProfile calls flox.v1.Admin.ShowProfile.
+func (c *adminClient) ShowProfile(ctx context.Context, req *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error) {
+	return c.showProfile.CallUnary(ctx, req)
+}
+
+// ProfileHistory calls flox.v1.Admin.ProfileHistory.
+func (c *adminClient) ProfileHistory(ctx context.Context, req *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error) {
+	return c.profileHistory.CallUnary(ctx, req)
+}
+
+// ChangeProfile calls flox.v1.Admin.ChangeProfile.
+func (c *adminClient) ChangeProfile(ctx context.Context, req *connect.Request[v1.ChangeProfileRequest]) (*connect.Response[v1.ChangeProfileResponse], error) {
+	return c.changeProfile.CallUnary(ctx, req)
+}
+
+// RollbackProfile calls flox.v1.Admin.RollbackProfile.
+func (c *adminClient) RollbackProfile(ctx context.Context, req *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error) {
+	return c.rollbackProfile.CallUnary(ctx, req)
+}
+
+// GrantProfile calls flox.v1.Admin.GrantProfile.
+func (c *adminClient) GrantProfile(ctx context.Context, req *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error) {
+	return c.grantProfile.CallUnary(ctx, req)
+}
+
 // ListKeys calls flox.v1.Admin.ListKeys.
 func (c *adminClient) ListKeys(ctx context.Context, req *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {
 	return c.listKeys.CallUnary(ctx, req)
@@ -500,6 +621,15 @@ type AdminHandler interface {
 	ListUpstreams(context.Context, *connect.Request[v1.ListUpstreamsRequest]) (*connect.Response[v1.ListUpstreamsResponse], error)
 	TestUpstream(context.Context, *connect.Request[v1.TestUpstreamRequest]) (*connect.Response[v1.TestUpstreamResponse], error)
 	RemoveUpstream(context.Context, *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error)
+	// Profiles. Who may do what is said in the profile itself.
+	CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error)
+	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
+	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
+	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
+	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
+	ChangeProfile(context.Context, *connect.Request[v1.ChangeProfileRequest]) (*connect.Response[v1.ChangeProfileResponse], error)
+	RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error)
+	GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -646,6 +776,54 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("RemoveUpstream")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminCreateProfileHandler := connect.NewUnaryHandler(
+		AdminCreateProfileProcedure,
+		svc.CreateProfile,
+		connect.WithSchema(adminMethods.ByName("CreateProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminDeleteProfileHandler := connect.NewUnaryHandler(
+		AdminDeleteProfileProcedure,
+		svc.DeleteProfile,
+		connect.WithSchema(adminMethods.ByName("DeleteProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminListProfilesHandler := connect.NewUnaryHandler(
+		AdminListProfilesProcedure,
+		svc.ListProfiles,
+		connect.WithSchema(adminMethods.ByName("ListProfiles")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminShowProfileHandler := connect.NewUnaryHandler(
+		AdminShowProfileProcedure,
+		svc.ShowProfile,
+		connect.WithSchema(adminMethods.ByName("ShowProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminProfileHistoryHandler := connect.NewUnaryHandler(
+		AdminProfileHistoryProcedure,
+		svc.ProfileHistory,
+		connect.WithSchema(adminMethods.ByName("ProfileHistory")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminChangeProfileHandler := connect.NewUnaryHandler(
+		AdminChangeProfileProcedure,
+		svc.ChangeProfile,
+		connect.WithSchema(adminMethods.ByName("ChangeProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminRollbackProfileHandler := connect.NewUnaryHandler(
+		AdminRollbackProfileProcedure,
+		svc.RollbackProfile,
+		connect.WithSchema(adminMethods.ByName("RollbackProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminGrantProfileHandler := connect.NewUnaryHandler(
+		AdminGrantProfileProcedure,
+		svc.GrantProfile,
+		connect.WithSchema(adminMethods.ByName("GrantProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListKeysHandler := connect.NewUnaryHandler(
 		AdminListKeysProcedure,
 		svc.ListKeys,
@@ -716,6 +894,22 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminTestUpstreamHandler.ServeHTTP(w, r)
 		case AdminRemoveUpstreamProcedure:
 			adminRemoveUpstreamHandler.ServeHTTP(w, r)
+		case AdminCreateProfileProcedure:
+			adminCreateProfileHandler.ServeHTTP(w, r)
+		case AdminDeleteProfileProcedure:
+			adminDeleteProfileHandler.ServeHTTP(w, r)
+		case AdminListProfilesProcedure:
+			adminListProfilesHandler.ServeHTTP(w, r)
+		case AdminShowProfileProcedure:
+			adminShowProfileHandler.ServeHTTP(w, r)
+		case AdminProfileHistoryProcedure:
+			adminProfileHistoryHandler.ServeHTTP(w, r)
+		case AdminChangeProfileProcedure:
+			adminChangeProfileHandler.ServeHTTP(w, r)
+		case AdminRollbackProfileProcedure:
+			adminRollbackProfileHandler.ServeHTTP(w, r)
+		case AdminGrantProfileProcedure:
+			adminGrantProfileHandler.ServeHTTP(w, r)
 		case AdminListKeysProcedure:
 			adminListKeysHandler.ServeHTTP(w, r)
 		case AdminImportKeyProcedure:
@@ -819,6 +1013,38 @@ func (UnimplementedAdminHandler) TestUpstream(context.Context, *connect.Request[
 
 func (UnimplementedAdminHandler) RemoveUpstream(context.Context, *connect.Request[v1.RemoveUpstreamRequest]) (*connect.Response[v1.RemoveUpstreamResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.RemoveUpstream is not implemented"))
+}
+
+func (UnimplementedAdminHandler) CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.CreateProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.DeleteProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListProfiles is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ShowProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ProfileHistory is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ChangeProfile(context.Context, *connect.Request[v1.ChangeProfileRequest]) (*connect.Response[v1.ChangeProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ChangeProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.RollbackProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.GrantProfile is not implemented"))
 }
 
 func (UnimplementedAdminHandler) ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {

@@ -53,6 +53,8 @@ const (
 	AgentDownloadProcedure = "/flox.v1.Agent/Download"
 	// AgentAddProcedure is the fully-qualified name of the Agent's Add RPC.
 	AgentAddProcedure = "/flox.v1.Agent/Add"
+	// AgentShareProcedure is the fully-qualified name of the Agent's Share RPC.
+	AgentShareProcedure = "/flox.v1.Agent/Share"
 	// AgentKeepProcedure is the fully-qualified name of the Agent's Keep RPC.
 	AgentKeepProcedure = "/flox.v1.Agent/Keep"
 	// AgentUnkeepProcedure is the fully-qualified name of the Agent's Unkeep RPC.
@@ -89,6 +91,8 @@ type AgentClient interface {
 	// Add uploads a file tree from this machine to the storehouse as a store path
 	// (content-addressed as `nix-store --add` names it) with the caller's token.
 	Add(context.Context) *connect.ClientStreamForClient[v1.AddRequest, v1.AddResponse]
+	// Share makes what was added on this machine, with all it needs, valid in the storehouse, so that others can have it.
+	Share(context.Context, *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
@@ -166,6 +170,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Add")),
 			connect.WithClientOptions(opts...),
 		),
+		share: connect.NewClient[v1.ShareRequest, v1.ShareResponse](
+			httpClient,
+			baseURL+AgentShareProcedure,
+			connect.WithSchema(agentMethods.ByName("Share")),
+			connect.WithClientOptions(opts...),
+		),
 		keep: connect.NewClient[v1.KeepRequest, v1.KeepResponse](
 			httpClient,
 			baseURL+AgentKeepProcedure,
@@ -222,6 +232,7 @@ type agentClient struct {
 	verify     *connect.Client[v1.VerifyRequest, v1.VerifyProgress]
 	download   *connect.Client[v1.DownloadRequest, v1.DownloadProgress]
 	add        *connect.Client[v1.AddRequest, v1.AddResponse]
+	share      *connect.Client[v1.ShareRequest, v1.ShareResponse]
 	keep       *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	unkeep     *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	kept       *connect.Client[v1.KeptRequest, v1.KeptResponse]
@@ -274,6 +285,11 @@ func (c *agentClient) Download(ctx context.Context, req *connect.Request[v1.Down
 // Add calls flox.v1.Agent.Add.
 func (c *agentClient) Add(ctx context.Context) *connect.ClientStreamForClient[v1.AddRequest, v1.AddResponse] {
 	return c.add.CallClientStream(ctx)
+}
+
+// Share calls flox.v1.Agent.Share.
+func (c *agentClient) Share(ctx context.Context, req *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error) {
+	return c.share.CallUnary(ctx, req)
 }
 
 // Keep calls flox.v1.Agent.Keep.
@@ -331,6 +347,8 @@ type AgentHandler interface {
 	// Add uploads a file tree from this machine to the storehouse as a store path
 	// (content-addressed as `nix-store --add` names it) with the caller's token.
 	Add(context.Context, *connect.ClientStream[v1.AddRequest]) (*connect.Response[v1.AddResponse], error)
+	// Share makes what was added on this machine, with all it needs, valid in the storehouse, so that others can have it.
+	Share(context.Context, *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
@@ -404,6 +422,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Add")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentShareHandler := connect.NewUnaryHandler(
+		AgentShareProcedure,
+		svc.Share,
+		connect.WithSchema(agentMethods.ByName("Share")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentKeepHandler := connect.NewUnaryHandler(
 		AgentKeepProcedure,
 		svc.Keep,
@@ -466,6 +490,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentDownloadHandler.ServeHTTP(w, r)
 		case AgentAddProcedure:
 			agentAddHandler.ServeHTTP(w, r)
+		case AgentShareProcedure:
+			agentShareHandler.ServeHTTP(w, r)
 		case AgentKeepProcedure:
 			agentKeepHandler.ServeHTTP(w, r)
 		case AgentUnkeepProcedure:
@@ -523,6 +549,10 @@ func (UnimplementedAgentHandler) Download(context.Context, *connect.Request[v1.D
 
 func (UnimplementedAgentHandler) Add(context.Context, *connect.ClientStream[v1.AddRequest]) (*connect.Response[v1.AddResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Add is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Share(context.Context, *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Share is not implemented"))
 }
 
 func (UnimplementedAgentHandler) Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error) {

@@ -1,0 +1,202 @@
+package storehouse
+
+import (
+	"context"
+	"fmt"
+
+	"connectrpc.com/connect"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/members"
+	"github.com/floxctl/flox/p2p"
+	"github.com/floxctl/flox/profile"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+// What people do with profiles, as a refusal names it.
+const actionProfile = "profile"
+
+const (
+	memberOnly      = 1 // members.Rights of a person for whom a machine may speak
+	defaultProfiles = 1000
+	maxListedOnce   = 10_000
+	defaultEvents   = 100
+)
+
+// person says for whom something is asked of profiles. What that person may do with one
+// is said in it.
+func (a *admin) person(ctx context.Context, call connect.AnyRequest) (person, error) {
+	who, err := a.may(ctx, call, memberOnly, actionProfile)
+	if err != nil {
+		return person{}, err
+	}
+	_, local := ctx.Value(socketKey{}).(int)
+	m, _ := a.s.roster.machine(p2p.PeerID(who.GetPeer()))
+	return person{who, local || members.Rights(members.UserRole(m, who.GetUser())) >= adminOnly}, nil
+}
+
+// CreateProfile is floxv1connect.AdminHandler.
+func (a *admin) CreateProfile(ctx context.Context, req *connect.Request[floxv1.CreateProfileRequest]) (*connect.Response[floxv1.CreateProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	if err := a.s.takesFacts(Essential(ctx)); err != nil {
+		return nil, api.ToConnect(fmt.Errorf("profile %s: %w", req.Msg.GetName(), err))
+	}
+	reply, err := a.s.profiles.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Create{Create: &floxv1.NewProfile{
+		Name: req.Msg.GetName(), Systems: req.Msg.GetSystems(),
+	}}})
+	return answer(&floxv1.CreateProfileResponse{Profile: reply.GetProfile()}, err)
+}
+
+// DeleteProfile is floxv1connect.AdminHandler.
+func (a *admin) DeleteProfile(ctx context.Context, req *connect.Request[floxv1.DeleteProfileRequest]) (*connect.Response[floxv1.DeleteProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	_, err = a.s.profiles.propose(freeing(ctx), who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Delete{Delete: req.Msg.GetName()}})
+	return answer(&floxv1.DeleteProfileResponse{}, err)
+}
+
+// GrantProfile is floxv1connect.AdminHandler.
+func (a *admin) GrantProfile(ctx context.Context, req *connect.Request[floxv1.GrantProfileRequest]) (*connect.Response[floxv1.GrantProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	reply, err := a.s.profiles.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Grants{Grants: &floxv1.SetGrants{
+		Profile: req.Msg.GetName(), Grants: req.Msg.GetGrants(),
+	}}})
+	return answer(&floxv1.GrantProfileResponse{Profile: reply.GetProfile()}, err)
+}
+
+// ListProfiles is floxv1connect.AdminHandler.
+func (a *admin) ListProfiles(ctx context.Context, req *connect.Request[floxv1.ListProfilesRequest]) (*connect.Response[floxv1.ListProfilesResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	limit := int(req.Msg.GetLimit())
+	if setDefault(&limit, defaultProfiles); limit > maxListedOnce {
+		return nil, api.ToConnect(fmt.Errorf("list %d profiles, want at most %d at once: %w", limit, maxListedOnce, flox.ErrBadInput))
+	}
+	out := &floxv1.ListProfilesResponse{}
+	err = a.s.profiles.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		return profile.List(r, req.Msg.GetOwner(), req.Msg.GetAfter(), func(p *floxv1.Profile) bool {
+			if who.may(p, profile.Reader) != nil {
+				return true
+			}
+			if out.More = len(out.Profiles) == limit; !out.More {
+				out.Profiles = append(out.Profiles, p)
+			}
+			return !out.More
+		})
+	})
+	return answer(out, err)
+}
+
+// ShowProfile is floxv1connect.AdminHandler.
+func (a *admin) ShowProfile(ctx context.Context, req *connect.Request[floxv1.ShowProfileRequest]) (*connect.Response[floxv1.ShowProfileResponse], error) {
+	out := &floxv1.ShowProfileResponse{}
+	err := a.readProfile(ctx, req, req.Msg.GetName(), func(r *cluster.Reader, p *floxv1.Profile) (err error) {
+		if out.Profile = p; req.Msg.GetGeneration() == 0 {
+			out.Generation, err = live(r, p)
+		} else {
+			out.Generation, err = profile.ReadGeneration(r, p.GetName(), req.Msg.GetGeneration())
+		}
+		return err
+	})
+	return answer(out, err)
+}
+
+// ProfileHistory is floxv1connect.AdminHandler.
+func (a *admin) ProfileHistory(ctx context.Context, req *connect.Request[floxv1.ProfileHistoryRequest]) (*connect.Response[floxv1.ProfileHistoryResponse], error) {
+	limit := int(req.Msg.GetLimit())
+	if setDefault(&limit, defaultEvents); limit > maxListedOnce {
+		return nil, api.ToConnect(fmt.Errorf("history of %d events, want at most %d at once: %w", limit, maxListedOnce, flox.ErrBadInput))
+	}
+	out := &floxv1.ProfileHistoryResponse{}
+	err := a.readProfile(ctx, req, req.Msg.GetName(), func(r *cluster.Reader, p *floxv1.Profile) (err error) {
+		out.Profile = p
+		out.Events, out.More, err = profile.Events(r, p.GetName(), req.Msg.GetBefore(), limit)
+		return err
+	})
+	return answer(out, err)
+}
+
+// readProfile calls f with a profile that the caller may read.
+func (a *admin) readProfile(ctx context.Context, call connect.AnyRequest, name string, f func(r *cluster.Reader, p *floxv1.Profile) error) error {
+	who, err := a.person(ctx, call)
+	if err != nil {
+		return err
+	}
+	return a.s.profiles.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		p, err := profile.Find(r, name)
+		if err == nil {
+			err = who.may(p, profile.Reader)
+		}
+		if err != nil {
+			return err
+		}
+		return f(r, p)
+	})
+}
+
+// ChangeProfile is floxv1connect.AdminHandler.
+func (a *admin) ChangeProfile(ctx context.Context, req *connect.Request[floxv1.ChangeProfileRequest]) (*connect.Response[floxv1.ChangeProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return answer(a.s.profiles.change(ctx, who, req.Msg))
+}
+
+// RollbackProfile is floxv1connect.AdminHandler.
+func (a *admin) RollbackProfile(ctx context.Context, req *connect.Request[floxv1.RollbackProfileRequest]) (*connect.Response[floxv1.RollbackProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return answer(a.s.profiles.rollback(ctx, who, req.Msg))
+}
+
+// rollback lets an earlier generation live again.
+func (p *profiles) rollback(ctx context.Context, who person, q *floxv1.RollbackProfileRequest) (*floxv1.RollbackProfileResponse, error) {
+	out := &floxv1.RollbackProfileResponse{}
+	to := q.GetTo()
+	err := p.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		at, err := profile.Find(r, q.GetName())
+		if err != nil {
+			return err
+		}
+		if err := who.may(at, profile.Writer); err != nil {
+			return err
+		}
+		g, err := live(r, at)
+		if err != nil {
+			return err
+		}
+		if out.Profile, out.From = at, at.GetLive(); to == 0 {
+			if to = g.GetParent(); to == 0 {
+				return fmt.Errorf("profile %s: nothing lived before generation %d; see: floxctl history -p %s: %w", at.GetName(), at.GetLive(), at.GetName(), flox.ErrNotFound)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	reply, err := p.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Switch{Switch: &floxv1.LiveGeneration{
+		Profile: out.GetProfile().GetName(), Live: out.GetFrom(), To: to, Reason: q.GetReason(),
+	}}})
+	if err == nil && reply.GetMoved() {
+		err = fmt.Errorf("profile %s: somebody changed it this moment, generation %d lives now; nothing was changed: look again: %w",
+			out.GetProfile().GetName(), reply.GetProfile().GetLive(), flox.ErrBusy)
+	}
+	out.Profile = reply.GetProfile()
+	return out, err
+}
