@@ -52,7 +52,8 @@ and exact with --json; what goes on over time is JSON lines there.
 		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
 		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
 		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g), newKeyCmd(g), newStorehouseCmd(g), newImportCmd(g), newUpstreamCmd(g),
-		newProfileCmd(g), newInstallCmd(g), newUninstallCmd(g), newListCmd(g), newShowCmd(g), newHistoryCmd(g), newRollbackCmd(g),
+		newProfileCmd(g), newInstallCmd(g), newUninstallCmd(g), newListCmd(g), newShowCmd(g), newHistoryCmd(g), newDiffCmd(g), newWhyCmd(g), newRollbackCmd(g),
+		newHoldCmd(g, true), newHoldCmd(g, false),
 		newJoinCmd(), newLeaveCmd(), newShellenvCmd(g), newNixCmd(g),
 	)
 	return root

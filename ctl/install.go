@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"runtime"
 	"strings"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -31,33 +30,44 @@ const defaultPriority = 5
 // changeOptions are the command line of install and uninstall.
 type changeOptions struct {
 	profileFlag
-	priority uint32
+	priority *uint32
 	as       string
 	reason   string
 	dryRun   bool
 }
 
 func newInstallCmd(g *globals) *cobra.Command {
-	opts := &changeOptions{profileFlag: profileFlag{globals: g}}
+	opts, priority := &changeOptions{profileFlag: profileFlag{globals: g}}, uint32(0)
 	cmd := &cobra.Command{
-		Use:   "install PATH... [-p OWNER/NAME] [--as NAME] [--priority N] [--dry-run]",
+		Use:   "install PACKAGE... [-p OWNER/NAME] [--as NAME] [--priority N] [--dry-run]",
 		Short: "Put packages into a profile",
-		Long: `Put packages into a profile, on every machine at once. PATH is a store path of the
-storehouse, or a link to one, such as ./result; its package's name is the path's without
-the version, or --as. A package of that name that is there already is replaced. Your own
-profile is made with the first package.
+		Long: `Put packages into a profile, on every machine at once. PACKAGE is
+
+  a store path of the storehouse or of this machine, or a link to one, such as ./result;
+  FILE or FILE#ATTR, a Nix expression: stock Nix evaluates it here, for each system of
+  the profile, and the storehouse builds what it lacks;
+  FLAKE#ATTR, as of stock Nix, for this machine's system;
+
+with SYSTEM= before it, for that system only, as in aarch64-linux=/nix/store/...-hello.
+Its name is what the expression says, or the path's without the version, or --as. A
+package of that name that is there already is replaced. All packages of a command are
+installed, for all systems of the profile, or none. Your own profile is made with the
+first package.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl install ./result
-  floxctl install -p acme/ci /nix/store/...-hello-2.12`,
-		Args: cli.Args(1, -1, "PATH"),
+  floxctl install -p acme/ci ./default.nix#hello /nix/store/...-jq-1.7`,
+		Args: cli.Args(1, -1, "PACKAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return runInstall(cmd.Context(), opts, g.printer(cmd), args)
+			if cmd.Flags().Changed("priority") {
+				opts.priority = &priority
+			}
+			return runInstall(cmd.Context(), opts, g.printer(cmd), g.progressPrinter(cmd), args)
 		},
 	}
 	opts.register(cmd)
-	cmd.Flags().StringVar(&opts.as, "as", "", "the package's `NAME` in the profile, of one PATH")
-	cmd.Flags().Uint32Var(&opts.priority, "priority", defaultPriority, "of two packages with the same file the one with the lower `N` has it")
+	cmd.Flags().StringVar(&opts.as, "as", "", "the package's `NAME` in the profile, of one PACKAGE")
+	cmd.Flags().Uint32Var(&priority, "priority", defaultPriority, "of two packages with the same file the one with the lower `N` has it (default: what the expression says)")
 	cmd.Flags().StringVar(&opts.reason, "reason", "", "why, shown by floxctl history")
 	cmd.Flags().BoolVar(&opts.dryRun, "dry-run", false, "only say what would change")
 	return cmd
@@ -81,30 +91,112 @@ func newUninstallCmd(g *globals) *cobra.Command {
 	return cmd
 }
 
-func runInstall(ctx context.Context, opts *changeOptions, out *output, args []string) error {
+func runInstall(ctx context.Context, opts *changeOptions, out, says *output, args []string) error {
 	if opts.as != "" && len(args) > 1 {
-		return fmt.Errorf("--as %s names one package, and there are %d paths: %w", opts.as, len(args), flox.ErrBadInput)
+		return fmt.Errorf("--as %s names one package, and there are %d: %w", opts.as, len(args), flox.ErrBadInput)
 	}
-	q := &floxv1.ChangeProfileRequest{Kind: "install"}
-	for _, arg := range args {
-		text, err := storeArg(arg)
-		if err != nil {
-			return err
-		}
-		path, err := storePathIn(text)
-		if err != nil {
-			return err
-		}
-		name, version := nameAndVersion(path.Name())
+	set, err := packagesFrom(ctx, opts, says, args)
+	if err != nil {
+		return err
+	}
+	for _, p := range set {
 		if opts.as != "" {
-			name = opts.as
+			p.Name = opts.as
 		}
-		q.Set = append(q.Set, &floxv1.Package{
-			Name: name, Version: version, Priority: opts.priority, Source: arg,
-			Paths: []*floxv1.PackagePaths{{System: thisSystem(), Paths: []string{string(path)}}},
-		})
+		if opts.priority != nil {
+			p.Priority = *opts.priority
+		}
 	}
-	return runChange(ctx, opts, out, q)
+	return runChange(ctx, opts, out, &floxv1.ChangeProfileRequest{Kind: "install", Set: set})
+}
+
+// packagesFrom makes packages of what is to be installed. Those of one name are one
+// package, if they are for different systems.
+func packagesFrom(ctx context.Context, opts *changeOptions, says *output, args []string) (set []*floxv1.Package, err error) {
+	all := make([]installable, len(args))
+	evaluates := false
+	for n, arg := range args { // all of them, before anything is done for one
+		if all[n], err = parseInstallable(arg); err != nil {
+			return nil, err
+		}
+		evaluates = evaluates || !all[n].local()
+	}
+	var nix *stockNix
+	var systems []string
+	if evaluates {
+		if systems, err = opts.systems(ctx); err == nil {
+			nix, err = newStockNix(ctx, opts.globals, says.w)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	for n := range all {
+		i := &all[n]
+		var p *floxv1.Package
+		if i.local() {
+			p, err = i.stored()
+		} else {
+			p, err = nix.packageOf(ctx, i, systems, opts.dryRun)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if len(p.GetPaths()) == 0 {
+			return nil, fmt.Errorf("%s: the profile is for %s: %w", i.arg, strings.Join(systems, ", "), flox.ErrBadInput)
+		}
+		if set, err = joinPackage(set, p); err != nil {
+			return nil, err
+		}
+	}
+	return set, nil
+}
+
+// stored makes a package of a store path.
+func (i *installable) stored() (*floxv1.Package, error) {
+	path, err := storePathIn(i.store)
+	if err != nil {
+		return nil, err
+	}
+	p := &floxv1.Package{Priority: defaultPriority, Source: i.arg, Paths: []*floxv1.PackagePaths{{System: systemOr(i.system), Paths: []string{string(path)}}}}
+	p.Name, p.Version = nameAndVersion(path.Name())
+	return p, nil
+}
+
+// joinPackage adds a package to others.
+func joinPackage(set []*floxv1.Package, p *floxv1.Package) ([]*floxv1.Package, error) {
+	for _, have := range set {
+		if have.GetName() != p.GetName() {
+			continue
+		}
+		for _, s := range p.GetPaths() {
+			for _, o := range have.GetPaths() {
+				if o.GetSystem() == s.GetSystem() {
+					return nil, fmt.Errorf("%s and %s both are %s for %s: leave one out, or install them one by one with --as: %w",
+						have.GetSource(), p.GetSource(), p.GetName(), s.GetSystem(), flox.ErrBadInput)
+				}
+			}
+			have.Paths = append(have.Paths, s)
+		}
+		return set, nil
+	}
+	return append(set, p), nil
+}
+
+// systems are those of the profile; of one that is not there yet, this machine's.
+func (f *profileFlag) systems(ctx context.Context) ([]string, error) {
+	name, err := f.name()
+	if err != nil {
+		return nil, err
+	}
+	resp, err := f.admin().ShowProfile(ctx, connect.NewRequest(&floxv1.ShowProfileRequest{Name: name}))
+	switch {
+	case err == nil:
+		return resp.Msg.GetProfile().GetSystems(), nil
+	case connect.CodeOf(err) == connect.CodeNotFound && f.profile == "":
+		return []string{thisSystem()}, nil
+	}
+	return nil, explainAdmin(err)
 }
 
 // storePathIn is the store path that an absolute path lies in, or names.
@@ -185,6 +277,7 @@ type changeFacts struct {
 	Merged      bool              `json:"merged"`
 	Packages    []packageFacts    `json:"packages"`
 	Environment map[string]string `json:"environment"` // by system
+	Missing     []string          `json:"missing"`     // with --dry-run: what the storehouse does not have
 }
 
 type packageFacts struct {
@@ -192,19 +285,24 @@ type packageFacts struct {
 	Version  string              `json:"version"`
 	Priority uint32              `json:"priority"`
 	Source   string              `json:"source"`
+	Held     bool                `json:"held"`
 	Paths    map[string][]string `json:"paths"` // by system
 }
 
 func packagesOf(g *floxv1.Generation) []packageFacts {
 	facts := make([]packageFacts, 0, len(g.GetPackages()))
 	for _, p := range g.GetPackages() {
-		f := packageFacts{p.GetName(), p.GetVersion(), p.GetPriority(), p.GetSource(), map[string][]string{}}
-		for _, s := range p.GetPaths() {
-			f.Paths[s.GetSystem()] = s.GetPaths()
-		}
-		facts = append(facts, f)
+		facts = append(facts, packageOf(p))
 	}
 	return facts
+}
+
+func packageOf(p *floxv1.Package) packageFacts {
+	f := packageFacts{p.GetName(), p.GetVersion(), p.GetPriority(), p.GetSource(), p.GetHeld(), map[string][]string{}}
+	for _, s := range p.GetPaths() {
+		f.Paths[s.GetSystem()] = s.GetPaths()
+	}
+	return f
 }
 
 func environmentsOf(g *floxv1.Generation) map[string]string {
@@ -220,7 +318,7 @@ func tellChange(out *output, q *floxv1.ChangeProfileRequest, m *floxv1.ChangePro
 	if out.json {
 		return out.printJSON(changeFacts{
 			m.GetProfile().GetName(), m.GetGeneration().GetNumber(), m.GetBefore().GetNumber(), changed, m.GetMerged(),
-			packagesOf(m.GetGeneration()), environmentsOf(m.GetGeneration()),
+			packagesOf(m.GetGeneration()), environmentsOf(m.GetGeneration()), m.GetMissing(),
 		})
 	}
 	for _, d := range differences(m.GetBefore(), m.GetGeneration()) {
@@ -228,6 +326,9 @@ func tellChange(out *output, q *floxv1.ChangeProfileRequest, m *floxv1.ChangePro
 	}
 	switch name := clean(m.GetProfile().GetName()); {
 	case q.GetDryRun():
+		for _, path := range m.GetMissing() {
+			out.printf("To be built or brought first: %s\n", clean(path))
+		}
 		out.printf("Nothing was changed in %s (--dry-run).\n", name)
 	case !changed:
 		out.printf("%s is so already, in generation %d.\n", name, m.GetGeneration().GetNumber())
@@ -237,197 +338,81 @@ func tellChange(out *output, q *floxv1.ChangeProfileRequest, m *floxv1.ChangePro
 	return nil
 }
 
-// differences says in lines what is different between two generations.
-func differences(before, after *floxv1.Generation) (lines []string) {
-	was := map[string]*floxv1.Package{}
-	for _, p := range before.GetPackages() {
-		was[p.GetName()] = p
-	}
+// changesOf gives what is different between two generations, in the order of names, what went last.
+func changesOf(before, after *floxv1.Generation) []packageChange {
+	changes := []packageChange{}
 	for _, p := range after.GetPackages() {
-		old := was[p.GetName()]
-		delete(was, p.GetName())
-		switch named := clean(strings.TrimSpace(p.GetName() + " " + p.GetVersion())); {
-		case old == nil:
-			lines = append(lines, "+ "+named)
-		case old.GetVersion() != p.GetVersion():
-			lines = append(lines, fmt.Sprintf("~ %s: %s -> %s", clean(p.GetName()), clean(old.GetVersion()), clean(p.GetVersion())))
-		case old.String() != p.String():
-			lines = append(lines, "~ "+named)
+		c, is := packageChange{Name: p.GetName()}, packageOf(p)
+		c.After = &is
+		if old := packageNamed(before, p.GetName()); old != nil {
+			if old.String() == p.String() {
+				continue
+			}
+			was := packageOf(old)
+			c.Before = &was
+		}
+		changes = append(changes, c)
+	}
+	for _, p := range before.GetPackages() {
+		if packageNamed(after, p.GetName()) == nil {
+			was := packageOf(p)
+			changes = append(changes, packageChange{Name: p.GetName(), Before: &was})
 		}
 	}
-	for _, p := range before.GetPackages() {
-		if was[p.GetName()] != nil {
-			lines = append(lines, "- "+clean(strings.TrimSpace(p.GetName()+" "+p.GetVersion())))
+	return changes
+}
+
+// differences says it in lines.
+func differences(before, after *floxv1.Generation) (lines []string) {
+	for _, c := range changesOf(before, after) {
+		named := func(p *packageFacts) string { return clean(strings.TrimSpace(p.Name + " " + p.Version)) }
+		switch {
+		case c.Before == nil:
+			lines = append(lines, "+ "+named(c.After))
+		case c.After == nil:
+			lines = append(lines, "- "+named(c.Before))
+		case c.Before.Version != c.After.Version:
+			lines = append(lines, fmt.Sprintf("~ %s: %s -> %s", clean(c.Name), clean(c.Before.Version), clean(c.After.Version)))
+		case c.Before.Held != c.After.Held:
+			lines = append(lines, "~ "+named(c.After)+map[bool]string{true: ": held", false: ": not held any more"}[c.After.Held])
+		default:
+			lines = append(lines, "~ "+named(c.After))
 		}
 	}
 	return lines
 }
 
-func newHistoryCmd(g *globals) *cobra.Command {
-	f := &profileFlag{globals: g}
-	limit := uint32(0)
+// newHoldCmd holds packages, or lets go of them.
+func newHoldCmd(g *globals, hold bool) *cobra.Command {
+	use, what := "hold", "Keep upgrades from changing packages of a profile"
+	if !hold {
+		use, what = "unhold", "Let upgrades change packages of a profile again"
+	}
+	opts := &changeOptions{profileFlag: profileFlag{globals: g}}
 	cmd := &cobra.Command{
-		Use:     "history [-p OWNER/NAME] [--limit N]",
-		Short:   "Show what happened to a profile: who changed what, when and where",
-		Long:    "Show what happened to a profile, newest first: who changed what, when, on which\nmachine, and which generation lived then.\n\n" + cli.ExitCodes,
-		Example: "  floxctl history -p acme/ci",
-		Args:    cli.Args(0, 0, ""),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			name, err := f.name()
+		Use:     use + " PACKAGE... [-p OWNER/NAME]",
+		Short:   what,
+		Long:    what + ", on every machine at once. People can change\nthem as ever.\n\n" + cli.ExitCodes,
+		Example: "  floxctl " + use + " git",
+		Args:    cli.Args(1, -1, "PACKAGE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			at, err := opts.generation(cmd.Context(), 0)
 			if err != nil {
 				return err
 			}
-			resp, err := g.admin().ProfileHistory(cmd.Context(), connect.NewRequest(&floxv1.ProfileHistoryRequest{Name: name, Limit: limit}))
-			if err != nil {
-				return explainAdmin(err)
+			q := &floxv1.ChangeProfileRequest{Kind: use, Parent: at.GetProfile().GetLive()}
+			for _, name := range args {
+				p := packageNamed(at.GetGeneration(), name)
+				if p == nil {
+					return cli.Explain(flox.ErrNotFound, "%s has no package %s; it has: %s", clean(at.GetProfile().GetName()), clean(name), clean(strings.Join(packageNames(at.GetGeneration()), " ")))
+				}
+				p.Held = hold
+				q.Set = append(q.Set, p)
 			}
-			return tellHistory(g.printer(cmd), resp.Msg)
-		},
-	}
-	f.register(cmd)
-	cmd.Flags().Uint32Var(&limit, "limit", 100, "show at most `N`")
-	return cmd
-}
-
-type eventFacts struct {
-	Time    *string `json:"time"`
-	User    string  `json:"user"`
-	Machine string  `json:"machine"`
-	Kind    string  `json:"kind"`
-	From    uint64  `json:"from"`
-	To      uint64  `json:"to"`
-	Reason  string  `json:"reason"`
-	Detail  string  `json:"detail"`
-}
-
-func tellHistory(out *output, m *floxv1.ProfileHistoryResponse) error {
-	if out.json {
-		facts := make([]eventFacts, len(m.GetEvents()))
-		for i, e := range m.GetEvents() {
-			facts[i] = eventFacts{stampMs(e.GetTimeUnixMs()), e.GetActor().GetUser(), e.GetActor().GetMachine(), e.GetKind(), e.GetFrom(), e.GetTo(), e.GetReason(), e.GetDetail()}
-		}
-		return out.printJSON(struct {
-			Profile    string       `json:"profile"`
-			Generation uint64       `json:"generation"`
-			Events     []eventFacts `json:"events"`
-			More       bool         `json:"more"`
-		}{m.GetProfile().GetName(), m.GetProfile().GetLive(), facts, m.GetMore()})
-	}
-	rows := [][]string{{"GENERATION", "WHEN", "WHO", "WHAT", ""}}
-	for _, e := range m.GetEvents() {
-		words := clean(e.GetDetail())
-		if e.GetReason() != "" {
-			words = strings.TrimSpace(words + " (" + clean(e.GetReason()) + ")")
-		}
-		rows = append(rows, []string{
-			fmt.Sprint(e.GetTo()), ago(e.GetTimeUnixMs(), time.Now()) + " ago", clean(e.GetActor().GetUser() + " on " + e.GetActor().GetMachine()), clean(e.GetKind()), words,
-		})
-	}
-	out.table(rows, map[int]bool{0: true})
-	out.printf("%s: generation %d lives.\n", clean(m.GetProfile().GetName()), m.GetProfile().GetLive())
-	return nil
-}
-
-func newRollbackCmd(g *globals) *cobra.Command {
-	opts := &profileFlag{globals: g}
-	q := &floxv1.RollbackProfileRequest{}
-	cmd := &cobra.Command{
-		Use:   "rollback [-p OWNER/NAME] [--to GENERATION]",
-		Short: "Let an earlier generation of a profile live again",
-		Long: `Let an earlier generation of a profile live again, on every machine at once: what the one
-that lives was made on, or --to. What is automatic leaves the profile alone from then on,
-until a person changes it.
-
-` + cli.ExitCodes,
-		Example: "  floxctl rollback\n  floxctl rollback -p acme/ci --to 41 --reason 'broken build'",
-		Args:    cli.Args(0, 0, ""),
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			if q.Name, err = opts.name(); err != nil {
-				return err
-			}
-			resp, err := g.admin().RollbackProfile(cmd.Context(), connect.NewRequest(q))
-			if err != nil {
-				return explainAdmin(err)
-			}
-			out, m := g.printer(cmd), resp.Msg
-			if out.json {
-				return out.printJSON(struct {
-					Profile    string `json:"profile"`
-					Before     uint64 `json:"before"`
-					Generation uint64 `json:"generation"`
-				}{m.GetProfile().GetName(), m.GetFrom(), m.GetProfile().GetLive()})
-			}
-			out.printf("%s: generation %d lives again, before it was %d.\n", clean(m.GetProfile().GetName()), m.GetProfile().GetLive(), m.GetFrom())
-			return nil
+			return runChange(cmd.Context(), opts, g.printer(cmd), q)
 		},
 	}
 	opts.register(cmd)
-	cmd.Flags().Uint64Var(&q.To, "to", 0, "the `GENERATION` (default: what lived before the one that lives)")
-	cmd.Flags().StringVar(&q.Reason, "reason", "", "why, shown by floxctl history")
+	cmd.Flags().StringVar(&opts.reason, "reason", "", "why, shown by floxctl history")
 	return cmd
-}
-
-func newListCmd(g *globals) *cobra.Command { return newShowGenerationCmd(g, "list", 0) }
-func newShowCmd(g *globals) *cobra.Command { return newShowGenerationCmd(g, "show GENERATION", 1) }
-
-// newShowGenerationCmd shows the generation that lives, or one that is named.
-func newShowGenerationCmd(g *globals, use string, args int) *cobra.Command {
-	f := &profileFlag{globals: g}
-	what := map[int]string{0: "List what is in a profile", 1: "Show what was in a profile in one generation"}[args]
-	cmd := &cobra.Command{
-		Use:     use + " [-p OWNER/NAME]",
-		Short:   what,
-		Long:    what + ": packages, versions and store paths.\n\n" + cli.ExitCodes,
-		Example: "  floxctl " + strings.Replace(use, "GENERATION", "41", 1) + " -p acme/ci",
-		Args:    cli.Args(args, args, strings.TrimPrefix(use, "show ")),
-		RunE: func(cmd *cobra.Command, words []string) error {
-			name, err := f.name()
-			if err != nil {
-				return err
-			}
-			q := &floxv1.ShowProfileRequest{Name: name}
-			if args == 1 {
-				if _, err := fmt.Sscanf(words[0]+"\n", "%d\n", &q.Generation); err != nil || q.GetGeneration() == 0 {
-					return fmt.Errorf("generation %q: want its number, as floxctl history shows it: %w", words[0], flox.ErrBadInput)
-				}
-			}
-			resp, err := g.admin().ShowProfile(cmd.Context(), connect.NewRequest(q))
-			if err != nil {
-				return explainAdmin(err)
-			}
-			return tellGeneration(g.printer(cmd), resp.Msg)
-		},
-	}
-	f.register(cmd)
-	return cmd
-}
-
-func tellGeneration(out *output, m *floxv1.ShowProfileResponse) error {
-	g := m.GetGeneration()
-	if out.json {
-		return out.printJSON(struct {
-			Profile     sharedProfileFacts `json:"profile"`
-			Generation  uint64             `json:"generation"`
-			Parent      uint64             `json:"parent"`
-			Packages    []packageFacts     `json:"packages"`
-			Environment map[string]string  `json:"environment"`
-		}{profileOf(m.GetProfile()), g.GetNumber(), g.GetParent(), packagesOf(g), environmentsOf(g)})
-	}
-	if len(g.GetPackages()) == 0 {
-		out.printf("%s is empty.\n", clean(m.GetProfile().GetName()))
-		return nil
-	}
-	rows := [][]string{{"PACKAGE", "VERSION", "PATH"}}
-	for _, p := range g.GetPackages() {
-		for _, s := range p.GetPaths() {
-			for _, path := range s.GetPaths() {
-				rows = append(rows, []string{clean(p.GetName()), clean(p.GetVersion()), clean(path)})
-			}
-		}
-	}
-	out.table(rows, nil)
-	for _, e := range g.GetEnvironments() {
-		out.printf("Environment of generation %d for %s: %s\n", g.GetNumber(), clean(e.GetSystem()), clean(e.GetPath()))
-	}
-	return nil
 }

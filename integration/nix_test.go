@@ -105,6 +105,7 @@ func TestStockNixOnAnAgent(t *testing.T) {
 	nix("nix", "--extra-experimental-features", "nix-command", "store", "cat", "--store", remote, out).want(t, 0, "made")
 
 	l.everyday(t, house, a)
+	l.installs(t, a)
 	generationsDone()
 	badDays(t, house, a)
 }

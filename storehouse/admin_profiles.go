@@ -26,9 +26,13 @@ const (
 )
 
 // person says for whom something is asked of profiles. What that person may do with one
-// is said in it.
+// is said in it. In an open storehouse every machine speaks for whom it says.
 func (a *admin) person(ctx context.Context, call connect.AnyRequest) (person, error) {
-	who, err := a.may(ctx, call, memberOnly, actionProfile)
+	need := memberOnly
+	if a.s.cfg.OpenMembership {
+		need = anyMember
+	}
+	who, err := a.may(ctx, call, need, actionProfile)
 	if err != nil {
 		return person{}, err
 	}

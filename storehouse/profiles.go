@@ -152,11 +152,17 @@ func (p *profiles) change(ctx context.Context, who person, q *floxv1.ChangeProfi
 	return nil, fmt.Errorf("profile %s: others change it all the time: %w", q.GetName(), flox.ErrBusy)
 }
 
-// changeOnce makes a change on what lives now. moved says that somebody else was quicker.
-func (p *profiles) changeOnce(ctx context.Context, who person, q *floxv1.ChangeProfileRequest) (out *floxv1.ChangeProfileResponse, moved bool, err error) {
-	out = &floxv1.ChangeProfileResponse{}
-	drop := q.GetDrop()
-	var after []*floxv1.Package
+// planned is a change on what lives now.
+type planned struct {
+	*floxv1.ChangeProfileResponse
+	set   []*floxv1.Package
+	drop  []string
+	after []*floxv1.Package // of the generation that it makes
+}
+
+// plan finds out what a change does to what lives now.
+func (p *profiles) plan(ctx context.Context, who person, q *floxv1.ChangeProfileRequest) (out planned, err error) {
+	out = planned{ChangeProfileResponse: &floxv1.ChangeProfileResponse{}, drop: q.GetDrop()}
 	err = p.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 		if out.Profile, err = profile.Find(r, q.GetName()); err != nil {
 			return err
@@ -172,33 +178,47 @@ func (p *profiles) changeOnce(ctx context.Context, who person, q *floxv1.ChangeP
 			if err != nil {
 				return fmt.Errorf("what you changed is not known any more, look again: %w", err)
 			}
-			if err := conflict(out.Profile, profile.Conflicts(base.GetPackages(), out.Before.GetPackages(), q.GetSet(), drop)); err != nil {
+			if err := conflict(out.Profile, profile.Conflicts(base.GetPackages(), out.Before.GetPackages(), q.GetSet(), out.drop)); err != nil {
 				return err
 			}
 			// What both dropped is gone already.
-			drop = slices.DeleteFunc(slices.Clone(drop), func(name string) bool {
+			out.drop = slices.DeleteFunc(slices.Clone(out.drop), func(name string) bool {
 				return has(base.GetPackages(), name) && !has(out.Before.GetPackages(), name)
 			})
 			out.Merged = true
 		}
-		after, err = profile.Apply(out.Profile, out.Before.GetPackages(), q.GetSet(), drop)
+		out.set = keepHolds(q, out.Before)
+		out.after, err = profile.Apply(out.Profile, out.Before.GetPackages(), out.set, out.drop)
 		return err
 	})
+	return out, err
+}
+
+// changeOnce makes a change on what lives now. moved says that somebody else was quicker.
+func (p *profiles) changeOnce(ctx context.Context, who person, q *floxv1.ChangeProfileRequest) (_ *floxv1.ChangeProfileResponse, moved bool, err error) {
+	plan, err := p.plan(ctx, who, q)
 	if err != nil {
 		return nil, false, err
 	}
+	out, after := plan.ChangeProfileResponse, plan.after
 	out.Generation = out.Before
 	if len(profile.Differences(out.Before.GetPackages(), after)) == 0 && out.Profile.GetLive() > 0 {
 		return out, false, nil // it is so already
 	}
 	out.Generation = &floxv1.Generation{Parent: out.Profile.GetLive(), Kind: q.GetKind(), Reason: q.GetReason(), Packages: after}
-	release, err := p.hold(ctx, out.Profile, after)
+	release, missing, err := p.hold(ctx, after)
 	if err != nil {
 		return nil, false, err
 	}
 	defer release()
 	if q.GetDryRun() {
+		for _, m := range missing {
+			out.Missing = append(out.Missing, m.path)
+		}
 		return out, false, nil
+	}
+	if len(missing) > 0 {
+		return nil, false, fmt.Errorf("profile %s: %w", out.Profile.GetName(), missing[0])
 	}
 	kept, err := p.environments(ctx, out.Profile, out.Generation)
 	if err != nil {
@@ -206,7 +226,7 @@ func (p *profiles) changeOnce(ctx context.Context, who person, q *floxv1.ChangeP
 	}
 	defer kept()
 	reply, err := p.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Change{Change: &floxv1.NewGeneration{
-		Profile: out.Profile.GetName(), Live: out.Profile.GetLive(), Set: q.GetSet(), Drop: drop,
+		Profile: out.Profile.GetName(), Live: out.Profile.GetLive(), Set: plan.set, Drop: plan.drop,
 		Environments: out.Generation.GetEnvironments(), Kind: q.GetKind(), Reason: q.GetReason(),
 	}}})
 	if err != nil || reply.GetMoved() {
@@ -272,35 +292,63 @@ func conflict(p *floxv1.Profile, all []profile.Conflict) error {
 		p.GetName(), p.GetLive(), strings.Join(words, "; "), flox.ErrBusy)
 }
 
+// missingPath is one that the storehouse does not have.
+type missingPath struct {
+	pkg, system, path string
+}
+
+// Error says what to do.
+func (m missingPath) Error() string {
+	return fmt.Sprintf("package %s for %s: %s is not in the storehouse (nothing was changed for any system): build it through an agent, copy it there (nix copy), or leave it out: %v",
+		m.pkg, m.system, m.path, flox.ErrNotFound)
+}
+
+// Unwrap is what errors.Is asks for.
+func (m missingPath) Unwrap() error { return flox.ErrNotFound }
+
 // hold keeps what packages consist of from being collected, and says what of it is not valid.
-func (p *profiles) hold(ctx context.Context, of *floxv1.Profile, packages []*floxv1.Package) (release func(), err error) {
+func (p *profiles) hold(ctx context.Context, packages []*floxv1.Package) (release func(), missing []missingPath, err error) {
+	var all []missingPath
 	var paths []flox.StorePath
 	for _, pkg := range packages {
 		for _, s := range pkg.GetPaths() {
 			for _, path := range s.GetPaths() {
+				all = append(all, missingPath{pkg.GetName(), s.GetSystem(), path})
 				paths = append(paths, flox.StorePath(path))
 			}
 		}
 	}
 	if release, err = p.s.Hold(ctx, paths...); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	for _, pkg := range packages {
-		for _, s := range pkg.GetPaths() {
-			for _, path := range s.GetPaths() {
-				info, err := p.s.Info(ctx, flox.StorePath(path).HashPart())
-				if err == nil && string(info.Path) != path {
-					err = flox.ErrNotFound
-				}
-				if err != nil {
-					release()
-					return nil, fmt.Errorf("profile %s: package %s for %s: %s is not in the storehouse (nothing was changed for any system): %w",
-						of.GetName(), pkg.GetName(), s.GetSystem(), path, err)
-				}
-			}
+	for _, m := range all {
+		info, err := p.s.Info(ctx, flox.StorePath(m.path).HashPart())
+		switch {
+		case errors.Is(err, flox.ErrNotFound) || err == nil && string(info.Path) != m.path:
+			missing = append(missing, m)
+		case err != nil:
+			release()
+			return nil, nil, err
 		}
 	}
-	return release, nil
+	return release, missing, nil
+}
+
+// keepHolds gives what is set, held where what it replaces was: a person may install
+// something else in place of it, upgrades still may not.
+func keepHolds(q *floxv1.ChangeProfileRequest, live *floxv1.Generation) []*floxv1.Package {
+	if q.GetKind() != "install" {
+		return q.GetSet()
+	}
+	set := slices.Clone(q.GetSet())
+	for i, p := range set {
+		if slices.ContainsFunc(live.GetPackages(), func(was *floxv1.Package) bool { return was.GetName() == p.GetName() && was.GetHeld() }) {
+			held := proto.CloneOf(p)
+			held.Held = true
+			set[i] = held
+		}
+	}
+	return set
 }
 
 // environment makes the environment of packages for a system valid. Equal ones are made

@@ -17,6 +17,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/content"
 	"github.com/floxctl/flox/nix"
 	"github.com/floxctl/flox/profile"
@@ -175,12 +176,63 @@ func TestProfileChangesThatAreRefused(t *testing.T) {
 			t.Errorf("%s: got %v, want %v with %q", name, err, c.want, c.words)
 		}
 	}
-	dry, err := s.profiles.change(within(t), alice(), &floxv1.ChangeProfileRequest{Name: "alice/x", Drop: []string{"git"}, Kind: "uninstall", DryRun: true})
+	dry, err := s.profiles.change(within(t), alice(), &floxv1.ChangeProfileRequest{Name: "alice/x", Set: []*floxv1.Package{asPackage("absent", "1", absent)}, Kind: "install", DryRun: true})
+	if err != nil || len(dry.GetGeneration().GetPackages()) != 2 || !slices.Equal(dry.GetMissing(), []string{string(absent.info.Path)}) {
+		t.Errorf("dry run of what is not valid: %v, %v", dry, err)
+	}
+	dry, err = s.profiles.change(within(t), alice(), &floxv1.ChangeProfileRequest{Name: "alice/x", Drop: []string{"git"}, Kind: "uninstall", DryRun: true})
 	if err != nil || len(dry.GetGeneration().GetPackages()) != 0 || len(dry.GetBefore().GetPackages()) != 1 {
 		t.Errorf("dry run: %v, %v", dry, err)
 	}
 	if out := install(t, s, "alice/x"); out.GetProfile().GetLive() != 1 {
 		t.Errorf("something was changed: %v", out.GetProfile())
+	}
+}
+
+// What a person installs in place of a held package is held, too.
+func TestHoldsStay(t *testing.T) {
+	t.Parallel()
+	s, _ := closedHouse(t, nil)
+	one, two := makeTool(t, "one"), makeTool(t, "two")
+	publish(t, s, one)
+	publish(t, s, two)
+	newProfile(t, s, "alice/x")
+	held := asPackage("tool", "1", one)
+	held.Held = true
+	if _, err := s.profiles.change(within(t), alice(), &floxv1.ChangeProfileRequest{Name: "alice/x", Set: []*floxv1.Package{held}, Kind: "hold"}); err != nil {
+		t.Fatal(err)
+	}
+	out := install(t, s, "alice/x", asPackage("tool", "2", two))
+	if p := out.GetGeneration().GetPackages(); len(p) != 1 || !p[0].GetHeld() || p[0].GetVersion() != "2" {
+		t.Errorf("%v, want the new version, held", p)
+	}
+	freed, err := s.profiles.change(within(t), alice(), &floxv1.ChangeProfileRequest{Name: "alice/x", Set: []*floxv1.Package{asPackage("tool", "2", two)}, Kind: "unhold"})
+	if p := freed.GetGeneration().GetPackages(); err != nil || len(p) != 1 || p[0].GetHeld() {
+		t.Errorf("%v, %v, want it held no more", p, err)
+	}
+}
+
+// An open storehouse has no members: machines speak for whom they say, and still nobody
+// changes what is somebody else's.
+func TestProfilesOfAnOpenStorehouse(t *testing.T) {
+	t.Parallel()
+	s, _ := start(t, testConfig(t.TempDir()))
+	guest := newComputer(t)
+	guest.online(s, s.Invite().Secret)
+	a := floxv1connect.NewAdminClient(guest.web(s), "http://storehouse")
+	ask := func(user, name string) error {
+		r := connect.NewRequest(&floxv1.CreateProfileRequest{Name: name, Systems: []string{linux}})
+		r.Header().Set(UserHeader, user)
+		_, err := a.CreateProfile(within(t), r)
+		return api.FromConnect(err)
+	}
+	if err := ask("alice", "alice/x"); err != nil {
+		t.Error(err)
+	}
+	for user, name := range map[string]string{"bob": "alice/y", "": "/z"} {
+		if err := ask(user, name); !errors.Is(err, flox.ErrDenied) && !errors.Is(err, flox.ErrBadInput) {
+			t.Errorf("%q makes %s: %v", user, name, err)
+		}
 	}
 }
 

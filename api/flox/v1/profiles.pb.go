@@ -1740,8 +1740,9 @@ type ChangeProfileResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
 	Generation    *Generation            `protobuf:"bytes,2,opt,name=generation,proto3" json:"generation,omitempty"`
-	Before        *Generation            `protobuf:"bytes,3,opt,name=before,proto3" json:"before,omitempty"`  // none if nothing was installed yet
-	Merged        bool                   `protobuf:"varint,4,opt,name=merged,proto3" json:"merged,omitempty"` // somebody else's change came between
+	Before        *Generation            `protobuf:"bytes,3,opt,name=before,proto3" json:"before,omitempty"`   // none if nothing was installed yet
+	Merged        bool                   `protobuf:"varint,4,opt,name=merged,proto3" json:"merged,omitempty"`  // somebody else's change came between
+	Missing       []string               `protobuf:"bytes,5,rep,name=missing,proto3" json:"missing,omitempty"` // with dry_run: base names of paths that the storehouse does not have
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1802,6 +1803,13 @@ func (x *ChangeProfileResponse) GetMerged() bool {
 		return x.Merged
 	}
 	return false
+}
+
+func (x *ChangeProfileResponse) GetMissing() []string {
+	if x != nil {
+		return x.Missing
+	}
+	return nil
 }
 
 type RollbackProfileRequest struct {
@@ -2148,14 +2156,15 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04drop\x18\x04 \x03(\tR\x04drop\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x17\n" +
-	"\adry_run\x18\a \x01(\bR\x06dryRun\"\xbd\x01\n" +
+	"\adry_run\x18\a \x01(\bR\x06dryRun\"\xd7\x01\n" +
 	"\x15ChangeProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x123\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\v2\x13.flox.v1.GenerationR\n" +
 	"generation\x12+\n" +
 	"\x06before\x18\x03 \x01(\v2\x13.flox.v1.GenerationR\x06before\x12\x16\n" +
-	"\x06merged\x18\x04 \x01(\bR\x06merged\"T\n" +
+	"\x06merged\x18\x04 \x01(\bR\x06merged\x12\x18\n" +
+	"\amissing\x18\x05 \x03(\tR\amissing\"T\n" +
 	"\x16RollbackProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x16\n" +

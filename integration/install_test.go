@@ -1,0 +1,58 @@
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/floxctl/flox/integration/hosts"
+)
+
+// installs: what stock Nix evaluates on a machine is built in the storehouse and is in
+// the profile; so is what was added on this machine only. What fails changes nothing.
+func (l *lab) installs(t *testing.T, a *hosts.Agent) {
+	t.Helper()
+	dir, ripgrep := openDir(t), l.world.StoreDir.Join(l.world.Ripgrep.Path)
+	file := filepath.Join(dir, "tools.nix")
+	must(t, os.WriteFile(file, []byte(`{ system ? builtins.currentSystem }: {
+		pkgs.tool = derivation { # a directory with a link to ripgrep's programs
+			name = "tool-1.5"; inherit system; builder = "builtin:buildenv"; manifest = "none";
+			derivations = [ "true" 5 1 (builtins.storePath "`+ripgrep+`") ];
+		};
+		broken = derivation { name = "broken-1"; inherit system; builder = "/bin/sh"; args = [ "-c" "echo it breaks; exit 3" ]; };
+	}`), 0o644)) //nolint:gosec // another user reads it
+	must(t, os.MkdirAll(filepath.Join(dir, "site", "share", "doc"), 0o755))
+	must(t, os.WriteFile(filepath.Join(dir, "site", "share", "doc", "site.txt"), []byte("of this machine"), 0o644)) //nolint:gosec // another user reads it
+	floxctl := func(args ...string) result { t.Helper(); return l.ctl(t, a, args...) }
+
+	floxctl("install", file+"#pkgs.tol").want(t, 2, "has no attribute pkgs.tol: where tol should be it has tool")
+	floxctl("install", file+"#pkgs").want(t, 2, "is no derivation, but has: tool")
+	floxctl("install", file+"#broken").want(t, 2, "it breaks", "nothing was installed")
+	floxctl("list").want(t, 3)
+
+	floxctl("install", ripgrep, "--reason", "to search").want(t, 0, "+ ripgrep", "generation 1 lives now")
+	site := lastLine(stockNix(t, a.Host, "nix-store", "--add", filepath.Join(dir, "site")))
+	floxctl("install", file+"#pkgs.tool", "--dry-run").want(t, 0, "+ tool 1.5", "To be built or brought first: ", "Nothing was changed")
+	floxctl("install", file+"#pkgs.tool").want(t, 2, "bin/rg of", "both have priority 5")
+	floxctl("install", file+"#pkgs.tool", site, "--priority", "6").want(t, 0, "+ site", "+ tool 1.5", "generation 2 lives now")
+	floxctl("why", "ripgrep").want(t, 0, "generation 1 (to search)", ripgrep)
+	env := environmentOf(t, floxctl("list", "--json"))
+	do(t, a.Host, env+"/bin/rg", "--version").want(t, 0, "ripgrep ")
+	do(t, a.Host, "cat", env+"/share/doc/site.txt").want(t, 0, "of this machine")
+	floxctl("rollback").want(t, 0, "generation 1 lives again")
+	floxctl("diff", "2").want(t, 0, "- site", "- tool 1.5")
+}
+
+// environmentOf is the environment that `floxctl list --json` shows, in the store.
+func environmentOf(t *testing.T, listed result) string {
+	t.Helper()
+	for _, g := range lines[struct {
+		Environment map[string]string `json:"environment"`
+	}](t, listed.out) {
+		for _, path := range g.Environment {
+			return "/nix/store/" + path
+		}
+	}
+	t.Fatalf("no environment in %s", listed.out)
+	return ""
+}
