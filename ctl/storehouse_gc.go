@@ -27,7 +27,9 @@ func newCollectCmd(g *globals) *cobra.Command {
 		Short: "Remove what nobody wants any more, and free its content everywhere",
 		Long: `Remove the store paths that no root reaches, and free their content on every
 server. Roots are what is kept (floxctl storehouse keep), what machines hold on to,
-and what was published lately (--keep-recent); floxctl store why PATH tells which.
+and what was published or used lately (--keep-recent); floxctl store why PATH tells
+which. A use within an hour of the one before is not noted, so what is kept as recent
+reaches an hour further back than --keep-recent says.
 
 A path is condemned first, and removed after a grace (collect-grace, 1 h) unless
 somebody uses it meanwhile; the command waits for it. Ctrl-C stops the collection:
@@ -50,7 +52,7 @@ step.
 		},
 	}
 	cmd.Flags().BoolVar(&opts.dryRun, "dry-run", false, "list what would go, and change nothing")
-	cmd.Flags().StringVar(&opts.keepRecent, "keep-recent", "14d", "keep what was published within this `TIME`: 12h, 14d, 8w")
+	cmd.Flags().StringVar(&opts.keepRecent, "keep-recent", "14d", "keep what was published or used within this `TIME`, and an hour more: 12h, 14d, 8w")
 	cmd.Flags().BoolVar(&opts.resume, "resume", false, "only remove what an earlier collection condemned")
 	return cmd
 }
@@ -66,12 +68,13 @@ type collectFacts struct {
 	FreedBytes uint64   `json:"freedBytes"`
 	Paths      []string `json:"paths,omitempty"`
 	Finished   bool     `json:"finished"`
+	UsedSince  *string  `json:"usedSince,omitempty"` // what may have been used since then stays
 }
 
 func collectOf(p *floxv1.CollectProgress) collectFacts {
 	return collectFacts{
 		Phase: p.GetPhase(), Done: p.GetDone(), Total: p.GetTotal(), LivePaths: p.GetLivePaths(), DeadPaths: p.GetDeadPaths(),
-		DeadBytes: p.GetDeadBytes(), FreedBytes: p.GetFreedBytes(), Paths: p.GetPaths(), Finished: p.GetFinished(),
+		DeadBytes: p.GetDeadBytes(), FreedBytes: p.GetFreedBytes(), Paths: p.GetPaths(), Finished: p.GetFinished(), UsedSince: stampMs(p.GetUsedSinceUnixMs()),
 	}
 }
 
@@ -123,9 +126,12 @@ func runCollect(ctx context.Context, opts collectOptions, out, errOut *output) e
 	gone := fmt.Sprintf("%s of %s", plural(last.GetDeadPaths(), "path", "paths"), cli.FormatBytes(last.GetDeadBytes()))
 	if opts.dryRun {
 		out.printf("%s would go, %s stay. Nothing was changed.\n", gone, plural(last.GetLivePaths(), "path", "paths"))
-		return nil
+	} else {
+		out.printf("%s removed, %s freed on all servers.\n", gone, cli.FormatBytes(last.GetFreedBytes()))
 	}
-	out.printf("%s removed, %s freed on all servers.\n", gone, cli.FormatBytes(last.GetFreedBytes()))
+	if at := last.GetUsedSinceUnixMs(); at != 0 {
+		out.printf("Kept as recent: what was published or used since %s, --keep-recent and an hour before the collection.\n", time.UnixMilli(at).Format(time.DateTime))
+	}
 	return nil
 }
 

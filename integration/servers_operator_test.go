@@ -238,6 +238,7 @@ func (o *operator) mistakes() {
 		{"storehouse verify", 2, []string{"--from is missing"}},
 		{"storehouse backup", 2, []string{"--to is missing"}},
 		{"storehouse keep /nix/store/yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy-lib", 3, []string{"yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy-lib", "upload it first"}},
+		{"audit --machine nobody", 3, []string{`"nobody"`, none}},
 		{"machine show nobody", 3, []string{`"nobody"`, none}},
 		{"machine label nobody site=here", 3, []string{`"nobody"`, none}},
 		{"machine label " + name + " site", 2, []string{`"site"`, "want KEY=VALUE"}},

@@ -105,6 +105,10 @@ func collectDead(t *testing.T, s *Server, admin floxv1connect.AdminClient, base,
 	if u := usageOver(t, admin); u.GetPaths() != 3 || u.GetCondemnedPaths() != 0 || u.GetCollectedUnix() != 0 || u.GetDiskTotal() == 0 || u.GetUnderPlaced() != 0 {
 		t.Errorf("after a dry run: %v", u)
 	}
+	// What is kept as recent reaches further back than asked for, and that is said.
+	if at := time.UnixMilli(dry.GetUsedSinceUnixMs()); !at.Before(time.Now().Add(-time.Second-s.cfg.touchEvery)) || time.Since(at) > time.Hour {
+		t.Errorf("what was used since %s stays", at)
+	}
 	blocks := usageOver(t, admin).GetBlocks()
 	got, _, err := collectOver(t, admin, &floxv1.CollectRequest{KeepRecentSeconds: 1})
 	if err != nil || got.GetDeadPaths() != 1 || got.GetDeadBytes() != dead.info.NarSize {

@@ -65,8 +65,8 @@ func (s *Server) whoLeads(ctx context.Context, passed bool) (p2p.PeerID, error) 
 	if passed {
 		patience = passedWait
 	}
-	wait, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
+	wait, done := s.agreeing(ctx, patience)
+	defer done()
 	for {
 		st := s.node.Status()
 		switch {
@@ -81,7 +81,7 @@ func (s *Server) whoLeads(ctx context.Context, passed bool) (p2p.PeerID, error) 
 			if passed && ctx.Err() == nil {
 				return "", fmt.Errorf("this server does not lead, try again: %w", flox.ErrUnreachable)
 			}
-			return "", noMajority(ctx, patience, wait.Err())
+			return "", s.disagreed(ctx, wait, patience, wait.Err())
 		}
 	}
 }

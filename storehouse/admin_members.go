@@ -321,6 +321,9 @@ func (a *admin) audit(ctx context.Context, q *floxv1.AuditRequest, send func(*fl
 	if q.GetLimit() > maxAuditLimit {
 		return fmt.Errorf("the newest %d records, want at most %d; 0 = all: %w", q.GetLimit(), maxAuditLimit, flox.ErrBadInput)
 	}
+	if err := a.audited(ctx, q.GetMachine()); err != nil {
+		return err
+	}
 	at, err := a.auditNewest(ctx, q, send)
 	for err == nil {
 		var records []*floxv1.AuditRecord
@@ -342,6 +345,33 @@ func (a *admin) audit(ctx context.Context, q *floxv1.AuditRequest, send func(*fl
 				return err
 			}
 		}
+	}
+	return err
+}
+
+// audited refuses the name of a machine that is none and that no record is about or
+// by, as of one that is gone: nothing is to be found there. ErrNotFound.
+func (a *admin) audited(ctx context.Context, machine string) error {
+	if machine == "" {
+		return nil
+	}
+	err := a.s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		m, err := members.Find(r, machine)
+		if err == nil && (m.GetPeer() == machine || strings.EqualFold(m.GetName(), machine)) {
+			return nil
+		}
+		known, q := false, &floxv1.AuditRequest{Machine: machine}
+		err = members.Audit(r, 0, func(rec *floxv1.AuditRecord) bool {
+			known = wanted(rec, q)
+			return !known && ctx.Err() == nil
+		})
+		if err != nil || known {
+			return err
+		}
+		return flox.ErrNotFound
+	})
+	if errors.Is(err, flox.ErrNotFound) {
+		return fmt.Errorf("audit: no machine has the name or the peer ID %q, and no record is about one that had; see: floxctl machine list: %w", machine[:min(len(machine), 80)], flox.ErrNotFound)
 	}
 	return err
 }

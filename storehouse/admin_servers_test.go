@@ -180,6 +180,40 @@ func TestServersGoOnlyWhileAMajorityStays(t *testing.T) {
 	}
 }
 
+// While another server has yet to fetch some content, a server that is to go waits for
+// it, and goes then without force.
+func TestServerGoesOnceTheOthersHaveCaughtUp(t *testing.T) {
+	t.Parallel()
+	h, ask := operatedHouse(t, 3)
+	eventually(t, "nobody lacks anything", func() bool {
+		for _, s := range serversOver(t, ask[0]) {
+			if !s.GetHealthy() || !s.GetVoter() || s.GetLackingBlocks() != 0 {
+				return false
+			}
+		}
+		return true
+	})
+	const lacking = 1 << 20
+	backlog := &h.servers[2].catchUp.backlog
+	backlog.expect(lacking)
+	if s := serversOver(t, ask[0])["s3"]; s.GetLackingBlocks() == 0 {
+		t.Fatalf("s3 does not lack anything: %v", s)
+	}
+	result := make(chan error, 1)
+	go func() {
+		_, err := ask[0].RemoveServer(within(t), connect.NewRequest(&floxv1.RemoveServerRequest{Server: "s2"}))
+		result <- api.FromConnect(err)
+	}()
+	time.Sleep(3 * removalEvery) // so that the call meets it, on most machines
+	backlog.pass(lacking)
+	if err := <-result; err != nil {
+		t.Errorf("a server that goes while another one catches up: %v", err)
+	}
+	if all := serversOver(t, ask[0]); len(all) != 2 || all["s2"] != nil {
+		t.Errorf("after that the servers are %v", all)
+	}
+}
+
 // A server's key is revoked like that of any machine: the one that leads hands over
 // and is out when the call ends. Where no majority would be left nothing is done, and
 // that is said.

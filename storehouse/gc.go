@@ -36,7 +36,8 @@ const (
 type CollectOptions struct {
 	// DryRun names what would go, and changes nothing.
 	DryRun bool
-	// KeepRecent is how long a path stays after it was last published; 0 = DefaultKeepRecent.
+	// KeepRecent is how long a path stays after it was last published or used, and
+	// touchEvery longer; 0 = DefaultKeepRecent.
 	KeepRecent time.Duration
 	// Resume goes on with what an earlier collection condemned, and condemns no more.
 	Resume bool
@@ -142,9 +143,10 @@ func (c *collection) report() {
 
 // condemn marks what is live and condemns the rest.
 func (c *collection) condemn(ctx context.Context) error {
-	c.begin(phaseMark, 0)
 	// A use is noted once in a while only, so what seems older may have been used since.
 	since := c.began.Add(-c.opts.KeepRecent - c.touchEvery()).UnixMilli()
+	c.now.UsedSinceUnixMs = since
+	c.begin(phaseMark, 0)
 	if !c.opts.DryRun {
 		if err := c.forgetRoots(ctx, c.began); err != nil {
 			return err

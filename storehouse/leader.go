@@ -31,10 +31,16 @@ func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (
 	if c != cluster.Local && s.takesNoPart() {
 		return nil, errOutcast
 	}
-	limited, cancel := context.WithTimeout(ctx, readWait)
-	defer cancel()
+	if c == cluster.Local {
+		limited, cancel := context.WithTimeout(ctx, readWait)
+		defer cancel()
+		r, err := s.node.View(limited, kind, c)
+		return r, noMajority(ctx, readWait, err)
+	}
+	limited, done := s.agreeing(ctx, readWait)
+	defer done()
 	r, err := s.node.View(limited, kind, c)
-	return r, noMajority(ctx, readWait, err)
+	return r, s.disagreed(ctx, limited, readWait, err)
 }
 
 // enter puts a command into the log. It waits for a majority only so long.

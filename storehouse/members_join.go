@@ -199,9 +199,35 @@ func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.Joi
 		return nil, err
 	}
 	if reply.GetRefused() != "" {
+		if err := j.revokedJoin(ctx, g.peer, inv.GetRole()); err != nil {
+			return nil, err
+		}
 		return nil, refusedJoin(reply.GetRefused())
 	}
 	return j.welcome(ctx, reply.GetMachine())
+}
+
+// revokedJoin says of a key that was revoked what happened and what to do on that
+// machine; nil of another. ErrDenied.
+func (s *Server) revokedJoin(ctx context.Context, peer p2p.PeerID, role string) error {
+	rev := &floxv1.Revoked{}
+	err := s.viewMembers(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
+		rev, err = members.Revocation(r, string(peer))
+		return err
+	})
+	if err != nil {
+		return nil //nolint:nilerr // the log's own words say why then
+	}
+	why := ""
+	if rev.GetReason() != "" {
+		why = " (" + rev.GetReason() + ")"
+	}
+	leave := "floxctl leave --purge"
+	if role == members.Server {
+		leave = "floxctl leave"
+	}
+	return fmt.Errorf("join: the key of this machine, which was %s, was revoked on %s%s and is let in never again; if it shall come back, give it a new key with %s here, and join with an invite: this one can still be used: %w",
+		rev.GetName(), time.UnixMilli(rev.GetTimeUnixMs()).UTC().Format(time.DateOnly), why, leave, flox.ErrDenied)
 }
 
 // takesMachines refuses more machines when the disk is read-only, but for servers:

@@ -182,6 +182,10 @@ func TestMachineJoinsAndIsCutWhenRevoked(t *testing.T) {
 		t.Fatalf("a machine that is no member, but knows the secret: %v, %v, want ErrDenied", conn, err)
 	}
 
+	_, err := admin.MakeInvite(within(t), connect.NewRequest(&floxv1.MakeInviteRequest{Role: members.Agent, Labels: []*floxv1.Label{{Key: "site", Value: "here\nthere"}}}))
+	if err := api.FromConnect(err); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), `site="here\nthere": want printable text`) {
+		t.Errorf("an invite with a label of two lines: %v, want ErrBadInput", err)
+	}
 	text := makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Agent, Labels: []*floxv1.Label{{Key: "site", Value: "berlin"}}})
 	laptop := newComputer(t)
 	look, err := laptop.door(s, text).Look(within(t), connect.NewRequest(&floxv1.LookRequest{}))
@@ -236,8 +240,23 @@ func TestMachineJoinsAndIsCutWhenRevoked(t *testing.T) {
 		t.Errorf("a revoked machine dials again: %v, want ErrDenied", err)
 	}
 	again := makeInvite(t, admin, &floxv1.MakeInviteRequest{Role: members.Agent})
-	if _, err := laptop.join(s, again, "other"); !errors.Is(err, flox.ErrDenied) || !strings.Contains(err.Error(), "revoked") {
+	if _, err := laptop.join(s, again, "other"); !errors.Is(err, flox.ErrDenied) || !strings.Contains(err.Error(), "Laptop, was revoked on ") ||
+		!strings.Contains(err.Error(), "(stolen)") || !strings.Contains(err.Error(), "floxctl leave --purge") {
 		t.Errorf("a revoked key joins again: %v", err)
+	}
+	for _, name := range []string{"LAPTOP", string(laptop.id()), "test"} { // who is gone is found, too
+		if len(auditOf(t, admin, &floxv1.AuditRequest{Machine: name})) == 0 {
+			t.Errorf("the audit log has nothing of %s", name)
+		}
+	}
+	unknown, err := admin.Audit(within(t), connect.NewRequest(&floxv1.AuditRequest{Machine: "laptpo"}))
+	if err == nil {
+		for unknown.Receive() { //nolint:revive // to its end
+		}
+		err = unknown.Err()
+	}
+	if err := api.FromConnect(err); !errors.Is(err, flox.ErrNotFound) || !strings.Contains(err.Error(), `"laptpo"`) {
+		t.Errorf("the audit log of a machine that never was: %v, want ErrNotFound with its name", err)
 	}
 	want := "machine.join !machine.revoke machine.revoke invite.make !machine.join"
 	log := auditOf(t, admin, &floxv1.AuditRequest{Limit: 12})

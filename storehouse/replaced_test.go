@@ -1,11 +1,16 @@
 package storehouse
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -62,5 +67,53 @@ func TestServerThatWasReplacedIsOutOfTheMemberList(t *testing.T) {
 	eventually(t, "it is a server again", func() bool {
 		st, err := back.ownState(within(t))
 		return err == nil && slices.Contains(voters(h.servers[0]), string(gone)) && st.GetState().GetProblem() == ""
+	})
+}
+
+// A server that is taken out says so from the first answer that it gives to those who
+// need all servers: it does not send them to look for a majority.
+func TestServerThatIsTakenOutSaysSoAtOnce(t *testing.T) {
+	t.Parallel()
+	h, ask := operatedHouse(t, 3)
+	if _, err := ask[0].RemoveServer(within(t), connect.NewRequest(&floxv1.RemoveServerRequest{Server: "s3"})); err != nil {
+		t.Fatal(err)
+	}
+	for what, call := range map[string]func() error{
+		"an invite": func() error {
+			_, err := ask[2].MakeInvite(within(t), connect.NewRequest(&floxv1.MakeInviteRequest{Role: "agent"}))
+			return err
+		},
+		"a hand-over": func() error {
+			_, err := ask[2].Transfer(within(t), connect.NewRequest(&floxv1.TransferRequest{}))
+			return err
+		},
+		"a change that was let in before it knew": func() error {
+			_, err := h.servers[2].proposeMembers(within(t), &floxv1.MembersCommand{Command: &floxv1.MembersCommand_Remove{Remove: &floxv1.RemoveMachine{Peer: "nobody"}}})
+			return err
+		},
+		"who leads": func() error { _, err := h.servers[2].whoLeads(within(t), false); return err },
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			var err error
+			// It may take part for a moment in which it was not heard of here yet.
+			eventually(t, "it is refused", func() bool { err = api.FromConnect(call()); return err != nil && !errors.Is(err, flox.ErrNotFound) })
+			if !errors.Is(err, flox.ErrUnreachable) || !strings.Contains(err.Error(), "it was taken out") {
+				t.Errorf("%v, want that it was taken out", err)
+			}
+		})
+	}
+	t.Run("the servers", func(t *testing.T) {
+		t.Parallel()
+		eventually(t, "the server says it of itself", func() bool {
+			said := false
+			for name, st := range serversOver(t, ask[2]) {
+				if strings.Contains(st.GetProblem(), "no majority") {
+					t.Fatalf("of %s it says: %s", name, st.GetProblem())
+				}
+				said = said || strings.Contains(st.GetProblem(), "it was taken out")
+			}
+			return said
+		})
 	})
 }

@@ -183,7 +183,10 @@ func (s *Server) enterMembers(ctx context.Context, c *floxv1.MembersCommand) ([]
 	if err != nil {
 		return nil, err
 	}
-	return enterAt(ctx, s.memberLog, c.GetLevel(), members.Kind, b)
+	limited, done := s.agreeing(ctx, proposeWait)
+	defer done()
+	answer, err := enterAt(limited, s.memberLog, c.GetLevel(), members.Kind, b)
+	return answer, s.disagreed(ctx, limited, proposeWait, err)
 }
 
 // proposeMembers puts a members command into the log. Refused redemptions are

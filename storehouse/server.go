@@ -41,7 +41,7 @@ type Server struct {
 	line      *p2p.Line // to the other servers, for consensus; nil = a single server
 	servers   *servers
 	roster    *roster
-	outcast   atomic.Bool   // the other servers do not take this one for one of them
+	outcast   membership    // whether the other servers take this one for one of them
 	sealed    atomic.Uint64 // version of the secrets in force; 0 = those of the key files
 	filed     uint64        // version that the files people read are of; only runServers uses it
 	memberLog *cluster.Session

@@ -54,7 +54,7 @@ func (s *Server) ownState(ctx context.Context) (*floxv1.StateResponse, error) {
 		Builds: s.builds.state(),
 	}
 	switch sealed := s.roster.now.Load().secrets.GetVersion(); {
-	case s.outcast.Load():
+	case s.outcast.lost():
 		st.Problem = outcastWords
 	case sealed > s.sealed.Load():
 		st.Problem = "the storehouse's keys are not open on it"
@@ -108,6 +108,13 @@ func (s *Server) lookAtServers(ctx context.Context) *houseState {
 		group.Go(func() { states[i], errs[i] = s.stateOf(ctx, p2p.PeerID(peer)) })
 	}
 	group.Wait()
+	if leading != nil && s.node.Status().Leader == "" {
+		i := slices.Index(peers, string(s.id.peer))
+		if i >= 0 && castOut(slices.Concat(errs[:i], errs[i+1:])) {
+			s.foundOutcast(true)
+			leading, states[i].State.Problem = errOutcast, outcastWords
+		}
+	}
 
 	out := &houseState{leading: leading, answered: map[string]bool{}}
 	for i, peer := range peers {

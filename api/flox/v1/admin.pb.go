@@ -1763,18 +1763,19 @@ func (x *CollectRequest) GetResume() bool {
 }
 
 type CollectProgress struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Phase         string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"` // mark, condemn, wait, remove, sweep
-	Done          uint64                 `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
-	Total         uint64                 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
-	LivePaths     uint64                 `protobuf:"varint,4,opt,name=live_paths,json=livePaths,proto3" json:"live_paths,omitempty"`
-	DeadPaths     uint64                 `protobuf:"varint,5,opt,name=dead_paths,json=deadPaths,proto3" json:"dead_paths,omitempty"`
-	DeadBytes     uint64                 `protobuf:"varint,6,opt,name=dead_bytes,json=deadBytes,proto3" json:"dead_bytes,omitempty"`
-	FreedBytes    uint64                 `protobuf:"varint,7,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
-	Finished      bool                   `protobuf:"varint,8,opt,name=finished,proto3" json:"finished,omitempty"`
-	Paths         []string               `protobuf:"bytes,9,rep,name=paths,proto3" json:"paths,omitempty"` // of a dry run: base names that would go, in pieces
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Phase           string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"` // mark, condemn, wait, remove, sweep
+	Done            uint64                 `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`
+	Total           uint64                 `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"`
+	LivePaths       uint64                 `protobuf:"varint,4,opt,name=live_paths,json=livePaths,proto3" json:"live_paths,omitempty"`
+	DeadPaths       uint64                 `protobuf:"varint,5,opt,name=dead_paths,json=deadPaths,proto3" json:"dead_paths,omitempty"`
+	DeadBytes       uint64                 `protobuf:"varint,6,opt,name=dead_bytes,json=deadBytes,proto3" json:"dead_bytes,omitempty"`
+	FreedBytes      uint64                 `protobuf:"varint,7,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
+	Finished        bool                   `protobuf:"varint,8,opt,name=finished,proto3" json:"finished,omitempty"`
+	Paths           []string               `protobuf:"bytes,9,rep,name=paths,proto3" json:"paths,omitempty"`                                                  // of a dry run: base names that would go, in pieces
+	UsedSinceUnixMs int64                  `protobuf:"varint,10,opt,name=used_since_unix_ms,json=usedSinceUnixMs,proto3" json:"used_since_unix_ms,omitempty"` // what may have been used since then stays; 0 = told by nobody, or resumed
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *CollectProgress) Reset() {
@@ -1868,6 +1869,13 @@ func (x *CollectProgress) GetPaths() []string {
 		return x.Paths
 	}
 	return nil
+}
+
+func (x *CollectProgress) GetUsedSinceUnixMs() int64 {
+	if x != nil {
+		return x.UsedSinceUnixMs
+	}
+	return 0
 }
 
 type RootsRequest struct {
@@ -3555,7 +3563,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x0eCollectRequest\x12\x17\n" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12.\n" +
 	"\x13keep_recent_seconds\x18\x02 \x01(\x04R\x11keepRecentSeconds\x12\x16\n" +
-	"\x06resume\x18\x03 \x01(\bR\x06resume\"\x81\x02\n" +
+	"\x06resume\x18\x03 \x01(\bR\x06resume\"\xae\x02\n" +
 	"\x0fCollectProgress\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x04R\x04done\x12\x14\n" +
@@ -3569,7 +3577,9 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\vfreed_bytes\x18\a \x01(\x04R\n" +
 	"freedBytes\x12\x1a\n" +
 	"\bfinished\x18\b \x01(\bR\bfinished\x12\x14\n" +
-	"\x05paths\x18\t \x03(\tR\x05paths\"\"\n" +
+	"\x05paths\x18\t \x03(\tR\x05paths\x12+\n" +
+	"\x12used_since_unix_ms\x18\n" +
+	" \x01(\x03R\x0fusedSinceUnixMs\"\"\n" +
 	"\fRootsRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"H\n" +
 	"\rRootsResponse\x12#\n" +
