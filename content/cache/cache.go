@@ -165,7 +165,7 @@ func (c *Cache) open() (err error) {
 	if c.index, err = c.openIndex(); err != nil {
 		return err
 	}
-	if c.session, err = openSession(c.index, c.dir, cfg.BootID); err != nil {
+	if c.session, err = openSession(c.index, c.dir, cfg.BootID, cfg.Log); err != nil {
 		return err
 	}
 	c.memory = newMemory(c.index, cfg.Memory)
@@ -277,15 +277,15 @@ func (c *Cache) adopt() error {
 		delete(known, object)
 		return nil
 	})
-	if err != nil || c.index.Broken() != nil {
+	if err != nil {
 		return err
 	}
 	for object, pack := range known {
-		if err := c.strike(object, pack); err != nil {
+		if err := c.strike(object, pack); err != nil && c.index.Broken() == nil {
 			return err
 		}
 	}
-	return nil
+	return nil // one that cannot be written goes on as it is: what is missing is never taken for content
 }
 
 // strike takes an object that is not on the disk any more off the index.

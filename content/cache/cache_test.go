@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -390,6 +391,66 @@ func TestBrokenIndex(t *testing.T) {
 	gc(t, c)
 	if st := s.read(t, c, 0, 10, 1); st != Miss {
 		t.Errorf("state %d after eviction, want miss", st)
+	}
+	_ = c.Close()
+	os.Exit(exitCode(t)) // the index's goroutines cannot be ended
+}
+
+// What is here is read while the index is opened for writing, but nothing is put in a
+// generation that is not noted: the next process would use it again.
+func TestNothingIsPutBeforeTheGenerationIsNoted(t *testing.T) {
+	c := open(t, small(t.TempDir()))
+	here, next := newSample(1, 100<<10, 16<<10), newSample(2, 100, 100)
+	here.putAll(t, c)
+	begun := make(chan struct{})
+	c.session.begun = begun
+	done := make(chan error, 1)
+	go func() { done <- next.put(c, 0) }()
+	for c.pending.Load() == 0 {
+		select {
+		case err := <-done:
+			close(begun)
+			t.Fatalf("it was put before the generation was noted: %v", err)
+		default:
+			runtime.Gosched()
+		}
+	}
+	for range 1000 {
+		if st := here.readAll(t, c, 0); st != Hit {
+			t.Fatalf("state %d, want hit", st)
+		}
+	}
+	if c.State(next.File, 0, next.Size) == Hit {
+		t.Error("it was put before the generation was noted")
+	}
+	close(begun)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// An index that cannot be written any more, which is heard of while the cache opens, does
+// not keep it closed: content that is missing is a miss.
+func TestMissingContentOfABrokenIndex(t *testing.T) {
+	if private(t) {
+		return
+	}
+	c, err := Open(small(t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, gone := newSample(1, 100, 100), newSample(2, 300<<10, 16<<10)
+	here.putAll(t, c)
+	gone.putAll(t, c)
+	if err := os.Remove(c.objects.path(c.record(key{id: gone.ID}).cur.Load().object)); err != nil {
+		t.Fatal(err)
+	}
+	c.index.Break(fmt.Errorf("write: %w", flox.ErrFull))
+	if err := c.adopt(); err != nil {
+		t.Error(err)
+	}
+	if st := here.readAll(t, c, 0); st != Hit {
+		t.Errorf("state %d, want hit", st)
 	}
 	_ = c.Close()
 	os.Exit(exitCode(t)) // the index's goroutines cannot be ended

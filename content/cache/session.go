@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -48,10 +49,12 @@ type session struct {
 	gen     uint64       // current generation; guarded by gate
 	dirty   atomic.Bool  // something was written since the last mark
 	marks   atomic.Pointer[marks]
+	begun   chan struct{} // closed once the generation is noted: none may be used twice
 }
 
-// openSession begins a new generation in the system session id.
-func openSession(ix *index, dir *os.File, id string) (*session, error) {
+// openSession begins a new generation in the system session id. That is noted while
+// what is here is read already.
+func openSession(ix *index, dir *os.File, id string, log *slog.Logger) (*session, error) {
 	var m marks
 	raw, err := ix.get(keyMarks)
 	switch {
@@ -69,13 +72,17 @@ func openSession(ix *index, dir *os.File, id string) (*session, error) {
 		m.Durable = m.Next - 1
 		m.Session = id
 	}
-	s := &session{index: ix, dir: dir, gen: m.Next}
+	s := &session{index: ix, dir: dir, gen: m.Next, begun: make(chan struct{})}
 	m.Next = s.gen + reserve
 	s.marks.Store(&m)
-	if ix.Broken() != nil {
-		return s, nil // nothing will be written in this generation
-	}
-	return s, s.save(m)
+	go func() {
+		defer close(s.begun)
+		if err := s.save(m); err != nil && !errors.Is(err, flox.ErrClosed) {
+			ix.Break(fmt.Errorf("%w: %w", flox.ErrFull, err)) // nothing may be written in it
+			log.Warn("begin a generation of the cache", "err", err)
+		}
+	}()
+	return s, nil
 }
 
 // lose adds a span of lost generations.
@@ -132,6 +139,7 @@ func (s *session) alike(a, b uint64) bool {
 
 // enter gives the generation to write in; leave ends the write. A mark waits for both.
 func (s *session) enter() (gen uint64) {
+	<-s.begun
 	s.gate.RLock()
 	if !s.dirty.Load() {
 		s.dirty.Store(true)
@@ -143,6 +151,7 @@ func (s *session) leave() { s.gate.RUnlock() }
 
 // mark makes everything written before it safe.
 func (s *session) mark() error {
+	<-s.begun
 	s.marking.Lock()
 	defer s.marking.Unlock()
 	if !s.dirty.Load() {

@@ -68,6 +68,14 @@ type unlocked struct{}
 // Close is io.Closer.
 func (unlocked) Close() error { return nil }
 
+// Remove is vfs.FS. What is read early stays until that is over.
+func (v *vitalFS) Remove(name string) error {
+	if e := v.of.early; e != nil && e.tables[filepath.Base(name)] {
+		<-e.over // a goroutine for this alone
+	}
+	return v.FS.Remove(name)
+}
+
 // Rename is vfs.FS.
 func (v *vitalFS) Rename(old, name string) error { return v.check(name, v.FS.Rename(old, name)) }
 

@@ -5,12 +5,12 @@
 package indexdb
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -48,23 +48,25 @@ const pause = 5 * time.Second
 // in it can still be read.
 type DB struct {
 	cfg  Config
-	size int64 // bytes of the ballast
-	db   *pebble.DB
+	size int64     // bytes of the ballast
 	lock io.Closer // of the directory
 
-	readOnly bool                  // opened without room on the disk; broken from the start
-	passing  atomic.Bool           // Pebble is told of errors: it opens or closes
-	low      atomic.Bool           // there is no ballast
-	once     sync.Once             // of broken
-	cause    atomic.Pointer[error] // why it must not be written any more
-	broken   chan struct{}         // closed behind cause
-	closing  chan struct{}         // closed by Close
+	early   *early     // read until db is there, nil = db was there at once
+	db      *pebble.DB // valid when ready is closed; nil: it could not be opened, and is broken
+	ready   chan struct{}
+	passing atomic.Bool           // Pebble is told of errors: it opens or closes
+	low     atomic.Bool           // there is no ballast
+	once    sync.Once             // of broken
+	cause   atomic.Pointer[error] // why it must not be written any more
+	broken  chan struct{}         // closed behind cause
+	closing chan struct{}         // closed by Close
 }
 
-// Open opens or makes the database. On a disk without any room it opens what is
-// there for reading only, as broken. ErrCorrupt: it is damaged. ErrFull: there is no room to make it.
+// Open opens or makes the database. What is there can be read at once; it is opened for
+// writing meanwhile, which waits for the disk several times, and whoever writes waits for that. On a disk
+// without any room it stays as it is, broken. ErrCorrupt: it is damaged. ErrFull: there is no room to make it.
 func Open(cfg Config) (*DB, error) {
-	d := &DB{cfg: cfg, broken: make(chan struct{}), closing: make(chan struct{})}
+	d := &DB{cfg: cfg, broken: make(chan struct{}), closing: make(chan struct{}), ready: make(chan struct{})}
 	if d.cfg.fs == nil {
 		d.cfg.fs = vfs.Default
 	}
@@ -73,28 +75,55 @@ func Open(cfg Config) (*DB, error) {
 		return nil, fmt.Errorf("%s: %w", cfg.Name, err)
 	}
 	d.size = min(max(total/64, 1<<20), cfg.Most)
-	err = d.open(false)
-	if isFull(err) {
-		d.dropBallast()
-		if err = d.open(false); isFull(err) {
-			d.Break(fmt.Errorf("the disk of %s has no room: %w", cfg.Dir, flox.ErrFull))
-			if e := d.open(true); e == nil || pebble.IsCorruptionError(e) {
-				err = e
-			}
-		}
+	if _, err := os.Lstat(d.damaged()); err == nil {
+		return nil, fmt.Errorf("open %s: it could be read and not be opened for writing: %w", cfg.Dir, flox.ErrCorrupt)
 	}
-	if err != nil {
+	if d.early = d.newEarly(); d.early != nil {
+		go d.prepare()
+		return d, nil
+	}
+	defer close(d.ready) // there is none yet, or it is damaged
+	if d.db, err = d.openToWrite(); err != nil {
 		_ = d.unlock()
 		if pebble.IsCorruptionError(err) {
 			return nil, fmt.Errorf("open %s: %w: %w", cfg.Dir, flox.ErrCorrupt, err)
 		}
 		return nil, fmt.Errorf("open %s: %w", cfg.Dir, Full(err))
 	}
-	if d.Broken() == nil {
-		d.setBallast()
-	}
+	d.setBallast()
 	return d, nil
 }
+
+// openToWrite gives up the ballast if it has to.
+func (d *DB) openToWrite() (*pebble.DB, error) {
+	db, err := d.open(false)
+	if isFull(err) {
+		d.dropBallast()
+		db, err = d.open(false)
+	}
+	return db, err
+}
+
+// prepare makes a database that can be read one that can be written.
+func (d *DB) prepare() {
+	db, err := d.openToWrite()
+	if pebble.IsCorruptionError(err) {
+		// The next process hears of it before it reads, and does what it does of damage.
+		err = errors.Join(fmt.Errorf("%w: %w", flox.ErrCorrupt, err), os.WriteFile(d.damaged(), nil, 0o600))
+	}
+	if err != nil {
+		d.giveUp(fmt.Errorf("open %s: %w", d.cfg.Dir, Full(err)))
+		close(d.ready)
+		return
+	}
+	d.db = db
+	d.setBallast()
+	close(d.ready)
+	d.early.end() // nobody reads it who comes from here on
+}
+
+// damaged is a file that says that the database is.
+func (d *DB) damaged() string { return filepath.Join(d.cfg.Dir, "damaged") }
 
 func isFull(err error) bool {
 	return err != nil && !pebble.IsCorruptionError(err) && errors.Is(Full(err), flox.ErrFull)
@@ -102,7 +131,7 @@ func isFull(err error) bool {
 
 // open is one attempt. That the disk is full may be heard of while Pebble is at it: it would
 // try for ever then, and is left behind.
-func (d *DB) open(readOnly bool) error {
+func (d *DB) open(readOnly bool) (*pebble.DB, error) {
 	opts := d.cfg.Options // a copy
 	at := &attempt{DB: d, full: make(chan error, 1)}
 	at.opening.Store(true)
@@ -111,7 +140,6 @@ func (d *DB) open(readOnly bool) error {
 	opts.EventListener = &pebble.EventListener{FlushEnd: func(i pebble.FlushInfo) { at.flushed(i.Err) }}
 	opts.MemTableSize = uint64(d.size / 4) //nolint:gosec // positive
 	opts.ReadOnly = readOnly
-	d.readOnly = readOnly
 	type opened struct {
 		db  *pebble.DB
 		err error
@@ -126,10 +154,9 @@ func (d *DB) open(readOnly bool) error {
 	select {
 	case o := <-done:
 		at.opening.Store(false)
-		d.db = o.db
-		return o.err
+		return o.db, o.err
 	case err := <-at.full:
-		return err
+		return nil, err
 	}
 }
 
@@ -138,31 +165,33 @@ func (d *DB) start(opts *pebble.Options) (db *pebble.DB, err error) {
 	return pebble.Open(d.cfg.Dir, opts)
 }
 
-// Close lets go of the database, unless it is broken: goroutines may hold its locks
-// for ever then, and only the end of the process lets go of it.
+// Close lets go of the database, unless it was broken while it was written: goroutines
+// may hold its locks for ever then, and only the end of the process lets go of it.
 func (d *DB) Close() error {
-	if d.db == nil || d.Broken() != nil && !d.readOnly {
-		return nil
+	<-d.ready
+	var errs []error
+	if d.db != nil {
+		if d.Broken() != nil {
+			return nil
+		}
+		d.passing.Store(true)
+		close(d.closing)
+		errs = append(errs, d.db.Close())
 	}
-	d.passing.Store(true)
-	close(d.closing)
-	if err := errors.Join(d.db.Close(), d.unlock()); err != nil {
+	if d.early != nil {
+		d.early.end()
+		<-d.early.over
+		errs = append(errs, d.early.err)
+	}
+	if err := errors.Join(append(errs, d.unlock())...); err != nil {
 		return fmt.Errorf("close %s: %w", d.cfg.Name, err)
 	}
 	return nil
 }
 
-// Get is Pebble's.
-func (d *DB) Get(key []byte) ([]byte, io.Closer, error) { return d.db.Get(key) }
-
-// NewIter is Pebble's.
-func (d *DB) NewIter(ctx context.Context, o *pebble.IterOptions) (*pebble.Iterator, error) {
-	return d.db.NewIterWithContext(ctx, o)
-}
-
 // Size is what the database takes on disk, in bytes; before, if that cannot be told.
 func (d *DB) Size(before int64) int64 {
-	if d.Broken() != nil {
+	if d.Broken() != nil || !d.writable() {
 		return before // who broke it may hold its locks for ever
 	}
 	return int64(d.db.Metrics().DiskSpaceUsage()) //nolint:gosec // of one disk
@@ -172,6 +201,7 @@ func (d *DB) Size(before int64) int64 {
 // used any more. ErrFull: they are not made, or not known to be durable; the
 // database is broken.
 func (d *DB) Apply(b *pebble.Batch, sync bool) error {
+	<-d.ready
 	if err := d.Broken(); err != nil {
 		return err
 	}
@@ -236,8 +266,8 @@ func (d *DB) Room() error {
 }
 
 // Tend is to be called every second or so: it sets the ballast aside again once the
-// disk has room. ErrFull: the database is broken, but there is room again now. It is
-// let go of only by the end of the process, which must start anew.
+// disk has room. ErrFull: the database is broken, but there is room again now, or it is
+// damaged (ErrCorrupt, too). It is let go of only by the end of the process, which must start anew.
 func (d *DB) Tend() error {
 	cause := d.Broken()
 	if cause == nil && !d.Low() {
@@ -246,7 +276,7 @@ func (d *DB) Tend() error {
 	_, free, err := disk(d.cfg.Ballast)
 	switch {
 	case err != nil: // the next time
-	case cause != nil && free > 4*d.size:
+	case cause != nil && (free > 4*d.size || errors.Is(cause, flox.ErrCorrupt)):
 		return fmt.Errorf("%s must be opened anew: %w", d.cfg.Dir, cause)
 	case cause == nil && free > 2*d.size:
 		d.setBallast()
