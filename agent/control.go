@@ -189,6 +189,9 @@ func (a *Agent) problems() []string {
 	if err := a.facts.full(); err != nil {
 		out = append(out, oneLine(err))
 	}
+	if err := a.staged.Full(); err != nil {
+		out = append(out, oneLine(err))
+	}
 	if u := a.cache.Usage(); u.Limit < u.Budget/2 {
 		out = append(out, fmt.Sprintf("the disk of %s is nearly full: the cache may use %d of its %d bytes; free some space or set a smaller reserve", a.cfg.StateDir, u.Limit, u.Budget))
 	}

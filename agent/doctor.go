@@ -74,12 +74,15 @@ func (a *Agent) doctorBefore() *floxv1.Finding {
 	return finding(check, "ok", "", "an agent's process that says nothing any more is replaced, and the one before this was not")
 }
 
-// doctorFacts says nothing unless they cannot be written.
-func (a *Agent) doctorFacts() []*floxv1.Finding {
+// doctorFacts says nothing unless they, or what is added here, cannot be written.
+func (a *Agent) doctorFacts() (out []*floxv1.Finding) {
 	if err := a.facts.full(); err != nil {
-		return []*floxv1.Finding{finding("facts", "error", "free some disk space", "%s", oneLine(err))}
+		out = append(out, finding("facts", "error", "free some disk space", "%s", oneLine(err)))
 	}
-	return nil
+	if err := a.staged.Full(); err != nil {
+		out = append(out, finding("staging", "error", "free some disk space", "%s", oneLine(err)))
+	}
+	return out
 }
 
 func (a *Agent) doctorCache() *floxv1.Finding {

@@ -68,7 +68,7 @@ func (d *DB) newEarly() *early {
 		return nil // it is said of the one that is written
 	}
 	// Listed with the lock held: nobody else makes tables or removes them any more.
-	names, err := d.cfg.fs.List(d.cfg.Dir)
+	names, err := d.cfg.FS.List(d.cfg.Dir)
 	if err != nil {
 		_ = db.Close()
 		return nil

@@ -76,7 +76,7 @@ func TestReadBeforeTheDiskWrites(t *testing.T) {
 	cfg := config(t.TempDir())
 	keys := twoRuns(t, cfg)
 	disk := &stuckDisk{vfs.Default, make(chan struct{})}
-	cfg.fs = disk
+	cfg.FS = disk
 	d, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -114,7 +114,7 @@ func TestTablesReadEarlyStay(t *testing.T) {
 	cfg := config(t.TempDir())
 	keys := twoRuns(t, cfg)
 	disk := &stuckDisk{vfs.Default, make(chan struct{})}
-	cfg.fs = disk
+	cfg.FS = disk
 	d, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)
@@ -178,7 +178,7 @@ func TestDamagedWhereItIsWritten(t *testing.T) {
 	keys := twoRuns(t, cfg)
 	bad := cfg
 	bad.Options.DisableAutomaticCompactions = true // Pebble panics if one runs when it fails to open
-	bad.fs = &rotten{vfs.Default}
+	bad.FS = &rotten{vfs.Default}
 	d, err := Open(bad)
 	if err != nil {
 		t.Fatal(err)
@@ -219,7 +219,7 @@ func TestOneProcessAtATime(t *testing.T) {
 		return
 	}
 	disk := &stuckDisk{vfs.Default, make(chan struct{})}
-	cfg.fs = disk
+	cfg.FS = disk
 	d, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -24,7 +24,7 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// Config configures a DB. All fields are needed.
+// Config configures a DB. All fields but FS are needed.
 type Config struct {
 	Name    string // of the database, for people: "index of the cache"
 	Dir     string // of the database; its parent exists
@@ -33,8 +33,8 @@ type Config struct {
 	Log     *slog.Logger
 	// Options are Pebble's, but for those that are set here: FS, Logger, MemTableSize, ReadOnly.
 	Options pebble.Options
-
-	fs vfs.FS // set by tests of this package
+	// FS is where the database is; its lock and ballast are on the machine's. nil = all is there
+	FS vfs.FS
 }
 
 // pause is between two tables when the disk had no room for the first.
@@ -67,8 +67,8 @@ type DB struct {
 // without any room it stays as it is, broken. ErrCorrupt: it is damaged. ErrFull: there is no room to make it.
 func Open(cfg Config) (*DB, error) {
 	d := &DB{cfg: cfg, broken: make(chan struct{}), closing: make(chan struct{}), ready: make(chan struct{})}
-	if d.cfg.fs == nil {
-		d.cfg.fs = vfs.Default
+	if d.cfg.FS == nil {
+		d.cfg.FS = vfs.Default
 	}
 	total, _, err := disk(cfg.Ballast)
 	if err != nil {
@@ -135,7 +135,7 @@ func (d *DB) open(readOnly bool) (*pebble.DB, error) {
 	opts := d.cfg.Options // a copy
 	at := &attempt{DB: d, full: make(chan error, 1)}
 	at.opening.Store(true)
-	opts.FS = &vitalFS{FS: vfs.OnDiskFull(d.cfg.fs, d.dropBallast), of: at}
+	opts.FS = &vitalFS{FS: vfs.OnDiskFull(d.cfg.FS, d.dropBallast), of: at}
 	opts.Logger = pebbleLog{d}
 	opts.EventListener = &pebble.EventListener{FlushEnd: func(i pebble.FlushInfo) { at.flushed(i.Err) }}
 	opts.MemTableSize = uint64(d.size / 4) //nolint:gosec // positive
@@ -188,6 +188,10 @@ func (d *DB) Close() error {
 	}
 	return nil
 }
+
+// Wait returns when the database is open for writing, or broken: then what is read is on the disk, unless
+// it is broken.
+func (d *DB) Wait() { <-d.ready }
 
 // Size is what the database takes on disk, in bytes; before, if that cannot be told.
 func (d *DB) Size(before int64) int64 {

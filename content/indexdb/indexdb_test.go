@@ -263,7 +263,7 @@ func (n *noLogs) ReuseForWrite(_, name string, c vfs.DiskWriteCategory) (vfs.Fil
 // when that fails.
 func TestNoRoomForANewLog(t *testing.T) {
 	cfg, fs := config(t.TempDir()), &noLogs{FS: vfs.Default}
-	cfg.fs = fs
+	cfg.FS = fs
 	d, err := Open(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -102,8 +102,11 @@ func (s *Store) take(ctx context.Context, nar io.Reader, embedded bool) (*taken,
 		}
 		nar = io.MultiReader(&head, nar)
 	}
-	t := &taken{session: s.packs.Session()}
-	var err error
+	packs, err := s.blocks()
+	if err != nil {
+		return nil, err
+	}
+	t := &taken{session: packs.Session()}
 	if t.Ingested, err = content.Ingest(ctx, nar, budgeted{t.session, s}, content.IngestOptions{Embedded: embedded}); err != nil {
 		s.release(t)
 		return nil, err
@@ -310,14 +313,28 @@ const SyncAfter = 20 * time.Millisecond
 // durable, whatever Pebble is told. Later means that a power cut may take it until Run
 // has settled it; otherwise it is durable, and all before it.
 func (s *Store) put(batch *pebble.Batch, later bool) error {
-	if err := batch.Commit(pebble.Sync); err != nil || !later {
-		return errors.Join(err, s.log.settle())
+	if err := s.db.Apply(batch, true); errors.Is(err, flox.ErrFull) {
+		return s.unkept(err)
+	} else if err != nil || !later {
+		return errors.Join(err, s.settle())
 	}
 	select {
 	case s.loose <- struct{}{}:
 	default:
 	}
 	return nil
+}
+
+// settle brings all that was put to the disk. If that fails nobody knows what of it is there, and
+// nothing is put any more: ErrFull.
+func (s *Store) settle() error {
+	err := s.log.settle()
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("%w: %w", flox.ErrFull, err)
+	s.db.Break(err)
+	return s.unkept(err)
 }
 
 // write makes a path durable: one write, whose sync it shares with whoever writes
@@ -334,8 +351,7 @@ func (s *Store) write(p *Path, t *taken) error {
 		return err
 	}
 	hash := p.Info.Path.HashPart()
-	batch := s.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	for id, b := range t.blocks {
 		_ = batch.Set(cidKey(blockPrefix, id, hash), b, nil)
 	}

@@ -31,8 +31,7 @@ func (s *Store) Uploaded(paths ...flox.StorePath) error {
 	} else if err != nil {
 		return err
 	}
-	batch := s.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	n := uint64(0)
 	for _, path := range paths {
 		p, err := s.Path(path)
@@ -54,7 +53,7 @@ func (s *Store) Uploaded(paths ...flox.StorePath) error {
 		return nil
 	}
 	// A mark that is lost costs a question, no more.
-	if err := batch.Commit(pebble.NoSync); err != nil {
+	if err := s.db.Apply(batch, false); err != nil {
 		return fmt.Errorf("staging: %w", err)
 	}
 	s.mu.Lock()
@@ -155,8 +154,7 @@ func (s *Store) remove(ctx context.Context, paths []*Path) error {
 	if len(paths) == 0 {
 		return nil
 	}
-	batch := s.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	packed := false
 	for _, p := range paths {
 		hash := p.Info.Path.HashPart()
@@ -196,7 +194,8 @@ func (s *Store) remove(ctx context.Context, paths []*Path) error {
 }
 
 // Run gives the room of removed content back to the disk and makes texts durable,
-// until ctx ends.
+// until ctx ends. ErrFull: the index could not be written, and can be again now; the process has to
+// start anew.
 func (s *Store) Run(ctx context.Context) error {
 	select {
 	case <-s.opened:
@@ -204,7 +203,15 @@ func (s *Store) Run(ctx context.Context) error {
 		return nil
 	}
 	all, ctx := errgroup.WithContext(ctx)
-	all.Go(func() error { return s.packs.Run(ctx) })
+	all.Go(func() error {
+		select {
+		case <-s.packed:
+			return s.packs.Run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	all.Go(func() error { return s.tend(ctx) })
 	all.Go(func() error {
 		return after(ctx, s.swept, sweepDelay, func() {
 			if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
@@ -214,12 +221,28 @@ func (s *Store) Run(ctx context.Context) error {
 	})
 	all.Go(func() error {
 		return after(ctx, s.loose, SyncAfter, func() {
-			if err := s.log.settle(); err != nil {
+			if err := s.settle(); err != nil {
 				s.cfg.Log.Warn("added texts are not on disk yet", "error", err)
 			}
 		})
 	})
 	return all.Wait()
+}
+
+// tend watches the room of the disk.
+func (s *Store) tend(ctx context.Context) error {
+	look := time.NewTicker(time.Second)
+	defer look.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-look.C:
+		}
+		if err := s.db.Tend(); err != nil {
+			return err
+		}
+	}
 }
 
 // after does something a while after it was asked for, until ctx ends.
@@ -246,11 +269,15 @@ func (s *Store) Sweep(ctx context.Context) error {
 	} else if err != nil {
 		return err
 	}
+	packs, err := s.blocks()
+	if err != nil {
+		return err
+	}
 	// A sweep does not see what an add that failed left behind unsynced.
-	if err := s.packs.Sync(ctx); err != nil {
+	if err := packs.Sync(ctx); err != nil {
 		return fmt.Errorf("staging: %w", err)
 	}
-	_, err := s.packs.SweepMarked(ctx, func(ctx context.Context) (func(flox.CID) bool, error) {
+	_, err = packs.SweepMarked(ctx, func(ctx context.Context) (func(flox.CID) bool, error) {
 		live := make(map[flox.CID]struct{}) // 32 bytes for each chunk of some 32 KiB
 		var failed error
 		err := s.List(ctx, "", func(p *Path) bool {

@@ -21,7 +21,8 @@ import (
 func TestPowerCut(t *testing.T) {
 	disk := vfs.NewCrashableMem()
 	dir := t.TempDir()
-	if err := disk.MkdirAll(filepath.Join(dir, "paths"), 0o700); err != nil {
+	// Its lock is on the machine's disk.
+	if err := errors.Join(disk.MkdirAll(filepath.Join(dir, "paths"), 0o700), os.Mkdir(filepath.Join(dir, "paths"), 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	for d := dir; ; d = filepath.Dir(d) { // so that the directory is there after a cut
@@ -99,7 +100,7 @@ func cutNow(t *testing.T, disk *vfs.MemFS, dir string) *Store {
 	t.Helper()
 	now := disk.CrashClone(vfs.CrashCloneCfg{})
 	after := t.TempDir()
-	err := errors.Join(os.Mkdir(filepath.Join(after, "content"), 0o700), now.MkdirAll(after, 0o700),
+	err := errors.Join(os.Mkdir(filepath.Join(after, "content"), 0o700), os.Mkdir(filepath.Join(after, "paths"), 0o700), now.MkdirAll(after, 0o700),
 		now.Rename(filepath.Join(dir, "paths"), filepath.Join(after, "paths")))
 	if err != nil {
 		t.Fatal(err)

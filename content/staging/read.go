@@ -51,7 +51,11 @@ func (s *Store) Get(ctx context.Context, id flox.CID) (b []byte, err error) {
 		return nil
 	})
 	if errors.Is(err, flox.ErrNotFound) && s.isOpen() {
-		return s.packs.Get(ctx, id)
+		packs, err := s.blocks()
+		if err != nil {
+			return nil, err
+		}
+		return packs.Get(ctx, id)
 	}
 	if err == nil && content.Hash(b) != id {
 		return nil, fmt.Errorf("staging: block %s: its bytes are others: %w", id, flox.ErrCorrupt)

@@ -1,6 +1,7 @@
 package staging
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -72,8 +73,7 @@ func (s *Store) Realise(owner uint32, r *nix.Realisation) error {
 	if err := errors.Join(s.realisedRoom(owner, more), s.room(int64(more))); err != nil {
 		return err
 	}
-	batch := s.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	_ = batch.Set(realisedKey(owner, r.ID), value, nil)
 	if err := s.put(batch, false); err != nil {
 		return fmt.Errorf("staging: realisation %s: %w", r.ID, err)
@@ -142,7 +142,7 @@ func parseRealised(owner uint32, b []byte) (*Realised, error) {
 
 // eachRealised needs the indexes to be open.
 func (s *Store) eachRealised(yield func(*Realised) bool) error {
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{realisedPrefix}, UpperBound: []byte{realisedPrefix + 1}})
+	it, err := s.db.NewIter(context.Background(), &pebble.IterOptions{LowerBound: []byte{realisedPrefix}, UpperBound: []byte{realisedPrefix + 1}})
 	if err != nil {
 		return fmt.Errorf("staging: %w", err)
 	}
@@ -167,8 +167,7 @@ func (s *Store) Unrealise(keep func(*Realised) bool) (removed int, err error) {
 	}
 	s.valid.Lock()
 	defer s.valid.Unlock()
-	batch := s.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	gone := make(map[uint32]int)
 	err = s.eachRealised(func(r *Realised) bool {
 		if !keep(r) {

@@ -1,6 +1,7 @@
 package staging
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -125,7 +126,7 @@ func (s *Store) each(after string, yield func(*Path) bool) error {
 
 // eachOpened is each once the indexes are open.
 func (s *Store) eachOpened(after string, yield func(*Path) bool) error {
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: append(pathKey(after), 0), UpperBound: []byte{pathPrefix + 1}})
+	it, err := s.db.NewIter(context.Background(), &pebble.IterOptions{LowerBound: append(pathKey(after), 0), UpperBound: []byte{pathPrefix + 1}})
 	if err != nil {
 		return fmt.Errorf("staging: %w", err)
 	}
@@ -150,7 +151,7 @@ func (s *Store) byCID(prefix byte, id flox.CID, yield func(hashPart string, valu
 		return err
 	}
 	lower := cidKey(prefix, id, "")
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: cidKey(prefix, id, "~")})
+	it, err := s.db.NewIter(context.Background(), &pebble.IterOptions{LowerBound: lower, UpperBound: cidKey(prefix, id, "~")})
 	if err != nil {
 		return fmt.Errorf("staging: %w", err)
 	}

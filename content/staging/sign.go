@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/cockroachdb/pebble/v2"
+
 	"github.com/floxctl/flox"
 )
 
@@ -28,8 +30,7 @@ func (s *Store) Sign(path flox.StorePath, sigs []string) error {
 	if err != nil {
 		return err
 	}
-	batch := s.db.NewBatch()
-	defer func() { _ = batch.Close() }()
+	batch := new(pebble.Batch)
 	_ = batch.Set(pathKey(path.HashPart()), b, nil)
 	if err := s.put(batch, false); err != nil {
 		return fmt.Errorf("staging: sign %s: %w", path, err)

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/indexdb"
 	"github.com/floxctl/flox/content/pack"
 	"github.com/floxctl/flox/nix"
 )
@@ -47,7 +48,7 @@ type Config struct {
 	// Log defaults to nothing.
 	Log *slog.Logger
 
-	// openRoom is how much of the disk has to be free to open the indexes: Pebble
+	// openRoom is how much of the disk has to be free to open the packs: their index
 	// writes then, and what it cannot write it tries for ever. 0 = 8 MiB.
 	openRoom int64
 	// fs is where the index is. nil = the machine's file systems
@@ -100,11 +101,12 @@ type Store struct {
 	swept  chan struct{} // holds one when packs hold what nobody needs
 	loose  chan struct{} // holds one when a path may not be on disk yet
 
-	// db, its log and packs are there once opened is closed: see ready.
-	db      *pebble.DB
+	// db and its log are there once opened is closed, packs once packed is: see ready, openPacks.
+	db      *indexdb.DB
 	log     *lateFS
-	packs   *pack.Store
 	opened  chan struct{}
+	packs   *pack.Store
+	packed  chan struct{}
 	opening sync.Mutex
 	exists  bool // under opening: something was staged here once
 
@@ -134,7 +136,7 @@ func Open(cfg Config) (s *Store, err error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	s = &Store{cfg: cfg, swept: make(chan struct{}, 1), loose: make(chan struct{}, 1), opened: make(chan struct{}), adding: make(map[string]chan struct{})}
+	s = &Store{cfg: cfg, swept: make(chan struct{}, 1), loose: make(chan struct{}, 1), opened: make(chan struct{}), packed: make(chan struct{}), adding: make(map[string]chan struct{})}
 	s.hasher = &nix.DrvHasher{Dir: cfg.StoreDir, Read: s.readDerivation}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("staging: %w", err)
@@ -147,47 +149,84 @@ func Open(cfg Config) (s *Store, err error) {
 	case errors.Is(err, flox.ErrFull): // others can be read all the same
 		cfg.Log.Warn("what was added on this machine cannot be read until its disk has room", "error", err)
 	default:
-		return nil, err
+		return nil, errors.Join(err, s.Close())
 	}
 	s.tell()
 	return s, nil
 }
 
-// ready opens the indexes if need be. Before something is staged for the first time
-// there are none: most machines add nothing. ErrNotFound without create if so,
-// ErrFull while the disk has no room for that.
+// ready opens the index if need be. Before something is staged for the first time
+// there is none: most machines add nothing. ErrNotFound without create if so,
+// ErrFull while the disk has no room for what is needed.
 func (s *Store) ready(create bool) error {
-	select {
-	case <-s.opened:
+	if s.isOpen() {
 		return nil
-	default:
 	}
 	s.opening.Lock()
 	defer s.opening.Unlock()
-	select {
-	case <-s.opened:
+	if s.isOpen() {
 		return nil
-	default:
 	}
-	s.mu.Lock()
-	closed := s.closed
-	s.mu.Unlock()
-	if closed {
-		return fmt.Errorf("staging: %w", flox.ErrClosed)
+	if err := s.usable(); err != nil {
+		return err
 	}
 	if !s.exists && !create {
 		return errNothing
 	}
-	if free, err := s.free(); err != nil {
-		return err
-	} else if free < s.cfg.openRoom {
-		return fmt.Errorf("staging: %d bytes are free on the disk of %s, want %d: %w", free, s.cfg.Dir, s.cfg.openRoom, flox.ErrFull)
-	}
 	return s.open()
 }
 
+// usable says whether it is closed: ErrClosed.
+func (s *Store) usable() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return fmt.Errorf("staging: %w", flox.ErrClosed)
+	}
+	return nil
+}
+
+// openPacks opens where the blocks of large paths lie, if need be. ErrFull: the disk has no room
+// for that. Then small paths are read all the same. It needs s.opening.
+func (s *Store) openPacks() error {
+	if closed(s.packed) {
+		return nil
+	}
+	if free, err := s.free(); err != nil {
+		return err
+	} else if free < s.cfg.openRoom {
+		return fmt.Errorf("what was added on this machine cannot be opened; free some space on the disk of %s: %d bytes are free, want %d: %w", s.cfg.Dir, free, s.cfg.openRoom, flox.ErrFull)
+	}
+	packs, err := pack.Open(pack.Config{Dir: filepath.Join(s.cfg.Dir, "content"), PackSize: 64 << 20, Reserve: s.cfg.Reserve, Log: s.cfg.Log})
+	if err != nil {
+		return fmt.Errorf("staging: %w", indexdb.Full(err))
+	}
+	s.packs = packs
+	close(s.packed)
+	if packs.Stat().DiskBytes > 0 {
+		s.sweepSoon() // an add that the end of a process cut off may have left something
+	}
+	return nil
+}
+
+// blocks gives the packs. ErrFull: the disk has no room to open them.
+func (s *Store) blocks() (*pack.Store, error) {
+	if closed(s.packed) {
+		return s.packs, nil
+	}
+	s.opening.Lock()
+	defer s.opening.Unlock()
+	if err := s.usable(); err != nil {
+		return nil, err
+	}
+	if err := s.openPacks(); err != nil {
+		return nil, err
+	}
+	return s.packs, nil
+}
+
 // Shut says why what is staged cannot be told: ErrFull, while the disk has no room
-// to open the indexes. Nil: it can, and what is not found is not staged.
+// to open the index. Nil: it can, and what is not found is not staged.
 func (s *Store) Shut() error {
 	err := s.ready(false)
 	if errors.Is(err, flox.ErrNotFound) {
@@ -201,28 +240,32 @@ var errNothing = fmt.Errorf("nothing is staged: %w", flox.ErrNotFound)
 // open needs s.opening.
 func (s *Store) open() (err error) {
 	// Opened first: its lock says best who else is there.
-	if s.packs, err = pack.Open(pack.Config{Dir: filepath.Join(s.cfg.Dir, "content"), PackSize: 64 << 20, Reserve: s.cfg.Reserve, Log: s.cfg.Log}); err != nil {
-		return fmt.Errorf("staging: %w", err)
+	if err := s.openPacks(); err != nil && !(s.exists && errors.Is(err, flox.ErrFull)) {
+		return err
 	}
 	s.log = newLateFS(s.cfg.fs)
-	if s.db, err = pebble.Open(filepath.Join(s.cfg.Dir, "paths"), s.options()); err != nil {
-		return errors.Join(fmt.Errorf("staging %s: %w", s.cfg.Dir, err), s.packs.Close())
+	s.db, err = indexdb.Open(indexdb.Config{
+		Name: "index of what was added", Dir: filepath.Join(s.cfg.Dir, "paths"), Ballast: filepath.Join(s.cfg.Dir, "ballast"), Most: 16 << 20,
+		Log: s.cfg.Log, Options: s.options(), FS: s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("staging %s: %w", s.cfg.Dir, err)
 	}
+	// What a process left that was killed may not be on the disk before that, and it would be
+	// said to be added.
+	s.db.Wait()
 	if err := errors.Join(s.count(), s.countRealised()); err != nil {
-		return errors.Join(err, s.db.Close(), s.packs.Close())
+		return errors.Join(err, s.db.Close())
 	}
 	s.exists = true
-	if s.packs.Stat().DiskBytes > 0 {
-		s.sweepSoon() // an add that the end of a process cut off may have left something
-	}
 	close(s.opened)
 	return nil
 }
 
 // options are those of the index. Most look-ups are of paths that are about to be
 // added: filters answer them.
-func (s *Store) options() *pebble.Options {
-	o := &pebble.Options{Logger: pebbleLog{s.cfg.Log}, CacheSize: 16 << 20, FS: s.log}
+func (s *Store) options() pebble.Options {
+	o := pebble.Options{CacheSize: 16 << 20}
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
@@ -241,15 +284,24 @@ func (s *Store) Close() error {
 	was := s.closed
 	s.closed = true
 	s.mu.Unlock()
-	if was || !s.isOpen() {
+	if was {
 		return nil
 	}
-	return errors.Join(s.db.Close(), s.packs.Close())
+	var errs []error
+	if s.isOpen() {
+		errs = append(errs, s.db.Close())
+	}
+	if closed(s.packed) {
+		errs = append(errs, s.packs.Close())
+	}
+	return errors.Join(errs...)
 }
 
-func (s *Store) isOpen() bool {
+func (s *Store) isOpen() bool { return closed(s.opened) }
+
+func closed(c <-chan struct{}) bool {
 	select {
-	case <-s.opened:
+	case <-c:
 		return true
 	default:
 		return false
@@ -284,7 +336,7 @@ func (s *Store) Stat() Stats {
 	s.mu.Lock()
 	st := s.stats
 	s.mu.Unlock()
-	if s.isOpen() {
+	if closed(s.packed) {
 		st.Bytes += s.packs.Stat().DiskBytes
 	}
 	return st
@@ -300,9 +352,28 @@ func (s *Store) room(n int64) error {
 		return err
 	}
 	if free-n < s.cfg.Reserve {
-		return fmt.Errorf("%d bytes are free on the disk of %s, %d stay so: %w", free, s.cfg.Dir, s.cfg.Reserve, flox.ErrFull)
+		return fmt.Errorf("%d bytes are free on the disk of %s, %d stay so; free some space: %w", free, s.cfg.Dir, s.cfg.Reserve, flox.ErrFull)
+	}
+	return s.Full()
+}
+
+// Full says what to do while nothing can be added because the disk has no room to write it
+// down, with ErrFull; nil: it can, or nothing was added yet.
+func (s *Store) Full() error {
+	if !s.isOpen() {
+		return nil
+	}
+	if err := s.db.Room(); err != nil {
+		return s.unkept(err)
+	}
+	if _, err := s.blocks(); errors.Is(err, flox.ErrFull) {
+		return err
 	}
 	return nil
+}
+
+func (s *Store) unkept(err error) error {
+	return fmt.Errorf("what is added on this machine cannot be written down; free some space on the disk of %s: %w", s.cfg.Dir, err)
 }
 
 // free is how many bytes of the disk are.
@@ -312,17 +383,4 @@ func (s *Store) free() (int64, error) {
 		return 0, fmt.Errorf("staging: statfs %s: %w", s.cfg.Dir, err)
 	}
 	return int64(fs.Bavail) * fs.Bsize, nil
-}
-
-// pebbleLog keeps Pebble's own chatter out of our log; its errors come back as errors.
-type pebbleLog struct{ log *slog.Logger }
-
-func (l pebbleLog) Infof(string, ...any) {}
-
-func (l pebbleLog) Errorf(format string, args ...any) {
-	l.log.Warn("staging index", "message", fmt.Sprintf(format, args...))
-}
-
-func (l pebbleLog) Fatalf(format string, args ...any) {
-	panic(fmt.Sprintf("pebble: "+format, args...)) // an impossible state: its invariants are broken
 }

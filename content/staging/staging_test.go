@@ -433,7 +433,7 @@ func TestCollectKeepsWhatIsReferredTo(t *testing.T) {
 	if st := s.Stat(); st.Paths != 0 || st.Uploaded != 0 || st.NarBytes != 0 || s.packs.Stat().Blocks != 0 {
 		t.Errorf("%+v", st)
 	}
-	it, err := s.db.NewIter(nil)
+	it, err := s.db.NewIter(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
