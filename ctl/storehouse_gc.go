@@ -37,6 +37,9 @@ what is condemned stays valid until --resume, or the next collection, removes it
 One collection runs at a time, on the server that leads, whichever is asked; a
 storehouse also collects by itself (collect-every).
 
+A server gives room back to its disk by rewriting files of which less than half is
+used, 256 MiB each. The one that it writes to keeps its room until it is full.
+
 --dry-run lists what would go and changes nothing. With --json one line for each
 step.
 

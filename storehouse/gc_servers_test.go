@@ -23,14 +23,16 @@ func TestCollectFreesContentOnEveryServer(t *testing.T) {
 	for _, s := range h.servers {
 		s.cfg.CollectGrace, s.cfg.touchEvery = 20*time.Millisecond, time.Millisecond
 	}
-	dead, kept := makePath(t, "dead", 200_000), makePath(t, "kept", 200_000)
+	dead, base := makePath(t, "dead", 200_000), makePath(t, "base", 200_000)
+	kept := makePath(t, "kept", 200_000, base.info.Path)
 	publish(t, h.servers[0], dead)
+	publish(t, h.servers[2], base)
 	publish(t, h.servers[1], kept)
 	if err := h.servers[2].KeepPath(within(t), kept.info.Path, false, "", ""); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range h.servers {
-		eventually(t, "all content is everywhere", func() bool { return whole(s, dead) && whole(s, kept) })
+		eventually(t, "all content is everywhere", func() bool { return whole(s, dead) && whole(s, kept) && whole(s, base) })
 	}
 	aged()
 	if err := h.servers[1].Collect(within(t), soon, nil); !errors.Is(err, flox.ErrUnreachable) {
@@ -53,6 +55,7 @@ func TestCollectFreesContentOnEveryServer(t *testing.T) {
 		}
 		eventually(t, "it is gone", func() bool { return !stillValid(t, s, dead) })
 		checkWhole(t, s, kept)
+		checkWhole(t, s, base) // which what is kept refers to
 	}
 	stream, err := h.servers[0].servers.client(h.servers[1].id.peer).Sweep(within(t), connect.NewRequest(&floxv1.SweepRequest{}))
 	if err != nil {
