@@ -115,7 +115,7 @@ func (a *applying) create(c *floxv1.NewProfile) error {
 		return fmt.Errorf("there are %d profiles already: delete some: %w", a.counts.profiles, flox.ErrFull)
 	}
 	a.counts.profiles++
-	p := &floxv1.Profile{Name: c.GetName(), Systems: systems, CreatedUnixMs: a.at.UnixMilli(), CreatedBy: a.actor.GetUser()}
+	p := &floxv1.Profile{Name: c.GetName(), Systems: systems, CreatedUnixMs: a.at.UnixMilli(), CreatedIndex: a.index, CreatedBy: a.actor.GetUser()}
 	if user := a.actor.GetUser(); user != "" && Folded(owner) != Folded(user) {
 		p.Grants = []*floxv1.ProfileGrant{{User: user, Role: Owner}}
 	}
@@ -135,13 +135,25 @@ func checkSystems(name string, systems []string) ([]string, error) {
 	return systems, nil
 }
 
+// madeOn is a command about one generation of one profile.
+type madeOn interface {
+	GetLive() uint64
+	GetCreated() uint64
+}
+
+// moved says that a command was made on another generation than the one that lives. One of
+// a profile that was deleted is another one, whatever its number.
+func moved(p *floxv1.Profile, c madeOn) bool {
+	return p.GetLive() != c.GetLive() || p.GetCreatedIndex() != c.GetCreated()
+}
+
 // change makes a generation, and makes it live.
 func (a *applying) change(c *floxv1.NewGeneration) error {
 	p, err := a.profile(c.GetProfile(), Writer)
 	if err != nil {
 		return err
 	}
-	if p.GetLive() != c.GetLive() {
+	if moved(p, c) {
 		a.reply.Moved, a.reply.Profile = true, p
 		return nil
 	}
@@ -192,7 +204,7 @@ func (a *applying) makeLive(c *floxv1.LiveGeneration) error {
 	if err != nil {
 		return err
 	}
-	if p.GetLive() != c.GetLive() {
+	if moved(p, c) {
 		a.reply.Moved, a.reply.Profile = true, p
 		return nil
 	}

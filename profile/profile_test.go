@@ -103,12 +103,14 @@ func create(name string, systems ...string) *floxv1.ProfilesCommand {
 
 func change(p *floxv1.Profile, set []*floxv1.Package, drop ...string) *floxv1.ProfilesCommand {
 	return &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Change{Change: &floxv1.NewGeneration{
-		Profile: p.GetName(), Live: p.GetLive(), Set: set, Drop: drop, Kind: "install",
+		Profile: p.GetName(), Live: p.GetLive(), Created: p.GetCreatedIndex(), Set: set, Drop: drop, Kind: "install",
 	}}}
 }
 
 func rollback(p *floxv1.Profile, to uint64) *floxv1.ProfilesCommand {
-	return &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Switch{Switch: &floxv1.LiveGeneration{Profile: p.GetName(), Live: p.GetLive(), To: to}}}
+	return &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Switch{Switch: &floxv1.LiveGeneration{
+		Profile: p.GetName(), Live: p.GetLive(), Created: p.GetCreatedIndex(), To: to,
+	}}}
 }
 
 func grant(name, user, role string) *floxv1.ProfilesCommand {
@@ -205,6 +207,27 @@ func TestChangesAreMadeOnWhatLives(t *testing.T) {
 	for name, c := range map[string]*floxv1.ProfilesCommand{"change": change(p, pkgs(pkg("jq", "1"))), "rollback": rollback(p, 1)} {
 		r, err := l.apply("alice", c)
 		if err != nil || !r.GetMoved() || !proto.Equal(r.GetProfile(), first) {
+			t.Errorf("%s: %v, %v", name, r, err)
+		}
+	}
+}
+
+// A profile that was deleted and made again is another one: what was made on a generation
+// of the first, with the environment of its packages, is not done to the second.
+func TestChangesAreMadeOnTheProfileThatWasSeen(t *testing.T) {
+	t.Parallel()
+	l := newLog(t, Processor{})
+	lives := func() *floxv1.Profile {
+		p := l.must("alice", create("alice/x"))
+		p = l.must("alice", change(p, pkgs(pkg("git", "1"))))
+		return l.must("alice", change(p, pkgs(pkg("jq", "1"))))
+	}
+	seen := lives()
+	l.must("alice", &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Delete{Delete: "alice/x"}})
+	again := lives()
+	for name, c := range map[string]*floxv1.ProfilesCommand{"change": change(seen, pkgs(pkg("fd", "1"))), "rollback": rollback(seen, 1)} {
+		r, err := l.apply("alice", c)
+		if err != nil || !r.GetMoved() || !proto.Equal(r.GetProfile(), again) {
 			t.Errorf("%s: %v, %v", name, r, err)
 		}
 	}

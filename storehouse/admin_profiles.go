@@ -195,7 +195,7 @@ func (p *profiles) rollback(ctx context.Context, who person, q *floxv1.RollbackP
 		return nil, err
 	}
 	reply, err := p.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Switch{Switch: &floxv1.LiveGeneration{
-		Profile: out.GetProfile().GetName(), Live: out.GetFrom(), To: to, Reason: q.GetReason(),
+		Profile: out.GetProfile().GetName(), Live: out.GetFrom(), Created: out.GetProfile().GetCreatedIndex(), To: to, Reason: q.GetReason(),
 	}}})
 	if err == nil && reply.GetMoved() {
 		err = fmt.Errorf("profile %s: somebody changed it this moment, generation %d lives now; nothing was changed: look again: %w",

@@ -226,7 +226,7 @@ func (p *profiles) changeOnce(ctx context.Context, who person, q *floxv1.ChangeP
 	}
 	defer kept()
 	reply, err := p.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Change{Change: &floxv1.NewGeneration{
-		Profile: out.Profile.GetName(), Live: out.Profile.GetLive(), Set: plan.set, Drop: plan.drop,
+		Profile: out.Profile.GetName(), Live: out.Profile.GetLive(), Created: out.Profile.GetCreatedIndex(), Set: plan.set, Drop: plan.drop,
 		Environments: out.Generation.GetEnvironments(), Kind: q.GetKind(), Reason: q.GetReason(),
 	}}})
 	if err != nil || reply.GetMoved() {

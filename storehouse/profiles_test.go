@@ -2,9 +2,11 @@ package storehouse
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -266,54 +268,131 @@ func TestProfileChangesMerge(t *testing.T) {
 	}
 }
 
-// Many people change one profile through all servers at once: each change that was
-// acknowledged is there, once, whichever server is asked.
+// A hundred people change one profile through all servers at once, while the leader
+// changes: each change that was acknowledged is in the history once, with what it was
+// made on, and the last ones are in what lives, whichever server is asked.
 func TestProfileOfManyWriters(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 3, func(c *Config) { c.Socket = filepath.Join(t.TempDir(), "s.sock") })
 	newProfile(t, h.servers[0], "alice/x")
-	const writers, each = 9, 4
-	var all sync.WaitGroup
+	const tools = 5
+	writers := 100
+	if testing.Short() {
+		writers = 30
+	}
+	var tool []testPath
+	for i := range tools {
+		tool = append(tool, makeTool(t, fmt.Sprint("tool", i)))
+		publish(t, h.servers[i%3], tool[i])
+	}
+	// Each has one link of its own name, so that environments are small.
+	asTool := func(w int, version string) *floxv1.Package {
+		p := asPackage(fmt.Sprint("p", w), version, tool[w%tools])
+		p.Priority = uint32(w) //nolint:gosec // not negative
+		return p
+	}
+	acked := map[uint64]string{} // generations, and what made them
+	var mu sync.Mutex
+	var all, handing sync.WaitGroup
+	over := make(chan struct{})
+	led := map[string]bool{}
+	handing.Go(func() {
+		for i := 0; ; i++ {
+			select {
+			case <-over:
+				return
+			case <-time.After(time.Second):
+			}
+			led[h.servers[i%3].node.Status().Leader] = true
+			if err := h.servers[i%3].node.Transfer(within(t), ""); err != nil {
+				t.Log(err)
+			}
+		}
+	})
 	for w := range writers {
 		all.Go(func() {
-			s := h.servers[w%3]
-			for n := range each {
-				name := fmt.Sprintf("p%d-%d", w, n)
-				p := makeTool(t, name)
-				if _, _, err := s.Publish(within(t), p.info, p.reader(), "tester"); err != nil {
+			parent := uint64(0)
+			for n, set := range []*floxv1.Package{asTool(w, "1"), asTool(w, "2")}[:changesOf(w)] {
+				// The second is made on what the first gave; others came between.
+				out, err := h.servers[(w+n)%3].profiles.change(context.Background(), alice(), &floxv1.ChangeProfileRequest{
+					Name: "alice/x", Parent: parent, Set: []*floxv1.Package{set}, Kind: "install", Reason: fmt.Sprint(w, "-", n),
+				})
+				if err != nil {
 					t.Error(err)
 					return
 				}
-				_, err := s.profiles.change(within(t), alice(), &floxv1.ChangeProfileRequest{Name: "alice/x", Set: []*floxv1.Package{asPackage(name, "1", p)}, Kind: "install"})
-				if err != nil {
-					t.Error(err)
-				}
+				parent = out.GetGeneration().GetNumber()
+				mu.Lock()
+				acked[parent] = fmt.Sprint(w, "-", n)
+				mu.Unlock()
 			}
 		})
 	}
 	all.Wait()
+	close(over)
+	handing.Wait()
+	if want := writers + writers/writersTwice; len(led) < 2 || len(acked) != want {
+		t.Errorf("%d servers led, and %d generations were acknowledged, want at least 2 and %d", len(led), len(acked), want)
+	}
 	for i, s := range h.servers {
-		out, err := operatorOf(t, s).ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: "alice/x"}))
+		checkWriters(t, operatorOf(t, s), i, writers, acked)
+	}
+	for number := uint64(1); number <= uint64(len(acked)); number += 10 {
+		shown, err := operatorOf(t, h.servers[0]).ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: "alice/x", Generation: number}))
 		if err != nil {
 			t.Fatal(api.FromConnect(err))
 		}
-		if g := out.Msg.GetGeneration(); g.GetNumber() != writers*each || len(g.GetPackages()) != writers*each {
-			t.Errorf("server %d: generation %d lives with %d packages, want %d of both", i, g.GetNumber(), len(g.GetPackages()), writers*each)
+		g := shown.Msg.GetGeneration()
+		if want, err := h.servers[1].profiles.environment(within(t), linux, g.GetPackages()); err != nil || g.GetEnvironments()[0].GetPath() != string(want) {
+			t.Errorf("generation %d has the environment %v, want that of its packages, %s, %v", number, g.GetEnvironments(), want, err)
 		}
 	}
-	history, err := operatorOf(t, h.servers[1]).ProfileHistory(within(t), connect.NewRequest(&floxv1.ProfileHistoryRequest{Name: "alice/x"}))
+}
+
+// writersTwice is of how many writers one makes two changes.
+const writersTwice = 5
+
+func changesOf(writer int) int {
+	if writer%writersTwice == 0 {
+		return 2
+	}
+	return 1
+}
+
+// checkWriters looks that a server has all that was acknowledged, once, and nothing else.
+func checkWriters(t *testing.T, admin floxv1connect.AdminClient, server, writers int, acked map[uint64]string) {
+	t.Helper()
+	history, err := admin.ProfileHistory(within(t), connect.NewRequest(&floxv1.ProfileHistoryRequest{Name: "alice/x", Limit: 1000}))
 	if err != nil {
 		t.Fatal(api.FromConnect(err))
 	}
-	said := map[string]int{}
-	for _, e := range history.Msg.GetEvents() {
-		said[e.GetDetail()]++
+	events := history.Msg.GetEvents()
+	slices.Reverse(events)
+	have := map[string]*floxv1.Package{}
+	for i, e := range events[1:] {
+		number := uint64(i + 1) //nolint:gosec // not negative
+		if e.GetTo() != number || e.GetFrom() != number-1 || acked[number] != e.GetReason() {
+			t.Errorf("server %d: event %d is %v; generation %d was acknowledged to %s", server, i, e, number, acked[number])
+		}
+		shown, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: "alice/x", Generation: number}))
+		if err != nil {
+			t.Fatal(api.FromConnect(err))
+		}
+		g := shown.Msg.GetGeneration()
+		changed := profile.Differences(slices.Collect(maps.Values(have)), g.GetPackages())
+		if name, _, _ := strings.Cut(e.GetReason(), "-"); g.GetParent() != number-1 || len(changed) != 1 || changed[0].Name != "p"+name {
+			t.Errorf("server %d: generation %d, made by %s on %d, is another than its parent in %v", server, number, e.GetReason(), g.GetParent(), changed)
+		}
+		for _, d := range changed {
+			have[d.Name] = d.After
+		}
 	}
 	for w := range writers {
-		for n := range each {
-			if name := fmt.Sprintf("+p%d-%d 1", w, n); said[name] != 1 {
-				t.Errorf("%s is %d times in the history", name, said[name])
-			}
+		if p := have[fmt.Sprint("p", w)]; p.GetVersion() != fmt.Sprint(changesOf(w)) {
+			t.Errorf("server %d: p%d lives as %v", server, w, p)
 		}
+	}
+	if len(events) != len(acked)+1 {
+		t.Errorf("server %d has %d events, want %d", server, len(events), len(acked)+1)
 	}
 }

@@ -1,9 +1,11 @@
 package storehouse
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,13 +15,16 @@ import (
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/members"
+	"github.com/floxctl/flox/profile"
 	cluster "github.com/floxctl/flox/raft"
 	"github.com/floxctl/flox/raft/raftsim"
 )
 
 // The negative controls: whoever forgets a registration now and then, lets an invite
 // be used once more, forgets a revocation, merges a report twice, takes another salt,
-// reads from a server that may be behind, or keeps no record of what it did, is found out.
+// reads from a server that may be behind, or keeps no record of what it did, is found out;
+// and so is who changes a profile that is not as its author saw it, forgets that in its
+// history, or counts its packages wrong.
 func TestSimulationCanFail(t *testing.T) {
 	t.Parallel()
 	var s *simulation
@@ -35,6 +40,11 @@ func TestSimulationCanFail(t *testing.T) {
 			t.Errorf("of %s is said: %v", what, err)
 		}
 	}
+	for _, words := range []string{"is 0 times in the history", " came on ", " is counted in "} {
+		if !errors.Is(s.profiles, flox.ErrCorrupt) || !strings.Contains(s.profiles.Error(), words) {
+			t.Errorf("of profiles is said %v, and nothing with %q", s.profiles, words)
+		}
+	}
 	for what, is := range map[string]func(simSubject) bool{
 		"a registration is forgotten":    func(w simSubject) bool { return w.part == simPaths{} },
 		"an invite is used once more":    func(w simSubject) bool { return w.part == simMembers{} && w.serial%2 == 0 },
@@ -42,6 +52,8 @@ func TestSimulationCanFail(t *testing.T) {
 		"a report is merged twice":       func(w simSubject) bool { return w.part == simStarts{} },
 		"the salt becomes another":       func(w simSubject) bool { return w.part == simSalt{} },
 		"a read is from who lags behind": func(w simSubject) bool { return w.part == simUpstreams{} },
+		"a change is of what moved":      func(w simSubject) bool { return w.part == simProfiles{} && w.serial%2 == 0 },
+		"a deleted profile is":           func(w simSubject) bool { return w.part == simProfiles{} && w.serial%2 == 1 },
 	} {
 		if !slices.ContainsFunc(wrong, is) {
 			t.Errorf("%s, and nobody says so", what)
@@ -58,6 +70,8 @@ func broken(kind uint32, p cluster.Processor) cluster.Processor {
 		return generous{p}
 	case tracesKind:
 		return eager{p}
+	case profile.Kind:
+		return pliable{p}
 	}
 	return p
 }
@@ -139,4 +153,57 @@ func (p eager) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64)
 		}
 	}
 	return p.Processor.Apply(tx, command, at, index)
+}
+
+// pliable changes a profile whatever lives there, keeps it when it is deleted, keeps no
+// record of a change, or counts a package once more, now and then.
+type pliable struct{ cluster.Processor }
+
+func (p pliable) Apply(tx *cluster.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+	c := &floxv1.ProfilesCommand{}
+	if err := proto.Unmarshal(command, c); err != nil {
+		return nil, err
+	}
+	change := c.GetChange()
+	switch {
+	case c.GetDelete() != "" && index%2 == 0:
+		return nil, nil
+	case change == nil:
+		return p.Processor.Apply(tx, command, at, index)
+	case index%3 == 0:
+		if now, err := profile.Find(tx, change.GetProfile()); err == nil {
+			change.Live = now.GetLive()
+		}
+	}
+	command, err := proto.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	reply, err := p.Processor.Apply(tx, command, at, index)
+	switch key := append([]byte("h"+profile.Folded(change.GetProfile())), 0); {
+	case err == nil && index%3 == 1:
+		err = tx.Delete(binary.BigEndian.AppendUint64(key, index))
+	case err == nil && index%3 == 2:
+		err = p.countMore(tx)
+	}
+	return reply, err
+}
+
+// countMore counts one more use of a package.
+func (pliable) countMore(tx *cluster.Tx) error {
+	var first []byte
+	r := &floxv1.PackageRecord{}
+	err := tx.Iterate([]byte("k"), nil, func(key, _ []byte) bool {
+		first = slices.Clone(key)
+		return false
+	})
+	if err != nil || first == nil {
+		return err
+	}
+	if err := readMessage(tx, first, r); err != nil {
+		return err
+	}
+	r.Users++
+	b, err := stable.Marshal(r)
+	return errors.Join(err, tx.Set(first, b))
 }

@@ -91,6 +91,7 @@ const simSomewhere = math.MaxUint64
 // simParts begin in these states.
 var simParts = map[simPart]any{
 	simPaths{}: pathsState{}, simMembers{}: membersState{}, simUpstreams{}: upstreamState{}, simStarts{}: startsState{}, simSalt{}: saltState{},
+	simProfiles{}: profilesState{},
 }
 
 // simAnswer is what a client was told: of a state at an index, or of an entry
@@ -141,11 +142,13 @@ type simulation struct {
 	// careless is for the negative controls: what is asked as up to date is answered from
 	// any state if it is of this part, and so is what may be of some age.
 	careless simPart
-	// What the audit log and the counters say that is not so, in the end.
-	audit, counts error
+	// What the audit log, the counters and the profiles say that is not so, in the end.
+	audit, counts, profiles error
 
 	mu      sync.Mutex
 	history map[simSubject][]porcupine.Operation
+	changes map[string]*simChange // of profiles, by their tags
+	tags    int                   // that were given
 	unknown int
 	stale   int                      // answers that may be old
 	tooOld  error                    // of the last one that was older than that
@@ -171,7 +174,7 @@ func newSimulation(t *testing.T, cfg raftsim.Config, broken func(kind uint32, p 
 			n.Register(kind, slowly{p})
 		}
 	}
-	return &simulation{t: t, Cluster: raftsim.New(t, cfg), history: map[simSubject][]porcupine.Operation{}, seen: map[*cluster.Node]uint64{}}
+	return &simulation{t: t, Cluster: raftsim.New(t, cfg), history: map[simSubject][]porcupine.Operation{}, changes: map[string]*simChange{}, seen: map[*cluster.Node]uint64{}}
 }
 
 // slowly is a processor on a server that takes its time, as another one does not.
@@ -236,11 +239,20 @@ func (c *simClient) one(subject simSubject) {
 
 // write has a command carried out. Some clients do not wait long for the answer.
 func (c *simClient) write(subject simSubject) {
+	if subject.part == (simProfiles{}) {
+		c.changeProfile(subject)
+		return
+	}
 	ask, cmd := subject.part.ask(c.rng, subject, c.near())
+	c.put(subject, ask, cmd)
+}
+
+// put has a command carried out, and gives what was said; nil if there was no answer.
+func (c *simClient) put(subject simSubject, ask any, cmd simCommand) (said any) {
 	b, err := proto.Marshal(cmd.message)
 	if err != nil {
 		c.t.Error(err)
-		return
+		return nil
 	}
 	limit := time.Minute
 	if c.rng.IntN(6) == 0 && c.mayGiveUp(subject) {
@@ -280,6 +292,7 @@ func (c *simClient) write(subject simSubject) {
 	if !a.Unknown {
 		c.ownWrite(a, subject)
 	}
+	return out.said
 }
 
 // sentinel is what kind of a refusal it is.
@@ -362,21 +375,25 @@ func (c *simClient) read(n *cluster.Node, subject simSubject) bool {
 	}
 	call := c.Age()
 	v, err := n.View(ctx, subject.kind(), how)
-	return err == nil && c.look(v, n, subject, call)
+	if err != nil {
+		return false
+	}
+	_, ok := c.look(v, n, subject, call)
+	return ok
 }
 
-// look records what a view says, and closes it.
-func (c *simClient) look(v *cluster.Reader, n *cluster.Node, subject simSubject, call time.Duration) bool {
+// look records what a view says, gives it, and closes the view.
+func (c *simClient) look(v *cluster.Reader, n *cluster.Node, subject simSubject, call time.Duration) (said any, ok bool) {
 	said, err := subject.part.read(v, subject)
 	if err := errors.Join(err, v.Close()); err != nil {
 		c.t.Errorf("read %s: %v", subject.name(), err)
-		return false
+		return nil, false
 	}
 	c.record(c.id, subject, simLook{}, simAnswer{said: said, from: v.Index(), to: v.Index()}, call)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.seen[n] = max(c.seen[n], v.Index())
-	return true
+	return said, true
 }
 
 // readStale asks a server for a state of some age at most. It must be one that
@@ -428,7 +445,8 @@ func (s *simulation) run(length time.Duration) {
 		s.t.Errorf("%d records: %v", records, err)
 	}
 	s.agree()
-	s.audit, s.counts = s.auditAgrees(s.Nodes()[0]), s.countsAgree(s.Nodes()[0])
+	some := s.Nodes()[0]
+	s.audit, s.counts, s.profiles = s.auditAgrees(some), s.countsAgree(some), s.profilesAgree(some)
 	s.Stop()
 }
 
@@ -500,7 +518,7 @@ func TestSimulation(t *testing.T) {
 			s = newSimulation(t, cfg, nil)
 			s.run(length)
 		})
-		if err := errors.Join(s.audit, s.counts, s.tooOld); err != nil {
+		if err := errors.Join(s.audit, s.counts, s.profiles, s.tooOld); err != nil {
 			t.Error(err)
 		}
 		for _, subject := range s.judge(t) {

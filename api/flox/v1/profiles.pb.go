@@ -232,6 +232,7 @@ type NewGeneration struct {
 	Environments  []*Environment         `protobuf:"bytes,5,rep,name=environments,proto3" json:"environments,omitempty"`
 	Kind          string                 `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"` // install, uninstall, upgrade, …
 	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
+	Created       uint64                 `protobuf:"varint,8,opt,name=created,proto3" json:"created,omitempty"` // Profile.created_index of the one it was made on: another with its name is another
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -315,12 +316,20 @@ func (x *NewGeneration) GetReason() string {
 	return ""
 }
 
+func (x *NewGeneration) GetCreated() uint64 {
+	if x != nil {
+		return x.Created
+	}
+	return 0
+}
+
 type LiveGeneration struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
 	Live          uint64                 `protobuf:"varint,2,opt,name=live,proto3" json:"live,omitempty"`
 	To            uint64                 `protobuf:"varint,3,opt,name=to,proto3" json:"to,omitempty"`
 	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Created       uint64                 `protobuf:"varint,5,opt,name=created,proto3" json:"created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -381,6 +390,13 @@ func (x *LiveGeneration) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *LiveGeneration) GetCreated() uint64 {
+	if x != nil {
+		return x.Created
+	}
+	return 0
 }
 
 type SetGrants struct {
@@ -502,6 +518,7 @@ type Profile struct {
 	ChangedIndex  uint64                 `protobuf:"varint,10,opt,name=changed_index,json=changedIndex,proto3" json:"changed_index,omitempty"` // of the log
 	Held          bool                   `protobuf:"varint,11,opt,name=held,proto3" json:"held,omitempty"`                                     // rolled back: no automatic change before a person makes one
 	Events        uint64                 `protobuf:"varint,12,opt,name=events,proto3" json:"events,omitempty"`                                 // that are kept
+	CreatedIndex  uint64                 `protobuf:"varint,13,opt,name=created_index,json=createdIndex,proto3" json:"created_index,omitempty"` // of the log
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -616,6 +633,13 @@ func (x *Profile) GetHeld() bool {
 func (x *Profile) GetEvents() uint64 {
 	if x != nil {
 		return x.Events
+	}
+	return 0
+}
+
+func (x *Profile) GetCreatedIndex() uint64 {
+	if x != nil {
+		return x.CreatedIndex
 	}
 	return 0
 }
@@ -2037,7 +2061,7 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\n" +
 	"NewProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\asystems\x18\x02 \x03(\tR\asystems\"\xdb\x01\n" +
+	"\asystems\x18\x02 \x03(\tR\asystems\"\xf5\x01\n" +
 	"\rNewGeneration\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x12\n" +
 	"\x04live\x18\x02 \x01(\x04R\x04live\x12\"\n" +
@@ -2045,18 +2069,20 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04drop\x18\x04 \x03(\tR\x04drop\x128\n" +
 	"\fenvironments\x18\x05 \x03(\v2\x14.flox.v1.EnvironmentR\fenvironments\x12\x12\n" +
 	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x16\n" +
-	"\x06reason\x18\a \x01(\tR\x06reason\"f\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\x12\x18\n" +
+	"\acreated\x18\b \x01(\x04R\acreated\"\x80\x01\n" +
 	"\x0eLiveGeneration\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x12\n" +
 	"\x04live\x18\x02 \x01(\x04R\x04live\x12\x0e\n" +
 	"\x02to\x18\x03 \x01(\x04R\x02to\x12\x16\n" +
-	"\x06reason\x18\x04 \x01(\tR\x06reason\"T\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x18\n" +
+	"\acreated\x18\x05 \x01(\x04R\acreated\"T\n" +
 	"\tSetGrants\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12-\n" +
 	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"Q\n" +
 	"\rProfilesReply\x12\x14\n" +
 	"\x05moved\x18\x01 \x01(\bR\x05moved\x12*\n" +
-	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\xe4\x02\n" +
+	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\x89\x03\n" +
 	"\aProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\asystems\x18\x02 \x03(\tR\asystems\x12\x12\n" +
@@ -2071,7 +2097,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\rchanged_index\x18\n" +
 	" \x01(\x04R\fchangedIndex\x12\x12\n" +
 	"\x04held\x18\v \x01(\bR\x04held\x12\x16\n" +
-	"\x06events\x18\f \x01(\x04R\x06events\"6\n" +
+	"\x06events\x18\f \x01(\x04R\x06events\x12#\n" +
+	"\rcreated_index\x18\r \x01(\x04R\fcreatedIndex\"6\n" +
 	"\fProfileGrant\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"\xac\x01\n" +
