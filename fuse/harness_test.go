@@ -92,6 +92,7 @@ type serveOptions struct {
 	LookupTimeout, ReadTimeout time.Duration
 	MaxInFlight                int
 	WithoutResend              bool
+	Links                      map[string]string // shown in place of the store
 }
 
 func newMount(t testing.TB, opts serveOptions) *mount {
@@ -221,7 +222,8 @@ func serveMain() error {
 	if os.Getenv("FLOX_FUSE_LOG") != "" {
 		level = slog.LevelDebug
 	}
-	s, err := NewServer(ServerConfig{
+	links := newMemLinks(o.Links)
+	cfg := ServerConfig{
 		Device: os.NewFile(3, "fuse"), Init: o.Init, Store: store, NodeTable: o.Table, Journal: o.Table + ".journal",
 		LookupTimeout: o.LookupTimeout, ReadTimeout: o.ReadTimeout, MaxInFlight: o.MaxInFlight,
 		Mapped: func(ctx context.Context, _ uint64, _ uint32) bool {
@@ -234,7 +236,11 @@ func serveMain() error {
 			return mapped.Load() == 1
 		},
 		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
-	})
+	}
+	if o.Links != nil {
+		cfg.Store, cfg.Links, cfg.NodeTable = nil, links, ""
+	}
+	s, err := NewServer(cfg)
 	if err != nil {
 		return err
 	}
@@ -257,6 +263,8 @@ func serveMain() error {
 			r.Err = fmt.Sprint(<-ended)
 		case "mapped":
 			mapped.Store(int32(c.N))
+		case "link", "unlink", "remember", "holdlinks":
+			r.Err = links.obey(s, c)
 		default:
 			r = obey(s, store, c)
 		}

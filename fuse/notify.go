@@ -34,7 +34,12 @@ func (s *Server) DropPages(ctx context.Context, nodes []uint64) error {
 			ours = append(ours, node)
 		}
 	}
-	d := drop{ctx: ctx, nodes: ours, done: make(chan error, 1)}
+	return s.drop(ctx, ours)
+}
+
+// drop has the notifier invalidate nodes.
+func (s *Server) drop(ctx context.Context, nodes []uint64) error {
+	d := drop{ctx: ctx, nodes: nodes, done: make(chan error, 1)}
 	select {
 	case s.drops <- d:
 	case <-s.stopped:
@@ -56,6 +61,9 @@ func (s *Server) DropPages(ctx context.Context, nodes []uint64) error {
 // does: one may wait inside the kernel for a page that a READ holds, and a
 // goroutine that answers READs must not.
 func (s *Server) notify(ctx context.Context, dev *device) {
+	if s.links != nil {
+		s.dropLinks(ctx, dev)
+	}
 	for {
 		select {
 		case <-ctx.Done():

@@ -16,8 +16,8 @@ import (
 	"github.com/floxctl/flox"
 )
 
-// ServerConfig is what a Server needs. Device, Init, Store and NodeTable are
-// required; the zero value of everything else is a default.
+// ServerConfig is what a Server needs. Device, Init, and Store with NodeTable, or Links,
+// are required; the zero value of everything else is a default.
 type ServerConfig struct {
 	// Device and Init are those of the mount's Device.
 	Device *os.File
@@ -26,6 +26,9 @@ type ServerConfig struct {
 	// Store is what is shown. Its methods must return soon after their context
 	// is done; work that others can use (a fetch under way) should go on behind.
 	Store flox.Store
+	// Links is what is shown in place of a store. Of what is below it needs no node
+	// table, and LookupTimeout bounds what is not known.
+	Links Links
 
 	// NodeTable is the file that remembers which store path got which node ids.
 	// It belongs to one mount and must live as long: on a tmpfs such as /run.
@@ -74,9 +77,11 @@ func (c *ServerConfig) setDefaults() error {
 	switch {
 	case c.Device == nil:
 		return bad("Device is missing, want the file of Mount")
-	case c.Store == nil:
+	case c.Store == nil && c.Links == nil:
 		return bad("Store is missing")
-	case c.NodeTable == "":
+	case c.Store != nil && c.Links != nil:
+		return bad("Store and Links, want one of them")
+	case c.NodeTable == "" && c.Links == nil:
 		return bad("NodeTable is missing, want a file on a tmpfs")
 	case c.LookupTimeout < 0 || c.ReadTimeout < 0 || c.MaxInFlight < 0:
 		return bad("LookupTimeout, ReadTimeout and MaxInFlight must not be negative")
@@ -102,6 +107,7 @@ type Server struct {
 	log      *slog.Logger
 	proto    *fuse.ProtocolServer
 	nodes    *nodeTable
+	links    *linkNames // nil: it shows a store
 	requests *requests
 	gaveUp   deadReads
 	noAnswer deadNames
@@ -137,7 +143,11 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		cfg: cfg, log: cfg.Log, requests: newRequests(),
 		drops: make(chan drop, dropQueue), stopped: make(chan struct{}),
 	}
-	fs := &files{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s}
+	fs := fuse.RawFileSystem(&files{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s})
+	if cfg.Links != nil {
+		s.links = newLinkNames(cfg.Links)
+		fs = &linkFiles{files: files{RawFileSystem: fuse.NewDefaultRawFileSystem(), s: s}, names: s.links}
+	}
 	opts := options(cfg.Log)
 	opts.PanicHandler = func(v any) fuse.Status {
 		s.log.Error("panic while serving", "panic", fmt.Sprint(v))
@@ -147,8 +157,11 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if _, err := handleInit(s.proto, init); err != nil {
 		return nil, err
 	}
-	if s.nodes, err = openNodeTable(cfg.NodeTable); err != nil {
-		return nil, err
+	s.nodes = &nodeTable{first: 1}
+	if cfg.Links == nil {
+		if s.nodes, err = openNodeTable(cfg.NodeTable); err != nil {
+			return nil, err
+		}
 	}
 	if s.resends = resends(init); s.resends {
 		s.takeover.Resend = true
