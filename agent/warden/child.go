@@ -96,6 +96,9 @@ func (w *warden) startChild() (*child, error) {
 	given := inheritance{
 		Init: w.dev.Init, MountDir: w.cfg.MountDir, RunDir: w.cfg.RunDir, Beat: w.cfg.Silence / looksPerSilence / 2, Before: w.before,
 	}
+	if w.links != nil {
+		given.LinksDir, given.LinksInit = w.links.Dir, w.links.Init
+	}
 	if c := w.takeSpare(&given); c != nil {
 		return c, nil
 	}
@@ -103,12 +106,12 @@ func (w *warden) startChild() (*child, error) {
 	if err != nil {
 		return nil, err
 	}
-	return w.startProcess(envName + "=" + string(value))
+	return w.startProcess(envName+"="+string(value), nil)
 }
 
-// startProcess starts a process with one more variable, and more files than a
-// child is given.
-func (w *warden) startProcess(variable string, more ...*os.File) (*child, error) {
+// startProcess starts a process with one more variable, and where it is told that it is
+// the child, nil if it is.
+func (w *warden) startProcess(variable string, order *os.File) (*child, error) {
 	ours, theirs, err := socketPair()
 	if err != nil {
 		return nil, err
@@ -126,7 +129,10 @@ func (w *warden) startProcess(variable string, more ...*os.File) (*child, error)
 	if w.cfg.Output != nil {
 		cmd.Stdout, cmd.Stderr = w.cfg.Output, w.cfg.Output
 	}
-	cmd.ExtraFiles = append([]*os.File{w.dev.File, theirs, lifeEnd}, more...) // deviceFD, lineFD, lifeFD, spareFD
+	cmd.ExtraFiles = []*os.File{w.dev.File, theirs, lifeEnd, order} // deviceFD, lineFD, lifeFD, spareFD
+	if w.links != nil {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, w.links.File) // linksFD
+	}
 	cmd.SysProcAttr = w.ordinary()
 	c := &child{line: ours, life: life, closed: make(chan struct{}), reaped: make(chan struct{}), ready: make(chan struct{})}
 	if err := c.launch(cmd); err != nil {

@@ -23,6 +23,7 @@ const (
 	deviceFD = 3
 	lineFD   = 4
 	lifeFD   = 5
+	linksFD  = 7 // behind spareFD
 )
 
 // inheritance is what the variable says.
@@ -32,6 +33,9 @@ type inheritance struct {
 
 	Beat   time.Duration `json:",omitempty"` // how often to tell that it lives; an older parent does not want to know
 	Before *Ended        `json:",omitempty"`
+
+	LinksInit []byte `json:",omitempty"` // none: there are no links, or the parent is older
+	LinksDir  string `json:",omitempty"`
 }
 
 const (
@@ -47,6 +51,11 @@ type Conn struct {
 	// Device and Init belong to the mount: see fuse.ServerConfig.
 	Device *os.File
 	Init   []byte
+	// Links and LinksInit are the same of the mount of links; nil = there is none.
+	Links     *os.File
+	LinksInit []byte
+	// LinksDir is where that is.
+	LinksDir string
 	// MountDir and RunDir are the parent's; the child may write in RunDir.
 	MountDir, RunDir string
 	// StateFormat is the version of what this process writes into its state, told
@@ -94,6 +103,12 @@ func FromEnv() (*Conn, error) {
 		Device: os.NewFile(deviceFD, "/dev/fuse"), Init: in.Init, MountDir: in.MountDir, RunDir: in.RunDir,
 		life: os.NewFile(lifeFD, "life"), beat: in.Beat, before: in.Before,
 	}
+	if len(in.LinksInit) > 0 {
+		if _, err := unix.FcntlInt(linksFD, unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
+			return nil, fmt.Errorf("descriptor %d from the warden: %w", linksFD, err)
+		}
+		c.Links, c.LinksInit, c.LinksDir = os.NewFile(linksFD, "/dev/fuse"), in.LinksInit, in.LinksDir
+	}
 	line := os.NewFile(lineFD, "warden")
 	defer line.Close()
 	return c, c.attach(line)
@@ -120,6 +135,11 @@ func (c *Conn) NodeTable() string { return nodeTable(c.RunDir) }
 
 // Journal is the path of the mount's journal (fuse.ServerConfig).
 func (c *Conn) Journal() string { return journal(c.RunDir) }
+
+// LinksJournal is Journal for the mount of links.
+func (c *Conn) LinksJournal() string { return linksJournal(c.RunDir) }
+
+func linksJournal(runDir string) string { return filepath.Join(runDir, "links-journal") }
 
 func journal(runDir string) string { return filepath.Join(runDir, "journal") }
 

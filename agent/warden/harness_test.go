@@ -111,6 +111,7 @@ func newHost(t *testing.T) *host {
 	h := &host{top: top}
 	t.Cleanup(func() {
 		unix.Unmount(h.cfg.MountDir, unix.MNT_FORCE|unix.MNT_DETACH)
+		unix.Unmount(h.cfg.LinksDir, unix.MNT_FORCE|unix.MNT_DETACH)
 		os.RemoveAll(top)
 	})
 	self, err := os.ReadFile("/proc/self/exe")
@@ -126,7 +127,7 @@ func newHost(t *testing.T) *host {
 		level = slog.LevelDebug
 	}
 	h.cfg = Config{
-		MountDir: filepath.Join(top, "store"), RunDir: filepath.Join(top, "run"), Child: []string{prog},
+		MountDir: filepath.Join(top, "store"), LinksDir: filepath.Join(top, "links"), RunDir: filepath.Join(top, "run"), Child: []string{prog},
 		Env: []string{modeEnv + "=child"}, UID: 65533, GID: 65532,
 		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
 	}
@@ -394,6 +395,13 @@ func childMain() error {
 		<-ctx.Done()
 		return nil
 	}
+	if c.Links != nil {
+		l, err := fuse.NewServer(fuse.ServerConfig{Device: c.Links, Init: c.LinksInit, Links: oneLink{c}, Journal: c.LinksJournal()})
+		if err != nil {
+			return err
+		}
+		go l.Run(ctx)
+	}
 	writeReport(c, s)
 	if !strings.Contains(os.Args[0], "mute") {
 		c.Ready(version())
@@ -515,6 +523,34 @@ func init() {
 		tiny[3].Size = uint64(info.Size())
 	}
 	tiny[4].Size = uint64(len(sleep))
+}
+
+// oneLink is a fuse.Links of one owner and one link, into the store.
+type oneLink struct{ c *Conn }
+
+func (l oneLink) Known(yield func(owner, name string) bool) { yield("o", "n") }
+
+func (l oneLink) Listed(owner string) []string {
+	return []string{map[string]string{"": "o", "o": "n"}[owner]}
+}
+
+func (l oneLink) Owner(_ context.Context, owner string) (string, error) {
+	if !strings.EqualFold(owner, "o") {
+		return "", flox.ErrNotFound
+	}
+	return "o", nil
+}
+
+func (l oneLink) Link(_ context.Context, owner, name string) (spelling, target string, err error) {
+	if name != "n" {
+		return "", "", flox.ErrNotFound
+	}
+	target, err = l.Target(owner, name)
+	return name, target, err
+}
+
+func (l oneLink) Target(string, string) (string, error) {
+	return filepath.Join(l.c.MountDir, storePath), nil
 }
 
 // tinyStore is a flox.Store and flox.Tree whose file "hung" and path hungPath

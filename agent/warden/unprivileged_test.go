@@ -20,7 +20,7 @@ import (
 // The program that is returned is the warden.
 func (h *host) ordinary(t *testing.T) *exec.Cmd {
 	t.Helper()
-	h.cfg.Unprivileged, h.cfg.Log = true, nil
+	h.cfg.Unprivileged, h.cfg.Log, h.cfg.LinksDir = true, nil, "" // in the directory above it may not make one
 	for _, dir := range []string{h.cfg.MountDir, h.cfg.RunDir} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			t.Fatal(err)

@@ -16,6 +16,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -47,6 +48,11 @@ type Config struct {
 	// StoreDir is the store directory that paths are made for, where it is not
 	// MountDir: that is what roots name.
 	StoreDir string
+	// LinksDir is where links are mounted (fuse.Links), with a connection of their own; ""
+	// = nowhere. It is made if missing. LinksOptional: where it cannot be mounted, that
+	// is said in the log, and it is done without.
+	LinksDir      string
+	LinksOptional bool
 	// RunDir is a directory on a tmpfs for the node table and what else the
 	// child keeps there; it is made if missing and given to the child's user.
 	RunDir string
@@ -99,6 +105,9 @@ func (c *Config) setDefaults() error {
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
 			return bad("%s %q: want an absolute directory without a trailing slash", name, path)
 		}
+	}
+	if d := c.LinksDir; d != "" && (!filepath.IsAbs(d) || filepath.Clean(d) != d || d == "/" || strings.HasPrefix(c.MountDir+"/", d+"/") || strings.HasPrefix(d+"/", c.MountDir+"/")) {
+		return bad("LinksDir %q: want an absolute directory beside MountDir, without a trailing slash", d)
 	}
 	switch {
 	case len(c.Child) == 0 || !filepath.IsAbs(c.Child[0]):
@@ -166,6 +175,7 @@ type warden struct {
 	cfg   Config
 	log   *slog.Logger
 	dev   *fuse.Device
+	links *fuse.Device // nil: there are none
 	clerk *clerk
 
 	program   *program     // what is started next; supervise's
@@ -201,6 +211,12 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	defer w.dev.File.Close()
 	defer w.unmount()
+	if err := w.mountLinks(ctx); err != nil {
+		return err
+	}
+	if w.links != nil {
+		defer w.links.File.Close()
+	}
 	if err := setReadAhead(w.dev.BDI, cfg.ReadAheadKiB); err != nil && !cfg.Unprivileged {
 		w.log.Warn("the kernel keeps its own read-ahead", "error", err)
 	}
@@ -237,6 +253,25 @@ func (w *warden) mountConfig() fuse.MountConfig {
 	return c
 }
 
+// mountLinks mounts at LinksDir, if there is one.
+func (w *warden) mountLinks(ctx context.Context) (err error) {
+	dir := w.cfg.LinksDir
+	if dir == "" {
+		return nil
+	}
+	if err = w.clearStale(ctx, dir); err == nil {
+		err = os.MkdirAll(dir, 0o755)
+	}
+	if err == nil {
+		w.links, err = fuse.Mount(fuse.MountConfig{Dir: dir, WithoutResend: w.cfg.WithoutResend, Log: w.cfg.Log})
+	}
+	if err != nil && w.cfg.LinksOptional {
+		w.log.Warn("profiles are not shown", "dir", dir, "error", err)
+		return nil
+	}
+	return err
+}
+
 // prepare makes the directories, makes sure that this is the only warden, and
 // clears away what one that was killed left. The lock lasts until it is closed.
 func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
@@ -261,14 +296,14 @@ func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
 			return nil, fmt.Errorf("run directory: %w", err)
 		}
 	}
-	if err := w.clearStale(ctx); err != nil {
+	if err := w.clearStale(ctx, w.cfg.MountDir); err != nil {
 		return nil, err
 	}
 	if err := os.MkdirAll(w.cfg.MountDir, 0o755); err != nil {
 		return nil, fmt.Errorf("mount directory: %w", err)
 	}
 	// Those of another mount.
-	for _, file := range []string{nodeTable(w.cfg.RunDir), journal(w.cfg.RunDir)} {
+	for _, file := range []string{nodeTable(w.cfg.RunDir), journal(w.cfg.RunDir), linksJournal(w.cfg.RunDir)} {
 		if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("old node table or journal: %w", err)
 		}
@@ -278,21 +313,21 @@ func (w *warden) prepare(ctx context.Context) (lock *os.File, err error) {
 
 // clearStale unmounts what a warden left that could not do so itself. A mount
 // that somebody serves is left alone, for fuse.Mount to refuse.
-func (w *warden) clearStale(ctx context.Context) error {
+func (w *warden) clearStale(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, staleTimeout)
 	defer cancel()
 	for {
-		m, err := fuse.FindMount(w.cfg.MountDir)
+		m, err := fuse.FindMount(dir)
 		if err != nil {
 			return fmt.Errorf("look for an old mount: %w", err)
 		}
 		if m == nil || m.FSType != fuse.FSType {
 			return nil
 		}
-		if dead(ctx, w.cfg.MountDir) {
-			w.log.Info("unmounting what an earlier agent left", "dir", w.cfg.MountDir)
-			if err := unix.Unmount(w.cfg.MountDir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
-				return fmt.Errorf("unmount what an earlier agent left at %s: %w", w.cfg.MountDir, err)
+		if dead(ctx, dir) {
+			w.log.Info("unmounting what an earlier agent left", "dir", dir)
+			if err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+				return fmt.Errorf("unmount what an earlier agent left at %s: %w", dir, err)
 			}
 			continue
 		}
@@ -329,13 +364,18 @@ func (w *warden) connected() bool {
 	return err != nil || fds[0].Revents&unix.POLLERR == 0
 }
 
-// unmount takes the mount out of the tree, if it is still in it.
+// unmount takes the mounts out of the tree, if they are still in it.
 func (w *warden) unmount() {
-	m, err := fuse.FindMount(w.cfg.MountDir)
-	if err == nil && (m == nil || m.Device != w.dev.BDI) {
-		return
-	}
-	if err := fuse.Unmount(w.cfg.MountDir); err != nil {
-		w.log.Error("unmount", "error", err)
+	for _, dev := range []*fuse.Device{w.links, w.dev} {
+		if dev == nil {
+			continue
+		}
+		m, err := fuse.FindMount(dev.Dir)
+		if err == nil && (m == nil || m.Device != dev.BDI) {
+			continue
+		}
+		if err := fuse.Unmount(dev.Dir); err != nil {
+			w.log.Error("unmount", "error", err)
+		}
 	}
 }

@@ -117,6 +117,48 @@ func killChildren(t *testing.T, withoutResend bool) {
 	}
 }
 
+func TestLinksLiveAsLongAsTheStore(t *testing.T) {
+	h := newHost(t)
+	stop, _ := h.start(t)
+	pid := h.report(t, 1).PID
+	for n := range 3 {
+		// Through the link, each time by a name that was not looked up before.
+		if got := run(t, "cat %s", filepath.Join(h.cfg.LinksDir, []string{"o/n", "O/n", "o/../o/n"}[n], "conf")); got != "hello\n" {
+			t.Errorf("read %q", got)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		pid = h.report(t, n+2).PID
+	}
+	if got := run(t, "ls %s", h.cfg.LinksDir); got != "o\n" {
+		t.Errorf("listed %q", got)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if m, err := fuse.FindMount(h.cfg.LinksDir); m != nil || err != nil {
+		t.Errorf("still mounted: %+v, %v", m, err)
+	}
+}
+
+func TestLinksThatCannotBeMounted(t *testing.T) {
+	h := newHost(t)
+	h.cfg.LinksDir = filepath.Join(h.top, "full")
+	if err := os.MkdirAll(filepath.Join(h.cfg.LinksDir, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := Run(t.Context(), h.cfg); !errors.Is(err, flox.ErrBusy) {
+		t.Errorf("a full directory: %v", err)
+	}
+	h.cfg.LinksOptional = true
+	h.start(t)
+	h.report(t, 1)
+	if got := run(t, "cat %s", h.path("conf")); got != "hello\n" {
+		t.Errorf("read %q", got)
+	}
+}
+
 // A child that was killed while a thread of it waits in the kernel for its own
 // answer can neither be reaped nor closes its pipe.
 func TestUnreapableChildIsReplaced(t *testing.T) {
@@ -327,8 +369,10 @@ func TestKilledWardenLeavesNothingThatHinders(t *testing.T) {
 	first.Wait()
 	h.start(t)
 	h.report(t, 2)
-	if got := run(t, "cat %s", h.path("conf")); got != "hello\n" {
-		t.Errorf("read %q", got)
+	for _, name := range []string{h.path("conf"), filepath.Join(h.cfg.LinksDir, "o/n/conf")} {
+		if got := run(t, "cat %s", name); got != "hello\n" {
+			t.Errorf("read %q", got)
+		}
 	}
 	if alive(r.PID) {
 		t.Error("the child of the killed warden lives on")
@@ -404,6 +448,7 @@ func TestRunRefuses(t *testing.T) {
 		"child from PATH":   {func(c *Config) { c.Child = []string{"floxd"} }, flox.ErrBadInput},
 		"read-ahead":        {func(c *Config) { c.ReadAheadKiB = -1 }, flox.ErrBadInput},
 		"a full directory":  {func(c *Config) { c.MountDir = full }, flox.ErrBusy},
+		"links above":       {func(c *Config) { c.LinksDir = filepath.Dir(c.MountDir) }, flox.ErrBadInput},
 		"a foreign mount":   {func(c *Config) { c.MountDir = "/proc" }, flox.ErrBusy},
 		"run dir is a file": {func(c *Config) { c.RunDir = c.Child[0] }, syscall.ENOTDIR},
 	} {
