@@ -45,12 +45,18 @@ func List(g getter, owner, after string, yield func(*floxv1.Profile) bool) error
 	return errors.Join(bad, err)
 }
 
-// ReadGeneration gives a generation of a profile with its packages. ErrNotFound.
-func ReadGeneration(g getter, name string, number uint64) (*floxv1.Generation, error) {
+// ReadEnvironments gives a generation of a profile without its packages. ErrNotFound.
+func ReadEnvironments(g getter, name string, number uint64) (*floxv1.Generation, error) {
 	out, err := load(g, numberKey(generationKey, name, number), &floxv1.Generation{})
 	if errors.Is(err, flox.ErrNotFound) {
 		return nil, fmt.Errorf("profile %s has no generation %d (any more); see: floxctl history -p %s: %w", name, number, name, flox.ErrNotFound)
 	}
+	return out, err
+}
+
+// ReadGeneration gives a generation of a profile with its packages. ErrNotFound.
+func ReadGeneration(g getter, name string, number uint64) (*floxv1.Generation, error) {
+	out, err := ReadEnvironments(g, name, number)
 	if err != nil {
 		return nil, err
 	}

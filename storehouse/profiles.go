@@ -43,6 +43,7 @@ type profiles struct {
 	s      *Server
 	slots  chan struct{} // of changes
 	making chan struct{} // of environments
+	news   bell          // rings when some changed
 
 	mu    sync.Mutex
 	lines map[string]*line // by folded name; of changes under way only

@@ -56,20 +56,22 @@ type rpc struct {
 	floxv1connect.UnimplementedStorehouseHandler
 	floxv1connect.UnimplementedMembershipHandler
 	*Server
-	uploads        *shares
-	adding         *shares
-	takes          *shares
-	watchers       chan struct{}
-	memberWatchers chan struct{}
-	substitutions  *shares
-	stop           context.Context //nolint:containedctx // ends streams that would not end by themselves
+	uploads         *shares
+	adding          *shares
+	takes           *shares
+	watchers        chan struct{}
+	memberWatchers  chan struct{}
+	profileWatchers chan struct{}
+	substitutions   *shares
+	stop            context.Context //nolint:containedctx // ends streams that would not end by themselves
 }
 
 func newRPC(s *Server, stop context.Context) *rpc { //nolint:revive // stop is kept, not used
 	return &rpc{
 		Server: s, uploads: newShares(maxUploads, maxUploads/2), adding: newShares(maxAdding, maxAdding/8),
 		takes: newShares(maxTakes, maxTakes/2), substitutions: newShares(maxSubstitutions, maxSubstitutions/2),
-		watchers: make(chan struct{}, maxWatchers), memberWatchers: make(chan struct{}, maxWatchers), stop: stop,
+		watchers: make(chan struct{}, maxWatchers), memberWatchers: make(chan struct{}, maxWatchers),
+		profileWatchers: make(chan struct{}, maxWatchers), stop: stop,
 	}
 }
 

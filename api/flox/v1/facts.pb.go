@@ -1624,7 +1624,7 @@ var File_flox_v1_facts_proto protoreflect.FileDescriptor
 
 const file_flox_v1_facts_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"\x93\x01\n" +
+	"\x13flox/v1/facts.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\x1a\x16flox/v1/profiles.proto\"\x93\x01\n" +
 	"\fPathsRequest\x12\x1d\n" +
 	"\n" +
 	"hash_parts\x18\x01 \x03(\tR\thashParts\x12\x18\n" +
@@ -1739,7 +1739,7 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x05index\x18\x03 \x01(\x04R\x05index2\x83\x01\n" +
 	"\x05Facts\x126\n" +
 	"\x05Paths\x12\x15.flox.v1.PathsRequest\x1a\x16.flox.v1.PathsResponse\x12B\n" +
-	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xd2\x04\n" +
+	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xe6\x05\n" +
 	"\n" +
 	"Storehouse\x125\n" +
 	"\x05Watch\x12\x15.flox.v1.WatchRequest\x1a\x13.flox.v1.WatchEvent0\x01\x129\n" +
@@ -1751,7 +1751,9 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\fReportStarts\x12\x1c.flox.v1.ReportStartsRequest\x1a\x1d.flox.v1.ReportStartsResponse\x12E\n" +
 	"\n" +
 	"OfferPaths\x12\x1a.flox.v1.OfferPathsRequest\x1a\x1b.flox.v1.OfferPathsResponse\x12D\n" +
-	"\tTakePaths\x12\x19.flox.v1.TakePathsRequest\x1a\x1a.flox.v1.TakePathsResponse(\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\tTakePaths\x12\x19.flox.v1.TakePathsRequest\x1a\x1a.flox.v1.TakePathsResponse(\x01\x12H\n" +
+	"\rWatchProfiles\x12\x1d.flox.v1.WatchProfilesRequest\x1a\x16.flox.v1.ProfilesEvent0\x01\x12H\n" +
+	"\vFindProfile\x12\x1b.flox.v1.FindProfileRequest\x1a\x1c.flox.v1.FindProfileResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_facts_proto_rawDescOnce sync.Once
@@ -1795,6 +1797,10 @@ var file_flox_v1_facts_proto_goTypes = []any{
 	(*TakePart)(nil),             // 25: flox.v1.TakePart
 	(*TakePathsResponse)(nil),    // 26: flox.v1.TakePathsResponse
 	(*PathInfo)(nil),             // 27: flox.v1.PathInfo
+	(*WatchProfilesRequest)(nil), // 28: flox.v1.WatchProfilesRequest
+	(*FindProfileRequest)(nil),   // 29: flox.v1.FindProfileRequest
+	(*ProfilesEvent)(nil),        // 30: flox.v1.ProfilesEvent
+	(*FindProfileResponse)(nil),  // 31: flox.v1.FindProfileResponse
 }
 var file_flox_v1_facts_proto_depIdxs = []int32{
 	27, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
@@ -1817,19 +1823,23 @@ var file_flox_v1_facts_proto_depIdxs = []int32{
 	9,  // 17: flox.v1.Storehouse.ReportStarts:input_type -> flox.v1.ReportStartsRequest
 	22, // 18: flox.v1.Storehouse.OfferPaths:input_type -> flox.v1.OfferPathsRequest
 	24, // 19: flox.v1.Storehouse.TakePaths:input_type -> flox.v1.TakePathsRequest
-	1,  // 20: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
-	6,  // 21: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
-	12, // 22: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
-	14, // 23: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
-	17, // 24: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
-	19, // 25: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
-	21, // 26: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
-	8,  // 27: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
-	10, // 28: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
-	23, // 29: flox.v1.Storehouse.OfferPaths:output_type -> flox.v1.OfferPathsResponse
-	26, // 30: flox.v1.Storehouse.TakePaths:output_type -> flox.v1.TakePathsResponse
-	20, // [20:31] is the sub-list for method output_type
-	9,  // [9:20] is the sub-list for method input_type
+	28, // 20: flox.v1.Storehouse.WatchProfiles:input_type -> flox.v1.WatchProfilesRequest
+	29, // 21: flox.v1.Storehouse.FindProfile:input_type -> flox.v1.FindProfileRequest
+	1,  // 22: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
+	6,  // 23: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
+	12, // 24: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
+	14, // 25: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
+	17, // 26: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
+	19, // 27: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
+	21, // 28: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
+	8,  // 29: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
+	10, // 30: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
+	23, // 31: flox.v1.Storehouse.OfferPaths:output_type -> flox.v1.OfferPathsResponse
+	26, // 32: flox.v1.Storehouse.TakePaths:output_type -> flox.v1.TakePathsResponse
+	30, // 33: flox.v1.Storehouse.WatchProfiles:output_type -> flox.v1.ProfilesEvent
+	31, // 34: flox.v1.Storehouse.FindProfile:output_type -> flox.v1.FindProfileResponse
+	22, // [22:35] is the sub-list for method output_type
+	9,  // [9:22] is the sub-list for method input_type
 	9,  // [9:9] is the sub-list for extension type_name
 	9,  // [9:9] is the sub-list for extension extendee
 	0,  // [0:9] is the sub-list for field type_name
@@ -1841,6 +1851,7 @@ func file_flox_v1_facts_proto_init() {
 		return
 	}
 	file_flox_v1_log_proto_init()
+	file_flox_v1_profiles_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

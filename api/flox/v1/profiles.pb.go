@@ -2044,6 +2044,409 @@ func (x *GrantProfileResponse) GetProfile() *Profile {
 	return nil
 }
 
+// What agents are told of profiles. A machine hears of those that a user it may speak for
+// owns or has a role in, and of others that such a user may read if it asks for them.
+type WatchProfilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AfterIndex    uint64                 `protobuf:"varint,1,opt,name=after_index,json=afterIndex,proto3" json:"after_index,omitempty"` // what the caller knows of; 0 = nothing
+	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`                              // that the caller was told, in any case; at most 8,192
+	Asked         []string               `protobuf:"bytes,3,rep,name=asked,proto3" json:"asked,omitempty"`                              // others it wants to hear of; at most 1,024
+	Users         []string               `protobuf:"bytes,4,rep,name=users,proto3" json:"users,omitempty"`                              // ProfilesEvent.users, as it was told
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchProfilesRequest) Reset() {
+	*x = WatchProfilesRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchProfilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchProfilesRequest) ProtoMessage() {}
+
+func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchProfilesRequest.ProtoReflect.Descriptor instead.
+func (*WatchProfilesRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *WatchProfilesRequest) GetAfterIndex() uint64 {
+	if x != nil {
+		return x.AfterIndex
+	}
+	return 0
+}
+
+func (x *WatchProfilesRequest) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *WatchProfilesRequest) GetAsked() []string {
+	if x != nil {
+		return x.Asked
+	}
+	return nil
+}
+
+func (x *WatchProfilesRequest) GetUsers() []string {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+type ProfilesEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // up to which the caller knows all behind this message; 0: the rest follows
+	Reset_        bool                   `protobuf:"varint,2,opt,name=reset,proto3" json:"reset,omitempty"` // the caller is told all anew: what was not is forgotten
+	Put           []*ProfileNews         `protobuf:"bytes,3,rep,name=put,proto3" json:"put,omitempty"`
+	Gone          []string               `protobuf:"bytes,4,rep,name=gone,proto3" json:"gone,omitempty"` // folded names: deleted, or no more for this machine to see
+	Heartbeat     bool                   `protobuf:"varint,5,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
+	Users         []string               `protobuf:"bytes,6,rep,name=users,proto3" json:"users,omitempty"` // in the first message, and with reset: for whom the machine speaks, folded: all that they own is told
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfilesEvent) Reset() {
+	*x = ProfilesEvent{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfilesEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfilesEvent) ProtoMessage() {}
+
+func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfilesEvent.ProtoReflect.Descriptor instead.
+func (*ProfilesEvent) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ProfilesEvent) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ProfilesEvent) GetReset_() bool {
+	if x != nil {
+		return x.Reset_
+	}
+	return false
+}
+
+func (x *ProfilesEvent) GetPut() []*ProfileNews {
+	if x != nil {
+		return x.Put
+	}
+	return nil
+}
+
+func (x *ProfilesEvent) GetGone() []string {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
+}
+
+func (x *ProfilesEvent) GetHeartbeat() bool {
+	if x != nil {
+		return x.Heartbeat
+	}
+	return false
+}
+
+func (x *ProfilesEvent) GetUsers() []string {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+// ProfileNews is where a profile is.
+type ProfileNews struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`                                           // OWNER/NAME, as it was first spelled
+	CreatedUnixMs int64                  `protobuf:"varint,2,opt,name=created_unix_ms,json=createdUnixMs,proto3" json:"created_unix_ms,omitempty"` // of two profiles that had a name after each other, which one it is
+	ChangedIndex  uint64                 `protobuf:"varint,3,opt,name=changed_index,json=changedIndex,proto3" json:"changed_index,omitempty"`      // of the log
+	Listed        bool                   `protobuf:"varint,4,opt,name=listed,proto3" json:"listed,omitempty"`                                      // a user of the machine owns it or has a role in it
+	Live          *GenerationNews        `protobuf:"bytes,5,opt,name=live,proto3" json:"live,omitempty"`                                           // none if nothing was installed yet
+	Before        *GenerationNews        `protobuf:"bytes,6,opt,name=before,proto3" json:"before,omitempty"`                                       // what that was made on, if it is kept
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileNews) Reset() {
+	*x = ProfileNews{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileNews) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileNews) ProtoMessage() {}
+
+func (x *ProfileNews) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileNews.ProtoReflect.Descriptor instead.
+func (*ProfileNews) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ProfileNews) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ProfileNews) GetCreatedUnixMs() int64 {
+	if x != nil {
+		return x.CreatedUnixMs
+	}
+	return 0
+}
+
+func (x *ProfileNews) GetChangedIndex() uint64 {
+	if x != nil {
+		return x.ChangedIndex
+	}
+	return 0
+}
+
+func (x *ProfileNews) GetListed() bool {
+	if x != nil {
+		return x.Listed
+	}
+	return false
+}
+
+func (x *ProfileNews) GetLive() *GenerationNews {
+	if x != nil {
+		return x.Live
+	}
+	return nil
+}
+
+func (x *ProfileNews) GetBefore() *GenerationNews {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type GenerationNews struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	Environments  []*Environment         `protobuf:"bytes,2,rep,name=environments,proto3" json:"environments,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GenerationNews) Reset() {
+	*x = GenerationNews{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GenerationNews) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GenerationNews) ProtoMessage() {}
+
+func (x *GenerationNews) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GenerationNews.ProtoReflect.Descriptor instead.
+func (*GenerationNews) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *GenerationNews) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *GenerationNews) GetEnvironments() []*Environment {
+	if x != nil {
+		return x.Environments
+	}
+	return nil
+}
+
+type FindProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`              // OWNER/NAME, or OWNER: whether the machine may see any of its profiles
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"` // also this one; 0 = none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindProfileRequest) Reset() {
+	*x = FindProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindProfileRequest) ProtoMessage() {}
+
+func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindProfileRequest.ProtoReflect.Descriptor instead.
+func (*FindProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *FindProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *FindProfileRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type FindProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Owner         string                 `protobuf:"bytes,1,opt,name=owner,proto3" json:"owner,omitempty"` // as it is spelled
+	Profile       *ProfileNews           `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
+	Generation    *GenerationNews        `protobuf:"bytes,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindProfileResponse) Reset() {
+	*x = FindProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindProfileResponse) ProtoMessage() {}
+
+func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindProfileResponse.ProtoReflect.Descriptor instead.
+func (*FindProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *FindProfileResponse) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *FindProfileResponse) GetProfile() *ProfileNews {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *FindProfileResponse) GetGeneration() *GenerationNews {
+	if x != nil {
+		return x.Generation
+	}
+	return nil
+}
+
 var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
@@ -2203,7 +2606,41 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"B\n" +
 	"\x14GrantProfileResponse\x12*\n" +
-	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofileB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"y\n" +
+	"\x14WatchProfilesRequest\x12\x1f\n" +
+	"\vafter_index\x18\x01 \x01(\x04R\n" +
+	"afterIndex\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\x12\x14\n" +
+	"\x05asked\x18\x03 \x03(\tR\x05asked\x12\x14\n" +
+	"\x05users\x18\x04 \x03(\tR\x05users\"\xab\x01\n" +
+	"\rProfilesEvent\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
+	"\x05reset\x18\x02 \x01(\bR\x05reset\x12&\n" +
+	"\x03put\x18\x03 \x03(\v2\x14.flox.v1.ProfileNewsR\x03put\x12\x12\n" +
+	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
+	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12\x14\n" +
+	"\x05users\x18\x06 \x03(\tR\x05users\"\xe4\x01\n" +
+	"\vProfileNews\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
+	"\x0fcreated_unix_ms\x18\x02 \x01(\x03R\rcreatedUnixMs\x12#\n" +
+	"\rchanged_index\x18\x03 \x01(\x04R\fchangedIndex\x12\x16\n" +
+	"\x06listed\x18\x04 \x01(\bR\x06listed\x12+\n" +
+	"\x04live\x18\x05 \x01(\v2\x17.flox.v1.GenerationNewsR\x04live\x12/\n" +
+	"\x06before\x18\x06 \x01(\v2\x17.flox.v1.GenerationNewsR\x06before\"b\n" +
+	"\x0eGenerationNews\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x128\n" +
+	"\fenvironments\x18\x02 \x03(\v2\x14.flox.v1.EnvironmentR\fenvironments\"H\n" +
+	"\x12FindProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\"\x94\x01\n" +
+	"\x13FindProfileResponse\x12\x14\n" +
+	"\x05owner\x18\x01 \x01(\tR\x05owner\x12.\n" +
+	"\aprofile\x18\x02 \x01(\v2\x14.flox.v1.ProfileNewsR\aprofile\x127\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\v2\x17.flox.v1.GenerationNewsR\n" +
+	"generationB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_profiles_proto_rawDescOnce sync.Once
@@ -2217,7 +2654,7 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_flox_v1_profiles_proto_goTypes = []any{
 	(*ProfilesCommand)(nil),         // 0: flox.v1.ProfilesCommand
 	(*NewProfile)(nil),              // 1: flox.v1.NewProfile
@@ -2249,10 +2686,16 @@ var file_flox_v1_profiles_proto_goTypes = []any{
 	(*RollbackProfileResponse)(nil), // 27: flox.v1.RollbackProfileResponse
 	(*GrantProfileRequest)(nil),     // 28: flox.v1.GrantProfileRequest
 	(*GrantProfileResponse)(nil),    // 29: flox.v1.GrantProfileResponse
-	(*Actor)(nil),                   // 30: flox.v1.Actor
+	(*WatchProfilesRequest)(nil),    // 30: flox.v1.WatchProfilesRequest
+	(*ProfilesEvent)(nil),           // 31: flox.v1.ProfilesEvent
+	(*ProfileNews)(nil),             // 32: flox.v1.ProfileNews
+	(*GenerationNews)(nil),          // 33: flox.v1.GenerationNews
+	(*FindProfileRequest)(nil),      // 34: flox.v1.FindProfileRequest
+	(*FindProfileResponse)(nil),     // 35: flox.v1.FindProfileResponse
+	(*Actor)(nil),                   // 36: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	30, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	36, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
@@ -2263,11 +2706,11 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	6,  // 8: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
 	7,  // 9: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
 	9,  // 10: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	30, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	36, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
 	8,  // 12: flox.v1.Generation.packages:type_name -> flox.v1.Package
 	10, // 13: flox.v1.Generation.environments:type_name -> flox.v1.Environment
 	8,  // 14: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	30, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	36, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
 	6,  // 16: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
 	6,  // 17: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
 	6,  // 18: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
@@ -2281,11 +2724,17 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	6,  // 26: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
 	7,  // 27: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
 	6,  // 28: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	32, // 29: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
+	33, // 30: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
+	33, // 31: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
+	10, // 32: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
+	32, // 33: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
+	33, // 34: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -2307,7 +2756,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -59,6 +59,11 @@ const (
 	StorehouseOfferPathsProcedure = "/flox.v1.Storehouse/OfferPaths"
 	// StorehouseTakePathsProcedure is the fully-qualified name of the Storehouse's TakePaths RPC.
 	StorehouseTakePathsProcedure = "/flox.v1.Storehouse/TakePaths"
+	// StorehouseWatchProfilesProcedure is the fully-qualified name of the Storehouse's WatchProfiles
+	// RPC.
+	StorehouseWatchProfilesProcedure = "/flox.v1.Storehouse/WatchProfiles"
+	// StorehouseFindProfileProcedure is the fully-qualified name of the Storehouse's FindProfile RPC.
+	StorehouseFindProfileProcedure = "/flox.v1.Storehouse/FindProfile"
 )
 
 // FactsClient is a client for the flox.v1.Facts service.
@@ -185,6 +190,11 @@ type StorehouseClient interface {
 	// TakePaths uploads content-addressed paths. Any member may: the storehouse
 	// checks the address of each itself.
 	TakePaths(context.Context) *connect.ClientStreamForClient[v1.TakePathsRequest, v1.TakePathsResponse]
+	// WatchProfiles streams which generations of profiles live, behind an index. An index
+	// the server no longer has, or users that changed, are answered with reset = true.
+	WatchProfiles(context.Context, *connect.Request[v1.WatchProfilesRequest]) (*connect.ServerStreamForClient[v1.ProfilesEvent], error)
+	// FindProfile says of a profile that the caller does not watch where it is, now.
+	FindProfile(context.Context, *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error)
 }
 
 // NewStorehouseClient constructs a client for the flox.v1.Storehouse service. By default, it uses
@@ -252,20 +262,34 @@ func NewStorehouseClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(storehouseMethods.ByName("TakePaths")),
 			connect.WithClientOptions(opts...),
 		),
+		watchProfiles: connect.NewClient[v1.WatchProfilesRequest, v1.ProfilesEvent](
+			httpClient,
+			baseURL+StorehouseWatchProfilesProcedure,
+			connect.WithSchema(storehouseMethods.ByName("WatchProfiles")),
+			connect.WithClientOptions(opts...),
+		),
+		findProfile: connect.NewClient[v1.FindProfileRequest, v1.FindProfileResponse](
+			httpClient,
+			baseURL+StorehouseFindProfileProcedure,
+			connect.WithSchema(storehouseMethods.ByName("FindProfile")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // storehouseClient implements StorehouseClient.
 type storehouseClient struct {
-	watch        *connect.Client[v1.WatchRequest, v1.WatchEvent]
-	whoHas       *connect.Client[v1.WhoHasRequest, v1.WhoHasResponse]
-	announce     *connect.Client[v1.AnnounceRequest, v1.AnnounceResponse]
-	info         *connect.Client[v1.InfoRequest, v1.InfoResponse]
-	addPath      *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
-	listPaths    *connect.Client[v1.ListValidRequest, v1.ListValidResponse]
-	reportStarts *connect.Client[v1.ReportStartsRequest, v1.ReportStartsResponse]
-	offerPaths   *connect.Client[v1.OfferPathsRequest, v1.OfferPathsResponse]
-	takePaths    *connect.Client[v1.TakePathsRequest, v1.TakePathsResponse]
+	watch         *connect.Client[v1.WatchRequest, v1.WatchEvent]
+	whoHas        *connect.Client[v1.WhoHasRequest, v1.WhoHasResponse]
+	announce      *connect.Client[v1.AnnounceRequest, v1.AnnounceResponse]
+	info          *connect.Client[v1.InfoRequest, v1.InfoResponse]
+	addPath       *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
+	listPaths     *connect.Client[v1.ListValidRequest, v1.ListValidResponse]
+	reportStarts  *connect.Client[v1.ReportStartsRequest, v1.ReportStartsResponse]
+	offerPaths    *connect.Client[v1.OfferPathsRequest, v1.OfferPathsResponse]
+	takePaths     *connect.Client[v1.TakePathsRequest, v1.TakePathsResponse]
+	watchProfiles *connect.Client[v1.WatchProfilesRequest, v1.ProfilesEvent]
+	findProfile   *connect.Client[v1.FindProfileRequest, v1.FindProfileResponse]
 }
 
 // Watch calls flox.v1.Storehouse.Watch.
@@ -313,6 +337,16 @@ func (c *storehouseClient) TakePaths(ctx context.Context) *connect.ClientStreamF
 	return c.takePaths.CallClientStream(ctx)
 }
 
+// WatchProfiles calls flox.v1.Storehouse.WatchProfiles.
+func (c *storehouseClient) WatchProfiles(ctx context.Context, req *connect.Request[v1.WatchProfilesRequest]) (*connect.ServerStreamForClient[v1.ProfilesEvent], error) {
+	return c.watchProfiles.CallServerStream(ctx, req)
+}
+
+// FindProfile calls flox.v1.Storehouse.FindProfile.
+func (c *storehouseClient) FindProfile(ctx context.Context, req *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error) {
+	return c.findProfile.CallUnary(ctx, req)
+}
+
 // StorehouseHandler is an implementation of the flox.v1.Storehouse service.
 type StorehouseHandler interface {
 	// Watch streams what changes after index: newly valid and removed paths, trust
@@ -337,6 +371,11 @@ type StorehouseHandler interface {
 	// TakePaths uploads content-addressed paths. Any member may: the storehouse
 	// checks the address of each itself.
 	TakePaths(context.Context, *connect.ClientStream[v1.TakePathsRequest]) (*connect.Response[v1.TakePathsResponse], error)
+	// WatchProfiles streams which generations of profiles live, behind an index. An index
+	// the server no longer has, or users that changed, are answered with reset = true.
+	WatchProfiles(context.Context, *connect.Request[v1.WatchProfilesRequest], *connect.ServerStream[v1.ProfilesEvent]) error
+	// FindProfile says of a profile that the caller does not watch where it is, now.
+	FindProfile(context.Context, *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error)
 }
 
 // NewStorehouseHandler builds an HTTP handler from the service implementation. It returns the path
@@ -400,6 +439,18 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(storehouseMethods.ByName("TakePaths")),
 		connect.WithHandlerOptions(opts...),
 	)
+	storehouseWatchProfilesHandler := connect.NewServerStreamHandler(
+		StorehouseWatchProfilesProcedure,
+		svc.WatchProfiles,
+		connect.WithSchema(storehouseMethods.ByName("WatchProfiles")),
+		connect.WithHandlerOptions(opts...),
+	)
+	storehouseFindProfileHandler := connect.NewUnaryHandler(
+		StorehouseFindProfileProcedure,
+		svc.FindProfile,
+		connect.WithSchema(storehouseMethods.ByName("FindProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Storehouse/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case StorehouseWatchProcedure:
@@ -420,6 +471,10 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 			storehouseOfferPathsHandler.ServeHTTP(w, r)
 		case StorehouseTakePathsProcedure:
 			storehouseTakePathsHandler.ServeHTTP(w, r)
+		case StorehouseWatchProfilesProcedure:
+			storehouseWatchProfilesHandler.ServeHTTP(w, r)
+		case StorehouseFindProfileProcedure:
+			storehouseFindProfileHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -463,4 +518,12 @@ func (UnimplementedStorehouseHandler) OfferPaths(context.Context, *connect.Reque
 
 func (UnimplementedStorehouseHandler) TakePaths(context.Context, *connect.ClientStream[v1.TakePathsRequest]) (*connect.Response[v1.TakePathsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.TakePaths is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) WatchProfiles(context.Context, *connect.Request[v1.WatchProfilesRequest], *connect.ServerStream[v1.ProfilesEvent]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.WatchProfiles is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) FindProfile(context.Context, *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.FindProfile is not implemented"))
 }
