@@ -78,6 +78,8 @@ type Config struct {
 	// ListValid makes the store directory list everything valid in the
 	// storehouse while it is connected, not only what is known here.
 	ListValid bool
+	// System is this machine's in Nix's words, such as x86_64-linux; default: what it is.
+	System string
 	// Warden is the line to the process that made the mount; nil = nothing is
 	// mounted, the agent only serves peers and its socket.
 	Warden *warden.Conn
@@ -125,23 +127,26 @@ type Agent struct {
 	unshared     atomic.Bool
 	upstreamKeys upstreamKeys
 	// stagedBytes is what staged takes of the budget.
-	stagedBytes atomic.Int64
-	executed    *executed
-	ran         *ran
-	policies    *policies
-	profiles    *profiles
-	complete    *completer
-	roots       *rootKeeper
-	nix         *nixDaemon
-	known       *knownPeers
-	waits       *waits
-	traffic     *traffic
-	store       *store
-	mount       *fuse.Server // nil without a warden
-	serving     *serving     // of the mount
-	late        *lateHost    // host, for those who are there before it
-	kernel      *kernel
-	end         context.CancelFunc // ends look-ups and fetches, which outlive who asked
+	stagedBytes  atomic.Int64
+	executed     *executed
+	ran          *ran
+	policies     *policies
+	profiles     *profiles
+	complete     *completer
+	roots        *rootKeeper
+	nix          *nixDaemon
+	known        *knownPeers
+	waits        *waits
+	traffic      *traffic
+	store        *store
+	mount        *fuse.Server // nil without a warden
+	serving      *serving     // of the mount
+	view         *view
+	links        *fuse.Server // nil without a mount of profiles
+	servingLinks *serving
+	late         *lateHost // host, for those who are there before it
+	kernel       *kernel
+	end          context.CancelFunc // ends look-ups and fetches, which outlive who asked
 }
 
 // New opens the state, begins to serve the mount, if there is one, and binds the
@@ -164,11 +169,16 @@ func New(cfg Config) (*Agent, error) {
 	a.nix = newNixDaemon(a)
 	a.prepareNetwork()
 	a.store = &store{a: a, trees: make(map[flox.CID]*tree)}
+	a.view = newView(filepath.Join(cfg.StateDir, viewFile), cfg.System, cfg.StoreDir, cfg.Log)
+	a.view.invite, a.view.find = inviteSum(cfg.Invite), a.findProfile
+	if err := a.openView(); err != nil { // first: who starts a program of the store comes through it
+		return nil, errors.Join(err, a.Close())
+	}
 	if cfg.Warden != nil {
 		if err := a.openMount(); err != nil {
 			return nil, errors.Join(err, a.Close())
 		}
-		a.serveMount()
+		a.serving = serveInBackground(a.mount)
 	}
 	if err := a.openNetwork(); err != nil {
 		return nil, errors.Join(err, a.Close())
@@ -368,6 +378,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		group.Go(func() error { return a.local.Run(ctx) })
 	}
 	group.Go(func() error { return a.runMembers(ctx) })
+	group.Go(func() error { return a.runView(ctx) })
+	group.Go(func() error { return a.runLinks(ctx) })
 	group.Go(func() error { return a.renewer.run(ctx) })
 	group.Go(func() error { return a.announce(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
@@ -407,6 +419,7 @@ func ended(ctx context.Context, part string, err error) error {
 func (a *Agent) Close() error {
 	var errs []error
 	a.serving.close()
+	a.servingLinks.close()
 	if a.end != nil { // what they write to is closed next
 		a.end()
 		a.resolver.work.Wait()

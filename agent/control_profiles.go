@@ -163,7 +163,7 @@ func (c *completer) profiles(w *wishes, used, kept map[flox.StorePath]*lack) (ou
 			}
 		}
 		m := &floxv1.KeptProfile{
-			Link: link, Path: c.a.cfg.StoreDir.Join(p.Path), Offline: p.Policy, Complete: !l.lacks && p.Held,
+			Link: shownLink(link, c.a.linksDir()), Path: c.a.cfg.StoreDir.Join(p.Path), Offline: p.Policy, Complete: !l.lacks && p.Held,
 			MissingBytes: l.sum(), Reason: l.reason,
 		}
 		unread, lacks := c.a.profiles.why(link)

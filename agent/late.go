@@ -7,6 +7,7 @@ import (
 	"time"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/fuse"
 	"github.com/floxctl/flox/p2p"
 )
 
@@ -128,15 +129,15 @@ type serving struct {
 	err   error // valid when ended is closed
 }
 
-// serveMount begins to serve the mount.
-func (a *Agent) serveMount() {
+// serveInBackground begins to serve a mount.
+func serveInBackground(mount *fuse.Server) *serving {
 	ctx, stop := context.WithCancel(context.Background())
 	s := &serving{stop: stop, ended: make(chan struct{})}
-	a.serving = s
 	go func() {
 		defer close(s.ended)
-		s.err = a.mount.Run(ctx)
+		s.err = mount.Run(ctx)
 	}()
+	return s
 }
 
 // run stays with the loop until it ends, and ends it when ctx does.

@@ -213,7 +213,10 @@ func (s *profiles) followAll(ctx context.Context) error {
 // follow looks where one leads now, and holds that. What cannot be read, or leads
 // nowhere, keeps what it had: a home may be mounted again.
 func (s *profiles) follow(ctx context.Context, link string, p profile) error {
-	name, err := s.read(ctx, link)
+	name, err := string(p.Path), error(nil)
+	if !strings.HasPrefix(link, viewMark) { // else whoever adopts it says where it leads
+		name, err = s.read(ctx, link)
+	}
 	st, unread := s.state(link), ""
 	switch {
 	case err == nil:

@@ -153,7 +153,7 @@ func (k *rootKeeper) set(ctx context.Context) (content.RootSet, error) {
 			add(p)
 		}
 	}
-	for _, p := range k.a.profiles.list() {
+	for _, p := range k.a.profiles.list() { // those of the storehouse, too: what lives and what did before
 		add(p.Path)
 	}
 	made, err := k.a.nix.roots.find(ctx)

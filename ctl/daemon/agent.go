@@ -120,7 +120,9 @@ func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) 
 	if err := makeNixLogDirs(cfg, who); err != nil {
 		log.Warn("build logs are not where stock Nix looks for them", "error", err)
 	}
+	links, optional := cfg.profilesDir()
 	return warden.Run(ctx, warden.Config{
+		LinksDir: links, LinksOptional: optional,
 		MountDir: cfg.mountDir(), StoreDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
 		Child: append([]string{program, "agent", "--child"}, noFile...), Env: environ(cfg),
 		Program: file, VersionArgs: []string{"version", "--json"}, Control: controlSocket(cfg), WithoutResend: withoutResend(),
@@ -302,6 +304,7 @@ func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config
 		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),
 		LookupTimeout: time.Duration(cfg.Agent.LookupTimeout), ReadTimeout: time.Duration(cfg.Agent.ReadTimeout),
 		NoPrefetch: !cfg.Agent.Prefetch, PrefetchRate: int64(cfg.Agent.PrefetchRate), NoTraces: !cfg.Agent.StartTraces,
+		System:  cfg.Agent.System,
 		Offline: cfg.Agent.Offline, ListValid: cfg.Agent.List == "valid",
 		Version: cli.ReadVersion().Version, Log: log,
 	}

@@ -24,6 +24,7 @@ type Config struct {
 	StateDir  string `toml:"state-dir" help:"where state is kept: agent/ and storehouse/ below it"`
 	RunDir    string `toml:"run-dir" help:"what lasts until the next boot: control socket, node table"`
 	Mount     string `toml:"mount" help:"session: beside a Nix store of this machine, which stays as it is, and seen in floxctl nix and floxctl run; system: at the store directory, refused where this machine has a Nix store of its own there (default: session where this machine has a Nix store of its own)"`
+	Profiles  string `toml:"profiles-dir" help:"where the profiles of the storehouse are mounted, as links OWNER/NAME; none = nowhere (default: /flox, if run-dir is the usual one)"`
 	User      string `toml:"user" help:"who the unprivileged processes run as (default: floxd if there is such a user, else nobody)"`
 	LogLevel  string `toml:"log-level" help:"debug, info, warn or error"`
 	LogFormat string `toml:"log-format" help:"text or json"`
@@ -51,6 +52,7 @@ type AgentConfig struct {
 	List          string   `toml:"list" help:"what ls of the store directory shows: here, or valid (everything the storehouse has)"`
 	NixSocket     string   `toml:"nix-socket" help:"unix socket that stock Nix uses as its daemon's, NIX_REMOTE=unix://PATH; none = no socket (default: nix.socket in run-dir)"`
 	NixLogDir     string   `toml:"nix-log-dir" help:"where nix log finds build logs, Nix's log-dir; none = nowhere (default: var/log/nix beside the store directory, if no Nix has its logs there)"`
+	System        string   `toml:"system" help:"for which system profiles are shown, in Nix's words (default: this machine's, such as x86_64-linux)"`
 	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; what is read in order is fetched ahead in any case"`
 }
 
@@ -112,6 +114,7 @@ store-dir  = "/nix/store"      # part of every path's hash: choose it once
 state-dir  = "/var/lib/floxd"
 run-dir    = "/run/floxd"
 mount      = ""                # session: beside a Nix store of this machine; system: at store-dir or not at all
+profiles-dir = ""              # profiles as links OWNER/NAME: /flox if run-dir is the usual one; none: nowhere
 user       = ""                # floxd if there is such a user, else nobody
 log-level  = ""                # debug, info, warn, error; info, but warn for floxd up
 log-format = "text"            # or json
@@ -134,6 +137,7 @@ start-traces   = true          # what programs read when they start, without say
 offline        = "used"        # completed in the background of what ran: closure, used, none
 nix-socket     = ""            # stock Nix uses it as its daemon's: nix.socket in run-dir; none: no socket
 nix-log-dir    = ""            # build logs for nix log: var/log/nix beside the store directory; none: nowhere
+system         = ""            # for which system profiles are shown: this machine's, such as x86_64-linux
 list           = "here"        # ls of the store directory: here, or valid (all there is)
 
 [storehouse]
@@ -277,6 +281,9 @@ func (c *Config) check() error {
 		if d.dir == c.StoreDir || strings.HasPrefix(d.dir, c.StoreDir+"/") {
 			return cli.Explain(flox.ErrBadInput, "%s %s lies in the store directory %s: it would be covered by the mount", d.key, d.dir, c.StoreDir)
 		}
+	}
+	if err := c.checkProfilesDir(); err != nil {
+		return err
 	}
 	if !slices.Contains([]string{"", mountSession, mountSystem}, c.Mount) {
 		return cli.Explain(flox.ErrBadInput, "mount %q: want session (beside a Nix store of this machine) or system (at the store directory)", c.Mount)

@@ -52,6 +52,47 @@ func (c *Config) mountDir() string {
 	return c.StoreDir
 }
 
+// noProfiles is the value of profiles-dir for nowhere.
+const noProfiles = "none"
+
+// profilesDir is where profiles are mounted, "" = nowhere; optional says that nobody
+// asked for that place.
+func (c *Config) profilesDir() (dir string, optional bool) {
+	switch {
+	case c.Profiles == noProfiles:
+		return "", false
+	case c.Profiles != "":
+		return c.Profiles, false
+	case c.RunDir != cli.DefaultRunDir || c.overlaps(cli.DefaultProfilesDir) != "": // another agent of this machine, and a store in there
+		return "", false
+	}
+	return cli.DefaultProfilesDir, true
+}
+
+// overlaps names the key of a directory that a mount at dir would hide, or that would
+// hide it.
+func (c *Config) overlaps(dir string) string {
+	for _, d := range []struct{ key, dir string }{{"store-dir", c.StoreDir}, {"state-dir", c.StateDir}, {"run-dir", c.RunDir}} {
+		if strings.HasPrefix(d.dir+"/", dir+"/") || strings.HasPrefix(dir+"/", d.dir+"/") {
+			return d.key
+		}
+	}
+	return ""
+}
+
+func (c *Config) checkProfilesDir() error {
+	if c.Profiles == "" || c.Profiles == noProfiles {
+		return nil
+	}
+	if _, err := flox.ParseStoreDir(c.Profiles); err != nil { // the same rule: absolute, clean, not "/"
+		return cli.Explain(flox.ErrBadInput, "profiles-dir %q: want an absolute directory without a trailing slash, or none", c.Profiles)
+	}
+	if key := c.overlaps(c.Profiles); key != "" {
+		return cli.Explain(flox.ErrBadInput, "profiles-dir %s and %s lie in each other: one would be covered by the other's mount", c.Profiles, key)
+	}
+	return nil
+}
+
 // ownStore reports whether a Nix store of this machine is at dir. It asks the
 // kernel's table first, as checkStoreDir does.
 func ownStore(dir string) (bool, error) {

@@ -2253,6 +2253,186 @@ func (x *AddResponse) GetWasValid() bool {
 	return false
 }
 
+type ShownProfilesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShownProfilesRequest) Reset() {
+	*x = ShownProfilesRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShownProfilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShownProfilesRequest) ProtoMessage() {}
+
+func (x *ShownProfilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShownProfilesRequest.ProtoReflect.Descriptor instead.
+func (*ShownProfilesRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ShownProfilesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ShownProfilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`              // where they are mounted; "" = nowhere
+	Connected     bool                   `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"` // to the storehouse: what follows is current
+	Profiles      []*ShownProfile        `protobuf:"bytes,3,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	System        string                 `protobuf:"bytes,4,opt,name=system,proto3" json:"system,omitempty"` // this machine's
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShownProfilesResponse) Reset() {
+	*x = ShownProfilesResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShownProfilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShownProfilesResponse) ProtoMessage() {}
+
+func (x *ShownProfilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShownProfilesResponse.ProtoReflect.Descriptor instead.
+func (*ShownProfilesResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ShownProfilesResponse) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *ShownProfilesResponse) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *ShownProfilesResponse) GetProfiles() []*ShownProfile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+func (x *ShownProfilesResponse) GetSystem() string {
+	if x != nil {
+		return x.System
+	}
+	return ""
+}
+
+type ShownProfile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"` // that lives; 0 = none
+	Before        uint64                 `protobuf:"varint,3,opt,name=before,proto3" json:"before,omitempty"`         // that a rollback leads to and that is here, too; 0 = none
+	Path          string                 `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`              // absolute store path of the environment; "" = there is none for this system
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShownProfile) Reset() {
+	*x = ShownProfile{}
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShownProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShownProfile) ProtoMessage() {}
+
+func (x *ShownProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShownProfile.ProtoReflect.Descriptor instead.
+func (*ShownProfile) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ShownProfile) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ShownProfile) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *ShownProfile) GetBefore() uint64 {
+	if x != nil {
+		return x.Before
+	}
+	return 0
+}
+
+func (x *ShownProfile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
 type ShareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
@@ -2262,7 +2442,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2274,7 +2454,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2287,7 +2467,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ShareRequest) GetPaths() []string {
@@ -2307,7 +2487,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2319,7 +2499,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2332,7 +2512,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ShareResponse) GetPaths() uint32 {
@@ -2364,7 +2544,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2376,7 +2556,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2389,7 +2569,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *KeepRequest) GetPaths() []string {
@@ -2430,7 +2610,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2442,7 +2622,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2455,7 +2635,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *KeepResponse) GetKept() []string {
@@ -2487,7 +2667,7 @@ type KeptProfile struct {
 
 func (x *KeptProfile) Reset() {
 	*x = KeptProfile{}
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2499,7 +2679,7 @@ func (x *KeptProfile) String() string {
 func (*KeptProfile) ProtoMessage() {}
 
 func (x *KeptProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2512,7 +2692,7 @@ func (x *KeptProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptProfile.ProtoReflect.Descriptor instead.
 func (*KeptProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *KeptProfile) GetLink() string {
@@ -2565,7 +2745,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2577,7 +2757,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2590,7 +2770,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 type KeptResponse struct {
@@ -2603,7 +2783,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2615,7 +2795,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2628,7 +2808,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *KeptResponse) GetPaths() []*OfflinePath {
@@ -2653,7 +2833,7 @@ type CacheUsageRequest struct {
 
 func (x *CacheUsageRequest) Reset() {
 	*x = CacheUsageRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2665,7 +2845,7 @@ func (x *CacheUsageRequest) String() string {
 func (*CacheUsageRequest) ProtoMessage() {}
 
 func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2678,7 +2858,7 @@ func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageRequest.ProtoReflect.Descriptor instead.
 func (*CacheUsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 type CacheUsageResponse struct {
@@ -2699,7 +2879,7 @@ type CacheUsageResponse struct {
 
 func (x *CacheUsageResponse) Reset() {
 	*x = CacheUsageResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2891,7 @@ func (x *CacheUsageResponse) String() string {
 func (*CacheUsageResponse) ProtoMessage() {}
 
 func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2904,7 @@ func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageResponse.ProtoReflect.Descriptor instead.
 func (*CacheUsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CacheUsageResponse) GetBytes() uint64 {
@@ -2806,7 +2986,7 @@ type CacheGCRequest struct {
 
 func (x *CacheGCRequest) Reset() {
 	*x = CacheGCRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2818,7 +2998,7 @@ func (x *CacheGCRequest) String() string {
 func (*CacheGCRequest) ProtoMessage() {}
 
 func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2831,7 +3011,7 @@ func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCRequest.ProtoReflect.Descriptor instead.
 func (*CacheGCRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CacheGCRequest) GetTargetBytes() uint64 {
@@ -2851,7 +3031,7 @@ type CacheGCResponse struct {
 
 func (x *CacheGCResponse) Reset() {
 	*x = CacheGCResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2863,7 +3043,7 @@ func (x *CacheGCResponse) String() string {
 func (*CacheGCResponse) ProtoMessage() {}
 
 func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2876,7 +3056,7 @@ func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCResponse.ProtoReflect.Descriptor instead.
 func (*CacheGCResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CacheGCResponse) GetFreedBytes() uint64 {
@@ -2903,7 +3083,7 @@ type ListPathsRequest struct {
 
 func (x *ListPathsRequest) Reset() {
 	*x = ListPathsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2915,7 +3095,7 @@ func (x *ListPathsRequest) String() string {
 func (*ListPathsRequest) ProtoMessage() {}
 
 func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2928,7 +3108,7 @@ func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsRequest.ProtoReflect.Descriptor instead.
 func (*ListPathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListPathsRequest) GetValid() bool {
@@ -2954,7 +3134,7 @@ type ListPathsResponse struct {
 
 func (x *ListPathsResponse) Reset() {
 	*x = ListPathsResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2966,7 +3146,7 @@ func (x *ListPathsResponse) String() string {
 func (*ListPathsResponse) ProtoMessage() {}
 
 func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2979,7 +3159,7 @@ func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsResponse.ProtoReflect.Descriptor instead.
 func (*ListPathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListPathsResponse) GetPaths() []*ListedPath {
@@ -2999,7 +3179,7 @@ type ListedPath struct {
 
 func (x *ListedPath) Reset() {
 	*x = ListedPath{}
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3011,7 +3191,7 @@ func (x *ListedPath) String() string {
 func (*ListedPath) ProtoMessage() {}
 
 func (x *ListedPath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3024,7 +3204,7 @@ func (x *ListedPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListedPath.ProtoReflect.Descriptor instead.
 func (*ListedPath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListedPath) GetPath() string {
@@ -3049,7 +3229,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3061,7 +3241,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3074,7 +3254,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 type DoctorResponse struct {
@@ -3086,7 +3266,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3098,7 +3278,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3111,7 +3291,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -3133,7 +3313,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3145,7 +3325,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3158,7 +3338,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Finding) GetCheck() string {
@@ -3408,7 +3588,21 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x03nar\x18\x03 \x01(\fR\x03nar\"Q\n" +
 	"\vAddResponse\x12%\n" +
 	"\x04info\x18\x01 \x01(\v2\x11.flox.v1.PathInfoR\x04info\x12\x1b\n" +
-	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"$\n" +
+	"\twas_valid\x18\x02 \x01(\bR\bwasValid\"*\n" +
+	"\x14ShownProfilesRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x92\x01\n" +
+	"\x15ShownProfilesResponse\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x121\n" +
+	"\bprofiles\x18\x03 \x03(\v2\x15.flox.v1.ShownProfileR\bprofiles\x12\x16\n" +
+	"\x06system\x18\x04 \x01(\tR\x06system\"n\n" +
+	"\fShownProfile\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x12\x16\n" +
+	"\x06before\x18\x03 \x01(\x04R\x06before\x12\x12\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\"$\n" +
 	"\fShareRequest\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\";\n" +
 	"\rShareResponse\x12\x14\n" +
@@ -3469,7 +3663,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\tR\x05level\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x10\n" +
-	"\x03fix\x18\x04 \x01(\tR\x03fix2\xe2\a\n" +
+	"\x03fix\x18\x04 \x01(\tR\x03fix2\xb2\b\n" +
 	"\x05Agent\x129\n" +
 	"\x06Status\x12\x16.flox.v1.StatusRequest\x1a\x17.flox.v1.StatusResponse\x126\n" +
 	"\x05Peers\x12\x15.flox.v1.PeersRequest\x1a\x16.flox.v1.PeersResponse\x12:\n" +
@@ -3480,7 +3674,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x06Verify\x12\x16.flox.v1.VerifyRequest\x1a\x17.flox.v1.VerifyProgress0\x01\x12A\n" +
 	"\bDownload\x12\x18.flox.v1.DownloadRequest\x1a\x19.flox.v1.DownloadProgress0\x01\x122\n" +
 	"\x03Add\x12\x13.flox.v1.AddRequest\x1a\x14.flox.v1.AddResponse(\x01\x126\n" +
-	"\x05Share\x12\x15.flox.v1.ShareRequest\x1a\x16.flox.v1.ShareResponse\x123\n" +
+	"\x05Share\x12\x15.flox.v1.ShareRequest\x1a\x16.flox.v1.ShareResponse\x12N\n" +
+	"\rShownProfiles\x12\x1d.flox.v1.ShownProfilesRequest\x1a\x1e.flox.v1.ShownProfilesResponse\x123\n" +
 	"\x04Keep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x125\n" +
 	"\x06Unkeep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x123\n" +
 	"\x04Kept\x12\x14.flox.v1.KeptRequest\x1a\x15.flox.v1.KeptResponse\x12E\n" +
@@ -3502,120 +3697,126 @@ func file_flox_v1_agent_proto_rawDescGZIP() []byte {
 	return file_flox_v1_agent_proto_rawDescData
 }
 
-var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_flox_v1_agent_proto_goTypes = []any{
-	(*StatusRequest)(nil),      // 0: flox.v1.StatusRequest
-	(*StatusResponse)(nil),     // 1: flox.v1.StatusResponse
-	(*LocalStore)(nil),         // 2: flox.v1.LocalStore
-	(*StagedUse)(nil),          // 3: flox.v1.StagedUse
-	(*OfflineState)(nil),       // 4: flox.v1.OfflineState
-	(*OfflinePath)(nil),        // 5: flox.v1.OfflinePath
-	(*Prefetch)(nil),           // 6: flox.v1.Prefetch
-	(*StorehouseLink)(nil),     // 7: flox.v1.StorehouseLink
-	(*HouseServer)(nil),        // 8: flox.v1.HouseServer
-	(*Traffic)(nil),            // 9: flox.v1.Traffic
-	(*PeersRequest)(nil),       // 10: flox.v1.PeersRequest
-	(*PeersResponse)(nil),      // 11: flox.v1.PeersResponse
-	(*Peer)(nil),               // 12: flox.v1.Peer
-	(*WatchReadsRequest)(nil),  // 13: flox.v1.WatchReadsRequest
-	(*WatchReads)(nil),         // 14: flox.v1.WatchReads
-	(*WaitingRead)(nil),        // 15: flox.v1.WaitingRead
-	(*PathRequest)(nil),        // 16: flox.v1.PathRequest
-	(*PathResponse)(nil),       // 17: flox.v1.PathResponse
-	(*PathDetails)(nil),        // 18: flox.v1.PathDetails
-	(*ListRequest)(nil),        // 19: flox.v1.ListRequest
-	(*ListEntry)(nil),          // 20: flox.v1.ListEntry
-	(*CatRequest)(nil),         // 21: flox.v1.CatRequest
-	(*CatResponse)(nil),        // 22: flox.v1.CatResponse
-	(*VerifyRequest)(nil),      // 23: flox.v1.VerifyRequest
-	(*VerifyProgress)(nil),     // 24: flox.v1.VerifyProgress
-	(*DownloadRequest)(nil),    // 25: flox.v1.DownloadRequest
-	(*DownloadProgress)(nil),   // 26: flox.v1.DownloadProgress
-	(*AddRequest)(nil),         // 27: flox.v1.AddRequest
-	(*AddResponse)(nil),        // 28: flox.v1.AddResponse
-	(*ShareRequest)(nil),       // 29: flox.v1.ShareRequest
-	(*ShareResponse)(nil),      // 30: flox.v1.ShareResponse
-	(*KeepRequest)(nil),        // 31: flox.v1.KeepRequest
-	(*KeepResponse)(nil),       // 32: flox.v1.KeepResponse
-	(*KeptProfile)(nil),        // 33: flox.v1.KeptProfile
-	(*KeptRequest)(nil),        // 34: flox.v1.KeptRequest
-	(*KeptResponse)(nil),       // 35: flox.v1.KeptResponse
-	(*CacheUsageRequest)(nil),  // 36: flox.v1.CacheUsageRequest
-	(*CacheUsageResponse)(nil), // 37: flox.v1.CacheUsageResponse
-	(*CacheGCRequest)(nil),     // 38: flox.v1.CacheGCRequest
-	(*CacheGCResponse)(nil),    // 39: flox.v1.CacheGCResponse
-	(*ListPathsRequest)(nil),   // 40: flox.v1.ListPathsRequest
-	(*ListPathsResponse)(nil),  // 41: flox.v1.ListPathsResponse
-	(*ListedPath)(nil),         // 42: flox.v1.ListedPath
-	(*DoctorRequest)(nil),      // 43: flox.v1.DoctorRequest
-	(*DoctorResponse)(nil),     // 44: flox.v1.DoctorResponse
-	(*Finding)(nil),            // 45: flox.v1.Finding
-	nil,                        // 46: flox.v1.StatusResponse.FuseRequestsEntry
-	(*PathInfo)(nil),           // 47: flox.v1.PathInfo
+	(*StatusRequest)(nil),         // 0: flox.v1.StatusRequest
+	(*StatusResponse)(nil),        // 1: flox.v1.StatusResponse
+	(*LocalStore)(nil),            // 2: flox.v1.LocalStore
+	(*StagedUse)(nil),             // 3: flox.v1.StagedUse
+	(*OfflineState)(nil),          // 4: flox.v1.OfflineState
+	(*OfflinePath)(nil),           // 5: flox.v1.OfflinePath
+	(*Prefetch)(nil),              // 6: flox.v1.Prefetch
+	(*StorehouseLink)(nil),        // 7: flox.v1.StorehouseLink
+	(*HouseServer)(nil),           // 8: flox.v1.HouseServer
+	(*Traffic)(nil),               // 9: flox.v1.Traffic
+	(*PeersRequest)(nil),          // 10: flox.v1.PeersRequest
+	(*PeersResponse)(nil),         // 11: flox.v1.PeersResponse
+	(*Peer)(nil),                  // 12: flox.v1.Peer
+	(*WatchReadsRequest)(nil),     // 13: flox.v1.WatchReadsRequest
+	(*WatchReads)(nil),            // 14: flox.v1.WatchReads
+	(*WaitingRead)(nil),           // 15: flox.v1.WaitingRead
+	(*PathRequest)(nil),           // 16: flox.v1.PathRequest
+	(*PathResponse)(nil),          // 17: flox.v1.PathResponse
+	(*PathDetails)(nil),           // 18: flox.v1.PathDetails
+	(*ListRequest)(nil),           // 19: flox.v1.ListRequest
+	(*ListEntry)(nil),             // 20: flox.v1.ListEntry
+	(*CatRequest)(nil),            // 21: flox.v1.CatRequest
+	(*CatResponse)(nil),           // 22: flox.v1.CatResponse
+	(*VerifyRequest)(nil),         // 23: flox.v1.VerifyRequest
+	(*VerifyProgress)(nil),        // 24: flox.v1.VerifyProgress
+	(*DownloadRequest)(nil),       // 25: flox.v1.DownloadRequest
+	(*DownloadProgress)(nil),      // 26: flox.v1.DownloadProgress
+	(*AddRequest)(nil),            // 27: flox.v1.AddRequest
+	(*AddResponse)(nil),           // 28: flox.v1.AddResponse
+	(*ShownProfilesRequest)(nil),  // 29: flox.v1.ShownProfilesRequest
+	(*ShownProfilesResponse)(nil), // 30: flox.v1.ShownProfilesResponse
+	(*ShownProfile)(nil),          // 31: flox.v1.ShownProfile
+	(*ShareRequest)(nil),          // 32: flox.v1.ShareRequest
+	(*ShareResponse)(nil),         // 33: flox.v1.ShareResponse
+	(*KeepRequest)(nil),           // 34: flox.v1.KeepRequest
+	(*KeepResponse)(nil),          // 35: flox.v1.KeepResponse
+	(*KeptProfile)(nil),           // 36: flox.v1.KeptProfile
+	(*KeptRequest)(nil),           // 37: flox.v1.KeptRequest
+	(*KeptResponse)(nil),          // 38: flox.v1.KeptResponse
+	(*CacheUsageRequest)(nil),     // 39: flox.v1.CacheUsageRequest
+	(*CacheUsageResponse)(nil),    // 40: flox.v1.CacheUsageResponse
+	(*CacheGCRequest)(nil),        // 41: flox.v1.CacheGCRequest
+	(*CacheGCResponse)(nil),       // 42: flox.v1.CacheGCResponse
+	(*ListPathsRequest)(nil),      // 43: flox.v1.ListPathsRequest
+	(*ListPathsResponse)(nil),     // 44: flox.v1.ListPathsResponse
+	(*ListedPath)(nil),            // 45: flox.v1.ListedPath
+	(*DoctorRequest)(nil),         // 46: flox.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 47: flox.v1.DoctorResponse
+	(*Finding)(nil),               // 48: flox.v1.Finding
+	nil,                           // 49: flox.v1.StatusResponse.FuseRequestsEntry
+	(*PathInfo)(nil),              // 50: flox.v1.PathInfo
 }
 var file_flox_v1_agent_proto_depIdxs = []int32{
 	7,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
-	37, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
-	46, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
+	40, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
+	49, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
 	9,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
 	4,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
 	6,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
 	3,  // 6: flox.v1.StatusResponse.staged:type_name -> flox.v1.StagedUse
 	2,  // 7: flox.v1.StatusResponse.local_store:type_name -> flox.v1.LocalStore
 	5,  // 8: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
-	33, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
+	36, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
 	8,  // 10: flox.v1.StorehouseLink.servers:type_name -> flox.v1.HouseServer
 	12, // 11: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
 	15, // 12: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
 	9,  // 13: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
 	7,  // 14: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
 	18, // 15: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
-	47, // 16: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
-	47, // 17: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
-	33, // 18: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
-	5,  // 19: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
-	33, // 20: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
-	42, // 21: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
-	45, // 22: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
-	0,  // 23: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
-	10, // 24: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
-	13, // 25: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
-	16, // 26: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
-	19, // 27: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
-	21, // 28: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
-	23, // 29: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
-	25, // 30: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
-	27, // 31: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
-	29, // 32: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
-	31, // 33: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
-	31, // 34: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
-	34, // 35: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
-	36, // 36: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
-	38, // 37: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
-	40, // 38: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
-	43, // 39: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
-	1,  // 40: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
-	11, // 41: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
-	14, // 42: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
-	17, // 43: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
-	20, // 44: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
-	22, // 45: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
-	24, // 46: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
-	26, // 47: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
-	28, // 48: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
-	30, // 49: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
-	32, // 50: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
-	32, // 51: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
-	35, // 52: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
-	37, // 53: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
-	39, // 54: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
-	41, // 55: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
-	44, // 56: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
-	40, // [40:57] is the sub-list for method output_type
-	23, // [23:40] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	50, // 16: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
+	50, // 17: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
+	31, // 18: flox.v1.ShownProfilesResponse.profiles:type_name -> flox.v1.ShownProfile
+	36, // 19: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
+	5,  // 20: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
+	36, // 21: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
+	45, // 22: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
+	48, // 23: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
+	0,  // 24: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
+	10, // 25: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
+	13, // 26: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
+	16, // 27: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
+	19, // 28: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
+	21, // 29: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
+	23, // 30: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
+	25, // 31: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
+	27, // 32: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
+	32, // 33: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
+	29, // 34: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
+	34, // 35: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
+	34, // 36: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
+	37, // 37: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
+	39, // 38: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
+	41, // 39: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
+	43, // 40: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
+	46, // 41: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
+	1,  // 42: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
+	11, // 43: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
+	14, // 44: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
+	17, // 45: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
+	20, // 46: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
+	22, // 47: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
+	24, // 48: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
+	26, // 49: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
+	28, // 50: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
+	33, // 51: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
+	30, // 52: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
+	35, // 53: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
+	35, // 54: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
+	38, // 55: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
+	40, // 56: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
+	42, // 57: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
+	44, // 58: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
+	47, // 59: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
+	42, // [42:60] is the sub-list for method output_type
+	24, // [24:42] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_agent_proto_init() }
@@ -3630,7 +3831,7 @@ func file_flox_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_agent_proto_rawDesc), len(file_flox_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   47,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

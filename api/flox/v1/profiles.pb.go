@@ -2447,6 +2447,135 @@ func (x *FindProfileResponse) GetGeneration() *GenerationNews {
 	return nil
 }
 
+// ToldProfiles is what an agent was told, on its disk.
+type ToldProfiles struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Invite        []byte                 `protobuf:"bytes,1,opt,name=invite,proto3" json:"invite,omitempty"` // as in KeptMembers
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`  // of the trust list when it was told
+	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`  // of the log, up to which it knows all
+	Users         []string               `protobuf:"bytes,4,rep,name=users,proto3" json:"users,omitempty"`
+	Profiles      []*ToldProfile         `protobuf:"bytes,5,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ToldProfiles) Reset() {
+	*x = ToldProfiles{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ToldProfiles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ToldProfiles) ProtoMessage() {}
+
+func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ToldProfiles.ProtoReflect.Descriptor instead.
+func (*ToldProfiles) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ToldProfiles) GetInvite() []byte {
+	if x != nil {
+		return x.Invite
+	}
+	return nil
+}
+
+func (x *ToldProfiles) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ToldProfiles) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ToldProfiles) GetUsers() []string {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+func (x *ToldProfiles) GetProfiles() []*ToldProfile {
+	if x != nil {
+		return x.Profiles
+	}
+	return nil
+}
+
+type ToldProfile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	News          *ProfileNews           `protobuf:"bytes,1,opt,name=news,proto3" json:"news,omitempty"`
+	Older         []*GenerationNews      `protobuf:"bytes,2,rep,name=older,proto3" json:"older,omitempty"` // that lived here before or were asked for, newest use first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ToldProfile) Reset() {
+	*x = ToldProfile{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ToldProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ToldProfile) ProtoMessage() {}
+
+func (x *ToldProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ToldProfile.ProtoReflect.Descriptor instead.
+func (*ToldProfile) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *ToldProfile) GetNews() *ProfileNews {
+	if x != nil {
+		return x.News
+	}
+	return nil
+}
+
+func (x *ToldProfile) GetOlder() []*GenerationNews {
+	if x != nil {
+		return x.Older
+	}
+	return nil
+}
+
 var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
@@ -2640,7 +2769,16 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\aprofile\x18\x02 \x01(\v2\x14.flox.v1.ProfileNewsR\aprofile\x127\n" +
 	"\n" +
 	"generation\x18\x03 \x01(\v2\x17.flox.v1.GenerationNewsR\n" +
-	"generationB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"generation\"\x9a\x01\n" +
+	"\fToldProfiles\x12\x16\n" +
+	"\x06invite\x18\x01 \x01(\fR\x06invite\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x14\n" +
+	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x14\n" +
+	"\x05users\x18\x04 \x03(\tR\x05users\x120\n" +
+	"\bprofiles\x18\x05 \x03(\v2\x14.flox.v1.ToldProfileR\bprofiles\"f\n" +
+	"\vToldProfile\x12(\n" +
+	"\x04news\x18\x01 \x01(\v2\x14.flox.v1.ProfileNewsR\x04news\x12-\n" +
+	"\x05older\x18\x02 \x03(\v2\x17.flox.v1.GenerationNewsR\x05olderB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_profiles_proto_rawDescOnce sync.Once
@@ -2654,7 +2792,7 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_flox_v1_profiles_proto_goTypes = []any{
 	(*ProfilesCommand)(nil),         // 0: flox.v1.ProfilesCommand
 	(*NewProfile)(nil),              // 1: flox.v1.NewProfile
@@ -2692,10 +2830,12 @@ var file_flox_v1_profiles_proto_goTypes = []any{
 	(*GenerationNews)(nil),          // 33: flox.v1.GenerationNews
 	(*FindProfileRequest)(nil),      // 34: flox.v1.FindProfileRequest
 	(*FindProfileResponse)(nil),     // 35: flox.v1.FindProfileResponse
-	(*Actor)(nil),                   // 36: flox.v1.Actor
+	(*ToldProfiles)(nil),            // 36: flox.v1.ToldProfiles
+	(*ToldProfile)(nil),             // 37: flox.v1.ToldProfile
+	(*Actor)(nil),                   // 38: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	36, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	38, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
@@ -2706,11 +2846,11 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	6,  // 8: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
 	7,  // 9: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
 	9,  // 10: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	36, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	38, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
 	8,  // 12: flox.v1.Generation.packages:type_name -> flox.v1.Package
 	10, // 13: flox.v1.Generation.environments:type_name -> flox.v1.Environment
 	8,  // 14: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	36, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	38, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
 	6,  // 16: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
 	6,  // 17: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
 	6,  // 18: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
@@ -2730,11 +2870,14 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	10, // 32: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
 	32, // 33: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
 	33, // 34: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	37, // 35: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
+	32, // 36: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
+	33, // 37: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -2756,7 +2899,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   36,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

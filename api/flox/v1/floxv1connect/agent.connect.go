@@ -55,6 +55,8 @@ const (
 	AgentAddProcedure = "/flox.v1.Agent/Add"
 	// AgentShareProcedure is the fully-qualified name of the Agent's Share RPC.
 	AgentShareProcedure = "/flox.v1.Agent/Share"
+	// AgentShownProfilesProcedure is the fully-qualified name of the Agent's ShownProfiles RPC.
+	AgentShownProfilesProcedure = "/flox.v1.Agent/ShownProfiles"
 	// AgentKeepProcedure is the fully-qualified name of the Agent's Keep RPC.
 	AgentKeepProcedure = "/flox.v1.Agent/Keep"
 	// AgentUnkeepProcedure is the fully-qualified name of the Agent's Unkeep RPC.
@@ -93,6 +95,9 @@ type AgentClient interface {
 	Add(context.Context) *connect.ClientStreamForClient[v1.AddRequest, v1.AddResponse]
 	// Share makes what was added on this machine, with all it needs, valid in the storehouse, so that others can have it.
 	Share(context.Context, *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error)
+	// ShownProfiles says where the profiles of the storehouse are shown on this machine, and
+	// which generations live as far as it knows.
+	ShownProfiles(context.Context, *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
@@ -176,6 +181,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Share")),
 			connect.WithClientOptions(opts...),
 		),
+		shownProfiles: connect.NewClient[v1.ShownProfilesRequest, v1.ShownProfilesResponse](
+			httpClient,
+			baseURL+AgentShownProfilesProcedure,
+			connect.WithSchema(agentMethods.ByName("ShownProfiles")),
+			connect.WithClientOptions(opts...),
+		),
 		keep: connect.NewClient[v1.KeepRequest, v1.KeepResponse](
 			httpClient,
 			baseURL+AgentKeepProcedure,
@@ -223,23 +234,24 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 
 // agentClient implements AgentClient.
 type agentClient struct {
-	status     *connect.Client[v1.StatusRequest, v1.StatusResponse]
-	peers      *connect.Client[v1.PeersRequest, v1.PeersResponse]
-	watch      *connect.Client[v1.WatchReadsRequest, v1.WatchReads]
-	path       *connect.Client[v1.PathRequest, v1.PathResponse]
-	list       *connect.Client[v1.ListRequest, v1.ListEntry]
-	cat        *connect.Client[v1.CatRequest, v1.CatResponse]
-	verify     *connect.Client[v1.VerifyRequest, v1.VerifyProgress]
-	download   *connect.Client[v1.DownloadRequest, v1.DownloadProgress]
-	add        *connect.Client[v1.AddRequest, v1.AddResponse]
-	share      *connect.Client[v1.ShareRequest, v1.ShareResponse]
-	keep       *connect.Client[v1.KeepRequest, v1.KeepResponse]
-	unkeep     *connect.Client[v1.KeepRequest, v1.KeepResponse]
-	kept       *connect.Client[v1.KeptRequest, v1.KeptResponse]
-	cacheUsage *connect.Client[v1.CacheUsageRequest, v1.CacheUsageResponse]
-	cacheGC    *connect.Client[v1.CacheGCRequest, v1.CacheGCResponse]
-	paths      *connect.Client[v1.ListPathsRequest, v1.ListPathsResponse]
-	doctor     *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
+	status        *connect.Client[v1.StatusRequest, v1.StatusResponse]
+	peers         *connect.Client[v1.PeersRequest, v1.PeersResponse]
+	watch         *connect.Client[v1.WatchReadsRequest, v1.WatchReads]
+	path          *connect.Client[v1.PathRequest, v1.PathResponse]
+	list          *connect.Client[v1.ListRequest, v1.ListEntry]
+	cat           *connect.Client[v1.CatRequest, v1.CatResponse]
+	verify        *connect.Client[v1.VerifyRequest, v1.VerifyProgress]
+	download      *connect.Client[v1.DownloadRequest, v1.DownloadProgress]
+	add           *connect.Client[v1.AddRequest, v1.AddResponse]
+	share         *connect.Client[v1.ShareRequest, v1.ShareResponse]
+	shownProfiles *connect.Client[v1.ShownProfilesRequest, v1.ShownProfilesResponse]
+	keep          *connect.Client[v1.KeepRequest, v1.KeepResponse]
+	unkeep        *connect.Client[v1.KeepRequest, v1.KeepResponse]
+	kept          *connect.Client[v1.KeptRequest, v1.KeptResponse]
+	cacheUsage    *connect.Client[v1.CacheUsageRequest, v1.CacheUsageResponse]
+	cacheGC       *connect.Client[v1.CacheGCRequest, v1.CacheGCResponse]
+	paths         *connect.Client[v1.ListPathsRequest, v1.ListPathsResponse]
+	doctor        *connect.Client[v1.DoctorRequest, v1.DoctorResponse]
 }
 
 // Status calls flox.v1.Agent.Status.
@@ -290,6 +302,11 @@ func (c *agentClient) Add(ctx context.Context) *connect.ClientStreamForClient[v1
 // Share calls flox.v1.Agent.Share.
 func (c *agentClient) Share(ctx context.Context, req *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error) {
 	return c.share.CallUnary(ctx, req)
+}
+
+// ShownProfiles calls flox.v1.Agent.ShownProfiles.
+func (c *agentClient) ShownProfiles(ctx context.Context, req *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error) {
+	return c.shownProfiles.CallUnary(ctx, req)
 }
 
 // Keep calls flox.v1.Agent.Keep.
@@ -349,6 +366,9 @@ type AgentHandler interface {
 	Add(context.Context, *connect.ClientStream[v1.AddRequest]) (*connect.Response[v1.AddResponse], error)
 	// Share makes what was added on this machine, with all it needs, valid in the storehouse, so that others can have it.
 	Share(context.Context, *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error)
+	// ShownProfiles says where the profiles of the storehouse are shown on this machine, and
+	// which generations live as far as it knows.
+	ShownProfiles(context.Context, *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
@@ -428,6 +448,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Share")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentShownProfilesHandler := connect.NewUnaryHandler(
+		AgentShownProfilesProcedure,
+		svc.ShownProfiles,
+		connect.WithSchema(agentMethods.ByName("ShownProfiles")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentKeepHandler := connect.NewUnaryHandler(
 		AgentKeepProcedure,
 		svc.Keep,
@@ -492,6 +518,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentAddHandler.ServeHTTP(w, r)
 		case AgentShareProcedure:
 			agentShareHandler.ServeHTTP(w, r)
+		case AgentShownProfilesProcedure:
+			agentShownProfilesHandler.ServeHTTP(w, r)
 		case AgentKeepProcedure:
 			agentKeepHandler.ServeHTTP(w, r)
 		case AgentUnkeepProcedure:
@@ -553,6 +581,10 @@ func (UnimplementedAgentHandler) Add(context.Context, *connect.ClientStream[v1.A
 
 func (UnimplementedAgentHandler) Share(context.Context, *connect.Request[v1.ShareRequest]) (*connect.Response[v1.ShareResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Share is not implemented"))
+}
+
+func (UnimplementedAgentHandler) ShownProfiles(context.Context, *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.ShownProfiles is not implemented"))
 }
 
 func (UnimplementedAgentHandler) Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error) {
