@@ -272,21 +272,25 @@ max-build-log-size = %d
 	return nil
 }
 
+// maxHeap bounds the memory of an evaluation, in bytes.
+const maxHeap = 8 << 30
+
 // room prepares a room for nix-store, or another program of Nix, in a place.
-func (p *place) room(ctx context.Context, program string, args ...string) (*room, error) {
+func (p *place) room(ctx context.Context, name string, args ...string) (*room, error) {
 	b := p.b
 	env := []string{
 		"PATH=" + os.Getenv("PATH"), "HOME=" + ownDir + "/home", "USER=builder", "TMPDIR=/tmp", "LANG=C.UTF-8",
 		"NIX_REMOTE=local", "NIX_STORE_DIR=" + string(b.cfg.StoreDir), "NIX_STATE_DIR=" + ownDir + "/var/nix",
 		"NIX_LOG_DIR=" + ownDir + "/var/log", "NIX_CONF_DIR=" + ownDir + "/etc", "NIX_USER_CONF_FILES=/dev/null",
+		fmt.Sprint("GC_MAXIMUM_HEAP_SIZE=", maxHeap),
 	}
 	at := &plan{
 		Root: filepath.Join(b.cfg.Dir, "root"), Own: p.dir, Conf: filepath.Join(b.cfg.Dir, "etc"), Inputs: b.inputs.dir, Trees: p.trees,
 		StoreDir: string(b.cfg.StoreDir), Hide: append([]string{b.cfg.Dir}, b.cfg.Hide...), Sealed: !b.sandboxed, As: p.as,
-		File: filepath.Join(b.cfg.Nix, program), Args: append([]string{program}, args...), Env: env,
+		File: filepath.Join(b.cfg.Nix, name), Args: append([]string{name}, args...), Env: env,
 	}
 	if _, err := os.Lstat(p.registration()); err == nil {
-		at.Load, at.LoadArgs = p.registration(), []string{program, "--load-db"}
+		at.Load, at.LoadArgs = p.registration(), []string{program, "--load-db"} // all programs of Nix are one, which goes by its name
 	}
 	return newRoom(ctx, at)
 }

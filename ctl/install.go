@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"strings"
 
@@ -43,6 +44,8 @@ func newInstallCmd(g *globals) *cobra.Command {
 		Short: "Put packages into a profile",
 		Long: `Put packages into a profile, on every machine at once. PACKAGE is
 
+  NAME, NAME@VERSION or CHANNEL.NAME, of a channel (floxctl search), for each system of
+  the profile; the storehouse builds what it lacks;
   a store path of the storehouse or of this machine, or a link to one, such as ./result;
   FILE or FILE#ATTR, a Nix expression: stock Nix evaluates it here, for each system of
   the profile, and the storehouse builds what it lacks;
@@ -55,7 +58,7 @@ installed, for all systems of the profile, or none. Your own profile is made wit
 first package.
 
 ` + cli.ExitCodes,
-		Example: `  floxctl install ./result
+		Example: `  floxctl install git ripgrep python3@3.11
   floxctl install -p acme/ci ./default.nix#hello /nix/store/...-jq-1.7`,
 		Args: cli.Args(1, -1, "PACKAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -114,29 +117,35 @@ func runInstall(ctx context.Context, opts *changeOptions, out, says *output, arg
 // package, if they are for different systems.
 func packagesFrom(ctx context.Context, opts *changeOptions, says *output, args []string) (set []*floxv1.Package, err error) {
 	all := make([]installable, len(args))
-	evaluates := false
+	evaluates, named := false, false
 	for n, arg := range args { // all of them, before anything is done for one
 		if all[n], err = parseInstallable(arg); err != nil {
 			return nil, err
 		}
-		evaluates = evaluates || !all[n].local()
+		evaluates = evaluates || !all[n].local() && all[n].name == ""
+		named = named || all[n].name != ""
 	}
 	var nix *stockNix
 	var systems []string
-	if evaluates {
-		if systems, err = opts.systems(ctx); err == nil {
-			nix, err = newStockNix(ctx, opts.globals, says.w)
+	if evaluates || named {
+		if systems, err = opts.systems(ctx); err != nil {
+			return nil, err
 		}
-		if err != nil {
+	}
+	if evaluates {
+		if nix, err = newStockNix(ctx, opts.globals, says.w); err != nil {
 			return nil, err
 		}
 	}
 	for n := range all {
 		i := &all[n]
 		var p *floxv1.Package
-		if i.local() {
+		switch {
+		case i.local():
 			p, err = i.stored()
-		} else {
+		case i.name != "":
+			p, err = fromChannel(ctx, opts.globals, says, i, systems, opts.dryRun)
+		default:
 			p, err = nix.packageOf(ctx, i, systems, opts.dryRun)
 		}
 		if err != nil {
@@ -235,7 +244,11 @@ func runChange(ctx context.Context, opts *changeOptions, out *output, q *floxv1.
 	}
 	admin := opts.admin()
 	resp, err := admin.ChangeProfile(ctx, connect.NewRequest(q))
-	if connect.CodeOf(err) == connect.CodeNotFound && opts.profile == "" && !q.GetDryRun() && len(q.GetSet()) > 0 {
+	first := connect.CodeOf(err) == connect.CodeNotFound && opts.profile == "" && len(q.GetSet()) > 0
+	if first && q.GetDryRun() {
+		return tellChange(out, q, &floxv1.ChangeProfileResponse{Profile: &floxv1.Profile{Name: q.GetName()}, Generation: &floxv1.Generation{Packages: q.GetSet()}})
+	}
+	if first {
 		_, made := admin.CreateProfile(ctx, connect.NewRequest(&floxv1.CreateProfileRequest{Name: q.GetName(), Systems: []string{thisSystem()}}))
 		if made == nil {
 			resp, err = admin.ChangeProfile(ctx, connect.NewRequest(q))
@@ -249,17 +262,25 @@ func runChange(ctx context.Context, opts *changeOptions, out *output, q *floxv1.
 
 // share brings to the storehouse what was added on this machine only.
 func share(ctx context.Context, g *globals, q *floxv1.ChangeProfileRequest) error {
-	mine := &floxv1.ShareRequest{}
+	var mine []string
 	for _, p := range q.GetSet() {
+		if isPackageName(p.GetSource()) {
+			continue // the storehouse has it
+		}
 		for _, s := range p.GetPaths() {
-			mine.Paths = append(mine.Paths, s.GetPaths()...)
+			mine = append(mine, s.GetPaths()...)
 		}
 	}
-	if len(mine.GetPaths()) == 0 || q.GetDryRun() {
+	if len(mine) == 0 || q.GetDryRun() {
 		return nil
 	}
-	_, err := g.agent().Share(ctx, connect.NewRequest(mine))
-	if connect.CodeOf(err) == connect.CodeUnimplemented {
+	return sharePaths(ctx, g, mine...)
+}
+
+func sharePaths(ctx context.Context, g *globals, paths ...string) error {
+	_, err := g.agent().Share(ctx, connect.NewRequest(&floxv1.ShareRequest{Paths: paths}))
+	var dial *cli.DialError
+	if connect.CodeOf(err) == connect.CodeUnimplemented || errors.As(err, &dial) && !errors.Is(err, os.ErrPermission) {
 		return nil // a server of the storehouse itself
 	}
 	if errors.Is(err, flox.ErrUntrusted) || connect.CodeOf(err) == connect.CodeUnauthenticated {

@@ -38,12 +38,21 @@ type installable struct {
 	store  string // a store path or a name in one; else
 	file   string // a Nix expression, absolute, with attr; else
 	attr   string
-	flake  string // a flake reference
+	flake  string // a flake reference; else
+	name   string // of a package in a channel
 }
 
 var systemPrefix = regexp.MustCompile(`^([a-z0-9_]+-(?:linux|darwin|freebsd|netbsd|openbsd))=(.+)$`)
 
-// parseInstallable tells what a word means: [SYSTEM=]PATH, FILE[#ATTR] or FLAKE#ATTR.
+var packageWords = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.+'-]*(@[^/#@\s]+)?$`)
+
+// isPackageName reports whether a word can name a package in a channel.
+func isPackageName(word string) bool {
+	return packageWords.MatchString(word) && !strings.HasSuffix(word, ".nix") && !inStore("/"+word)
+}
+
+// parseInstallable tells what a word means: [SYSTEM=] and a store path or link, FILE[#ATTR],
+// FLAKE#ATTR, or a package's name.
 func parseInstallable(arg string) (i installable, err error) {
 	i.arg = arg
 	word := arg
@@ -63,11 +72,14 @@ func parseInstallable(arg string) (i installable, err error) {
 		i.flake = word
 		return i, nil
 	}
-	i.store, err = storeArg(word)
-	if err != nil {
-		err = fmt.Errorf("%w; a Nix expression is named as FILE#ATTR, such as ./default.nix#hello", err)
+	if i.store, err = storeArg(word); err == nil {
+		return i, nil
 	}
-	return i, err
+	if isPackageName(word) {
+		i.store, i.name = "", word
+		return i, nil
+	}
+	return i, fmt.Errorf("%w; a Nix expression is named as FILE#ATTR, such as ./default.nix#hello, a package of a channel as NAME, NAME@VERSION or CHANNEL.NAME", err)
 }
 
 // expressionAt is the absolute name of a file or directory with a Nix expression, and

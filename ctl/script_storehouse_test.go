@@ -95,3 +95,31 @@ func (s *scriptedAdmin) RollbackProfile(_ context.Context, r *connect.Request[fl
 func (s *scriptedAdmin) GrantProfile(_ context.Context, r *connect.Request[floxv1.GrantProfileRequest]) (*connect.Response[floxv1.GrantProfileResponse], error) {
 	return unary[floxv1.GrantProfileRequest, floxv1.GrantProfileResponse](s.scripted, "GrantProfile", r)
 }
+
+func (s *scriptedAdmin) ListChannels(_ context.Context, r *connect.Request[floxv1.ListChannelsRequest]) (*connect.Response[floxv1.ListChannelsResponse], error) {
+	return unary[floxv1.ListChannelsRequest, floxv1.ListChannelsResponse](s.scripted, "ListChannels", r)
+}
+
+func (s *scriptedAdmin) ShowChannel(_ context.Context, r *connect.Request[floxv1.ShowChannelRequest]) (*connect.Response[floxv1.ShowChannelResponse], error) {
+	return unary[floxv1.ShowChannelRequest, floxv1.ShowChannelResponse](s.scripted, "ShowChannel", r)
+}
+
+func (s *scriptedAdmin) DeleteChannel(_ context.Context, r *connect.Request[floxv1.DeleteChannelRequest]) (*connect.Response[floxv1.DeleteChannelResponse], error) {
+	return unary[floxv1.DeleteChannelRequest, floxv1.DeleteChannelResponse](s.scripted, "DeleteChannel", r)
+}
+
+func (s *scriptedAdmin) SetPublishers(_ context.Context, r *connect.Request[floxv1.SetPublishersRequest]) (*connect.Response[floxv1.SetPublishersResponse], error) {
+	return unary[floxv1.SetPublishersRequest, floxv1.SetPublishersResponse](s.scripted, "SetPublishers", r)
+}
+
+func (s *scriptedAdmin) SearchPackages(_ context.Context, r *connect.Request[floxv1.SearchPackagesRequest]) (*connect.Response[floxv1.SearchPackagesResponse], error) {
+	return unary[floxv1.SearchPackagesRequest, floxv1.SearchPackagesResponse](s.scripted, "SearchPackages", r)
+}
+
+func (s *scriptedAdmin) PublishChannel(_ context.Context, r *connect.Request[floxv1.PublishChannelRequest], out *connect.ServerStream[floxv1.PublishChannelProgress]) error {
+	return stream[floxv1.PublishChannelRequest](s.scripted, "PublishChannel", r, out)
+}
+
+func (s *scriptedAdmin) BuildPackage(_ context.Context, r *connect.Request[floxv1.BuildPackageRequest], out *connect.ServerStream[floxv1.BuildPackageProgress]) error {
+	return stream[floxv1.BuildPackageRequest](s.scripted, "BuildPackage", r, out)
+}

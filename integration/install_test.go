@@ -30,6 +30,7 @@ func (l *lab) installs(t *testing.T, a *hosts.Agent) {
 	floxctl("install", file+"#broken").want(t, 2, "it breaks", "nothing was installed")
 	floxctl("list").want(t, 3)
 
+	floxctl("install", ripgrep, "--dry-run").want(t, 0, "+ ripgrep", "Nothing was changed")
 	floxctl("install", ripgrep, "--reason", "to search").want(t, 0, "+ ripgrep", "generation 1 lives now")
 	site := lastLine(stockNix(t, a.Host, "nix-store", "--add", filepath.Join(dir, "site")))
 	floxctl("install", file+"#pkgs.tool", "--dry-run").want(t, 0, "+ tool 1.5", "To be built or brought first: ", "Nothing was changed")
@@ -41,6 +42,53 @@ func (l *lab) installs(t *testing.T, a *hosts.Agent) {
 	do(t, a.Host, "cat", env+"/share/doc/site.txt").want(t, 0, "of this machine")
 	floxctl("rollback").want(t, 0, "generation 1 lives again")
 	floxctl("diff", "2").want(t, 0, "- site", "- tool 1.5")
+}
+
+// names: what an admin publishes in a channel is found, built and installed by name, and
+// upgraded with the channel.
+func (l *lab) names(t *testing.T, house *hosts.Storehouse, a *hosts.Agent) {
+	t.Helper()
+	dir := filepath.Join(openDir(t), "nixexprs")
+	publish := func(version string, code int, said ...string) {
+		t.Helper()
+		for name, text := range map[string]string{
+			"default.nix": `{ system ? builtins.currentSystem }: {
+				hi = derivation { name = "hi-` + version + `"; inherit system; builder = "builtin:buildenv"; manifest = "none"; derivations = [ "true" 5 1 ./hi ]; }
+					// { meta.description = "Says hi"; };
+				nosy = builtins.readFile /etc/hostname;
+			}`,
+			"hi/bin/hi": "#!/bin/sh\necho hi " + version + "\n",
+		} {
+			file := filepath.Join(dir, name)
+			must(t, os.MkdirAll(filepath.Dir(file), 0o755))
+			must(t, os.WriteFile(file, []byte(text), 0o755)) //nolint:gosec // another user runs it
+		}
+		// Who is no admin is refused; what was to be published is in the storehouse then.
+		l.ctl(t, a, "channel", "publish", "nixexprs", dir).want(t, 5, "admin")
+		source := lastLine(stockNix(t, a.Host, "nix-store", "--add", dir))
+		do(t, house.Host, l.programs.Floxctl, "channel", "publish", "nixexprs", source).want(t, code, said...)
+	}
+	floxctl := func(args ...string) result { t.Helper(); return l.ctl(t, a, args...) }
+	floxctl("install", "hi").want(t, 3, "there is no channel")
+	floxctl("search", "hi").want(t, 3, "floxctl channel publish")
+	publish("1.0", 0, "Left out: nosy for x86_64-linux", "forbidden in restricted mode", "version 1, 1 packages")
+	floxctl("search", "says").want(t, 0, "nixexprs.hi", "1.0", "Says hi")
+	floxctl("install", "hii").want(t, 3, "there is hi")
+	floxctl("install", "hi", "--dry-run").want(t, 0, "+ hi 1.0", "Nothing was changed")
+	floxctl("install", "hi").want(t, 0, "+ hi 1.0")
+	do(t, a.Host, environmentOf(t, floxctl("list", "--json"))+"/bin/hi").want(t, 0, "hi 1.0")
+	floxctl("upgrade").want(t, 0, "is so already")
+	publish("2.0", 0, "version 2, 1 packages")
+	floxctl("upgrade", "--dry-run").want(t, 0, "~ hi: 1.0 -> 2.0", "Nothing was changed")
+	floxctl("hold", "hi").want(t, 0, "hi 1.0: held")
+	floxctl("upgrade").want(t, 0, "is so already")
+	floxctl("upgrade", "hi").want(t, 2, "floxctl unhold hi")
+	floxctl("unhold", "hi").want(t, 0)
+	floxctl("upgrade").want(t, 0, "~ hi: 1.0 -> 2.0")
+	do(t, a.Host, environmentOf(t, floxctl("list", "--json"))+"/bin/hi").want(t, 0, "hi 2.0")
+	floxctl("install", "nixexprs.hi@1.0").want(t, 0, "~ hi: 2.0 -> 1.0")
+	floxctl("upgrade").want(t, 0, "is so already")
+	floxctl("channel", "show", "nixexprs").want(t, 0, "root on")
 }
 
 // environmentOf is the environment that `floxctl list --json` shows, in the store.

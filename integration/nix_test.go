@@ -106,6 +106,7 @@ func TestStockNixOnAnAgent(t *testing.T) {
 
 	l.everyday(t, house, a)
 	l.installs(t, a)
+	l.names(t, house, a)
 	generationsDone()
 	badDays(t, house, a)
 }

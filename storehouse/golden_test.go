@@ -39,7 +39,7 @@ const goldens = "testdata/level*.tar.gz"
 // goldenBehind is in the snapshot, that is in the log alone.
 const (
 	goldenBase, goldenTop, goldenDrv, goldenBehind = "golden-base", "golden-top", "golden.drv", "golden-behind"
-	goldenProfile                                  = "alice/golden"
+	goldenProfile, goldenChannel                   = "alice/golden", "golden"
 	goldenUpstream                                 = "http://cache.golden.invalid"
 	goldenRealisation                              = "sha256:0000000000000000000000000000000000000000000000000000000000000001!out"
 )
@@ -102,7 +102,15 @@ func writeGolden(t *testing.T, file string) {
 		pkg.Priority += uint32(i)
 		install(t, s, goldenProfile, pkg)
 	}
+	version := &floxv1.ChannelVersion{Source: string(base.info.Path), Catalogue: string(top.info.Path), Systems: []string{linux}, Packages: 1}
+	published := &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Publish{Publish: &floxv1.NewChannelVersion{Channel: goldenChannel, Version: version}}}
+	if _, err := s.channels.propose(within(t), adminPerson(), published); err != nil {
+		t.Fatal(err)
+	}
 	if err := s.node.Snapshot(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.channels.propose(within(t), adminPerson(), published); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.profiles.rollback(within(t), alice(), &floxv1.RollbackProfileRequest{Name: goldenProfile}); err != nil {
@@ -238,7 +246,7 @@ func checkGoldenMembers(t *testing.T, admin floxv1connect.AdminClient) {
 	}
 }
 
-// checkGoldenProfile checks the profile of fixtures that have one.
+// checkGoldenProfile checks the profile and the channel of fixtures that have them.
 func checkGoldenProfile(t *testing.T, s *Server) {
 	t.Helper()
 	admin := operatorOf(t, s)
@@ -252,6 +260,10 @@ func checkGoldenProfile(t *testing.T, s *Server) {
 	history, err := admin.ProfileHistory(within(t), connect.NewRequest(&floxv1.ProfileHistoryRequest{Name: goldenProfile}))
 	if err != nil || len(history.Msg.GetEvents()) != 4 {
 		t.Errorf("history %v, %v, want four events", history, err)
+	}
+	channel, err := admin.ShowChannel(within(t), connect.NewRequest(&floxv1.ShowChannelRequest{Channel: goldenChannel}))
+	if err != nil || channel.Msg.GetChannel().GetLast() != 2 || len(channel.Msg.GetVersions()) != 2 || channel.Msg.GetVersions()[1].GetPackages() != 1 {
+		t.Errorf("channel %v, %v, want two versions", channel, err)
 	}
 	for _, n := range []uint64{1, 2} {
 		g, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenProfile, Generation: n}))

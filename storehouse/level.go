@@ -9,7 +9,7 @@ package storehouse
 //	   program would forget when, if it sealed the keys anew
 //	3  UpstreamsCommand; PathsCommand.build
 //	4  MembersCommand.seen
-//	5  ProfilesCommand
+//	5  ProfilesCommand, ChannelsCommand
 const level = 5
 
 // Levels of commands and changes.

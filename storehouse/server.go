@@ -24,6 +24,7 @@ import (
 	"github.com/floxctl/flox/members"
 	"github.com/floxctl/flox/p2p"
 	"github.com/floxctl/flox/profile"
+	"github.com/floxctl/flox/profile/channel"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -57,6 +58,7 @@ type Server struct {
 	staging   *staging
 	builds    *builds
 	profiles  *profiles
+	channels  *channels
 	tracker   *tracker
 	reports   reportCounts
 	made      *traceMaker
@@ -146,8 +148,8 @@ func (s *Server) open() (err error) {
 	s.batch = newBatcher(s.node)
 	s.starts, s.marker, s.memberLog = s.node.NewSession(), s.node.NewSession(), s.node.NewSession()
 	s.builds = newBuilds(s)
-	s.profiles = newProfiles(s)
-	s.moreRoots = append(s.moreRoots, buildLogs{}, s.profiles)
+	s.profiles, s.channels = newProfiles(s), newChannels(s)
+	s.moreRoots = append(s.moreRoots, buildLogs{}, s.profiles, s.channels)
 	return s.listen()
 }
 
@@ -156,7 +158,7 @@ func (s *Server) open() (err error) {
 func processors(touchEvery time.Duration) map[uint32]cluster.Processor {
 	return map[uint32]cluster.Processor{
 		pathsKind: paths{touchEvery: touchEvery}, tracesKind: traces{}, members.Kind: members.Processor{}, upstreamsKind: upstreamFacts{},
-		profile.Kind: profile.Processor{},
+		profile.Kind: profile.Processor{}, channel.Kind: channel.Processor{},
 	}
 }
 

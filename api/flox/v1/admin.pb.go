@@ -3442,7 +3442,7 @@ var File_flox_v1_admin_proto protoreflect.FileDescriptor
 
 const file_flox_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
+	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x16flox/v1/channels.proto\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
 	"\x12DifferencesRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"`\n" +
@@ -3687,7 +3687,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xfa\x12\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xa8\x17\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3719,7 +3719,14 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x0eProfileHistory\x12\x1e.flox.v1.ProfileHistoryRequest\x1a\x1f.flox.v1.ProfileHistoryResponse\x12N\n" +
 	"\rChangeProfile\x12\x1d.flox.v1.ChangeProfileRequest\x1a\x1e.flox.v1.ChangeProfileResponse\x12T\n" +
 	"\x0fRollbackProfile\x12\x1f.flox.v1.RollbackProfileRequest\x1a .flox.v1.RollbackProfileResponse\x12K\n" +
-	"\fGrantProfile\x12\x1c.flox.v1.GrantProfileRequest\x1a\x1d.flox.v1.GrantProfileResponse\x12?\n" +
+	"\fGrantProfile\x12\x1c.flox.v1.GrantProfileRequest\x1a\x1d.flox.v1.GrantProfileResponse\x12S\n" +
+	"\x0ePublishChannel\x12\x1e.flox.v1.PublishChannelRequest\x1a\x1f.flox.v1.PublishChannelProgress0\x01\x12K\n" +
+	"\fListChannels\x12\x1c.flox.v1.ListChannelsRequest\x1a\x1d.flox.v1.ListChannelsResponse\x12H\n" +
+	"\vShowChannel\x12\x1b.flox.v1.ShowChannelRequest\x1a\x1c.flox.v1.ShowChannelResponse\x12N\n" +
+	"\rDeleteChannel\x12\x1d.flox.v1.DeleteChannelRequest\x1a\x1e.flox.v1.DeleteChannelResponse\x12N\n" +
+	"\rSetPublishers\x12\x1d.flox.v1.SetPublishersRequest\x1a\x1e.flox.v1.SetPublishersResponse\x12Q\n" +
+	"\x0eSearchPackages\x12\x1e.flox.v1.SearchPackagesRequest\x1a\x1f.flox.v1.SearchPackagesResponse\x12M\n" +
+	"\fBuildPackage\x12\x1c.flox.v1.BuildPackageRequest\x1a\x1d.flox.v1.BuildPackageProgress0\x01\x12?\n" +
 	"\bListKeys\x12\x18.flox.v1.ListKeysRequest\x1a\x19.flox.v1.ListKeysResponse\x12B\n" +
 	"\tImportKey\x12\x19.flox.v1.ImportKeyRequest\x1a\x1a.flox.v1.ImportKeyResponse\x12E\n" +
 	"\n" +
@@ -3824,122 +3831,150 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*ChangeProfileRequest)(nil),    // 75: flox.v1.ChangeProfileRequest
 	(*RollbackProfileRequest)(nil),  // 76: flox.v1.RollbackProfileRequest
 	(*GrantProfileRequest)(nil),     // 77: flox.v1.GrantProfileRequest
-	(*AddUpstreamResponse)(nil),     // 78: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),   // 79: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),    // 80: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),  // 81: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),   // 82: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),   // 83: flox.v1.DeleteProfileResponse
-	(*ListProfilesResponse)(nil),    // 84: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),     // 85: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),  // 86: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),   // 87: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil), // 88: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),    // 89: flox.v1.GrantProfileResponse
+	(*PublishChannelRequest)(nil),   // 78: flox.v1.PublishChannelRequest
+	(*ListChannelsRequest)(nil),     // 79: flox.v1.ListChannelsRequest
+	(*ShowChannelRequest)(nil),      // 80: flox.v1.ShowChannelRequest
+	(*DeleteChannelRequest)(nil),    // 81: flox.v1.DeleteChannelRequest
+	(*SetPublishersRequest)(nil),    // 82: flox.v1.SetPublishersRequest
+	(*SearchPackagesRequest)(nil),   // 83: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),     // 84: flox.v1.BuildPackageRequest
+	(*AddUpstreamResponse)(nil),     // 85: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),   // 86: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),    // 87: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),  // 88: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),   // 89: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),   // 90: flox.v1.DeleteProfileResponse
+	(*ListProfilesResponse)(nil),    // 91: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),     // 92: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),  // 93: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),   // 94: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil), // 95: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),    // 96: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),  // 97: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),    // 98: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),     // 99: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),   // 100: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),   // 101: flox.v1.SetPublishersResponse
+	(*SearchPackagesResponse)(nil),  // 102: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),    // 103: flox.v1.BuildPackageProgress
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
-	59, // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
-	60, // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
-	61, // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
-	62, // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
-	62, // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
-	10, // 5: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
-	63, // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
-	64, // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
-	63, // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
-	63, // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
-	65, // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
-	19, // 11: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
-	20, // 12: flox.v1.ServerState.builds:type_name -> flox.v1.ServerBuilds
-	33, // 13: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
-	36, // 14: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
-	33, // 15: flox.v1.WhyChain.root:type_name -> flox.v1.Root
-	43, // 16: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
-	19, // 17: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
-	28, // 18: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
-	2,  // 19: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
-	4,  // 20: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
-	6,  // 21: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
-	8,  // 22: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
-	11, // 23: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
-	13, // 24: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
-	15, // 25: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
-	17, // 26: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
-	21, // 27: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
-	23, // 28: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
-	25, // 29: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
-	27, // 30: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
-	29, // 31: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
-	31, // 32: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
-	34, // 33: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
-	37, // 34: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
-	39, // 35: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
-	0,  // 36: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
-	66, // 37: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
-	67, // 38: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
-	68, // 39: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
-	69, // 40: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
-	70, // 41: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
-	71, // 42: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
-	72, // 43: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
-	73, // 44: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
-	74, // 45: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
-	75, // 46: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
-	76, // 47: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
-	77, // 48: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
-	41, // 49: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	44, // 50: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	46, // 51: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	48, // 52: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	52, // 53: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	56, // 54: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	58, // 55: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	54, // 56: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	50, // 57: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,  // 58: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,  // 59: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,  // 60: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,  // 61: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12, // 62: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14, // 63: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16, // 64: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18, // 65: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22, // 66: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24, // 67: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26, // 68: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28, // 69: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	30, // 70: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	32, // 71: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	35, // 72: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	38, // 73: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	40, // 74: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,  // 75: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	78, // 76: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	79, // 77: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	80, // 78: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	81, // 79: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	82, // 80: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	83, // 81: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	84, // 82: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	85, // 83: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	86, // 84: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	87, // 85: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	88, // 86: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	89, // 87: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	42, // 88: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	45, // 89: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	47, // 90: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	49, // 91: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	53, // 92: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	57, // 93: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	30, // 94: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	55, // 95: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	51, // 96: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	58, // [58:97] is the sub-list for method output_type
-	19, // [19:58] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	59,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
+	60,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
+	61,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
+	62,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
+	62,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
+	10,  // 5: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
+	63,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
+	64,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
+	63,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
+	63,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
+	65,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
+	19,  // 11: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
+	20,  // 12: flox.v1.ServerState.builds:type_name -> flox.v1.ServerBuilds
+	33,  // 13: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
+	36,  // 14: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
+	33,  // 15: flox.v1.WhyChain.root:type_name -> flox.v1.Root
+	43,  // 16: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
+	19,  // 17: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
+	28,  // 18: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
+	2,   // 19: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
+	4,   // 20: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
+	6,   // 21: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
+	8,   // 22: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
+	11,  // 23: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
+	13,  // 24: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
+	15,  // 25: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
+	17,  // 26: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
+	21,  // 27: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
+	23,  // 28: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
+	25,  // 29: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
+	27,  // 30: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
+	29,  // 31: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
+	31,  // 32: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
+	34,  // 33: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
+	37,  // 34: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
+	39,  // 35: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
+	0,   // 36: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
+	66,  // 37: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
+	67,  // 38: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
+	68,  // 39: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
+	69,  // 40: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
+	70,  // 41: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
+	71,  // 42: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
+	72,  // 43: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	73,  // 44: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	74,  // 45: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	75,  // 46: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	76,  // 47: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	77,  // 48: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	78,  // 49: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
+	79,  // 50: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
+	80,  // 51: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
+	81,  // 52: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
+	82,  // 53: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
+	83,  // 54: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	84,  // 55: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	41,  // 56: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	44,  // 57: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	46,  // 58: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	48,  // 59: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	52,  // 60: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	56,  // 61: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	58,  // 62: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	54,  // 63: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	50,  // 64: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,   // 65: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 66: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 67: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 68: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 69: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 70: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 71: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 72: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 73: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 74: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 75: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 76: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	30,  // 77: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	32,  // 78: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	35,  // 79: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	38,  // 80: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	40,  // 81: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 82: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	85,  // 83: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	86,  // 84: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	87,  // 85: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	88,  // 86: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	89,  // 87: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	90,  // 88: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	91,  // 89: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	92,  // 90: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	93,  // 91: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	94,  // 92: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	95,  // 93: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	96,  // 94: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	97,  // 95: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	98,  // 96: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	99,  // 97: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	100, // 98: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	101, // 99: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	102, // 100: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	103, // 101: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	42,  // 102: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	45,  // 103: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	47,  // 104: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	49,  // 105: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	53,  // 106: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	57,  // 107: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	30,  // 108: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	55,  // 109: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	51,  // 110: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	65,  // [65:111] is the sub-list for method output_type
+	19,  // [19:65] is the sub-list for method input_type
+	19,  // [19:19] is the sub-list for extension type_name
+	19,  // [19:19] is the sub-list for extension extendee
+	0,   // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_admin_proto_init() }
@@ -3947,6 +3982,7 @@ func file_flox_v1_admin_proto_init() {
 	if File_flox_v1_admin_proto != nil {
 		return
 	}
+	file_flox_v1_channels_proto_init()
 	file_flox_v1_log_proto_init()
 	file_flox_v1_members_proto_init()
 	file_flox_v1_profiles_proto_init()

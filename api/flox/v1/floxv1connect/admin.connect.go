@@ -99,6 +99,20 @@ const (
 	AdminRollbackProfileProcedure = "/flox.v1.Admin/RollbackProfile"
 	// AdminGrantProfileProcedure is the fully-qualified name of the Admin's GrantProfile RPC.
 	AdminGrantProfileProcedure = "/flox.v1.Admin/GrantProfile"
+	// AdminPublishChannelProcedure is the fully-qualified name of the Admin's PublishChannel RPC.
+	AdminPublishChannelProcedure = "/flox.v1.Admin/PublishChannel"
+	// AdminListChannelsProcedure is the fully-qualified name of the Admin's ListChannels RPC.
+	AdminListChannelsProcedure = "/flox.v1.Admin/ListChannels"
+	// AdminShowChannelProcedure is the fully-qualified name of the Admin's ShowChannel RPC.
+	AdminShowChannelProcedure = "/flox.v1.Admin/ShowChannel"
+	// AdminDeleteChannelProcedure is the fully-qualified name of the Admin's DeleteChannel RPC.
+	AdminDeleteChannelProcedure = "/flox.v1.Admin/DeleteChannel"
+	// AdminSetPublishersProcedure is the fully-qualified name of the Admin's SetPublishers RPC.
+	AdminSetPublishersProcedure = "/flox.v1.Admin/SetPublishers"
+	// AdminSearchPackagesProcedure is the fully-qualified name of the Admin's SearchPackages RPC.
+	AdminSearchPackagesProcedure = "/flox.v1.Admin/SearchPackages"
+	// AdminBuildPackageProcedure is the fully-qualified name of the Admin's BuildPackage RPC.
+	AdminBuildPackageProcedure = "/flox.v1.Admin/BuildPackage"
 	// AdminListKeysProcedure is the fully-qualified name of the Admin's ListKeys RPC.
 	AdminListKeysProcedure = "/flox.v1.Admin/ListKeys"
 	// AdminImportKeyProcedure is the fully-qualified name of the Admin's ImportKey RPC.
@@ -158,6 +172,15 @@ type AdminClient interface {
 	ChangeProfile(context.Context, *connect.Request[v1.ChangeProfileRequest]) (*connect.Response[v1.ChangeProfileResponse], error)
 	RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error)
 	GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error)
+	// Channels. PublishChannel evaluates a Nix expression that is a store path; BuildPackage
+	// makes the outputs of a package valid, from upstreams or by building them.
+	PublishChannel(context.Context, *connect.Request[v1.PublishChannelRequest]) (*connect.ServerStreamForClient[v1.PublishChannelProgress], error)
+	ListChannels(context.Context, *connect.Request[v1.ListChannelsRequest]) (*connect.Response[v1.ListChannelsResponse], error)
+	ShowChannel(context.Context, *connect.Request[v1.ShowChannelRequest]) (*connect.Response[v1.ShowChannelResponse], error)
+	DeleteChannel(context.Context, *connect.Request[v1.DeleteChannelRequest]) (*connect.Response[v1.DeleteChannelResponse], error)
+	SetPublishers(context.Context, *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error)
+	SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error)
+	BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest]) (*connect.ServerStreamForClient[v1.BuildPackageProgress], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -356,6 +379,48 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("GrantProfile")),
 			connect.WithClientOptions(opts...),
 		),
+		publishChannel: connect.NewClient[v1.PublishChannelRequest, v1.PublishChannelProgress](
+			httpClient,
+			baseURL+AdminPublishChannelProcedure,
+			connect.WithSchema(adminMethods.ByName("PublishChannel")),
+			connect.WithClientOptions(opts...),
+		),
+		listChannels: connect.NewClient[v1.ListChannelsRequest, v1.ListChannelsResponse](
+			httpClient,
+			baseURL+AdminListChannelsProcedure,
+			connect.WithSchema(adminMethods.ByName("ListChannels")),
+			connect.WithClientOptions(opts...),
+		),
+		showChannel: connect.NewClient[v1.ShowChannelRequest, v1.ShowChannelResponse](
+			httpClient,
+			baseURL+AdminShowChannelProcedure,
+			connect.WithSchema(adminMethods.ByName("ShowChannel")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteChannel: connect.NewClient[v1.DeleteChannelRequest, v1.DeleteChannelResponse](
+			httpClient,
+			baseURL+AdminDeleteChannelProcedure,
+			connect.WithSchema(adminMethods.ByName("DeleteChannel")),
+			connect.WithClientOptions(opts...),
+		),
+		setPublishers: connect.NewClient[v1.SetPublishersRequest, v1.SetPublishersResponse](
+			httpClient,
+			baseURL+AdminSetPublishersProcedure,
+			connect.WithSchema(adminMethods.ByName("SetPublishers")),
+			connect.WithClientOptions(opts...),
+		),
+		searchPackages: connect.NewClient[v1.SearchPackagesRequest, v1.SearchPackagesResponse](
+			httpClient,
+			baseURL+AdminSearchPackagesProcedure,
+			connect.WithSchema(adminMethods.ByName("SearchPackages")),
+			connect.WithClientOptions(opts...),
+		),
+		buildPackage: connect.NewClient[v1.BuildPackageRequest, v1.BuildPackageProgress](
+			httpClient,
+			baseURL+AdminBuildPackageProcedure,
+			connect.WithSchema(adminMethods.ByName("BuildPackage")),
+			connect.WithClientOptions(opts...),
+		),
 		listKeys: connect.NewClient[v1.ListKeysRequest, v1.ListKeysResponse](
 			httpClient,
 			baseURL+AdminListKeysProcedure,
@@ -415,6 +480,13 @@ type adminClient struct {
 	changeProfile   *connect.Client[v1.ChangeProfileRequest, v1.ChangeProfileResponse]
 	rollbackProfile *connect.Client[v1.RollbackProfileRequest, v1.RollbackProfileResponse]
 	grantProfile    *connect.Client[v1.GrantProfileRequest, v1.GrantProfileResponse]
+	publishChannel  *connect.Client[v1.PublishChannelRequest, v1.PublishChannelProgress]
+	listChannels    *connect.Client[v1.ListChannelsRequest, v1.ListChannelsResponse]
+	showChannel     *connect.Client[v1.ShowChannelRequest, v1.ShowChannelResponse]
+	deleteChannel   *connect.Client[v1.DeleteChannelRequest, v1.DeleteChannelResponse]
+	setPublishers   *connect.Client[v1.SetPublishersRequest, v1.SetPublishersResponse]
+	searchPackages  *connect.Client[v1.SearchPackagesRequest, v1.SearchPackagesResponse]
+	buildPackage    *connect.Client[v1.BuildPackageRequest, v1.BuildPackageProgress]
 	listKeys        *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
 	importKey       *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
 	rotateKeys      *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
@@ -571,6 +643,41 @@ func (c *adminClient) GrantProfile(ctx context.Context, req *connect.Request[v1.
 	return c.grantProfile.CallUnary(ctx, req)
 }
 
+// PublishChannel calls flox.v1.Admin.PublishChannel.
+func (c *adminClient) PublishChannel(ctx context.Context, req *connect.Request[v1.PublishChannelRequest]) (*connect.ServerStreamForClient[v1.PublishChannelProgress], error) {
+	return c.publishChannel.CallServerStream(ctx, req)
+}
+
+// ListChannels calls flox.v1.Admin.ListChannels.
+func (c *adminClient) ListChannels(ctx context.Context, req *connect.Request[v1.ListChannelsRequest]) (*connect.Response[v1.ListChannelsResponse], error) {
+	return c.listChannels.CallUnary(ctx, req)
+}
+
+// ShowChannel calls flox.v1.Admin.ShowChannel.
+func (c *adminClient) ShowChannel(ctx context.Context, req *connect.Request[v1.ShowChannelRequest]) (*connect.Response[v1.ShowChannelResponse], error) {
+	return c.showChannel.CallUnary(ctx, req)
+}
+
+// DeleteChannel calls flox.v1.Admin.DeleteChannel.
+func (c *adminClient) DeleteChannel(ctx context.Context, req *connect.Request[v1.DeleteChannelRequest]) (*connect.Response[v1.DeleteChannelResponse], error) {
+	return c.deleteChannel.CallUnary(ctx, req)
+}
+
+// SetPublishers calls flox.v1.Admin.SetPublishers.
+func (c *adminClient) SetPublishers(ctx context.Context, req *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error) {
+	return c.setPublishers.CallUnary(ctx, req)
+}
+
+// SearchPackages calls flox.v1.Admin.SearchPackages.
+func (c *adminClient) SearchPackages(ctx context.Context, req *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error) {
+	return c.searchPackages.CallUnary(ctx, req)
+}
+
+// BuildPackage calls flox.v1.Admin.BuildPackage.
+func (c *adminClient) BuildPackage(ctx context.Context, req *connect.Request[v1.BuildPackageRequest]) (*connect.ServerStreamForClient[v1.BuildPackageProgress], error) {
+	return c.buildPackage.CallServerStream(ctx, req)
+}
+
 // ListKeys calls flox.v1.Admin.ListKeys.
 func (c *adminClient) ListKeys(ctx context.Context, req *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {
 	return c.listKeys.CallUnary(ctx, req)
@@ -630,6 +737,15 @@ type AdminHandler interface {
 	ChangeProfile(context.Context, *connect.Request[v1.ChangeProfileRequest]) (*connect.Response[v1.ChangeProfileResponse], error)
 	RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error)
 	GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error)
+	// Channels. PublishChannel evaluates a Nix expression that is a store path; BuildPackage
+	// makes the outputs of a package valid, from upstreams or by building them.
+	PublishChannel(context.Context, *connect.Request[v1.PublishChannelRequest], *connect.ServerStream[v1.PublishChannelProgress]) error
+	ListChannels(context.Context, *connect.Request[v1.ListChannelsRequest]) (*connect.Response[v1.ListChannelsResponse], error)
+	ShowChannel(context.Context, *connect.Request[v1.ShowChannelRequest]) (*connect.Response[v1.ShowChannelResponse], error)
+	DeleteChannel(context.Context, *connect.Request[v1.DeleteChannelRequest]) (*connect.Response[v1.DeleteChannelResponse], error)
+	SetPublishers(context.Context, *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error)
+	SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error)
+	BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest], *connect.ServerStream[v1.BuildPackageProgress]) error
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -824,6 +940,48 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("GrantProfile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminPublishChannelHandler := connect.NewServerStreamHandler(
+		AdminPublishChannelProcedure,
+		svc.PublishChannel,
+		connect.WithSchema(adminMethods.ByName("PublishChannel")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminListChannelsHandler := connect.NewUnaryHandler(
+		AdminListChannelsProcedure,
+		svc.ListChannels,
+		connect.WithSchema(adminMethods.ByName("ListChannels")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminShowChannelHandler := connect.NewUnaryHandler(
+		AdminShowChannelProcedure,
+		svc.ShowChannel,
+		connect.WithSchema(adminMethods.ByName("ShowChannel")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminDeleteChannelHandler := connect.NewUnaryHandler(
+		AdminDeleteChannelProcedure,
+		svc.DeleteChannel,
+		connect.WithSchema(adminMethods.ByName("DeleteChannel")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminSetPublishersHandler := connect.NewUnaryHandler(
+		AdminSetPublishersProcedure,
+		svc.SetPublishers,
+		connect.WithSchema(adminMethods.ByName("SetPublishers")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminSearchPackagesHandler := connect.NewUnaryHandler(
+		AdminSearchPackagesProcedure,
+		svc.SearchPackages,
+		connect.WithSchema(adminMethods.ByName("SearchPackages")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminBuildPackageHandler := connect.NewServerStreamHandler(
+		AdminBuildPackageProcedure,
+		svc.BuildPackage,
+		connect.WithSchema(adminMethods.ByName("BuildPackage")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListKeysHandler := connect.NewUnaryHandler(
 		AdminListKeysProcedure,
 		svc.ListKeys,
@@ -910,6 +1068,20 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminRollbackProfileHandler.ServeHTTP(w, r)
 		case AdminGrantProfileProcedure:
 			adminGrantProfileHandler.ServeHTTP(w, r)
+		case AdminPublishChannelProcedure:
+			adminPublishChannelHandler.ServeHTTP(w, r)
+		case AdminListChannelsProcedure:
+			adminListChannelsHandler.ServeHTTP(w, r)
+		case AdminShowChannelProcedure:
+			adminShowChannelHandler.ServeHTTP(w, r)
+		case AdminDeleteChannelProcedure:
+			adminDeleteChannelHandler.ServeHTTP(w, r)
+		case AdminSetPublishersProcedure:
+			adminSetPublishersHandler.ServeHTTP(w, r)
+		case AdminSearchPackagesProcedure:
+			adminSearchPackagesHandler.ServeHTTP(w, r)
+		case AdminBuildPackageProcedure:
+			adminBuildPackageHandler.ServeHTTP(w, r)
 		case AdminListKeysProcedure:
 			adminListKeysHandler.ServeHTTP(w, r)
 		case AdminImportKeyProcedure:
@@ -1045,6 +1217,34 @@ func (UnimplementedAdminHandler) RollbackProfile(context.Context, *connect.Reque
 
 func (UnimplementedAdminHandler) GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.GrantProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) PublishChannel(context.Context, *connect.Request[v1.PublishChannelRequest], *connect.ServerStream[v1.PublishChannelProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.PublishChannel is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ListChannels(context.Context, *connect.Request[v1.ListChannelsRequest]) (*connect.Response[v1.ListChannelsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListChannels is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ShowChannel(context.Context, *connect.Request[v1.ShowChannelRequest]) (*connect.Response[v1.ShowChannelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ShowChannel is not implemented"))
+}
+
+func (UnimplementedAdminHandler) DeleteChannel(context.Context, *connect.Request[v1.DeleteChannelRequest]) (*connect.Response[v1.DeleteChannelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.DeleteChannel is not implemented"))
+}
+
+func (UnimplementedAdminHandler) SetPublishers(context.Context, *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SetPublishers is not implemented"))
+}
+
+func (UnimplementedAdminHandler) SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SearchPackages is not implemented"))
+}
+
+func (UnimplementedAdminHandler) BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest], *connect.ServerStream[v1.BuildPackageProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.BuildPackage is not implemented"))
 }
 
 func (UnimplementedAdminHandler) ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {

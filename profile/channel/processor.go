@@ -1,0 +1,173 @@
+package channel
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/raft"
+)
+
+// Processor applies ChannelsCommands. All state is in the transaction.
+type Processor struct{}
+
+var _ raft.Processor = Processor{}
+
+// Apply is raft.Processor.
+func (Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+	c := &floxv1.ChannelsCommand{}
+	if err := raft.DecodeCommand(processorName, command, c); err != nil {
+		return nil, err
+	}
+	a := &applying{tx: tx, at: at, index: index, actor: c.GetActor(), admin: c.GetAdmin(), reply: &floxv1.ChannelsReply{}}
+	var err error
+	switch c := c.GetCommand().(type) {
+	case *floxv1.ChannelsCommand_Publish:
+		err = a.publish(c.Publish)
+	case *floxv1.ChannelsCommand_Delete:
+		err = a.remove(c.Delete)
+	case *floxv1.ChannelsCommand_Publishers:
+		err = a.publishers(c.Publishers)
+	default:
+		err = fmt.Errorf("%s: no command inside: %w", processorName, raft.ErrUnknownCommand)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return stable.Marshal(a.reply)
+}
+
+// applying is one command under way.
+type applying struct {
+	tx    *raft.Tx
+	at    time.Time
+	index uint64
+	actor *floxv1.Actor
+	admin bool
+	reply *floxv1.ChannelsReply
+}
+
+// MayPublish refuses who may not publish into a channel; nil = a new one. ErrDenied.
+func MayPublish(c *floxv1.Channel, name, user string, admin bool) error {
+	if admin || slices.ContainsFunc(c.GetPublishers(), func(p string) bool { return user != "" && folded(p) == folded(user) }) {
+		return nil
+	}
+	if c == nil {
+		return fmt.Errorf("channel %s is not there yet, and only an admin of the storehouse makes channels: have one publish its first version, then floxctl channel publishers %s --add %s: %w", name, name, user, flox.ErrDenied)
+	}
+	return fmt.Errorf("channel %s: %q is none of its publishers: an admin of the storehouse can change that with floxctl channel publishers %s --add %s: %w", c.GetName(), user, c.GetName(), user, flox.ErrDenied)
+}
+
+func (a *applying) publish(n *floxv1.NewChannelVersion) error {
+	c, err := Find(a.tx, n.GetChannel())
+	if errors.Is(err, flox.ErrNotFound) {
+		c, err = nil, nil
+	}
+	if err == nil {
+		err = MayPublish(c, n.GetChannel(), a.actor.GetUser(), a.admin)
+	}
+	if err != nil {
+		return err
+	}
+	v := n.GetVersion()
+	if err := checkVersion(n.GetChannel(), v); err != nil {
+		return err
+	}
+	if c == nil {
+		all, err := List(a.tx)
+		if err != nil {
+			return err
+		}
+		if len(all) >= maxChannels {
+			return fmt.Errorf("there are %d channels already: delete some: %w", len(all), flox.ErrFull)
+		}
+		c = &floxv1.Channel{Name: n.GetChannel(), First: 1, CreatedUnixMs: a.at.UnixMilli(), CreatedBy: a.actor.GetUser()}
+	}
+	c.Last++
+	c.ChangedUnixMs = a.at.UnixMilli()
+	v.Number, v.Index, v.TimeUnixMs, v.Actor = c.GetLast(), a.index, a.at.UnixMilli(), a.actor
+	a.reply.Channel, a.reply.Version = c, v
+	err = put(a.tx, versionKeyOf(c.GetName(), v.GetNumber()), v)
+	for err == nil && c.GetLast()-c.GetFirst() >= maxVersions {
+		err = a.tx.Delete(versionKeyOf(c.GetName(), c.GetFirst()))
+		c.First++
+	}
+	if err != nil {
+		return err
+	}
+	return put(a.tx, keyOf(c.GetName()), c)
+}
+
+func checkVersion(name string, v *floxv1.ChannelVersion) error {
+	for _, path := range []string{v.GetSource(), v.GetCatalogue()} {
+		if _, err := flox.ParseStorePath(path); err != nil {
+			return fmt.Errorf("channel %s: %w", name, err)
+		}
+	}
+	if n := len(v.GetSystems()); n == 0 || n > maxSystems {
+		return fmt.Errorf("channel %s: %d systems, want 1 to %d, such as x86_64-linux: %w", name, n, maxSystems, flox.ErrBadInput)
+	}
+	for _, s := range v.GetSystems() {
+		if err := CheckSystem(s); err != nil {
+			return fmt.Errorf("channel %s: %w", name, err)
+		}
+	}
+	if len(v.GetFile()) > maxText || len(v.GetReason()) > maxText {
+		return fmt.Errorf("channel %s: a file name or reason of more than %d bytes: %w", name, maxText, flox.ErrBadInput)
+	}
+	return nil
+}
+
+// CheckSystem refuses what is no system. ErrBadInput.
+func CheckSystem(s string) error {
+	if !systemWords.MatchString(s) {
+		return fmt.Errorf("system %.80q, want one such as x86_64-linux: %w", s, flox.ErrBadInput)
+	}
+	return nil
+}
+
+// remove forgets a channel with all its versions. What was installed from it stays.
+func (a *applying) remove(name string) error {
+	c, err := Find(a.tx, name)
+	if err == nil && !a.admin {
+		err = fmt.Errorf("channel %s: only an admin of the storehouse deletes channels: %w", c.GetName(), flox.ErrDenied)
+	}
+	if err == nil {
+		err = a.tx.DeleteRange(versionKeyOf(name, 0), versionKeyOf(name, math.MaxUint64))
+	}
+	if err != nil {
+		return err
+	}
+	a.reply.Channel = c
+	return a.tx.Delete(keyOf(name))
+}
+
+func (a *applying) publishers(s *floxv1.SetPublishers) error {
+	c, err := Find(a.tx, s.GetChannel())
+	if err == nil && !a.admin {
+		err = fmt.Errorf("channel %s: only an admin of the storehouse says who publishes: %w", c.GetName(), flox.ErrDenied)
+	}
+	if err != nil {
+		return err
+	}
+	for _, user := range s.GetAdd() {
+		if user == "" || len(user) > maxText {
+			return fmt.Errorf("channel %s: user %.80q: %w", c.GetName(), user, flox.ErrBadInput)
+		}
+		if !slices.ContainsFunc(c.GetPublishers(), func(p string) bool { return folded(p) == folded(user) }) {
+			c.Publishers = append(c.Publishers, user)
+		}
+	}
+	c.Publishers = slices.DeleteFunc(c.GetPublishers(), func(p string) bool {
+		return slices.ContainsFunc(s.GetDrop(), func(d string) bool { return folded(d) == folded(p) })
+	})
+	if len(c.GetPublishers()) > maxPublishers {
+		return fmt.Errorf("channel %s: more than %d publishers: %w", c.GetName(), maxPublishers, flox.ErrFull)
+	}
+	a.reply.Channel = c
+	return put(a.tx, keyOf(c.GetName()), c)
+}
