@@ -80,6 +80,9 @@ type Config struct {
 	ListValid bool
 	// System is this machine's in Nix's words, such as x86_64-linux; default: what it is.
 	System string
+	// Embedded says that the storehouse is this machine's own (floxd up): Nix clients
+	// collect it, too.
+	Embedded bool
 	// Warden is the line to the process that made the mount; nil = nothing is
 	// mounted, the agent only serves peers and its socket.
 	Warden *warden.Conn

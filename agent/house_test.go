@@ -59,11 +59,13 @@ type house struct {
 	list     func(context.Context, *floxv1.ListValidRequest) (*connect.Response[floxv1.ListValidResponse], error) // nil = as it is
 	served   func(flox.CID)                                                                                       // told of every block that is served; nil = nobody
 	traces   map[string]*floxv1.StartTrace
-	wanted   int      // calls of Paths that asked for traces
-	rootless bool     // an older one, that sends no root blocks
-	lie      [][]byte // blocks that are sent instead of the right ones, nil = the right one
-	given    int      // blocks given
-	takes    takeBook
+	wanted   int  // calls of Paths that asked for traces
+	rootless bool // an older one, that sends no root blocks
+	// differences are those that were reported.
+	differences []*floxv1.ReportDifferenceRequest
+	lie         [][]byte // blocks that are sent instead of the right ones, nil = the right one
+	given       int      // blocks given
+	takes       takeBook
 }
 
 // Put implements flox.BlockSink.

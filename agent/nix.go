@@ -46,8 +46,8 @@ func newNixDaemon(a *Agent) *nixDaemon {
 
 // open makes the store of one connection.
 func (d *nixDaemon) open(_ context.Context, s *worker.Session) (*worker.Store, error) {
-	n := &nixSession{a: d.a, s: s, logs: d.logs}
 	roots := d.roots.session(s.Peer().PID)
+	n := &nixSession{a: d.a, s: s, logs: d.logs, roots: roots}
 	roots.own = int(int32(s.Peer().UID)) == os.Geteuid() //nolint:gosec // -1 = unknown
 	return &worker.Store{
 		Paths: n, Files: n, Substitutes: n, Derivations: n, Realisations: n, Adder: n, Builder: n, Roots: roots,
@@ -182,6 +182,17 @@ type nixSession struct {
 	a    *Agent
 	s    *worker.Session
 	logs *nixLogs
+	// roots of the connection: as with Nix it keeps what it adds and builds while it lasts.
+	roots *sessionRoots
+}
+
+// keep keeps a path while the connection lasts. One that keeps as much as it may keeps
+// no more, and goes on.
+func (n *nixSession) keep(ctx context.Context, p flox.StorePath) error {
+	if err := n.roots.AddTemp(ctx, p); err != nil && !errors.Is(err, flox.ErrFull) {
+		return err
+	}
+	return nil
 }
 
 // say puts an error in the words Nix has for it.

@@ -2,14 +2,19 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 
+	"connectrpc.com/connect"
+
 	flox "github.com/floxctl/flox"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content/staging"
 	"github.com/floxctl/flox/nix"
 	"github.com/floxctl/flox/nix/worker"
+	"github.com/floxctl/flox/p2p"
 )
 
 // sharedAtOnce is how many paths a client sends before those are told to others.
@@ -52,13 +57,16 @@ func (n *nixSession) addPath(ctx context.Context, info *worker.Info, nar io.Read
 		}
 		shared = known
 	}
-	_, err := n.a.lookup(ctx, info.Path)
+	if err := n.keep(ctx, info.Path); err != nil {
+		return err
+	}
+	valid, err := n.a.lookup(ctx, info.Path)
 	if have, known := n.a.facts.get(info.Path.HashPart()); known && have.Path != info.Path {
 		return fmt.Errorf("importing path '%s': its hash part is that of '%s', which is valid, and two paths cannot have the same: %w",
 			dir.Join(info.Path), dir.Join(have.Path), flox.ErrBadInput)
 	}
 	if err == nil {
-		if _, err = io.Copy(io.Discard, nar); err == nil && o.Repair && n.s.Trusted() {
+		if err = n.passOver(ctx, valid, info, nar); err == nil && o.Repair && n.s.Trusted() {
 			err = n.repairPaths(ctx, []flox.StorePath{info.Path})
 		}
 		return err
@@ -69,6 +77,29 @@ func (n *nixSession) addPath(ctx context.Context, info *worker.Info, nar io.Read
 	own := info.PathInfo
 	if _, err := n.a.staged.Add(ctx, &own, nar, staging.AddOptions{Shared: shared}); err != nil {
 		return fmt.Errorf("importing path '%s': %w", dir.Join(info.Path), err)
+	}
+	return nil
+}
+
+// passOver reads the NAR of a path that is valid. As with Nix the first one stays; the
+// storehouse hears of another one.
+func (n *nixSession) passOver(ctx context.Context, valid *flox.PathInfo, offered *worker.Info, nar io.Reader) error {
+	if valid.NarHash == offered.NarHash {
+		_, err := io.Copy(io.Discard, nar)
+		return err
+	}
+	sum := sha256.New()
+	if _, err := io.Copy(sum, nar); err != nil || [32]byte(sum.Sum(nil)) != offered.NarHash {
+		return err // what is not as it says it is tells nothing
+	}
+	ctx, cancel := context.WithTimeout(ctx, factsTimeout)
+	defer cancel()
+	err := n.a.houses.call(ctx, func(ctx context.Context, house p2p.PeerID) error {
+		_, err := n.a.calls.storehouse(house).ReportDifference(ctx, connect.NewRequest(&floxv1.ReportDifferenceRequest{Path: string(valid.Path), NarHash: offered.NarHash[:]}))
+		return err
+	})
+	if err != nil {
+		n.a.log.Warn("a different NAR was offered for a valid path, and the storehouse was not told", "path", string(valid.Path), "error", err)
 	}
 	return nil
 }
@@ -98,6 +129,9 @@ func (f *facts) vouchesFor(said []byte, signatures []string) bool {
 // acknowledged without asking anybody.
 func (n *nixSession) AddContent(ctx context.Context, c worker.Content, data io.Reader) (*worker.Info, error) {
 	p, err := n.a.staged.AddAddressed(ctx, c.Name, c.Method, c.Algo, c.References, data)
+	if err == nil {
+		err = n.keep(ctx, p.Info.Path)
+	}
 	if err == nil && c.Repair {
 		err = n.repairPaths(ctx, []flox.StorePath{p.Info.Path})
 	}

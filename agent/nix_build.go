@@ -278,6 +278,9 @@ func (n *nixSession) result(ctx context.Context, t worker.DerivedPath, m *floxv1
 		return r, nil
 	}
 	for _, p := range valid {
+		if err := n.keep(ctx, p); err != nil {
+			return nil, err
+		}
 		if known, _ := n.a.validHere(p); known {
 			continue
 		}

@@ -14,7 +14,7 @@ import (
 )
 
 // nixCollector is what Nix clients may collect: of this machine. A collection of
-// the storehouse is an operator's.
+// the storehouse is an operator's, unless that is this machine's own.
 type nixCollector struct {
 	n     *nixSession
 	roots *nixRoots
@@ -22,6 +22,11 @@ type nixCollector struct {
 
 // Collect implements worker.Collector.
 func (c nixCollector) Collect(ctx context.Context, o worker.GCOptions) (*worker.GCResult, error) {
+	done, err := c.roots.collect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	c.n.s.Log().Message(worker.LevelInfo, "finding garbage collector roots...")
 	live, err := c.live(ctx)
 	if err != nil {
@@ -45,6 +50,9 @@ func (c nixCollector) Collect(ctx context.Context, o worker.GCOptions) (*worker.
 		return nil, err
 	}
 	result := &worker.GCResult{}
+	if err := c.judge(ctx, all, live); err != nil {
+		return nil, err
+	}
 	for _, p := range all {
 		if live[p] == (o.Action == worker.GCReturnLive) {
 			result.Paths = append(result.Paths, c.n.a.cfg.StoreDir.Join(p))
@@ -63,6 +71,9 @@ func (c nixCollector) remove(ctx context.Context, o worker.GCOptions, live map[f
 		if _, err := c.n.a.staged.Path(p); err != nil {
 			if _, known := c.n.a.lookup(ctx, p); errors.Is(known, flox.ErrNotFound) { // gone already: deleted, as Nix has it
 				result.Paths = append(result.Paths, dir.Join(p))
+				continue
+			}
+			if c.n.a.cfg.Embedded {
 				continue
 			}
 			return nil, fmt.Errorf("path '%s' was not added on this machine; what is in the storehouse is collected there by an operator: %w", dir.Join(p), err)
@@ -93,6 +104,9 @@ func (c nixCollector) remove(ctx context.Context, o worker.GCOptions, live map[f
 		} else if o.Action == worker.GCDeleteSpecific {
 			return nil, &worker.Error{Message: fmt.Sprintf("cannot delete path '%s' because it is in use by another path", dir.Join(p)), Cause: flox.ErrDenied}
 		}
+	}
+	if err := c.collectHouse(ctx, o, result); err != nil {
+		return nil, err
 	}
 	if o.Action == worker.GCDeleteDead {
 		if err := c.free(ctx, o, live, result); err != nil {
@@ -177,8 +191,8 @@ func (c nixCollector) free(ctx context.Context, o worker.GCOptions, live map[flo
 	return err
 }
 
-// live are the paths that roots of this machine keep, with all they refer to.
-func (c nixCollector) live(ctx context.Context) (map[flox.StorePath]bool, error) {
+// held are the paths that roots of this machine keep.
+func (c nixCollector) held(ctx context.Context) ([]flox.StorePath, error) {
 	roots, err := c.roots.find(ctx)
 	if err != nil {
 		return nil, err
@@ -205,6 +219,12 @@ func (c nixCollector) live(ctx context.Context) (map[flox.StorePath]bool, error)
 			from = append(from, log)
 		}
 	})
+	return from, err
+}
+
+// live are the paths that roots of this machine keep, with all they refer to.
+func (c nixCollector) live(ctx context.Context) (map[flox.StorePath]bool, error) {
+	from, err := c.held(ctx)
 	if err != nil {
 		return nil, err
 	}

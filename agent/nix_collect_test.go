@@ -1,12 +1,15 @@
 package agent
 
 import (
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/nix/worker"
 )
 
 // A collection frees what is cached of paths that nothing on the machine keeps, not
@@ -70,4 +73,32 @@ func TestCollectionFreesTheCache(t *testing.T) {
 		t.Errorf("%d staged paths are left; cached: dead %v, live %v, what it needs %v", left(), cached(dead.Path), cached(live.Path), cached(dep.Path))
 	}
 	readWhole(t, a, dead.Path, 1) // it comes again
+}
+
+// A connection keeps what it adds while it lasts, as with Nix.
+func TestConnectionsKeepWhatTheyAdd(t *testing.T) {
+	t.Parallel()
+	a := runNixAgent(t, newHouse(t))
+	n := newNixClient(t, a)
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "unix", a.cfg.NixSocket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := worker.NewClient(t.Context(), conn, worker.ClientConfig{Dir: testStore})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := inputAddressed(t, "a")
+	if err := sendAll(within(t, time.Minute), c, true, sent); err != nil {
+		t.Fatal(err)
+	}
+	there := func() bool { _, err := a.staged.Path(sent.Path); return err == nil }
+	n.run("nix-collect-garbage")
+	if !there() {
+		t.Error("it is gone while who added it is connected")
+	}
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	until(t, "it goes", func() bool { n.run("nix-collect-garbage"); return !there() })
 }

@@ -38,7 +38,8 @@ type nixRoots struct {
 	links    []string // sorted
 	temps    int      // paths of all sessions
 	sessions map[*sessionRoots]struct{}
-	unread   []string // of the last search: roots that do not answer
+	unread   []string      // of the last search: roots that do not answer
+	shut     chan struct{} // closed when the collection under way has ended; nil = none is
 }
 
 // openNixRoots reads the list of symlinks; a missing or damaged one is empty.
@@ -231,6 +232,40 @@ func (r *nixRoots) session(pid int32) *sessionRoots {
 	return s
 }
 
+// collect keeps other collections waiting, and connections from keeping more, until
+// done is called: what is valid to them then stays so.
+func (r *nixRoots) collect(ctx context.Context) (done func(), err error) {
+	if err := r.open(ctx); err != nil { // locks
+		return nil, err
+	}
+	defer r.mu.Unlock()
+	shut := make(chan struct{})
+	r.shut = shut
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.shut = nil
+		close(shut)
+	}, nil
+}
+
+// open locks r.mu while no collection is under way.
+func (r *nixRoots) open(ctx context.Context) error {
+	for {
+		r.mu.Lock()
+		shut := r.shut
+		if shut == nil {
+			return nil
+		}
+		r.mu.Unlock()
+		select {
+		case <-shut:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
 // sessionRoots implements worker.Roots for one connection.
 type sessionRoots struct {
 	all   *nixRoots
@@ -246,9 +281,11 @@ func (s *sessionRoots) release() {
 	s.all.temps -= len(s.paths)
 }
 
-// AddTemp implements worker.Roots.
-func (s *sessionRoots) AddTemp(_ context.Context, p flox.StorePath) error {
-	s.all.mu.Lock()
+// AddTemp implements worker.Roots. It waits while somebody collects.
+func (s *sessionRoots) AddTemp(ctx context.Context, p flox.StorePath) error {
+	if err := s.all.open(ctx); err != nil { // locks
+		return err
+	}
 	defer s.all.mu.Unlock()
 	if _, kept := s.paths[p]; kept {
 		return nil

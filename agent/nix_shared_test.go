@@ -51,6 +51,12 @@ func (u *upstreamer) Substitute(_ context.Context, req *connect.Request[floxv1.S
 	return stream.Send(said)
 }
 
+// ReportDifference implements floxv1connect.StorehouseHandler.
+func (h *house) ReportDifference(_ context.Context, req *connect.Request[floxv1.ReportDifferenceRequest]) (*connect.Response[floxv1.ReportDifferenceResponse], error) {
+	h.set(func() { h.differences = append(h.differences, req.Msg) })
+	return connect.NewResponse(&floxv1.ReportDifferenceResponse{Recorded: true}), nil
+}
+
 // has reports whether a path is valid.
 func (h *house) has(p flox.StorePath) bool {
 	h.mu.Lock()
@@ -204,4 +210,36 @@ func TestCopiedPathsAreSharedLater(t *testing.T) {
 	if err := a.shareLeft(ctx); err != nil || !h.has(ca.Path) {
 		t.Errorf("not shared later: %v", err)
 	}
+}
+
+// Another NAR for a valid path is passed over, as by Nix, and the storehouse hears of
+// it; not of the same one again, and not of one that is another than it says.
+func TestAnotherNarIsToldOf(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	valid := h.make(t, "valid", nil, testFile{name: "f", data: []byte("1")})
+	h.publish(valid)
+	a := runNixAgent(t, h)
+	c, ctx := nixDial(t, a, worker.Trusted), within(t, time.Minute)
+	offer := func(target, says string) {
+		t.Helper()
+		nar := symlink(t, target)
+		info := flox.PathInfo{Path: valid.Path, NarHash: sha256.Sum256(symlink(t, says)), NarSize: uint64(len(nar))}
+		if err := sendAll(ctx, c, true, sent{&worker.Info{PathInfo: info}, nar}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := func() (n int) {
+		h.set(func() { n = len(h.differences) })
+		return n
+	}
+	offer("other", "others")
+	if told() != 0 {
+		t.Errorf("%d reports of what is not what it says", told())
+	}
+	offer("other", "other")
+	if told() != 1 || h.differences[0].GetPath() != string(valid.Path) || [32]byte(h.differences[0].GetNarHash()) != sha256.Sum256(symlink(t, "other")) {
+		t.Errorf("told was %v", h.differences)
+	}
+	readWhole(t, a, valid.Path, 1)
 }

@@ -26,8 +26,9 @@ type store struct {
 var _ flox.Store = (*store)(nil)
 
 // Lookup implements flox.Store. A name that is no store path name is answered
-// here, for ever; any other waits for facts until ctx ends. What is staged may be
-// deleted by a command of this machine: for it the kernel asks each time.
+// here, for ever; any other waits for facts until ctx ends. What is staged, or in a
+// storehouse of this machine's own, may be deleted by a command of this machine: for it
+// the kernel asks each time.
 func (s *store) Lookup(ctx context.Context, name string, who flox.Reader) (flox.CID, bool, error) {
 	p, err := flox.ParseStorePath(name)
 	if err != nil {
@@ -38,7 +39,7 @@ func (s *store) Lookup(ctx context.Context, name string, who flox.Reader) (flox.
 		if err != nil {
 			return flox.CID{}, false, err
 		}
-		return info.Manifest, true, nil
+		return info.Manifest, !s.a.cfg.Embedded, nil
 	}
 	if info, ok := s.a.stagedInfo(p); ok {
 		info, err := matchName(info, p)
@@ -61,7 +62,7 @@ func (s *store) Lookup(ctx context.Context, name string, who flox.Reader) (flox.
 		return flox.CID{}, false, err
 	}
 	_, staged := s.a.stagedInfo(p) // meanwhile
-	return info.Manifest, !staged, nil
+	return info.Manifest, !staged && !s.a.cfg.Embedded, nil
 }
 
 // Names implements flox.Store: what is known here, which is what was added, used or

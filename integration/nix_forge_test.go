@@ -55,4 +55,9 @@ func (l *lab) checkForgery(t *testing.T, a, b *hosts.Agent, house string) {
 	if got := do(t, b.Host, "cat", out); got.out != "true\n" {
 		t.Errorf("it is %q where it was built, want the truth", got.out)
 	}
+	// Offered where it is valid, the other content is passed over, as by Nix, and told.
+	do(t, b.Host, l.programs.Floxctl, "store", "differences", out).want(t, 0, "Nobody offered")
+	do(t, b.Host, "sh", "-ec", local+`nix-store --store `+agent+` --import < $DIR/forged.export`).want(t, 0, out)
+	do(t, b.Host, l.programs.Floxctl, "store", "differences", out).want(t, 0, out[len("/nix/store/"):])
+	do(t, b.Host, "cat", out).want(t, 0, "true")
 }

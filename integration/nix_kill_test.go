@@ -126,28 +126,54 @@ func sizeBelow(dir string) (n int64) {
 // largeSource and uploadBegun: what is uploaded, and how much of it has arrived
 // when somebody is killed.
 const (
-	largeSource = 96 << 20
+	largeSource = 48 << 20
+	largeLeft   = 32 << 20 // over a network
 	uploadBegun = 4 << 20
 )
 
+// uploadWay prepares a source in a directory and gives the command that adds it.
+type uploadWay func(dir string, s source) []string
+
+// uploadWays are those of stock Nix, by the operation they come to.
+func uploadWays(t *testing.T, h *netns.Host) map[string]uploadWay {
+	t.Helper()
+	elsewhere := func(dir string, s source) string {
+		t.Helper()
+		store := filepath.Join(dir, "elsewhere")
+		stockNix(t, h, "nix-store", "--store", store, "--add", s.file).want(t, 0, s.path)
+		return store
+	}
+	return map[string]uploadWay{
+		"AddToStore": func(_ string, s source) []string { return []string{"nix-store", "--add", s.file} },
+		"AddToStoreNar": func(dir string, s source) []string {
+			stockNix(t, h, "sh", "-ec", "nix-store --store "+elsewhere(dir, s)+" --export "+s.path+" > "+s.file+".export").want(t, 0)
+			return []string{"sh", "-c", "exec nix-store --import < " + s.file + ".export"}
+		},
+		"AddMultipleToStore": func(dir string, s source) []string {
+			return []string{"nix", "--extra-experimental-features", "nix-command", "copy", "--no-check-sigs", "--from", elsewhere(dir, s), s.path}
+		},
+	}
+}
+
 // cutUpload adds a source with stock Nix and calls kill while it is on its way. On
-// a machine where it was through before, the next one is tried.
-func cutUpload(t *testing.T, a *hosts.Agent, dir string, seed byte, kill func(*client)) source {
+// a machine where it was through before, the next one is tried. again is the command.
+func cutUpload(t *testing.T, a *hosts.Agent, dir string, seed byte, way uploadWay, kill func(*client)) (s source, again []string) {
 	t.Helper()
 	for range 5 {
 		s := newSource(t, dir, seed, largeSource)
 		seed++
+		command := way(dir, s)
 		staged := filepath.Join(a.State(), "staged", "content")
 		before := sizeBelow(staged)
-		c := beginNix(t, a.Host, "nix-store", "--add", s.file)
+		c := beginNix(t, a.Host, command...)
 		eventually(t, "the upload has begun", func() bool { return sizeBelow(staged)-before > uploadBegun })
 		kill(c)
 		if err := <-c.done; err != nil {
-			return s
+			return s, command
 		}
 	}
 	t.Fatal("no upload was cut off: all were through before")
-	return source{}
+	return source{}, nil
 }
 
 // answers waits until an agent that was killed serves stock Nix again.
@@ -183,22 +209,28 @@ func runs(t *testing.T, mark string) bool {
 func badDays(t *testing.T, house *hosts.Storehouse, a *hosts.Agent) {
 	dir := openDir(t)
 	before := status(t, a).Staged
-	add := func(s source) {
-		t.Helper()
-		stockNix(t, a.Host, "nix-store", "--add", s.file).want(t, 0, s.path)
-		s.whole(t, a.Host)
-		stockNix(t, a.Host, "nix-store", "--delete", s.path).want(t, 0)
-		s.absent(t, a.Host)
+	seed := byte(1)
+	for op, way := range uploadWays(t, a.Host) {
+		for who, kill := range map[string]func(*client){
+			"the client": func(c *client) { must(t, c.cmd.Process.Kill()) },
+			"the agent":  func(*client) { must(t, syscall.Kill(status(t, a).PID, syscall.SIGKILL)) },
+		} {
+			if op == "AddToStoreNar" && who == "the client" {
+				continue // for the agent it is as with AddMultipleToStore
+			}
+			s, again := cutUpload(t, a, dir, seed, way, kill)
+			seed += 5
+			answers(t, a)
+			s.absent(t, a.Host)
+			stockNix(t, a.Host, again...).want(t, 0)
+			s.whole(t, a.Host)
+			stockNix(t, a.Host, "nix-store", "--delete", s.path).want(t, 0)
+			if op == "AddToStore" { // of the others the storehouse has it, too
+				s.absent(t, a.Host)
+			}
+			must(t, os.RemoveAll(s.file+".export"))
+		}
 	}
-
-	s := cutUpload(t, a, dir, 1, func(c *client) { must(t, c.cmd.Process.Kill()) })
-	s.absent(t, a.Host)
-	add(s)
-
-	s = cutUpload(t, a, dir, 20, func(*client) { must(t, syscall.Kill(status(t, a).PID, syscall.SIGKILL)) })
-	answers(t, a)
-	s.absent(t, a.Host)
-	add(s)
 
 	// The storehouse is killed in the middle of a build.
 	mark := fmt.Sprintf("floxtest%d", os.Getpid())
@@ -247,7 +279,7 @@ func (h *house) uploadCut(r *readers) {
 		return n
 	}
 	for seed := range byte(5) {
-		s := newSource(t, dir, 40+seed, largeSource/3)
+		s := newSource(t, dir, 40+seed, largeLeft)
 		expr := fmt.Sprintf(`derivation { name = "needs"; system = "x86_64-linux"; builder = "/bin/sh"; src = builtins.path { path = %s; name = %q; }; }`, s.file, filepath.Base(s.file))
 		build := []string{"nix-build", "--no-out-link", "-E", expr}
 		before := stored()

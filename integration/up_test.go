@@ -95,6 +95,8 @@ func TestUpOnABareMachine(t *testing.T) {
 	await(t, a, "follows the storehouse again", func(s *hosts.Status) bool { return s.PID != child && connected(s) })
 	l.runs(t, a.Host)
 
+	l.upCollects(t, a)
+
 	if code := interrupt(t, a.Daemon); code != 0 {
 		t.Errorf("exit code %d after Ctrl-C, want 0", code)
 	}
@@ -113,6 +115,53 @@ func TestUpOnABareMachine(t *testing.T) {
 		}
 		l.same(t, a.Host, l.files(t, l.world.Ripgrep.Path)...)
 	}
+}
+
+// upCollects: of the storehouse of one machine stock Nix collects and deletes as of a
+// store of its own, also what was built, and at once.
+func (l *lab) upCollects(t *testing.T, a *hosts.Agent) {
+	t.Helper()
+	nix := func(args ...string) result { t.Helper(); return stockNix(t, a.Host, args...) }
+	const dep = `derivation { name = "dep"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo it is built; echo dep > $out" ]; }`
+	const user = `derivation { name = "user"; system = "x86_64-linux"; builder = "/bin/sh"; dep = ` + dep + `; args = [ "-c" "echo $dep > $out" ]; }`
+	nix("nix-store", "-r", l.world.StoreDir.Join(l.world.Ripgrep.Path), "--add-root", "/tmp/ripgrep", "--indirect").want(t, 0)
+	kept := lastLine(nix("nix-build", "--out-link", "/tmp/kept", "-E", strings.ReplaceAll(user, `"user"`, `"kept"`)))
+	built := nix("nix-build", "--no-out-link", "-E", strings.ReplaceAll(user, `"dep"`, `"other"`))
+	built.want(t, 0, "it is built", "-user")
+	out := lastLine(built)
+	other := strings.TrimSpace(do(t, a.Host, "cat", out).out)
+	dead := nix("nix-store", "--gc", "--print-dead")
+	dead.want(t, 0, out, other)
+	if strings.Contains(dead.out, kept) || !strings.Contains(nix("nix-store", "--gc", "--print-live").out, kept) {
+		t.Errorf("dead is said to be\n%s", dead.out)
+	}
+	nix("nix-store", "--delete", other).want(t, 1, "Cannot delete path '"+other+"' since it is still alive")
+	nix("nix-store", "--delete", kept).want(t, 1, "Cannot delete path '"+kept+"' since it is still alive")
+	nix("nix-store", "--delete", out).want(t, 0, "1 store paths deleted")
+	do(t, a.Host, "cat", out).want(t, 1, "No such file") // though it was read
+	do(t, a.Host, "cat", other).want(t, 0, "dep")
+	nix("nix-store", "--gc", "--max-freed", "1").want(t, 0, "1 store paths deleted")
+	nix("sh", "-c", "exec 3<"+other+"; nix-collect-garbage").want(t, 0, "store paths deleted")
+	do(t, a.Host, "cat", other).want(t, 0, "dep")
+	nix("nix-collect-garbage").want(t, 0, "store paths deleted")
+	do(t, a.Host, "cat", other).want(t, 1, "No such file")
+	nix("nix-store", "-q", "--hash", other).want(t, 1, "is not valid")
+	nix("nix-collect-garbage").want(t, 0, "1 store paths deleted", ".log'") // of the build; outputs and derivation went before
+	nix("nix-collect-garbage").want(t, 0, "0 store paths deleted")
+	do(t, a.Host, "cat", kept).want(t, 0, "-dep")
+	nix("nix-store", "-qR", "--include-outputs", strings.TrimSpace(nix("nix-store", "-q", "--deriver", kept).out)).want(t, 0, kept)
+	do(t, a.Host, "rm", "/tmp/kept").want(t, 0)
+	nix("nix-collect-garbage").want(t, 0, "store paths deleted")
+	do(t, a.Host, "cat", kept).want(t, 1, "No such file")
+	// What a build under way has made, and will need, stays.
+	const slow = `derivation { name = "slow"; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" "echo it is slow; i=0; while [ $i -lt 3000000 ]; do i=$((i+1)); done; echo > $out" ]; }`
+	c := beginNix(t, a.Host, "nix-build", "--no-out-link", "-E", strings.Replace(user, "dep = ", "slow = "+slow+"; dep = ", 1))
+	eventually(t, "it waits for the slow one", func() bool { return strings.Contains(c.said(), "it is slow") })
+	nix("nix-collect-garbage").want(t, 0)
+	if err := <-c.done; err != nil || !strings.Contains(c.said(), "it is built") {
+		t.Errorf("built while somebody collected: %v\n%s", err, c.said())
+	}
+	l.runs(t, a.Host)
 }
 
 // TestUpSparesANixStore: a machine with a store of its own keeps it, and can

@@ -89,7 +89,11 @@ func (s *Server) wholeUsage(ctx context.Context) (*floxv1.UsageResponse, error) 
 // do so. The collection ends when the caller leaves; what it has condemned stays
 // so, for one with resume, or the next.
 func (a *admin) Collect(ctx context.Context, req *connect.Request[floxv1.CollectRequest], stream *connect.ServerStream[floxv1.CollectProgress]) error {
-	who, err := a.mayAs(ctx, req.Peer().Addr, req.Header(), adminOnly, actionCollect)
+	need := adminOnly
+	if req.Msg.GetMachine() != nil {
+		need = anyMember // whose own storehouse it is
+	}
+	who, err := a.mayAs(ctx, req.Peer().Addr, req.Header(), need, actionCollect)
 	if err != nil {
 		return api.ToConnect(err)
 	}
@@ -105,6 +109,9 @@ func (a *admin) Collect(ctx context.Context, req *connect.Request[floxv1.Collect
 		if err := stream.Send(p); err != nil {
 			cancel(err) // nobody waits for it
 		}
+	}
+	if req.Msg.GetMachine() != nil {
+		return api.ToConnect(ended(ctx, a.collectMachine(ctx, who, req.Msg, send)))
 	}
 	return api.ToConnect(ended(ctx, a.collect(ctx, who, passed, req.Msg, send)))
 }
@@ -164,6 +171,9 @@ func collectAt(ctx context.Context, leader floxv1connect.AdminClient, by string,
 func (s *Server) collectFor(ctx context.Context, who *floxv1.Actor, opts CollectOptions, send func(*floxv1.CollectProgress)) error {
 	setDefault(&opts.KeepRecent, DefaultKeepRecent)
 	how := fmt.Sprintf("what was published within %s stays", opts.KeepRecent)
+	if opts.Machine != nil {
+		how = "as Nix does, what nothing on the machine keeps"
+	}
 	if opts.Resume {
 		how = "going on with what was condemned before"
 	}

@@ -2,6 +2,7 @@ package storehouse
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"path/filepath"
 	"slices"
@@ -182,8 +183,15 @@ func TestCollectionSaysThatTheServerEnds(t *testing.T) {
 // plainMember is a machine that joined as an agent, on which alice has no role of her own.
 func plainMember(t *testing.T, s *Server, operator floxv1connect.AdminClient) floxv1connect.AdminClient {
 	t.Helper()
+	alice, _ := agentMember(t, s, operator, "laptop")
+	return alice
+}
+
+// agentMember is a machine that joined as an agent, with its peer ID.
+func agentMember(t *testing.T, s *Server, operator floxv1connect.AdminClient, name string) (floxv1connect.AdminClient, string) {
+	t.Helper()
 	laptop := newComputer(t)
-	joined, err := laptop.join(s, makeInvite(t, operator, &floxv1.MakeInviteRequest{Role: members.Agent}), "laptop")
+	joined, err := laptop.join(s, makeInvite(t, operator, &floxv1.MakeInviteRequest{Role: members.Agent}), name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +200,7 @@ func plainMember(t *testing.T, s *Server, operator floxv1connect.AdminClient) fl
 		t.Fatal(err)
 	}
 	laptop.online(s, keep.Secret)
-	return floxv1connect.NewAdminClient(laptop.web(s), "http://storehouse")
+	return floxv1connect.NewAdminClient(laptop.web(s), "http://storehouse"), string(laptop.id())
 }
 
 // asAlice makes a request on behalf of a plain member.
@@ -333,5 +341,93 @@ func TestStorehouseCollectsByItself(t *testing.T) {
 	}
 	if due, err := s.collectDue(within(t), time.Nanosecond); !due || err != nil {
 		t.Errorf("not due long after the last: %v, %v", due, err)
+	}
+}
+
+// The one machine of an embedded storehouse collects as Nix does: what is recent goes
+// at once, but not what it or an operator keeps, nor the derivations of that. Where
+// another machine is a member, or the storehouse is no machine's own, it is refused.
+func TestTheOneMachineCollects(t *testing.T) {
+	t.Parallel()
+	s, operator := closedHouse(t, func(c *Config) { c.CollectGrace, c.Embedded = time.Hour, true })
+	a, peer := agentMember(t, s, operator, "laptop")
+	drv := makePath(t, "live.drv", 10_000)
+	publish(t, s, drv)
+	live, dead, user := makePath(t, "live", 40_000), makePath(t, "dead", 40_000), testPath{}
+	live.info.Deriver = drv.info.Path
+	publish(t, s, live)
+	publish(t, s, dead)
+	user = makePath(t, "user", 40_000, dead.info.Path)
+	publish(t, s, user)
+	setRoots(t, s, peer, user) // an older set than what it says now
+	machine := func(paths ...testPath) *floxv1.CollectRequest {
+		m := &floxv1.MachineCollection{Roots: []string{string(live.info.Path)}}
+		for _, p := range paths {
+			m.Paths = append(m.Paths, string(p.info.Path))
+		}
+		return &floxv1.CollectRequest{Machine: m}
+	}
+	if _, gone, err := collectOver(t, a, machine(dead, live)); err != nil || len(gone) > 0 {
+		t.Errorf("what is referred to or kept: %q went, %v", gone, err)
+	}
+	dry := machine()
+	dry.DryRun = true
+	both := []string{string(dead.info.Path), string(user.info.Path)}
+	_, would, err := collectOver(t, a, dry)
+	slices.Sort(would)
+	slices.Sort(both)
+	if err != nil || !slices.Equal(would, both) {
+		t.Errorf("dry: %q, %v, want %q", would, err, both)
+	}
+	little := machine()
+	little.Machine.MaxFreedBytes = 1
+	if last, gone, err := collectOver(t, a, little); err != nil || !slices.Equal(gone, []string{string(user.info.Path)}) || last.GetDeadBytes() != user.info.NarSize {
+		t.Errorf("at least a byte: %q went, %v, %v", gone, last, err)
+	}
+	if u := usageOver(t, operator); u.GetCondemnedPaths() != 0 {
+		t.Errorf("%d paths are condemned, want none", u.GetCondemnedPaths())
+	}
+	if _, gone, err := collectOver(t, a, machine(dead)); err != nil || !slices.Equal(gone, []string{string(dead.info.Path)}) || stillValid(t, s, dead) {
+		t.Errorf("named: %q went, %v", gone, err)
+	}
+	if _, gone, err := collectOver(t, a, machine()); err != nil || len(gone) > 0 || !stillValid(t, s, drv) || !stillValid(t, s, live) {
+		t.Errorf("nothing is dead: %q went, %v", gone, err)
+	}
+	if _, _, err := collectOver(t, operator, machine()); !errors.Is(err, flox.ErrDenied) {
+		t.Errorf("who is no agent: %v", err)
+	}
+	_, _ = agentMember(t, s, operator, "other")
+	if _, _, err := collectOver(t, a, machine()); !errors.Is(err, flox.ErrDenied) || !strings.Contains(err.Error(), "other") {
+		t.Errorf("with another machine: %v", err)
+	}
+}
+
+// What another NAR a machine was offered for a valid path is listed, once a machine; the
+// first NAR stays.
+func TestMachinesReportDifferences(t *testing.T) {
+	t.Parallel()
+	s, operator := closedHouse(t, nil)
+	p := makePath(t, "p", 1000)
+	publish(t, s, p)
+	other := sha256.Sum256([]byte("other"))
+	report := func(hash [32]byte, by string) bool {
+		t.Helper()
+		recorded, err := s.reported(within(t), &floxv1.ReportDifferenceRequest{Path: string(p.info.Path), NarHash: hash[:]}, by)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return recorded
+	}
+	if report(p.info.NarHash, "machine a") || !report(other, "machine a") || report(other, "machine a") || !report(other, "machine b") {
+		t.Error("want the same NAR not recorded, another one once for each machine")
+	}
+	got, err := operator.Differences(within(t), connect.NewRequest(&floxv1.DifferencesRequest{Path: string(p.info.Path)}))
+	if err != nil || len(got.Msg.GetDifferences()) != 2 || got.Msg.GetDifferences()[1].GetPublisher() != "machine a" || [32]byte(got.Msg.GetDifferences()[1].GetOfferedNarHash()) != other {
+		t.Errorf("listed: %v, %v", got, err)
+	}
+	checkWhole(t, s, p)
+	absent := makePath(t, "absent", 1000)
+	if _, err := s.reported(within(t), &floxv1.ReportDifferenceRequest{Path: string(absent.info.Path), NarHash: other[:]}, "machine a"); !errors.Is(err, flox.ErrNotFound) || stillValid(t, s, absent) {
+		t.Errorf("of what is not valid: %v", err)
 	}
 }

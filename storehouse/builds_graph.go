@@ -94,6 +94,22 @@ func (b *builds) plan(ctx context.Context, paths []*floxv1.DerivedPath, opts pla
 	return g, nil
 }
 
+// paths are the derivations of the graph and their outputs, built and to be built.
+func (g *graph) paths() (all []flox.StorePath) {
+	for _, n := range g.nodes {
+		all = append(all, n.path)
+		if n.drv == nil {
+			continue
+		}
+		for _, o := range n.drv.Outputs {
+			if o.Path != "" {
+				all = append(all, o.Path)
+			}
+		}
+	}
+	return all
+}
+
 // opaque looks at a path that is not asked for as an output.
 func (g *graph) opaque(ctx context.Context, p flox.StorePath) error {
 	valid, err := g.b.s.isValid(ctx, p)

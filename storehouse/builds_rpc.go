@@ -100,6 +100,11 @@ func (b *builds) realise(ctx context.Context, asked string, req *floxv1.BuildReq
 		if err := b.ready(ctx); err != nil {
 			return err
 		}
+		release, err := b.s.Hold(ctx, r.graph.paths()...)
+		if err != nil {
+			return err
+		}
+		defer release()
 		if err := b.begins(ctx, r.graph, r.check); err != nil {
 			return err
 		}

@@ -86,6 +86,9 @@ type Config struct {
 	// CollectEvery is how long after a collection the leader begins the next by itself.
 	// Default 0 = never.
 	CollectEvery time.Duration `json:"collect_every"`
+	// Embedded says that this is the storehouse of one machine, its agent's (floxd up):
+	// as long as no other machine is a member, that one may collect as Nix does.
+	Embedded bool `json:"-"`
 	// NoMDNS turns multicast discovery on the LAN off.
 	NoMDNS bool `json:"no_mdns"`
 	// OpenMembership makes every machine that has invite.json, and so the swarm's

@@ -3,6 +3,7 @@ package storehouse
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -41,6 +42,9 @@ type CollectOptions struct {
 	KeepRecent time.Duration
 	// Resume goes on with what an earlier collection condemned, and condemns no more.
 	Resume bool
+	// Machine makes it a collection of the one machine whose storehouse this is;
+	// nil = of the whole storehouse.
+	Machine *MachineCollection
 }
 
 // Collect removes the paths that no root reaches, and frees their content here. It
@@ -66,7 +70,10 @@ func (s *Server) Collect(ctx context.Context, opts CollectOptions, progress func
 	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	c := &collection{Server: s, opts: opts, tell: progress, session: s.node.NewSession(), began: time.Now(), give: cancel}
+	c := &collection{Server: s, opts: opts, tell: progress, session: s.node.NewSession(), began: time.Now(), give: cancel, grace: s.cfg.CollectGrace}
+	if opts.Machine != nil {
+		c.grace = 0
+	}
 	if err := c.run(ctx); err != nil {
 		if caller.Err() == nil && ctx.Err() != nil {
 			err = context.Cause(ctx)
@@ -86,6 +93,7 @@ type collection struct {
 	session *cluster.Session
 	began   time.Time
 	give    context.CancelCauseFunc // gives the collection up
+	grace   time.Duration           // from condemning to removing
 	now     floxv1.CollectProgress
 }
 
@@ -146,13 +154,16 @@ func (c *collection) condemn(ctx context.Context) error {
 	// A use is noted once in a while only, so what seems older may have been used since.
 	since := c.began.Add(-c.opts.KeepRecent - c.touchEvery()).UnixMilli()
 	c.now.UsedSinceUnixMs = since
+	if c.opts.Machine != nil {
+		since, c.now.UsedSinceUnixMs = math.MaxInt64, 0 // nothing stays for its age
+	}
 	c.begin(phaseMark, 0)
 	if !c.opts.DryRun {
 		if err := c.forgetRoots(ctx, c.began); err != nil {
 			return err
 		}
 	}
-	m, err := c.mark(ctx, since, c.step)
+	m, err := c.mark(ctx, since, c.opts.Machine, c.step)
 	if err != nil {
 		return err
 	}
@@ -192,7 +203,7 @@ func (c *collection) eachDead(ctx context.Context, m *marking, f func(names []st
 		bytes := uint64(0)
 		info := &floxv1.PathInfo{}
 		for _, kv := range page {
-			if !m.dead(string(kv[0])) {
+			if !m.dead(string(kv[0])) || !c.opts.Machine.may(string(kv[0])) {
 				continue
 			}
 			if err := proto.Unmarshal(kv[1], info); err != nil {
@@ -255,7 +266,7 @@ func (c *collection) reviveRoots(ctx context.Context) error {
 		return err
 	}
 	err := c.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
-		return c.eachRoot(ctx, r, func(at root) error {
+		return c.eachRootOf(ctx, r, c.opts.Machine, func(at root) error {
 			if hashParts = append(hashParts, at.hashPart); len(hashParts) < collectBatch {
 				return nil
 			}
@@ -288,8 +299,8 @@ func (c *collection) wait(ctx context.Context) (last uint64, err error) {
 	if err != nil || last == 0 || c.opts.DryRun {
 		return last, err
 	}
-	ready := time.UnixMilli(newest).Add(c.cfg.CollectGrace + time.Millisecond)
-	c.begin(phaseWait, uint64(c.cfg.CollectGrace/time.Second))
+	ready := time.UnixMilli(newest).Add(c.grace + time.Millisecond)
+	c.begin(phaseWait, uint64(c.grace/time.Second))
 	for {
 		left := time.Until(ready)
 		if left <= 0 {
@@ -302,7 +313,7 @@ func (c *collection) wait(ctx context.Context) (last uint64, err error) {
 			timer.Stop()
 			return 0, ctx.Err()
 		}
-		c.step(uint64(max(c.cfg.CollectGrace-time.Until(ready), 0)/time.Second), c.now.GetTotal()) //nolint:gosec // not negative
+		c.step(uint64(max(c.grace-time.Until(ready), 0)/time.Second), c.now.GetTotal()) //nolint:gosec // not negative
 	}
 }
 

@@ -24,6 +24,8 @@ type marking struct {
 	looked []uint64 // a bit each: its references are reached as well
 	asOf   uint64   // log index
 	count  uint64   // bits in live
+	// derivers says that the derivation of what is live is, too.
+	derivers bool
 
 	// Of what is live and not looked at, all that stands before at in the order of
 	// names is in work, unless overflow.
@@ -103,14 +105,15 @@ func (m *marking) reach(hashPart string) {
 
 // mark finds what is live in the newest state: what sources give and what was
 // registered or used after since (Unix milliseconds), with everything they refer to.
-func (s *Server) mark(ctx context.Context, since int64, progress func(done, total uint64)) (*marking, error) {
-	m := &marking{}
+// For one machine (nil = the storehouse) its roots count as it gives them.
+func (s *Server) mark(ctx context.Context, since int64, machine *MachineCollection, progress func(done, total uint64)) (*marking, error) {
+	m := &marking{derivers: machine != nil}
 	err := s.read(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 		m.asOf = r.Index()
 		if err := m.load(ctx, r, since); err != nil {
 			return err
 		}
-		err := s.eachRoot(ctx, r, func(at root) error {
+		err := s.eachRootOf(ctx, r, machine, func(at root) error {
 			m.reach(at.hashPart)
 			return nil
 		})
@@ -244,6 +247,9 @@ func (m *marking) look(value []byte, info *floxv1.PathInfo) error {
 	}
 	for _, ref := range info.GetReferences() {
 		m.reach(flox.StorePath(ref).HashPart())
+	}
+	if drv := flox.StorePath(info.GetDeriver()); m.derivers && drv != "" {
+		m.reach(drv.HashPart())
 	}
 	return nil
 }

@@ -96,7 +96,7 @@ func TestMarkReachesTheClosuresOfTheRoots(t *testing.T) {
 		defer release()
 		reach(i)
 	}
-	m, err := s.mark(within(t), time.Now().Add(time.Hour).UnixMilli(), func(_, _ uint64) {})
+	m, err := s.mark(within(t), time.Now().Add(time.Hour).UnixMilli(), nil, func(_, _ uint64) {})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +112,7 @@ func TestMarkReachesTheClosuresOfTheRoots(t *testing.T) {
 		t.Error("a path that was not valid is dead")
 	}
 	// All of it was registered lately.
-	if m, err = s.mark(within(t), time.Now().Add(-time.Hour).UnixMilli(), func(_, _ uint64) {}); err != nil || m.deadCount() != 0 {
+	if m, err = s.mark(within(t), time.Now().Add(-time.Hour).UnixMilli(), nil, func(_, _ uint64) {}); err != nil || m.deadCount() != 0 {
 		t.Errorf("%v: recent paths are dead", err)
 	}
 }
@@ -307,7 +307,7 @@ func BenchmarkMark(b *testing.B) {
 		runtime.GC()
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
-		m, err := s.mark(context.Background(), time.Now().Add(time.Hour).UnixMilli(), func(_, _ uint64) {})
+		m, err := s.mark(context.Background(), time.Now().Add(time.Hour).UnixMilli(), nil, func(_, _ uint64) {})
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -23,6 +23,7 @@ type remover struct {
 	batch    []string          // base names, in the order in which they may go
 	going    map[string]bool   // hash parts of batch
 	removed  uint64
+	bytes    uint64 // NARs of what is removed or in batch
 }
 
 // remove removes what is condemned and has no referrer, from the leaves on. What a
@@ -46,6 +47,9 @@ func (c *collection) remove(ctx context.Context, last uint64) error {
 		return err
 	}
 	c.now.DeadPaths = r.removed
+	if c.opts.Machine != nil {
+		c.now.DeadBytes = r.bytes
+	}
 	return r.reviveRest(ctx)
 }
 
@@ -74,7 +78,7 @@ func (r *remover) drain(ctx context.Context) error {
 
 // look puts a path into the batch if it may go, and its references on the stack.
 func (r *remover) look(view *cluster.Reader, hashPart string) error {
-	if r.going[hashPart] {
+	if r.going[hashPart] || !r.opts.Machine.may(hashPart) || r.opts.Machine.enough(r.bytes) {
 		return nil
 	}
 	mark, err := readCondemned(view, hashPart)
@@ -95,6 +99,7 @@ func (r *remover) look(view *cluster.Reader, hashPart string) error {
 	}
 	r.batch = append(r.batch, info.GetPath())
 	r.going[hashPart] = true
+	r.bytes += info.GetNarSize()
 	for _, ref := range info.GetReferences() {
 		if h := flox.StorePath(ref).HashPart(); h != hashPart {
 			r.stack = append(r.stack, h)
@@ -134,12 +139,17 @@ func (r *remover) flush(ctx context.Context) error {
 	}
 	reply, err := propose(freeing(ctx), r.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Remove{Remove: &floxv1.RemovePaths{
 		Paths:     r.batch,
-		Condemned: &floxv1.RemoveCondemned{Index: r.last, GraceMs: uint64(r.cfg.CollectGrace.Milliseconds())}, //nolint:gosec // not negative
+		Condemned: &floxv1.RemoveCondemned{Index: r.last, GraceMs: uint64(r.grace.Milliseconds())}, //nolint:gosec // not negative
 	}}})
 	if err != nil {
 		return err
 	}
 	r.removed += uint64(len(reply.GetDone()))
+	if r.opts.Machine != nil {
+		for _, i := range reply.GetDone() {
+			r.now.Paths = append(r.now.Paths, r.batch[i])
+		}
+	}
 	r.batch = nil
 	clear(r.going)
 	r.step(r.removed, r.now.GetTotal())

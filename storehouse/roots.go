@@ -52,7 +52,11 @@ func (s *Server) sources() []rootSource {
 
 // eachRoot calls f with the roots of all sources, until it fails.
 func (s *Server) eachRoot(ctx context.Context, r *cluster.Reader, f func(root) error) error {
-	for _, source := range s.sources() {
+	return eachRoot(ctx, r, s.sources(), f)
+}
+
+func eachRoot(ctx context.Context, r *cluster.Reader, sources []rootSource, f func(root) error) error {
+	for _, source := range sources {
 		var failed error
 		err := source.roots(ctx, r, func(at root) bool {
 			if failed = ctx.Err(); failed == nil {
@@ -76,13 +80,16 @@ func (keptRoots) roots(_ context.Context, r *cluster.Reader, yield func(root) bo
 	})
 }
 
-// machineRoots are the sets of machines.
-type machineRoots struct{}
+// machineRoots are the sets of machines, but for one of them.
+type machineRoots struct{ without string }
 
-func (machineRoots) roots(_ context.Context, r *cluster.Reader, yield func(root) bool) error {
+func (s machineRoots) roots(_ context.Context, r *cluster.Reader, yield func(root) bool) error {
 	var failed error
 	more := true
 	err := eachMachine(r, func(m *floxv1.MachineRoots) bool {
+		if m.GetPeer() == s.without {
+			return true
+		}
 		var set content.RootSet
 		if set, failed = readRootSet(r, m.GetSet()); failed != nil {
 			failed = fmt.Errorf("facts: root set of %s: %w", m.GetPeer(), failed)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"syscall"
 	"time"
 
@@ -33,7 +34,7 @@ const (
 )
 
 func newAgentCmd(file *string) *cobra.Command {
-	child := false
+	child, embedded := false, false
 	cmd := &cobra.Command{
 		Use:   "agent [flags]",
 		Short: "Mount the store on this machine and keep it fed",
@@ -47,8 +48,11 @@ After an update of floxd, floxd agent reload starts the new one under the mount.
 	}
 	flags := bindFlags(cmd.Flags(), "agent")
 	cmd.Flags().BoolVar(&child, "child", false, "")
-	if err := cmd.Flags().MarkHidden("child"); err != nil {
-		panic(err) // the flag is the line above
+	cmd.Flags().BoolVar(&embedded, "embedded", false, "")
+	for _, name := range []string{"child", "embedded"} {
+		if err := cmd.Flags().MarkHidden(name); err != nil {
+			panic(err) // the flags are the lines above
+		}
 	}
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		cfg, err := load(*file, flags)
@@ -57,7 +61,7 @@ After an update of floxd, floxd agent reload starts the new one under the mount.
 		}
 		log := newLogger(cmd.ErrOrStderr(), cfg, slog.LevelInfo)
 		if child {
-			return runAgentChild(cmd.Context(), cfg, log)
+			return runAgentChild(cmd.Context(), cfg, embedded, log)
 		}
 		return runAgent(cmd.Context(), cfg, log)
 	}
@@ -100,11 +104,11 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 			return err
 		}
 	}
-	return runWarden(ctx, cfg, who, log)
+	return runWarden(ctx, cfg, who, log, "--child")
 }
 
-// runWarden mounts and supervises the agent's child until ctx ends.
-func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) error {
+// runWarden mounts and supervises the agent's child, which has these flags, until ctx ends.
+func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger, flags ...string) error {
 	// Here already: the child would be started again and again, and readers wait.
 	if err := agent.CheckState(filepath.Join(cfg.StateDir, agentDir), cli.ReadVersion().Version); err != nil {
 		return err
@@ -124,7 +128,7 @@ func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger) 
 	return warden.Run(ctx, warden.Config{
 		LinksDir: links, LinksOptional: optional,
 		MountDir: cfg.mountDir(), StoreDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
-		Child: append([]string{program, "agent", "--child"}, noFile...), Env: environ(cfg),
+		Child: slices.Concat([]string{program, "agent"}, flags, noFile), Env: environ(cfg),
 		Program: file, VersionArgs: []string{"version", "--json"}, Control: controlSocket(cfg), WithoutResend: withoutResend(),
 		ReadAheadKiB: int(cfg.Agent.ReadAhead >> 10), Log: log,
 	})
@@ -268,7 +272,7 @@ func giveInvite(stateDir string, invite *api.Invite, who account) error {
 }
 
 // runAgentChild is the unprivileged process the warden starts.
-func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
+func runAgentChild(ctx context.Context, cfg *Config, embedded bool, log *slog.Logger) error {
 	line, err := warden.FromEnv()
 	if err != nil {
 		return fmt.Errorf("floxd agent --child is started by floxd agent only: %w", err)
@@ -280,7 +284,7 @@ func runAgentChild(ctx context.Context, cfg *Config, log *slog.Logger) error {
 		return err
 	}
 	agentCfg := agentConfig(cfg, invite, log)
-	agentCfg.Warden = line
+	agentCfg.Warden, agentCfg.Embedded = line, embedded
 	if err := cfg.linkSession(); err != nil {
 		return err
 	}

@@ -19,7 +19,7 @@ import (
 )
 
 func newStorehouseCmd(file *string) *cobra.Command {
-	ready := 0
+	ready, embedded := 0, false
 	cmd := &cobra.Command{
 		Use:   "storehouse [flags]",
 		Short: "Own the store: facts, content, and a binary cache for stock Nix",
@@ -33,22 +33,25 @@ STATE-DIR/storehouse. Machines join it with floxctl invite and floxd join.
 	cmd.AddCommand(newInitCmd(file), newVerifyCmd(file), newBackupCmd(), newRestoreCmd(file))
 	flags := bindFlags(cmd.Flags(), "storehouse")
 	cmd.Flags().IntVar(&ready, "ready-fd", 0, "")
-	if err := cmd.Flags().MarkHidden("ready-fd"); err != nil {
-		panic(err) // the flag is the line above
+	cmd.Flags().BoolVar(&embedded, "embedded", false, "")
+	for _, name := range []string{"ready-fd", "embedded"} {
+		if err := cmd.Flags().MarkHidden(name); err != nil {
+			panic(err) // the flags are the lines above
+		}
 	}
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		cfg, err := load(*file, flags)
 		if err != nil {
 			return err
 		}
-		return runStorehouse(cmd.Context(), cfg, newLogger(cmd.ErrOrStderr(), cfg, slog.LevelInfo), ready)
+		return runStorehouse(cmd.Context(), cfg, newLogger(cmd.ErrOrStderr(), cfg, slog.LevelInfo), ready, embedded)
 	}
 	return cmd
 }
 
 // runStorehouse serves until ctx ends. Once it answers, it writes a line to the
-// descriptor ready, if that is not 0.
-func runStorehouse(ctx context.Context, cfg *Config, log *slog.Logger, ready int) error {
+// descriptor ready, if that is not 0. See storehouse.Config for embedded.
+func runStorehouse(ctx context.Context, cfg *Config, log *slog.Logger, ready int, embedded bool) error {
 	who, err := findAccount(cfg.User)
 	if err != nil && os.Geteuid() == 0 {
 		return err
@@ -72,6 +75,7 @@ func runStorehouse(ctx context.Context, cfg *Config, log *slog.Logger, ready int
 		return os.NewSyscallError("prctl", err)
 	}
 	house := storehouseConfig(cfg, log)
+	house.Embedded = embedded
 	if reach != nil {
 		log.Warn("operators cannot reach this server by a socket; give it a run directory of its own with --run-dir", "error", reach)
 		house.Socket = ""

@@ -106,7 +106,7 @@ func (u *up) run(ctx context.Context) error {
 	defer cancel(nil)
 	house := &child{
 		name: "storehouse", who: u.who, out: u.errOut, log: u.log, env: environ(u.cfg),
-		args: append([]string{"storehouse", "--ready-fd", "3"}, noFile...),
+		args: append([]string{"storehouse", "--ready-fd", "3", "--embedded"}, noFile...),
 	}
 	ready := make(chan struct{})
 	var group errgroup.Group
@@ -167,7 +167,7 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		defer cancel()
-		return runWarden(groupCtx, u.cfg, u.who, u.log)
+		return runWarden(groupCtx, u.cfg, u.who, u.log, "--child", "--embedded")
 	})
 	group.Go(func() error {
 		u.greet(groupCtx, invite)

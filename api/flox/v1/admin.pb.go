@@ -1705,8 +1705,9 @@ func (x *UsageResponse) GetCollecting() string {
 type CollectRequest struct {
 	state             protoimpl.MessageState `protogen:"open.v1"`
 	DryRun            bool                   `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	KeepRecentSeconds uint64                 `protobuf:"varint,2,opt,name=keep_recent_seconds,json=keepRecentSeconds,proto3" json:"keep_recent_seconds,omitempty"`
+	KeepRecentSeconds uint64                 `protobuf:"varint,2,opt,name=keep_recent_seconds,json=keepRecentSeconds,proto3" json:"keep_recent_seconds,omitempty"` // 0 = 14 days
 	Resume            bool                   `protobuf:"varint,3,opt,name=resume,proto3" json:"resume,omitempty"`
+	Machine           *MachineCollection     `protobuf:"bytes,4,opt,name=machine,proto3" json:"machine,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1762,6 +1763,76 @@ func (x *CollectRequest) GetResume() bool {
 	return false
 }
 
+func (x *CollectRequest) GetMachine() *MachineCollection {
+	if x != nil {
+		return x.Machine
+	}
+	return nil
+}
+
+// MachineCollection is what Nix's own garbage collector does, for the one machine whose
+// storehouse this is (floxd up): what is recent goes as well, and at once. With other
+// machines in the member list it is refused.
+type MachineCollection struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Roots         []string               `protobuf:"bytes,1,rep,name=roots,proto3" json:"roots,omitempty"`                                         // base names: what the machine holds on to now, in place of its set
+	Paths         []string               `protobuf:"bytes,2,rep,name=paths,proto3" json:"paths,omitempty"`                                         // base names: what may go; empty = whatever nothing keeps
+	MaxFreedBytes uint64                 `protobuf:"varint,3,opt,name=max_freed_bytes,json=maxFreedBytes,proto3" json:"max_freed_bytes,omitempty"` // of NARs: more than that need not go; 0 = no limit
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachineCollection) Reset() {
+	*x = MachineCollection{}
+	mi := &file_flox_v1_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachineCollection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachineCollection) ProtoMessage() {}
+
+func (x *MachineCollection) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachineCollection.ProtoReflect.Descriptor instead.
+func (*MachineCollection) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *MachineCollection) GetRoots() []string {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *MachineCollection) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
+}
+
+func (x *MachineCollection) GetMaxFreedBytes() uint64 {
+	if x != nil {
+		return x.MaxFreedBytes
+	}
+	return 0
+}
+
 type CollectProgress struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Phase           string                 `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"` // mark, condemn, wait, remove, sweep
@@ -1772,15 +1843,15 @@ type CollectProgress struct {
 	DeadBytes       uint64                 `protobuf:"varint,6,opt,name=dead_bytes,json=deadBytes,proto3" json:"dead_bytes,omitempty"`
 	FreedBytes      uint64                 `protobuf:"varint,7,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"`
 	Finished        bool                   `protobuf:"varint,8,opt,name=finished,proto3" json:"finished,omitempty"`
-	Paths           []string               `protobuf:"bytes,9,rep,name=paths,proto3" json:"paths,omitempty"`                                                  // of a dry run: base names that would go, in pieces
 	UsedSinceUnixMs int64                  `protobuf:"varint,10,opt,name=used_since_unix_ms,json=usedSinceUnixMs,proto3" json:"used_since_unix_ms,omitempty"` // what may have been used since then stays; 0 = told by nobody, or resumed
+	Paths           []string               `protobuf:"bytes,9,rep,name=paths,proto3" json:"paths,omitempty"`                                                  // of a dry run what would go, of a machine what went: base names, in pieces
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
 
 func (x *CollectProgress) Reset() {
 	*x = CollectProgress{}
-	mi := &file_flox_v1_admin_proto_msgTypes[30]
+	mi := &file_flox_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1863,7 @@ func (x *CollectProgress) String() string {
 func (*CollectProgress) ProtoMessage() {}
 
 func (x *CollectProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[30]
+	mi := &file_flox_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1876,7 @@ func (x *CollectProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectProgress.ProtoReflect.Descriptor instead.
 func (*CollectProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CollectProgress) GetPhase() string {
@@ -1864,18 +1935,18 @@ func (x *CollectProgress) GetFinished() bool {
 	return false
 }
 
-func (x *CollectProgress) GetPaths() []string {
-	if x != nil {
-		return x.Paths
-	}
-	return nil
-}
-
 func (x *CollectProgress) GetUsedSinceUnixMs() int64 {
 	if x != nil {
 		return x.UsedSinceUnixMs
 	}
 	return 0
+}
+
+func (x *CollectProgress) GetPaths() []string {
+	if x != nil {
+		return x.Paths
+	}
+	return nil
 }
 
 type RootsRequest struct {
@@ -1887,7 +1958,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[31]
+	mi := &file_flox_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1899,7 +1970,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[31]
+	mi := &file_flox_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1912,7 +1983,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RootsRequest) GetPath() string {
@@ -1932,7 +2003,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[32]
+	mi := &file_flox_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1944,7 +2015,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[32]
+	mi := &file_flox_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1957,7 +2028,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RootsResponse) GetRoots() []*Root {
@@ -1986,7 +2057,7 @@ type Root struct {
 
 func (x *Root) Reset() {
 	*x = Root{}
-	mi := &file_flox_v1_admin_proto_msgTypes[33]
+	mi := &file_flox_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2069,7 @@ func (x *Root) String() string {
 func (*Root) ProtoMessage() {}
 
 func (x *Root) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[33]
+	mi := &file_flox_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2082,7 @@ func (x *Root) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Root.ProtoReflect.Descriptor instead.
 func (*Root) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Root) GetKind() string {
@@ -2052,7 +2123,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[34]
+	mi := &file_flox_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2064,7 +2135,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[34]
+	mi := &file_flox_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2077,7 +2148,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WhyRequest) GetPath() string {
@@ -2105,7 +2176,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[35]
+	mi := &file_flox_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2188,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[35]
+	mi := &file_flox_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2201,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WhyResponse) GetChains() []*WhyChain {
@@ -2164,7 +2235,7 @@ type WhyChain struct {
 
 func (x *WhyChain) Reset() {
 	*x = WhyChain{}
-	mi := &file_flox_v1_admin_proto_msgTypes[36]
+	mi := &file_flox_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2247,7 @@ func (x *WhyChain) String() string {
 func (*WhyChain) ProtoMessage() {}
 
 func (x *WhyChain) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[36]
+	mi := &file_flox_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2260,7 @@ func (x *WhyChain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyChain.ProtoReflect.Descriptor instead.
 func (*WhyChain) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WhyChain) GetRoot() *Root {
@@ -2217,7 +2288,7 @@ type KeepPathRequest struct {
 
 func (x *KeepPathRequest) Reset() {
 	*x = KeepPathRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[37]
+	mi := &file_flox_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2229,7 +2300,7 @@ func (x *KeepPathRequest) String() string {
 func (*KeepPathRequest) ProtoMessage() {}
 
 func (x *KeepPathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[37]
+	mi := &file_flox_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2242,7 +2313,7 @@ func (x *KeepPathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepPathRequest.ProtoReflect.Descriptor instead.
 func (*KeepPathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *KeepPathRequest) GetPath() string {
@@ -2274,7 +2345,7 @@ type KeepPathResponse struct {
 
 func (x *KeepPathResponse) Reset() {
 	*x = KeepPathResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[38]
+	mi := &file_flox_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2286,7 +2357,7 @@ func (x *KeepPathResponse) String() string {
 func (*KeepPathResponse) ProtoMessage() {}
 
 func (x *KeepPathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[38]
+	mi := &file_flox_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2299,7 +2370,7 @@ func (x *KeepPathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepPathResponse.ProtoReflect.Descriptor instead.
 func (*KeepPathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 type ImportRequest struct {
@@ -2314,7 +2385,7 @@ type ImportRequest struct {
 
 func (x *ImportRequest) Reset() {
 	*x = ImportRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[39]
+	mi := &file_flox_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2397,7 @@ func (x *ImportRequest) String() string {
 func (*ImportRequest) ProtoMessage() {}
 
 func (x *ImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[39]
+	mi := &file_flox_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2410,7 @@ func (x *ImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportRequest.ProtoReflect.Descriptor instead.
 func (*ImportRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ImportRequest) GetFrom() string {
@@ -2386,7 +2457,7 @@ type ImportProgress struct {
 
 func (x *ImportProgress) Reset() {
 	*x = ImportProgress{}
-	mi := &file_flox_v1_admin_proto_msgTypes[40]
+	mi := &file_flox_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2469,7 @@ func (x *ImportProgress) String() string {
 func (*ImportProgress) ProtoMessage() {}
 
 func (x *ImportProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[40]
+	mi := &file_flox_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2482,7 @@ func (x *ImportProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportProgress.ProtoReflect.Descriptor instead.
 func (*ImportProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ImportProgress) GetDonePaths() uint64 {
@@ -2478,7 +2549,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[41]
+	mi := &file_flox_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2490,7 +2561,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[41]
+	mi := &file_flox_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2503,7 +2574,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 type ListKeysResponse struct {
@@ -2518,7 +2589,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[42]
+	mi := &file_flox_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2530,7 +2601,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[42]
+	mi := &file_flox_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2543,7 +2614,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListKeysResponse) GetKeys() []*KeyState {
@@ -2587,7 +2658,7 @@ type KeyState struct {
 
 func (x *KeyState) Reset() {
 	*x = KeyState{}
-	mi := &file_flox_v1_admin_proto_msgTypes[43]
+	mi := &file_flox_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2599,7 +2670,7 @@ func (x *KeyState) String() string {
 func (*KeyState) ProtoMessage() {}
 
 func (x *KeyState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[43]
+	mi := &file_flox_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2612,7 +2683,7 @@ func (x *KeyState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeyState.ProtoReflect.Descriptor instead.
 func (*KeyState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *KeyState) GetPublic() string {
@@ -2659,7 +2730,7 @@ type ImportKeyRequest struct {
 
 func (x *ImportKeyRequest) Reset() {
 	*x = ImportKeyRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[44]
+	mi := &file_flox_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2671,7 +2742,7 @@ func (x *ImportKeyRequest) String() string {
 func (*ImportKeyRequest) ProtoMessage() {}
 
 func (x *ImportKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[44]
+	mi := &file_flox_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2684,7 +2755,7 @@ func (x *ImportKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKeyRequest.ProtoReflect.Descriptor instead.
 func (*ImportKeyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ImportKeyRequest) GetSecretKey() string {
@@ -2703,7 +2774,7 @@ type ImportKeyResponse struct {
 
 func (x *ImportKeyResponse) Reset() {
 	*x = ImportKeyResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[45]
+	mi := &file_flox_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2715,7 +2786,7 @@ func (x *ImportKeyResponse) String() string {
 func (*ImportKeyResponse) ProtoMessage() {}
 
 func (x *ImportKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[45]
+	mi := &file_flox_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2728,7 +2799,7 @@ func (x *ImportKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportKeyResponse.ProtoReflect.Descriptor instead.
 func (*ImportKeyResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ImportKeyResponse) GetPublic() string {
@@ -2748,7 +2819,7 @@ type RotateKeysRequest struct {
 
 func (x *RotateKeysRequest) Reset() {
 	*x = RotateKeysRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[46]
+	mi := &file_flox_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2760,7 +2831,7 @@ func (x *RotateKeysRequest) String() string {
 func (*RotateKeysRequest) ProtoMessage() {}
 
 func (x *RotateKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[46]
+	mi := &file_flox_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2773,7 +2844,7 @@ func (x *RotateKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeysRequest.ProtoReflect.Descriptor instead.
 func (*RotateKeysRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RotateKeysRequest) GetUse() string {
@@ -2800,7 +2871,7 @@ type RotateKeysResponse struct {
 
 func (x *RotateKeysResponse) Reset() {
 	*x = RotateKeysResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[47]
+	mi := &file_flox_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2812,7 +2883,7 @@ func (x *RotateKeysResponse) String() string {
 func (*RotateKeysResponse) ProtoMessage() {}
 
 func (x *RotateKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[47]
+	mi := &file_flox_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2825,7 +2896,7 @@ func (x *RotateKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeysResponse.ProtoReflect.Descriptor instead.
 func (*RotateKeysResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RotateKeysResponse) GetMade() []string {
@@ -2853,7 +2924,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[48]
+	mi := &file_flox_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2865,7 +2936,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[48]
+	mi := &file_flox_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2878,7 +2949,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *BackupRequest) GetTo() string {
@@ -2919,7 +2990,7 @@ type BackupProgress struct {
 
 func (x *BackupProgress) Reset() {
 	*x = BackupProgress{}
-	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	mi := &file_flox_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2931,7 +3002,7 @@ func (x *BackupProgress) String() string {
 func (*BackupProgress) ProtoMessage() {}
 
 func (x *BackupProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[49]
+	mi := &file_flox_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2944,7 +3015,7 @@ func (x *BackupProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupProgress.ProtoReflect.Descriptor instead.
 func (*BackupProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BackupProgress) GetPhase() string {
@@ -3020,7 +3091,7 @@ type StagedRequest struct {
 
 func (x *StagedRequest) Reset() {
 	*x = StagedRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3032,7 +3103,7 @@ func (x *StagedRequest) String() string {
 func (*StagedRequest) ProtoMessage() {}
 
 func (x *StagedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[50]
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3045,7 +3116,7 @@ func (x *StagedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StagedRequest.ProtoReflect.Descriptor instead.
 func (*StagedRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *StagedRequest) GetPublisher() string {
@@ -3073,7 +3144,7 @@ type StagedResponse struct {
 
 func (x *StagedResponse) Reset() {
 	*x = StagedResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3085,7 +3156,7 @@ func (x *StagedResponse) String() string {
 func (*StagedResponse) ProtoMessage() {}
 
 func (x *StagedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3098,7 +3169,7 @@ func (x *StagedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StagedResponse.ProtoReflect.Descriptor instead.
 func (*StagedResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StagedResponse) GetManifest() []byte {
@@ -3132,7 +3203,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3144,7 +3215,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3157,7 +3228,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *FetchRequest) GetIds() [][]byte {
@@ -3183,7 +3254,7 @@ type FetchResponse struct {
 
 func (x *FetchResponse) Reset() {
 	*x = FetchResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3195,7 +3266,7 @@ func (x *FetchResponse) String() string {
 func (*FetchResponse) ProtoMessage() {}
 
 func (x *FetchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3208,7 +3279,7 @@ func (x *FetchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
 func (*FetchResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FetchResponse) GetMissing() []uint32 {
@@ -3227,7 +3298,7 @@ type SeenRequest struct {
 
 func (x *SeenRequest) Reset() {
 	*x = SeenRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[54]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3239,7 +3310,7 @@ func (x *SeenRequest) String() string {
 func (*SeenRequest) ProtoMessage() {}
 
 func (x *SeenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[54]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3252,7 +3323,7 @@ func (x *SeenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenRequest.ProtoReflect.Descriptor instead.
 func (*SeenRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SeenRequest) GetPeers() []string {
@@ -3270,7 +3341,7 @@ type SeenResponse struct {
 
 func (x *SeenResponse) Reset() {
 	*x = SeenResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[55]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3282,7 +3353,7 @@ func (x *SeenResponse) String() string {
 func (*SeenResponse) ProtoMessage() {}
 
 func (x *SeenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[55]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3295,7 +3366,7 @@ func (x *SeenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenResponse.ProtoReflect.Descriptor instead.
 func (*SeenResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 type StateRequest struct {
@@ -3306,7 +3377,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[56]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3318,7 +3389,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[56]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3331,7 +3402,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 type StateResponse struct {
@@ -3344,7 +3415,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[57]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3356,7 +3427,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[57]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3369,7 +3440,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *StateResponse) GetState() *ServerState {
@@ -3396,7 +3467,7 @@ type SweepRequest struct {
 
 func (x *SweepRequest) Reset() {
 	*x = SweepRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[58]
+	mi := &file_flox_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3408,7 +3479,7 @@ func (x *SweepRequest) String() string {
 func (*SweepRequest) ProtoMessage() {}
 
 func (x *SweepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[58]
+	mi := &file_flox_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3421,7 +3492,7 @@ func (x *SweepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SweepRequest.ProtoReflect.Descriptor instead.
 func (*SweepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *SweepRequest) GetIndex() uint64 {
@@ -3559,11 +3630,16 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\tcollected\x18\r \x01(\tR\tcollected\x12\x1e\n" +
 	"\n" +
 	"collecting\x18\x0e \x01(\tR\n" +
-	"collecting\"q\n" +
+	"collecting\"\xa7\x01\n" +
 	"\x0eCollectRequest\x12\x17\n" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12.\n" +
 	"\x13keep_recent_seconds\x18\x02 \x01(\x04R\x11keepRecentSeconds\x12\x16\n" +
-	"\x06resume\x18\x03 \x01(\bR\x06resume\"\xae\x02\n" +
+	"\x06resume\x18\x03 \x01(\bR\x06resume\x124\n" +
+	"\amachine\x18\x04 \x01(\v2\x1a.flox.v1.MachineCollectionR\amachine\"g\n" +
+	"\x11MachineCollection\x12\x14\n" +
+	"\x05roots\x18\x01 \x03(\tR\x05roots\x12\x14\n" +
+	"\x05paths\x18\x02 \x03(\tR\x05paths\x12&\n" +
+	"\x0fmax_freed_bytes\x18\x03 \x01(\x04R\rmaxFreedBytes\"\xae\x02\n" +
 	"\x0fCollectProgress\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n" +
 	"\x04done\x18\x02 \x01(\x04R\x04done\x12\x14\n" +
@@ -3576,10 +3652,10 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"dead_bytes\x18\x06 \x01(\x04R\tdeadBytes\x12\x1f\n" +
 	"\vfreed_bytes\x18\a \x01(\x04R\n" +
 	"freedBytes\x12\x1a\n" +
-	"\bfinished\x18\b \x01(\bR\bfinished\x12\x14\n" +
-	"\x05paths\x18\t \x03(\tR\x05paths\x12+\n" +
+	"\bfinished\x18\b \x01(\bR\bfinished\x12+\n" +
 	"\x12used_since_unix_ms\x18\n" +
-	" \x01(\x03R\x0fusedSinceUnixMs\"\"\n" +
+	" \x01(\x03R\x0fusedSinceUnixMs\x12\x14\n" +
+	"\x05paths\x18\t \x03(\tR\x05paths\"\"\n" +
 	"\fRootsRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"H\n" +
 	"\rRootsResponse\x12#\n" +
@@ -3751,7 +3827,7 @@ func file_flox_v1_admin_proto_rawDescGZIP() []byte {
 	return file_flox_v1_admin_proto_rawDescData
 }
 
-var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_flox_v1_admin_proto_goTypes = []any{
 	(*DifferencesRequest)(nil),      // 0: flox.v1.DifferencesRequest
 	(*DifferencesResponse)(nil),     // 1: flox.v1.DifferencesResponse
@@ -3783,198 +3859,200 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*UsageRequest)(nil),            // 27: flox.v1.UsageRequest
 	(*UsageResponse)(nil),           // 28: flox.v1.UsageResponse
 	(*CollectRequest)(nil),          // 29: flox.v1.CollectRequest
-	(*CollectProgress)(nil),         // 30: flox.v1.CollectProgress
-	(*RootsRequest)(nil),            // 31: flox.v1.RootsRequest
-	(*RootsResponse)(nil),           // 32: flox.v1.RootsResponse
-	(*Root)(nil),                    // 33: flox.v1.Root
-	(*WhyRequest)(nil),              // 34: flox.v1.WhyRequest
-	(*WhyResponse)(nil),             // 35: flox.v1.WhyResponse
-	(*WhyChain)(nil),                // 36: flox.v1.WhyChain
-	(*KeepPathRequest)(nil),         // 37: flox.v1.KeepPathRequest
-	(*KeepPathResponse)(nil),        // 38: flox.v1.KeepPathResponse
-	(*ImportRequest)(nil),           // 39: flox.v1.ImportRequest
-	(*ImportProgress)(nil),          // 40: flox.v1.ImportProgress
-	(*ListKeysRequest)(nil),         // 41: flox.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),        // 42: flox.v1.ListKeysResponse
-	(*KeyState)(nil),                // 43: flox.v1.KeyState
-	(*ImportKeyRequest)(nil),        // 44: flox.v1.ImportKeyRequest
-	(*ImportKeyResponse)(nil),       // 45: flox.v1.ImportKeyResponse
-	(*RotateKeysRequest)(nil),       // 46: flox.v1.RotateKeysRequest
-	(*RotateKeysResponse)(nil),      // 47: flox.v1.RotateKeysResponse
-	(*BackupRequest)(nil),           // 48: flox.v1.BackupRequest
-	(*BackupProgress)(nil),          // 49: flox.v1.BackupProgress
-	(*StagedRequest)(nil),           // 50: flox.v1.StagedRequest
-	(*StagedResponse)(nil),          // 51: flox.v1.StagedResponse
-	(*FetchRequest)(nil),            // 52: flox.v1.FetchRequest
-	(*FetchResponse)(nil),           // 53: flox.v1.FetchResponse
-	(*SeenRequest)(nil),             // 54: flox.v1.SeenRequest
-	(*SeenResponse)(nil),            // 55: flox.v1.SeenResponse
-	(*StateRequest)(nil),            // 56: flox.v1.StateRequest
-	(*StateResponse)(nil),           // 57: flox.v1.StateResponse
-	(*SweepRequest)(nil),            // 58: flox.v1.SweepRequest
-	(*Difference)(nil),              // 59: flox.v1.Difference
-	(*Label)(nil),                   // 60: flox.v1.Label
-	(*UserGrant)(nil),               // 61: flox.v1.UserGrant
-	(*InviteRecord)(nil),            // 62: flox.v1.InviteRecord
-	(*Machine)(nil),                 // 63: flox.v1.Machine
-	(*ChangeMachine)(nil),           // 64: flox.v1.ChangeMachine
-	(*AuditRecord)(nil),             // 65: flox.v1.AuditRecord
-	(*AddUpstreamRequest)(nil),      // 66: flox.v1.AddUpstreamRequest
-	(*ListUpstreamsRequest)(nil),    // 67: flox.v1.ListUpstreamsRequest
-	(*TestUpstreamRequest)(nil),     // 68: flox.v1.TestUpstreamRequest
-	(*RemoveUpstreamRequest)(nil),   // 69: flox.v1.RemoveUpstreamRequest
-	(*CreateProfileRequest)(nil),    // 70: flox.v1.CreateProfileRequest
-	(*DeleteProfileRequest)(nil),    // 71: flox.v1.DeleteProfileRequest
-	(*ListProfilesRequest)(nil),     // 72: flox.v1.ListProfilesRequest
-	(*ShowProfileRequest)(nil),      // 73: flox.v1.ShowProfileRequest
-	(*ProfileHistoryRequest)(nil),   // 74: flox.v1.ProfileHistoryRequest
-	(*ChangeProfileRequest)(nil),    // 75: flox.v1.ChangeProfileRequest
-	(*RollbackProfileRequest)(nil),  // 76: flox.v1.RollbackProfileRequest
-	(*GrantProfileRequest)(nil),     // 77: flox.v1.GrantProfileRequest
-	(*PublishChannelRequest)(nil),   // 78: flox.v1.PublishChannelRequest
-	(*ListChannelsRequest)(nil),     // 79: flox.v1.ListChannelsRequest
-	(*ShowChannelRequest)(nil),      // 80: flox.v1.ShowChannelRequest
-	(*DeleteChannelRequest)(nil),    // 81: flox.v1.DeleteChannelRequest
-	(*SetPublishersRequest)(nil),    // 82: flox.v1.SetPublishersRequest
-	(*SearchPackagesRequest)(nil),   // 83: flox.v1.SearchPackagesRequest
-	(*BuildPackageRequest)(nil),     // 84: flox.v1.BuildPackageRequest
-	(*AddUpstreamResponse)(nil),     // 85: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),   // 86: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),    // 87: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),  // 88: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),   // 89: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),   // 90: flox.v1.DeleteProfileResponse
-	(*ListProfilesResponse)(nil),    // 91: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),     // 92: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),  // 93: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),   // 94: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil), // 95: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),    // 96: flox.v1.GrantProfileResponse
-	(*PublishChannelProgress)(nil),  // 97: flox.v1.PublishChannelProgress
-	(*ListChannelsResponse)(nil),    // 98: flox.v1.ListChannelsResponse
-	(*ShowChannelResponse)(nil),     // 99: flox.v1.ShowChannelResponse
-	(*DeleteChannelResponse)(nil),   // 100: flox.v1.DeleteChannelResponse
-	(*SetPublishersResponse)(nil),   // 101: flox.v1.SetPublishersResponse
-	(*SearchPackagesResponse)(nil),  // 102: flox.v1.SearchPackagesResponse
-	(*BuildPackageProgress)(nil),    // 103: flox.v1.BuildPackageProgress
+	(*MachineCollection)(nil),       // 30: flox.v1.MachineCollection
+	(*CollectProgress)(nil),         // 31: flox.v1.CollectProgress
+	(*RootsRequest)(nil),            // 32: flox.v1.RootsRequest
+	(*RootsResponse)(nil),           // 33: flox.v1.RootsResponse
+	(*Root)(nil),                    // 34: flox.v1.Root
+	(*WhyRequest)(nil),              // 35: flox.v1.WhyRequest
+	(*WhyResponse)(nil),             // 36: flox.v1.WhyResponse
+	(*WhyChain)(nil),                // 37: flox.v1.WhyChain
+	(*KeepPathRequest)(nil),         // 38: flox.v1.KeepPathRequest
+	(*KeepPathResponse)(nil),        // 39: flox.v1.KeepPathResponse
+	(*ImportRequest)(nil),           // 40: flox.v1.ImportRequest
+	(*ImportProgress)(nil),          // 41: flox.v1.ImportProgress
+	(*ListKeysRequest)(nil),         // 42: flox.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),        // 43: flox.v1.ListKeysResponse
+	(*KeyState)(nil),                // 44: flox.v1.KeyState
+	(*ImportKeyRequest)(nil),        // 45: flox.v1.ImportKeyRequest
+	(*ImportKeyResponse)(nil),       // 46: flox.v1.ImportKeyResponse
+	(*RotateKeysRequest)(nil),       // 47: flox.v1.RotateKeysRequest
+	(*RotateKeysResponse)(nil),      // 48: flox.v1.RotateKeysResponse
+	(*BackupRequest)(nil),           // 49: flox.v1.BackupRequest
+	(*BackupProgress)(nil),          // 50: flox.v1.BackupProgress
+	(*StagedRequest)(nil),           // 51: flox.v1.StagedRequest
+	(*StagedResponse)(nil),          // 52: flox.v1.StagedResponse
+	(*FetchRequest)(nil),            // 53: flox.v1.FetchRequest
+	(*FetchResponse)(nil),           // 54: flox.v1.FetchResponse
+	(*SeenRequest)(nil),             // 55: flox.v1.SeenRequest
+	(*SeenResponse)(nil),            // 56: flox.v1.SeenResponse
+	(*StateRequest)(nil),            // 57: flox.v1.StateRequest
+	(*StateResponse)(nil),           // 58: flox.v1.StateResponse
+	(*SweepRequest)(nil),            // 59: flox.v1.SweepRequest
+	(*Difference)(nil),              // 60: flox.v1.Difference
+	(*Label)(nil),                   // 61: flox.v1.Label
+	(*UserGrant)(nil),               // 62: flox.v1.UserGrant
+	(*InviteRecord)(nil),            // 63: flox.v1.InviteRecord
+	(*Machine)(nil),                 // 64: flox.v1.Machine
+	(*ChangeMachine)(nil),           // 65: flox.v1.ChangeMachine
+	(*AuditRecord)(nil),             // 66: flox.v1.AuditRecord
+	(*AddUpstreamRequest)(nil),      // 67: flox.v1.AddUpstreamRequest
+	(*ListUpstreamsRequest)(nil),    // 68: flox.v1.ListUpstreamsRequest
+	(*TestUpstreamRequest)(nil),     // 69: flox.v1.TestUpstreamRequest
+	(*RemoveUpstreamRequest)(nil),   // 70: flox.v1.RemoveUpstreamRequest
+	(*CreateProfileRequest)(nil),    // 71: flox.v1.CreateProfileRequest
+	(*DeleteProfileRequest)(nil),    // 72: flox.v1.DeleteProfileRequest
+	(*ListProfilesRequest)(nil),     // 73: flox.v1.ListProfilesRequest
+	(*ShowProfileRequest)(nil),      // 74: flox.v1.ShowProfileRequest
+	(*ProfileHistoryRequest)(nil),   // 75: flox.v1.ProfileHistoryRequest
+	(*ChangeProfileRequest)(nil),    // 76: flox.v1.ChangeProfileRequest
+	(*RollbackProfileRequest)(nil),  // 77: flox.v1.RollbackProfileRequest
+	(*GrantProfileRequest)(nil),     // 78: flox.v1.GrantProfileRequest
+	(*PublishChannelRequest)(nil),   // 79: flox.v1.PublishChannelRequest
+	(*ListChannelsRequest)(nil),     // 80: flox.v1.ListChannelsRequest
+	(*ShowChannelRequest)(nil),      // 81: flox.v1.ShowChannelRequest
+	(*DeleteChannelRequest)(nil),    // 82: flox.v1.DeleteChannelRequest
+	(*SetPublishersRequest)(nil),    // 83: flox.v1.SetPublishersRequest
+	(*SearchPackagesRequest)(nil),   // 84: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),     // 85: flox.v1.BuildPackageRequest
+	(*AddUpstreamResponse)(nil),     // 86: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),   // 87: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),    // 88: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),  // 89: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),   // 90: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),   // 91: flox.v1.DeleteProfileResponse
+	(*ListProfilesResponse)(nil),    // 92: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),     // 93: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),  // 94: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),   // 95: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil), // 96: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),    // 97: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),  // 98: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),    // 99: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),     // 100: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),   // 101: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),   // 102: flox.v1.SetPublishersResponse
+	(*SearchPackagesResponse)(nil),  // 103: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),    // 104: flox.v1.BuildPackageProgress
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
-	59,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
-	60,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
-	61,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
-	62,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
-	62,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
+	60,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
+	61,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
+	62,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
+	63,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
+	63,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
 	10,  // 5: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
-	63,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
-	64,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
-	63,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
-	63,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
-	65,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
+	64,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
+	65,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
+	64,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
+	64,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
+	66,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
 	19,  // 11: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
 	20,  // 12: flox.v1.ServerState.builds:type_name -> flox.v1.ServerBuilds
-	33,  // 13: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
-	36,  // 14: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
-	33,  // 15: flox.v1.WhyChain.root:type_name -> flox.v1.Root
-	43,  // 16: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
-	19,  // 17: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
-	28,  // 18: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
-	2,   // 19: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
-	4,   // 20: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
-	6,   // 21: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
-	8,   // 22: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
-	11,  // 23: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
-	13,  // 24: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
-	15,  // 25: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
-	17,  // 26: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
-	21,  // 27: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
-	23,  // 28: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
-	25,  // 29: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
-	27,  // 30: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
-	29,  // 31: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
-	31,  // 32: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
-	34,  // 33: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
-	37,  // 34: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
-	39,  // 35: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
-	0,   // 36: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
-	66,  // 37: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
-	67,  // 38: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
-	68,  // 39: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
-	69,  // 40: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
-	70,  // 41: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
-	71,  // 42: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
-	72,  // 43: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
-	73,  // 44: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
-	74,  // 45: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
-	75,  // 46: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
-	76,  // 47: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
-	77,  // 48: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
-	78,  // 49: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
-	79,  // 50: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
-	80,  // 51: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
-	81,  // 52: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
-	82,  // 53: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
-	83,  // 54: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
-	84,  // 55: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
-	41,  // 56: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	44,  // 57: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	46,  // 58: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	48,  // 59: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	52,  // 60: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	56,  // 61: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	58,  // 62: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	54,  // 63: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	50,  // 64: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,   // 65: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,   // 66: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,   // 67: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,   // 68: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12,  // 69: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14,  // 70: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16,  // 71: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18,  // 72: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22,  // 73: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24,  // 74: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26,  // 75: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28,  // 76: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	30,  // 77: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	32,  // 78: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	35,  // 79: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	38,  // 80: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	40,  // 81: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,   // 82: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	85,  // 83: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	86,  // 84: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	87,  // 85: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	88,  // 86: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	89,  // 87: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	90,  // 88: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	91,  // 89: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	92,  // 90: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	93,  // 91: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	94,  // 92: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	95,  // 93: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	96,  // 94: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	97,  // 95: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
-	98,  // 96: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
-	99,  // 97: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
-	100, // 98: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
-	101, // 99: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
-	102, // 100: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
-	103, // 101: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
-	42,  // 102: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	45,  // 103: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	47,  // 104: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	49,  // 105: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	53,  // 106: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	57,  // 107: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	30,  // 108: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	55,  // 109: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	51,  // 110: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	65,  // [65:111] is the sub-list for method output_type
-	19,  // [19:65] is the sub-list for method input_type
-	19,  // [19:19] is the sub-list for extension type_name
-	19,  // [19:19] is the sub-list for extension extendee
-	0,   // [0:19] is the sub-list for field type_name
+	30,  // 13: flox.v1.CollectRequest.machine:type_name -> flox.v1.MachineCollection
+	34,  // 14: flox.v1.RootsResponse.roots:type_name -> flox.v1.Root
+	37,  // 15: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
+	34,  // 16: flox.v1.WhyChain.root:type_name -> flox.v1.Root
+	44,  // 17: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
+	19,  // 18: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
+	28,  // 19: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
+	2,   // 20: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
+	4,   // 21: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
+	6,   // 22: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
+	8,   // 23: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
+	11,  // 24: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
+	13,  // 25: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
+	15,  // 26: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
+	17,  // 27: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
+	21,  // 28: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
+	23,  // 29: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
+	25,  // 30: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
+	27,  // 31: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
+	29,  // 32: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
+	32,  // 33: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
+	35,  // 34: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
+	38,  // 35: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
+	40,  // 36: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
+	0,   // 37: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
+	67,  // 38: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
+	68,  // 39: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
+	69,  // 40: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
+	70,  // 41: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
+	71,  // 42: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
+	72,  // 43: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
+	73,  // 44: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	74,  // 45: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	75,  // 46: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	76,  // 47: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	77,  // 48: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	78,  // 49: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	79,  // 50: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
+	80,  // 51: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
+	81,  // 52: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
+	82,  // 53: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
+	83,  // 54: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
+	84,  // 55: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	85,  // 56: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	42,  // 57: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	45,  // 58: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	47,  // 59: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	49,  // 60: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	53,  // 61: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	57,  // 62: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	59,  // 63: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	55,  // 64: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	51,  // 65: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,   // 66: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 67: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 68: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 69: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 70: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 71: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 72: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 73: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 74: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 75: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 76: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 77: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	31,  // 78: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	33,  // 79: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	36,  // 80: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	39,  // 81: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	41,  // 82: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 83: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	86,  // 84: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	87,  // 85: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	88,  // 86: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	89,  // 87: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	90,  // 88: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	91,  // 89: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	92,  // 90: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	93,  // 91: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	94,  // 92: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	95,  // 93: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	96,  // 94: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	97,  // 95: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	98,  // 96: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	99,  // 97: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	100, // 98: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	101, // 99: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	102, // 100: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	103, // 101: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	104, // 102: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	43,  // 103: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	46,  // 104: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	48,  // 105: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	50,  // 106: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	54,  // 107: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	58,  // 108: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	31,  // 109: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	56,  // 110: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	52,  // 111: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	66,  // [66:112] is the sub-list for method output_type
+	20,  // [20:66] is the sub-list for method input_type
+	20,  // [20:20] is the sub-list for extension type_name
+	20,  // [20:20] is the sub-list for extension extendee
+	0,   // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_admin_proto_init() }
@@ -3993,7 +4071,7 @@ func file_flox_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_admin_proto_rawDesc), len(file_flox_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -495,6 +495,102 @@ func (x *TrustListResponse) GetLists() [][]byte {
 	return nil
 }
 
+type ReportDifferenceRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                      // base name
+	NarHash       []byte                 `protobuf:"bytes,2,opt,name=nar_hash,json=narHash,proto3" json:"nar_hash,omitempty"` // of what was offered: 32 bytes, SHA-256
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportDifferenceRequest) Reset() {
+	*x = ReportDifferenceRequest{}
+	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportDifferenceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportDifferenceRequest) ProtoMessage() {}
+
+func (x *ReportDifferenceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportDifferenceRequest.ProtoReflect.Descriptor instead.
+func (*ReportDifferenceRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ReportDifferenceRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ReportDifferenceRequest) GetNarHash() []byte {
+	if x != nil {
+		return x.NarHash
+	}
+	return nil
+}
+
+type ReportDifferenceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Recorded      bool                   `protobuf:"varint,1,opt,name=recorded,proto3" json:"recorded,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportDifferenceResponse) Reset() {
+	*x = ReportDifferenceResponse{}
+	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportDifferenceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportDifferenceResponse) ProtoMessage() {}
+
+func (x *ReportDifferenceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportDifferenceResponse.ProtoReflect.Descriptor instead.
+func (*ReportDifferenceResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ReportDifferenceResponse) GetRecorded() bool {
+	if x != nil {
+		return x.Recorded
+	}
+	return false
+}
+
 type ListValidRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	After         string                 `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`                          // base name
@@ -506,7 +602,7 @@ type ListValidRequest struct {
 
 func (x *ListValidRequest) Reset() {
 	*x = ListValidRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	mi := &file_flox_v1_facts_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -518,7 +614,7 @@ func (x *ListValidRequest) String() string {
 func (*ListValidRequest) ProtoMessage() {}
 
 func (x *ListValidRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[7]
+	mi := &file_flox_v1_facts_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -531,7 +627,7 @@ func (x *ListValidRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListValidRequest.ProtoReflect.Descriptor instead.
 func (*ListValidRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListValidRequest) GetAfter() string {
@@ -566,7 +662,7 @@ type ListValidResponse struct {
 
 func (x *ListValidResponse) Reset() {
 	*x = ListValidResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	mi := &file_flox_v1_facts_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -578,7 +674,7 @@ func (x *ListValidResponse) String() string {
 func (*ListValidResponse) ProtoMessage() {}
 
 func (x *ListValidResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[8]
+	mi := &file_flox_v1_facts_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -591,7 +687,7 @@ func (x *ListValidResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListValidResponse.ProtoReflect.Descriptor instead.
 func (*ListValidResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListValidResponse) GetPaths() []string {
@@ -624,7 +720,7 @@ type ReportStartsRequest struct {
 
 func (x *ReportStartsRequest) Reset() {
 	*x = ReportStartsRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[9]
+	mi := &file_flox_v1_facts_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -636,7 +732,7 @@ func (x *ReportStartsRequest) String() string {
 func (*ReportStartsRequest) ProtoMessage() {}
 
 func (x *ReportStartsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[9]
+	mi := &file_flox_v1_facts_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -649,7 +745,7 @@ func (x *ReportStartsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStartsRequest.ProtoReflect.Descriptor instead.
 func (*ReportStartsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReportStartsRequest) GetStarts() []*StartTrace {
@@ -668,7 +764,7 @@ type ReportStartsResponse struct {
 
 func (x *ReportStartsResponse) Reset() {
 	*x = ReportStartsResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[10]
+	mi := &file_flox_v1_facts_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +776,7 @@ func (x *ReportStartsResponse) String() string {
 func (*ReportStartsResponse) ProtoMessage() {}
 
 func (x *ReportStartsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[10]
+	mi := &file_flox_v1_facts_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +789,7 @@ func (x *ReportStartsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportStartsResponse.ProtoReflect.Descriptor instead.
 func (*ReportStartsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReportStartsResponse) GetTaken() uint32 {
@@ -712,7 +808,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[11]
+	mi := &file_flox_v1_facts_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +820,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[11]
+	mi := &file_flox_v1_facts_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +833,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchRequest) GetAfterIndex() uint64 {
@@ -762,7 +858,7 @@ type WatchEvent struct {
 
 func (x *WatchEvent) Reset() {
 	*x = WatchEvent{}
-	mi := &file_flox_v1_facts_proto_msgTypes[12]
+	mi := &file_flox_v1_facts_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -774,7 +870,7 @@ func (x *WatchEvent) String() string {
 func (*WatchEvent) ProtoMessage() {}
 
 func (x *WatchEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[12]
+	mi := &file_flox_v1_facts_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -787,7 +883,7 @@ func (x *WatchEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEvent.ProtoReflect.Descriptor instead.
 func (*WatchEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchEvent) GetIndex() uint64 {
@@ -849,7 +945,7 @@ type WhoHasRequest struct {
 
 func (x *WhoHasRequest) Reset() {
 	*x = WhoHasRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[13]
+	mi := &file_flox_v1_facts_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +957,7 @@ func (x *WhoHasRequest) String() string {
 func (*WhoHasRequest) ProtoMessage() {}
 
 func (x *WhoHasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[13]
+	mi := &file_flox_v1_facts_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +970,7 @@ func (x *WhoHasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoHasRequest.ProtoReflect.Descriptor instead.
 func (*WhoHasRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WhoHasRequest) GetKeys() [][]byte {
@@ -900,7 +996,7 @@ type WhoHasResponse struct {
 
 func (x *WhoHasResponse) Reset() {
 	*x = WhoHasResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[14]
+	mi := &file_flox_v1_facts_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -912,7 +1008,7 @@ func (x *WhoHasResponse) String() string {
 func (*WhoHasResponse) ProtoMessage() {}
 
 func (x *WhoHasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[14]
+	mi := &file_flox_v1_facts_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -925,7 +1021,7 @@ func (x *WhoHasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhoHasResponse.ProtoReflect.Descriptor instead.
 func (*WhoHasResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WhoHasResponse) GetProviders() []*Provider {
@@ -946,7 +1042,7 @@ type Provider struct {
 
 func (x *Provider) Reset() {
 	*x = Provider{}
-	mi := &file_flox_v1_facts_proto_msgTypes[15]
+	mi := &file_flox_v1_facts_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1054,7 @@ func (x *Provider) String() string {
 func (*Provider) ProtoMessage() {}
 
 func (x *Provider) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[15]
+	mi := &file_flox_v1_facts_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1067,7 @@ func (x *Provider) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Provider.ProtoReflect.Descriptor instead.
 func (*Provider) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Provider) GetPeer() string {
@@ -1005,7 +1101,7 @@ type AnnounceRequest struct {
 
 func (x *AnnounceRequest) Reset() {
 	*x = AnnounceRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[16]
+	mi := &file_flox_v1_facts_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1113,7 @@ func (x *AnnounceRequest) String() string {
 func (*AnnounceRequest) ProtoMessage() {}
 
 func (x *AnnounceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[16]
+	mi := &file_flox_v1_facts_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1126,7 @@ func (x *AnnounceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AnnounceRequest.ProtoReflect.Descriptor instead.
 func (*AnnounceRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AnnounceRequest) GetKeys() [][]byte {
@@ -1056,7 +1152,7 @@ type AnnounceResponse struct {
 
 func (x *AnnounceResponse) Reset() {
 	*x = AnnounceResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[17]
+	mi := &file_flox_v1_facts_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1068,7 +1164,7 @@ func (x *AnnounceResponse) String() string {
 func (*AnnounceResponse) ProtoMessage() {}
 
 func (x *AnnounceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[17]
+	mi := &file_flox_v1_facts_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1081,7 +1177,7 @@ func (x *AnnounceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AnnounceResponse.ProtoReflect.Descriptor instead.
 func (*AnnounceResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AnnounceResponse) GetTtlSeconds() uint32 {
@@ -1099,7 +1195,7 @@ type InfoRequest struct {
 
 func (x *InfoRequest) Reset() {
 	*x = InfoRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[18]
+	mi := &file_flox_v1_facts_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1111,7 +1207,7 @@ func (x *InfoRequest) String() string {
 func (*InfoRequest) ProtoMessage() {}
 
 func (x *InfoRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[18]
+	mi := &file_flox_v1_facts_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1220,7 @@ func (x *InfoRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoRequest.ProtoReflect.Descriptor instead.
 func (*InfoRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{20}
 }
 
 type InfoResponse struct {
@@ -1144,7 +1240,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[19]
+	mi := &file_flox_v1_facts_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1252,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[19]
+	mi := &file_flox_v1_facts_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1265,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *InfoResponse) GetName() string {
@@ -1249,7 +1345,7 @@ type AddPathRequest struct {
 
 func (x *AddPathRequest) Reset() {
 	*x = AddPathRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[20]
+	mi := &file_flox_v1_facts_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1261,7 +1357,7 @@ func (x *AddPathRequest) String() string {
 func (*AddPathRequest) ProtoMessage() {}
 
 func (x *AddPathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[20]
+	mi := &file_flox_v1_facts_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1274,7 +1370,7 @@ func (x *AddPathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPathRequest.ProtoReflect.Descriptor instead.
 func (*AddPathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AddPathRequest) GetInfo() *PathInfo {
@@ -1315,7 +1411,7 @@ type AddPathResponse struct {
 
 func (x *AddPathResponse) Reset() {
 	*x = AddPathResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[21]
+	mi := &file_flox_v1_facts_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1423,7 @@ func (x *AddPathResponse) String() string {
 func (*AddPathResponse) ProtoMessage() {}
 
 func (x *AddPathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[21]
+	mi := &file_flox_v1_facts_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1340,7 +1436,7 @@ func (x *AddPathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddPathResponse.ProtoReflect.Descriptor instead.
 func (*AddPathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AddPathResponse) GetInfo() *PathInfo {
@@ -1367,7 +1463,7 @@ type OfferPathsRequest struct {
 
 func (x *OfferPathsRequest) Reset() {
 	*x = OfferPathsRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[22]
+	mi := &file_flox_v1_facts_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1379,7 +1475,7 @@ func (x *OfferPathsRequest) String() string {
 func (*OfferPathsRequest) ProtoMessage() {}
 
 func (x *OfferPathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[22]
+	mi := &file_flox_v1_facts_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1392,7 +1488,7 @@ func (x *OfferPathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfferPathsRequest.ProtoReflect.Descriptor instead.
 func (*OfferPathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *OfferPathsRequest) GetPaths() [][]byte {
@@ -1420,7 +1516,7 @@ type OfferPathsResponse struct {
 
 func (x *OfferPathsResponse) Reset() {
 	*x = OfferPathsResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[23]
+	mi := &file_flox_v1_facts_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1432,7 +1528,7 @@ func (x *OfferPathsResponse) String() string {
 func (*OfferPathsResponse) ProtoMessage() {}
 
 func (x *OfferPathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[23]
+	mi := &file_flox_v1_facts_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1445,7 +1541,7 @@ func (x *OfferPathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfferPathsResponse.ProtoReflect.Descriptor instead.
 func (*OfferPathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *OfferPathsResponse) GetLackingPaths() []uint32 {
@@ -1471,7 +1567,7 @@ type TakePathsRequest struct {
 
 func (x *TakePathsRequest) Reset() {
 	*x = TakePathsRequest{}
-	mi := &file_flox_v1_facts_proto_msgTypes[24]
+	mi := &file_flox_v1_facts_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1483,7 +1579,7 @@ func (x *TakePathsRequest) String() string {
 func (*TakePathsRequest) ProtoMessage() {}
 
 func (x *TakePathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[24]
+	mi := &file_flox_v1_facts_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1496,7 +1592,7 @@ func (x *TakePathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TakePathsRequest.ProtoReflect.Descriptor instead.
 func (*TakePathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TakePathsRequest) GetPart() []byte {
@@ -1518,7 +1614,7 @@ type TakePart struct {
 
 func (x *TakePart) Reset() {
 	*x = TakePart{}
-	mi := &file_flox_v1_facts_proto_msgTypes[25]
+	mi := &file_flox_v1_facts_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1626,7 @@ func (x *TakePart) String() string {
 func (*TakePart) ProtoMessage() {}
 
 func (x *TakePart) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[25]
+	mi := &file_flox_v1_facts_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1639,7 @@ func (x *TakePart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TakePart.ProtoReflect.Descriptor instead.
 func (*TakePart) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TakePart) GetBlocks() [][]byte {
@@ -1571,7 +1667,7 @@ type TakePathsResponse struct {
 
 func (x *TakePathsResponse) Reset() {
 	*x = TakePathsResponse{}
-	mi := &file_flox_v1_facts_proto_msgTypes[26]
+	mi := &file_flox_v1_facts_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1583,7 +1679,7 @@ func (x *TakePathsResponse) String() string {
 func (*TakePathsResponse) ProtoMessage() {}
 
 func (x *TakePathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_facts_proto_msgTypes[26]
+	mi := &file_flox_v1_facts_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1596,7 +1692,7 @@ func (x *TakePathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TakePathsResponse.ProtoReflect.Descriptor instead.
 func (*TakePathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_facts_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_facts_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TakePathsResponse) GetPaths() uint32 {
@@ -1660,7 +1756,12 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x10TrustListRequest\x12!\n" +
 	"\fhave_version\x18\x01 \x01(\x04R\vhaveVersion\")\n" +
 	"\x11TrustListResponse\x12\x14\n" +
-	"\x05lists\x18\x01 \x03(\fR\x05lists\"\\\n" +
+	"\x05lists\x18\x01 \x03(\fR\x05lists\"H\n" +
+	"\x17ReportDifferenceRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x19\n" +
+	"\bnar_hash\x18\x02 \x01(\fR\anarHash\"6\n" +
+	"\x18ReportDifferenceResponse\x12\x1a\n" +
+	"\brecorded\x18\x01 \x01(\bR\brecorded\"\\\n" +
 	"\x10ListValidRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\tR\x05after\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x1c\n" +
@@ -1739,7 +1840,7 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"\x05index\x18\x03 \x01(\x04R\x05index2\x83\x01\n" +
 	"\x05Facts\x126\n" +
 	"\x05Paths\x12\x15.flox.v1.PathsRequest\x1a\x16.flox.v1.PathsResponse\x12B\n" +
-	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xe6\x05\n" +
+	"\tTrustList\x12\x19.flox.v1.TrustListRequest\x1a\x1a.flox.v1.TrustListResponse2\xbf\x06\n" +
 	"\n" +
 	"Storehouse\x125\n" +
 	"\x05Watch\x12\x15.flox.v1.WatchRequest\x1a\x13.flox.v1.WatchEvent0\x01\x129\n" +
@@ -1753,7 +1854,8 @@ const file_flox_v1_facts_proto_rawDesc = "" +
 	"OfferPaths\x12\x1a.flox.v1.OfferPathsRequest\x1a\x1b.flox.v1.OfferPathsResponse\x12D\n" +
 	"\tTakePaths\x12\x19.flox.v1.TakePathsRequest\x1a\x1a.flox.v1.TakePathsResponse(\x01\x12H\n" +
 	"\rWatchProfiles\x12\x1d.flox.v1.WatchProfilesRequest\x1a\x16.flox.v1.ProfilesEvent0\x01\x12H\n" +
-	"\vFindProfile\x12\x1b.flox.v1.FindProfileRequest\x1a\x1c.flox.v1.FindProfileResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\vFindProfile\x12\x1b.flox.v1.FindProfileRequest\x1a\x1c.flox.v1.FindProfileResponse\x12W\n" +
+	"\x10ReportDifference\x12 .flox.v1.ReportDifferenceRequest\x1a!.flox.v1.ReportDifferenceResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_facts_proto_rawDescOnce sync.Once
@@ -1767,79 +1869,83 @@ func file_flox_v1_facts_proto_rawDescGZIP() []byte {
 	return file_flox_v1_facts_proto_rawDescData
 }
 
-var file_flox_v1_facts_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_flox_v1_facts_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_flox_v1_facts_proto_goTypes = []any{
-	(*PathsRequest)(nil),         // 0: flox.v1.PathsRequest
-	(*PathsResponse)(nil),        // 1: flox.v1.PathsResponse
-	(*StartTrace)(nil),           // 2: flox.v1.StartTrace
-	(*TraceTree)(nil),            // 3: flox.v1.TraceTree
-	(*TraceChunk)(nil),           // 4: flox.v1.TraceChunk
-	(*TrustListRequest)(nil),     // 5: flox.v1.TrustListRequest
-	(*TrustListResponse)(nil),    // 6: flox.v1.TrustListResponse
-	(*ListValidRequest)(nil),     // 7: flox.v1.ListValidRequest
-	(*ListValidResponse)(nil),    // 8: flox.v1.ListValidResponse
-	(*ReportStartsRequest)(nil),  // 9: flox.v1.ReportStartsRequest
-	(*ReportStartsResponse)(nil), // 10: flox.v1.ReportStartsResponse
-	(*WatchRequest)(nil),         // 11: flox.v1.WatchRequest
-	(*WatchEvent)(nil),           // 12: flox.v1.WatchEvent
-	(*WhoHasRequest)(nil),        // 13: flox.v1.WhoHasRequest
-	(*WhoHasResponse)(nil),       // 14: flox.v1.WhoHasResponse
-	(*Provider)(nil),             // 15: flox.v1.Provider
-	(*AnnounceRequest)(nil),      // 16: flox.v1.AnnounceRequest
-	(*AnnounceResponse)(nil),     // 17: flox.v1.AnnounceResponse
-	(*InfoRequest)(nil),          // 18: flox.v1.InfoRequest
-	(*InfoResponse)(nil),         // 19: flox.v1.InfoResponse
-	(*AddPathRequest)(nil),       // 20: flox.v1.AddPathRequest
-	(*AddPathResponse)(nil),      // 21: flox.v1.AddPathResponse
-	(*OfferPathsRequest)(nil),    // 22: flox.v1.OfferPathsRequest
-	(*OfferPathsResponse)(nil),   // 23: flox.v1.OfferPathsResponse
-	(*TakePathsRequest)(nil),     // 24: flox.v1.TakePathsRequest
-	(*TakePart)(nil),             // 25: flox.v1.TakePart
-	(*TakePathsResponse)(nil),    // 26: flox.v1.TakePathsResponse
-	(*PathInfo)(nil),             // 27: flox.v1.PathInfo
-	(*WatchProfilesRequest)(nil), // 28: flox.v1.WatchProfilesRequest
-	(*FindProfileRequest)(nil),   // 29: flox.v1.FindProfileRequest
-	(*ProfilesEvent)(nil),        // 30: flox.v1.ProfilesEvent
-	(*FindProfileResponse)(nil),  // 31: flox.v1.FindProfileResponse
+	(*PathsRequest)(nil),             // 0: flox.v1.PathsRequest
+	(*PathsResponse)(nil),            // 1: flox.v1.PathsResponse
+	(*StartTrace)(nil),               // 2: flox.v1.StartTrace
+	(*TraceTree)(nil),                // 3: flox.v1.TraceTree
+	(*TraceChunk)(nil),               // 4: flox.v1.TraceChunk
+	(*TrustListRequest)(nil),         // 5: flox.v1.TrustListRequest
+	(*TrustListResponse)(nil),        // 6: flox.v1.TrustListResponse
+	(*ReportDifferenceRequest)(nil),  // 7: flox.v1.ReportDifferenceRequest
+	(*ReportDifferenceResponse)(nil), // 8: flox.v1.ReportDifferenceResponse
+	(*ListValidRequest)(nil),         // 9: flox.v1.ListValidRequest
+	(*ListValidResponse)(nil),        // 10: flox.v1.ListValidResponse
+	(*ReportStartsRequest)(nil),      // 11: flox.v1.ReportStartsRequest
+	(*ReportStartsResponse)(nil),     // 12: flox.v1.ReportStartsResponse
+	(*WatchRequest)(nil),             // 13: flox.v1.WatchRequest
+	(*WatchEvent)(nil),               // 14: flox.v1.WatchEvent
+	(*WhoHasRequest)(nil),            // 15: flox.v1.WhoHasRequest
+	(*WhoHasResponse)(nil),           // 16: flox.v1.WhoHasResponse
+	(*Provider)(nil),                 // 17: flox.v1.Provider
+	(*AnnounceRequest)(nil),          // 18: flox.v1.AnnounceRequest
+	(*AnnounceResponse)(nil),         // 19: flox.v1.AnnounceResponse
+	(*InfoRequest)(nil),              // 20: flox.v1.InfoRequest
+	(*InfoResponse)(nil),             // 21: flox.v1.InfoResponse
+	(*AddPathRequest)(nil),           // 22: flox.v1.AddPathRequest
+	(*AddPathResponse)(nil),          // 23: flox.v1.AddPathResponse
+	(*OfferPathsRequest)(nil),        // 24: flox.v1.OfferPathsRequest
+	(*OfferPathsResponse)(nil),       // 25: flox.v1.OfferPathsResponse
+	(*TakePathsRequest)(nil),         // 26: flox.v1.TakePathsRequest
+	(*TakePart)(nil),                 // 27: flox.v1.TakePart
+	(*TakePathsResponse)(nil),        // 28: flox.v1.TakePathsResponse
+	(*PathInfo)(nil),                 // 29: flox.v1.PathInfo
+	(*WatchProfilesRequest)(nil),     // 30: flox.v1.WatchProfilesRequest
+	(*FindProfileRequest)(nil),       // 31: flox.v1.FindProfileRequest
+	(*ProfilesEvent)(nil),            // 32: flox.v1.ProfilesEvent
+	(*FindProfileResponse)(nil),      // 33: flox.v1.FindProfileResponse
 }
 var file_flox_v1_facts_proto_depIdxs = []int32{
-	27, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
+	29, // 0: flox.v1.PathsResponse.found:type_name -> flox.v1.PathInfo
 	2,  // 1: flox.v1.PathsResponse.traces:type_name -> flox.v1.StartTrace
 	3,  // 2: flox.v1.StartTrace.trees:type_name -> flox.v1.TraceTree
 	4,  // 3: flox.v1.TraceTree.chunks:type_name -> flox.v1.TraceChunk
 	2,  // 4: flox.v1.ReportStartsRequest.starts:type_name -> flox.v1.StartTrace
-	15, // 5: flox.v1.WhoHasResponse.providers:type_name -> flox.v1.Provider
-	27, // 6: flox.v1.AddPathRequest.info:type_name -> flox.v1.PathInfo
-	27, // 7: flox.v1.AddPathResponse.info:type_name -> flox.v1.PathInfo
-	27, // 8: flox.v1.TakePart.paths:type_name -> flox.v1.PathInfo
+	17, // 5: flox.v1.WhoHasResponse.providers:type_name -> flox.v1.Provider
+	29, // 6: flox.v1.AddPathRequest.info:type_name -> flox.v1.PathInfo
+	29, // 7: flox.v1.AddPathResponse.info:type_name -> flox.v1.PathInfo
+	29, // 8: flox.v1.TakePart.paths:type_name -> flox.v1.PathInfo
 	0,  // 9: flox.v1.Facts.Paths:input_type -> flox.v1.PathsRequest
 	5,  // 10: flox.v1.Facts.TrustList:input_type -> flox.v1.TrustListRequest
-	11, // 11: flox.v1.Storehouse.Watch:input_type -> flox.v1.WatchRequest
-	13, // 12: flox.v1.Storehouse.WhoHas:input_type -> flox.v1.WhoHasRequest
-	16, // 13: flox.v1.Storehouse.Announce:input_type -> flox.v1.AnnounceRequest
-	18, // 14: flox.v1.Storehouse.Info:input_type -> flox.v1.InfoRequest
-	20, // 15: flox.v1.Storehouse.AddPath:input_type -> flox.v1.AddPathRequest
-	7,  // 16: flox.v1.Storehouse.ListPaths:input_type -> flox.v1.ListValidRequest
-	9,  // 17: flox.v1.Storehouse.ReportStarts:input_type -> flox.v1.ReportStartsRequest
-	22, // 18: flox.v1.Storehouse.OfferPaths:input_type -> flox.v1.OfferPathsRequest
-	24, // 19: flox.v1.Storehouse.TakePaths:input_type -> flox.v1.TakePathsRequest
-	28, // 20: flox.v1.Storehouse.WatchProfiles:input_type -> flox.v1.WatchProfilesRequest
-	29, // 21: flox.v1.Storehouse.FindProfile:input_type -> flox.v1.FindProfileRequest
-	1,  // 22: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
-	6,  // 23: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
-	12, // 24: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
-	14, // 25: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
-	17, // 26: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
-	19, // 27: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
-	21, // 28: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
-	8,  // 29: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
-	10, // 30: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
-	23, // 31: flox.v1.Storehouse.OfferPaths:output_type -> flox.v1.OfferPathsResponse
-	26, // 32: flox.v1.Storehouse.TakePaths:output_type -> flox.v1.TakePathsResponse
-	30, // 33: flox.v1.Storehouse.WatchProfiles:output_type -> flox.v1.ProfilesEvent
-	31, // 34: flox.v1.Storehouse.FindProfile:output_type -> flox.v1.FindProfileResponse
-	22, // [22:35] is the sub-list for method output_type
-	9,  // [9:22] is the sub-list for method input_type
+	13, // 11: flox.v1.Storehouse.Watch:input_type -> flox.v1.WatchRequest
+	15, // 12: flox.v1.Storehouse.WhoHas:input_type -> flox.v1.WhoHasRequest
+	18, // 13: flox.v1.Storehouse.Announce:input_type -> flox.v1.AnnounceRequest
+	20, // 14: flox.v1.Storehouse.Info:input_type -> flox.v1.InfoRequest
+	22, // 15: flox.v1.Storehouse.AddPath:input_type -> flox.v1.AddPathRequest
+	9,  // 16: flox.v1.Storehouse.ListPaths:input_type -> flox.v1.ListValidRequest
+	11, // 17: flox.v1.Storehouse.ReportStarts:input_type -> flox.v1.ReportStartsRequest
+	24, // 18: flox.v1.Storehouse.OfferPaths:input_type -> flox.v1.OfferPathsRequest
+	26, // 19: flox.v1.Storehouse.TakePaths:input_type -> flox.v1.TakePathsRequest
+	30, // 20: flox.v1.Storehouse.WatchProfiles:input_type -> flox.v1.WatchProfilesRequest
+	31, // 21: flox.v1.Storehouse.FindProfile:input_type -> flox.v1.FindProfileRequest
+	7,  // 22: flox.v1.Storehouse.ReportDifference:input_type -> flox.v1.ReportDifferenceRequest
+	1,  // 23: flox.v1.Facts.Paths:output_type -> flox.v1.PathsResponse
+	6,  // 24: flox.v1.Facts.TrustList:output_type -> flox.v1.TrustListResponse
+	14, // 25: flox.v1.Storehouse.Watch:output_type -> flox.v1.WatchEvent
+	16, // 26: flox.v1.Storehouse.WhoHas:output_type -> flox.v1.WhoHasResponse
+	19, // 27: flox.v1.Storehouse.Announce:output_type -> flox.v1.AnnounceResponse
+	21, // 28: flox.v1.Storehouse.Info:output_type -> flox.v1.InfoResponse
+	23, // 29: flox.v1.Storehouse.AddPath:output_type -> flox.v1.AddPathResponse
+	10, // 30: flox.v1.Storehouse.ListPaths:output_type -> flox.v1.ListValidResponse
+	12, // 31: flox.v1.Storehouse.ReportStarts:output_type -> flox.v1.ReportStartsResponse
+	25, // 32: flox.v1.Storehouse.OfferPaths:output_type -> flox.v1.OfferPathsResponse
+	28, // 33: flox.v1.Storehouse.TakePaths:output_type -> flox.v1.TakePathsResponse
+	32, // 34: flox.v1.Storehouse.WatchProfiles:output_type -> flox.v1.ProfilesEvent
+	33, // 35: flox.v1.Storehouse.FindProfile:output_type -> flox.v1.FindProfileResponse
+	8,  // 36: flox.v1.Storehouse.ReportDifference:output_type -> flox.v1.ReportDifferenceResponse
+	23, // [23:37] is the sub-list for method output_type
+	9,  // [9:23] is the sub-list for method input_type
 	9,  // [9:9] is the sub-list for extension type_name
 	9,  // [9:9] is the sub-list for extension extendee
 	0,  // [0:9] is the sub-list for field type_name
@@ -1858,7 +1964,7 @@ func file_flox_v1_facts_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_facts_proto_rawDesc), len(file_flox_v1_facts_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

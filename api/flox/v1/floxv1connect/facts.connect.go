@@ -64,6 +64,9 @@ const (
 	StorehouseWatchProfilesProcedure = "/flox.v1.Storehouse/WatchProfiles"
 	// StorehouseFindProfileProcedure is the fully-qualified name of the Storehouse's FindProfile RPC.
 	StorehouseFindProfileProcedure = "/flox.v1.Storehouse/FindProfile"
+	// StorehouseReportDifferenceProcedure is the fully-qualified name of the Storehouse's
+	// ReportDifference RPC.
+	StorehouseReportDifferenceProcedure = "/flox.v1.Storehouse/ReportDifference"
 )
 
 // FactsClient is a client for the flox.v1.Facts service.
@@ -195,6 +198,9 @@ type StorehouseClient interface {
 	WatchProfiles(context.Context, *connect.Request[v1.WatchProfilesRequest]) (*connect.ServerStreamForClient[v1.ProfilesEvent], error)
 	// FindProfile says of a profile that the caller does not watch where it is, now.
 	FindProfile(context.Context, *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error)
+	// ReportDifference tells that somebody on the machine offered another NAR for a valid
+	// path, which the machine has read and did not take.
+	ReportDifference(context.Context, *connect.Request[v1.ReportDifferenceRequest]) (*connect.Response[v1.ReportDifferenceResponse], error)
 }
 
 // NewStorehouseClient constructs a client for the flox.v1.Storehouse service. By default, it uses
@@ -274,22 +280,29 @@ func NewStorehouseClient(httpClient connect.HTTPClient, baseURL string, opts ...
 			connect.WithSchema(storehouseMethods.ByName("FindProfile")),
 			connect.WithClientOptions(opts...),
 		),
+		reportDifference: connect.NewClient[v1.ReportDifferenceRequest, v1.ReportDifferenceResponse](
+			httpClient,
+			baseURL+StorehouseReportDifferenceProcedure,
+			connect.WithSchema(storehouseMethods.ByName("ReportDifference")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // storehouseClient implements StorehouseClient.
 type storehouseClient struct {
-	watch         *connect.Client[v1.WatchRequest, v1.WatchEvent]
-	whoHas        *connect.Client[v1.WhoHasRequest, v1.WhoHasResponse]
-	announce      *connect.Client[v1.AnnounceRequest, v1.AnnounceResponse]
-	info          *connect.Client[v1.InfoRequest, v1.InfoResponse]
-	addPath       *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
-	listPaths     *connect.Client[v1.ListValidRequest, v1.ListValidResponse]
-	reportStarts  *connect.Client[v1.ReportStartsRequest, v1.ReportStartsResponse]
-	offerPaths    *connect.Client[v1.OfferPathsRequest, v1.OfferPathsResponse]
-	takePaths     *connect.Client[v1.TakePathsRequest, v1.TakePathsResponse]
-	watchProfiles *connect.Client[v1.WatchProfilesRequest, v1.ProfilesEvent]
-	findProfile   *connect.Client[v1.FindProfileRequest, v1.FindProfileResponse]
+	watch            *connect.Client[v1.WatchRequest, v1.WatchEvent]
+	whoHas           *connect.Client[v1.WhoHasRequest, v1.WhoHasResponse]
+	announce         *connect.Client[v1.AnnounceRequest, v1.AnnounceResponse]
+	info             *connect.Client[v1.InfoRequest, v1.InfoResponse]
+	addPath          *connect.Client[v1.AddPathRequest, v1.AddPathResponse]
+	listPaths        *connect.Client[v1.ListValidRequest, v1.ListValidResponse]
+	reportStarts     *connect.Client[v1.ReportStartsRequest, v1.ReportStartsResponse]
+	offerPaths       *connect.Client[v1.OfferPathsRequest, v1.OfferPathsResponse]
+	takePaths        *connect.Client[v1.TakePathsRequest, v1.TakePathsResponse]
+	watchProfiles    *connect.Client[v1.WatchProfilesRequest, v1.ProfilesEvent]
+	findProfile      *connect.Client[v1.FindProfileRequest, v1.FindProfileResponse]
+	reportDifference *connect.Client[v1.ReportDifferenceRequest, v1.ReportDifferenceResponse]
 }
 
 // Watch calls flox.v1.Storehouse.Watch.
@@ -347,6 +360,11 @@ func (c *storehouseClient) FindProfile(ctx context.Context, req *connect.Request
 	return c.findProfile.CallUnary(ctx, req)
 }
 
+// ReportDifference calls flox.v1.Storehouse.ReportDifference.
+func (c *storehouseClient) ReportDifference(ctx context.Context, req *connect.Request[v1.ReportDifferenceRequest]) (*connect.Response[v1.ReportDifferenceResponse], error) {
+	return c.reportDifference.CallUnary(ctx, req)
+}
+
 // StorehouseHandler is an implementation of the flox.v1.Storehouse service.
 type StorehouseHandler interface {
 	// Watch streams what changes after index: newly valid and removed paths, trust
@@ -376,6 +394,9 @@ type StorehouseHandler interface {
 	WatchProfiles(context.Context, *connect.Request[v1.WatchProfilesRequest], *connect.ServerStream[v1.ProfilesEvent]) error
 	// FindProfile says of a profile that the caller does not watch where it is, now.
 	FindProfile(context.Context, *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error)
+	// ReportDifference tells that somebody on the machine offered another NAR for a valid
+	// path, which the machine has read and did not take.
+	ReportDifference(context.Context, *connect.Request[v1.ReportDifferenceRequest]) (*connect.Response[v1.ReportDifferenceResponse], error)
 }
 
 // NewStorehouseHandler builds an HTTP handler from the service implementation. It returns the path
@@ -451,6 +472,12 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 		connect.WithSchema(storehouseMethods.ByName("FindProfile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	storehouseReportDifferenceHandler := connect.NewUnaryHandler(
+		StorehouseReportDifferenceProcedure,
+		svc.ReportDifference,
+		connect.WithSchema(storehouseMethods.ByName("ReportDifference")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Storehouse/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case StorehouseWatchProcedure:
@@ -475,6 +502,8 @@ func NewStorehouseHandler(svc StorehouseHandler, opts ...connect.HandlerOption) 
 			storehouseWatchProfilesHandler.ServeHTTP(w, r)
 		case StorehouseFindProfileProcedure:
 			storehouseFindProfileHandler.ServeHTTP(w, r)
+		case StorehouseReportDifferenceProcedure:
+			storehouseReportDifferenceHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -526,4 +555,8 @@ func (UnimplementedStorehouseHandler) WatchProfiles(context.Context, *connect.Re
 
 func (UnimplementedStorehouseHandler) FindProfile(context.Context, *connect.Request[v1.FindProfileRequest]) (*connect.Response[v1.FindProfileResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.FindProfile is not implemented"))
+}
+
+func (UnimplementedStorehouseHandler) ReportDifference(context.Context, *connect.Request[v1.ReportDifferenceRequest]) (*connect.Response[v1.ReportDifferenceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Storehouse.ReportDifference is not implemented"))
 }
