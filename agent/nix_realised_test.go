@@ -90,9 +90,11 @@ func TestRealisationsStayOnTheMachine(t *testing.T) {
 		t.Errorf("signed by the storehouse: %v, told %d times", err, h.builds.told)
 	}
 	// They go with their paths.
+	leaves(t, a, alice) // who had it built
+	leaves(t, a, root)  // who added it
 	n := newNixClient(t, a)
 	n.run("nix-store", "--delete", testStore.Join(good))
-	if got := says(alice); got != "" {
+	if got := says(nixDialAs(t, a, worker.Peer{Trust: worker.NotTrusted, UID: 1001})); got != "" {
 		t.Errorf("alice hears %q, which is gone", got)
 	}
 	if got := says(bob); got != other {

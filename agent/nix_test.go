@@ -259,10 +259,26 @@ func TestStockNixBuildsInTheStorehouse(t *testing.T) {
 	if _, err := a.staged.Path(flox.StorePath(filepath.Base(source))); err != nil || b.has(filepath.Base(source)) {
 		t.Errorf("a source that no build needs left the machine, or: %v", err)
 	}
+	leaves(t, a, c) // what it built stays while it is here
 	n.run("nix-store", "--delete", source)
 	if _, err := a.staged.Path(flox.StorePath(filepath.Base(source))); !errors.Is(err, flox.ErrNotFound) {
 		t.Errorf("deleted, but %v", err)
 	}
+}
+
+// leaves ends a connection, and waits until the agent keeps nothing for it any more.
+func leaves(t *testing.T, a *Agent, c *worker.Client) {
+	t.Helper()
+	sessions := func() int {
+		a.nix.roots.mu.Lock()
+		defer a.nix.roots.mu.Unlock()
+		return len(a.nix.roots.sessions)
+	}
+	before := sessions()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "a connection has ended", func() bool { return sessions() < before })
 }
 
 // nixDial connects a client that is trusted or not.

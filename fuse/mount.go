@@ -19,6 +19,9 @@ import (
 // and backup programs can leave it out.
 const FSType = "fuse.floxd"
 
+// LinksSource is the Source of a mount of links, which is no store.
+const LinksSource = "floxd-links"
+
 // MountConfig says where and how to mount. Only Dir is required.
 type MountConfig struct {
 	// Dir is an existing, empty, absolute directory that is no mount point.

@@ -31,7 +31,7 @@ func TestRunUsesTheAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	u.run(t, "--quiet", "-p", link, "--", "rg", "--version").want(t, 0, "ripgrep ")
-	u.run(t, "-p", "anna/tools", "--", "rg", "--version").want(t, 3, "this machine has no /flox")
+	u.run(t, "-p", "anna/tools", "--", "rg", "--version").want(t, 3, "there is no /flox/anna/tools")
 	u.run(t, "/nix/store/00000000000000000000000000000000-nobody", "--", "true").want(t, 3, "not valid in this storehouse")
 	if dir := filepath.Join(u.home, ".local"); exists(dir) {
 		t.Errorf("%s was made for nothing", dir)

@@ -103,17 +103,4 @@ func TestServerThatIsTakenOutSaysSoAtOnce(t *testing.T) {
 			}
 		})
 	}
-	t.Run("the servers", func(t *testing.T) {
-		t.Parallel()
-		eventually(t, "the server says it of itself", func() bool {
-			said := false
-			for name, st := range serversOver(t, ask[2]) {
-				if strings.Contains(st.GetProblem(), "no majority") {
-					t.Fatalf("of %s it says: %s", name, st.GetProblem())
-				}
-				said = said || strings.Contains(st.GetProblem(), "it was taken out")
-			}
-			return said
-		})
-	})
 }

@@ -263,7 +263,7 @@ func (w *warden) mountLinks(ctx context.Context) (err error) {
 		err = os.MkdirAll(dir, 0o755)
 	}
 	if err == nil {
-		w.links, err = fuse.Mount(fuse.MountConfig{Dir: dir, WithoutResend: w.cfg.WithoutResend, Log: w.cfg.Log})
+		w.links, err = fuse.Mount(fuse.MountConfig{Dir: dir, Source: fuse.LinksSource, WithoutResend: w.cfg.WithoutResend, Log: w.cfg.Log})
 	}
 	if err != nil && w.cfg.LinksOptional {
 		w.log.Warn("profiles are not shown", "dir", dir, "error", err)

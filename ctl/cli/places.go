@@ -16,6 +16,7 @@ const (
 	DefaultSocket      = DefaultRunDir + "/" + SocketName
 	StorehouseSocket   = "storehouse.sock" // in the run directory: for operators on the server itself
 	FilesystemType     = "fuse.floxd"      // of the store's mount, as in /proc/self/mountinfo
+	LinksSource        = "floxd-links"     // device of the mount of profiles, which is of the same type, there
 
 	DefaultHTTPPort       = 7780 // binary cache of the storehouse
 	DefaultStorehousePort = 7781 // storehouse to machines

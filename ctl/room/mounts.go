@@ -30,14 +30,14 @@ func mounts(table string) (dirs []string) {
 	for line := range strings.Lines(table) {
 		left, right, split := strings.Cut(line, " - ")
 		fields, tail := strings.Fields(left), strings.Fields(right)
-		if !split || len(fields) < 5 || len(tail) == 0 {
+		if !split || len(fields) < 5 || len(tail) < 2 {
 			continue
 		}
 		dir := unescape.Replace(fields[4])
 		// What is mounted later covers what was there.
 		dirs = slices.DeleteFunc(dirs, func(d string) bool { return d == dir || strings.HasPrefix(d, dir+"/") })
 		options := strings.Split(tail[len(tail)-1], ",")
-		if tail[0] == cli.FilesystemType && fields[3] == "/" && slices.Contains(options, "user_id=0") {
+		if tail[0] == cli.FilesystemType && tail[1] != cli.LinksSource && fields[3] == "/" && slices.Contains(options, "user_id=0") {
 			dirs = append(dirs, dir)
 		}
 	}

@@ -77,6 +77,7 @@ func TestMounts(t *testing.T) {
 		"part":     {root + part, nil},
 		"others'":  {root + evil + ours, []string{"/nix/store"}},
 		"rubbish":  {"x\n - \n- - -\n" + ours, []string{"/nix/store"}},
+		"profiles": {root + ours + "41 22 0:53 / /flox ro - fuse.floxd floxd-links ro,user_id=0\n", []string{"/nix/store"}},
 		"siblings": {root + strings.ReplaceAll(ours, "/nix/store", "/nix/store2") + same, []string{"/nix/store2"}},
 	} {
 		if d := cmp.Diff(test.want, mounts(test.table), cmpopts.EquateEmpty()); d != "" {
