@@ -49,9 +49,11 @@ func TestConnectionsOfNixClientsAreBounded(t *testing.T) {
 	})
 	until(t, "somebody listens at the socket for Nix", func() bool {
 		conn, err := (&net.Dialer{}).DialContext(t.Context(), "unix", a.cfg.NixSocket)
-		if err == nil {
-			conn.Close()
+		if err != nil {
+			return false
 		}
+		defer conn.Close()
+		_, err = worker.NewClient(t.Context(), conn, worker.ClientConfig{Dir: testStore}) // it has its place when it is greeted
 		return err == nil
 	})
 	until(t, "its place is free again", func() bool {
