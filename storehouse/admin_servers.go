@@ -74,11 +74,11 @@ func (a *admin) transfer(ctx context.Context, who *floxv1.Actor, to string) (str
 		}
 		peer = m.GetPeer()
 	}
-	limited, cancel := context.WithTimeout(ctx, changeWait)
-	defer cancel()
+	limited, done := a.s.agreeing(ctx, changeWait)
+	defer done()
 	before := a.s.node.Status().Leader
 	if err := a.s.node.Transfer(limited, peer); err != nil {
-		return "", a.mayNotLead(ctx, peer, "", noMajority(ctx, changeWait, err))
+		return "", a.mayNotLead(ctx, peer, "", a.s.disagreed(ctx, limited, changeWait, err))
 	}
 	// This server may hear of it a moment after the one that gave leadership away.
 	for {
@@ -92,7 +92,7 @@ func (a *admin) transfer(ctx context.Context, who *floxv1.Actor, to string) (str
 		select {
 		case <-time.After(leaderPause):
 		case <-limited.Done():
-			return "", noMajority(ctx, changeWait, limited.Err())
+			return "", a.s.disagreed(ctx, limited, changeWait, limited.Err())
 		}
 	}
 }
@@ -153,9 +153,9 @@ func (a *admin) Drain(ctx context.Context, req *connect.Request[floxv1.DrainRequ
 		m, err = a.findServer(ctx, req.Msg.GetServer())
 	}
 	if err == nil {
-		limited, cancel := context.WithTimeout(ctx, changeWait)
-		err = noMajority(ctx, changeWait, change(limited, m.GetPeer()))
-		cancel()
+		limited, done := a.s.agreeing(ctx, changeWait)
+		err = a.s.disagreed(ctx, limited, changeWait, change(limited, m.GetPeer()))
+		done()
 		if !req.Msg.GetUndo() && errors.Is(err, flox.ErrBusy) {
 			err = fmt.Errorf("%s is not drained: %w", m.GetName(), a.mayNotLead(ctx, "", m.GetName(), err))
 		}

@@ -152,12 +152,14 @@ func (s *Server) isOutcast(ctx context.Context) bool {
 			break
 		}
 	}
-	return castOut(errs, s.outcast.lost())
+	if s.outcast.lost() { // who was refused a moment ago may not get to ask again yet
+		return !slices.Contains(errs, nil)
+	}
+	return castOut(errs)
 }
 
 // castOut reports whether servers that were asked take this one for a server no more:
-// none answered, and one said so at least, now or earlier: who was refused a moment ago
-// may not get to ask again yet.
-func castOut(answers []error, earlier bool) bool {
-	return !slices.Contains(answers, nil) && (earlier || slices.ContainsFunc(answers, func(err error) bool { return errors.Is(err, flox.ErrDenied) }))
+// none answered, and one said so at least.
+func castOut(answers []error) bool {
+	return !slices.Contains(answers, nil) && slices.ContainsFunc(answers, func(err error) bool { return errors.Is(err, flox.ErrDenied) })
 }

@@ -103,4 +103,21 @@ func TestServerThatIsTakenOutSaysSoAtOnce(t *testing.T) {
 			}
 		})
 	}
+	t.Run("the servers", func(t *testing.T) {
+		t.Parallel()
+		eventually(t, "the server says it of itself", func() bool {
+			said := false
+			resp, err := ask[2].Servers(within(t), connect.NewRequest(&floxv1.ServersRequest{}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, st := range resp.Msg.GetServers() { // by peer: it has no name of its own any more
+				if strings.Contains(st.GetProblem(), "no majority") {
+					t.Fatalf("of %s it says: %s", st.GetName(), st.GetProblem())
+				}
+				said = said || st.GetPeer() == string(h.servers[2].id.peer) && strings.Contains(st.GetProblem(), "it was taken out")
+			}
+			return said
+		})
+	})
 }

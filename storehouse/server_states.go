@@ -110,7 +110,7 @@ func (s *Server) lookAtServers(ctx context.Context) *houseState {
 	group.Wait()
 	if leading != nil && s.node.Status().Leader == "" {
 		i := slices.Index(peers, string(s.id.peer))
-		if i >= 0 && castOut(slices.Concat(errs[:i], errs[i+1:]), s.outcast.lost()) {
+		if i >= 0 && (s.outcast.lost() || castOut(slices.Concat(errs[:i], errs[i+1:]))) { // some may have answered before it was
 			s.foundOutcast(true)
 			leading, states[i].State.Problem = errOutcast, outcastWords
 		}
