@@ -134,6 +134,11 @@ func (c *catchUp) reached(index uint64) error {
 // step goes through everything if need be, else waits for what is new, and asks
 // again for what was lacking.
 func (c *catchUp) step(ctx context.Context) error {
+	if c.at == 0 { // no entry is known here before this server was let in: nothing to go through
+		if _, err := c.node.Follow(ctx, 0); err != nil {
+			return err
+		}
+	}
 	if c.at == 0 || c.damaged.Load() || time.Since(c.passed) > passEvery || len(c.lacking) >= maxLacking {
 		return c.pass(ctx)
 	}

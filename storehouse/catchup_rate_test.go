@@ -1,6 +1,8 @@
 package storehouse
 
 import (
+	"context"
+	"errors"
 	"testing"
 	"time"
 )
@@ -25,5 +27,21 @@ func TestRateCountsWhatCame(t *testing.T) {
 	})
 	if !whole(h.servers[1], p) {
 		t.Error("the upload is not on the second server")
+	}
+}
+
+// A server that was not let in yet waits: it knows nothing that it could go through.
+func TestNothingIsGoneThroughBeforeTheFirstEntry(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t, 1)
+	cfg := clusterConfig(t.TempDir())
+	h.tell(cfg)
+	h.configs, h.servers, h.stops = append(h.configs, cfg), append(h.servers, nil), append(h.stops, nil)
+	s, _ := h.run(1)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	c := newCatchUp(s)
+	if err := c.step(ctx); !errors.Is(err, context.DeadlineExceeded) || !c.passed.IsZero() {
+		t.Errorf("a step ended with %v and went through everything at %v, want that it waits", err, c.passed)
 	}
 }
