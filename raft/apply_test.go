@@ -146,6 +146,7 @@ func said(a any) string {
 // However the entries are cut into batches, every answer and every byte of the
 // state is as if each had been applied by itself.
 func TestBatchesLeadToTheSameState(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	for round := range uint64(8) {
@@ -185,6 +186,7 @@ func TestBatchesLeadToTheSameState(t *testing.T) {
 // a batch too: those before it are in the state and answered, nothing of it is,
 // and nothing behind it is looked at.
 func TestStopInTheMiddleOfABatch(t *testing.T) {
+	t.Parallel()
 	rng := rand.New(rand.NewPCG(1, 2))
 	for at := range 40 {
 		logs := entries(t, rng, 40)

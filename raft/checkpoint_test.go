@@ -12,6 +12,7 @@ import (
 // Commands are applied while a snapshot is being kept: it may hold them, and a
 // server that restores it applies them once all the same.
 func TestSnapshotHoldsNothingBack(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n, stop := single(t, dir)
 	add(t, n, "x", ProposeOptions{})

@@ -63,6 +63,7 @@ func writer(dir string) {
 // kill -9 at any moment, snapshots under way included, loses no answered
 // command and applies none twice, and the next start needs no cleaning up.
 func TestKillLosesNothing(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	var acked [8]uint64
 	for round := range 5 {
@@ -238,6 +239,7 @@ func (c *cluster) same(key string, want uint64) {
 // The leader goes away under load: what was answered is on the others, nothing
 // is applied twice by the retries, and the old leader catches up.
 func TestLeaderLost(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	first := c.leader()
 	var answered atomic.Uint64
@@ -297,6 +299,7 @@ func (c *cluster) propose(ctx context.Context, session string, sequence uint64) 
 // A server that was away for longer than the log reaches back gets a snapshot
 // over the wire, and the log goes on behind it, also after a restart.
 func TestSnapshotToLaggingServer(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, func(cfg *Config) {
 		cfg.KeepEntries = 8
 		cfg.SnapshotEvery = 1 << 30
@@ -332,6 +335,7 @@ func TestSnapshotToLaggingServer(t *testing.T) {
 
 // A snapshot moves over a pipe bit for bit; a flip or a cut anywhere is noticed.
 func TestArchive(t *testing.T) {
+	t.Parallel()
 	src := t.TempDir()
 	var files []archiveFile
 	for name, content := range map[string]string{"a.sst": strings.Repeat("table ", 1000), "MANIFEST-1": "", "000002.log": "x"} {
@@ -375,6 +379,7 @@ func TestArchive(t *testing.T) {
 // Snapshots: the two newest stay, what a crash left goes, a damaged one is left
 // out, and a crash between taking a snapshot and restoring it is made good.
 func TestSnapshotStore(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n, stop := single(t, dir)
 	for range 4 {
@@ -437,6 +442,7 @@ func FuzzUnpack(f *testing.F) {
 // A server that restarts right behind a snapshot it took in goes on with the
 // entries behind it: raft asks the log for an entry that only the snapshot knows.
 func TestLogAroundSnapshot(t *testing.T) {
+	t.Parallel()
 	n, stop := single(t, t.TempDir())
 	for range 10 {
 		add(t, n, "x", ProposeOptions{})

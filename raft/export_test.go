@@ -14,6 +14,7 @@ import (
 // node founded on it holds exactly that, goes on behind its index, and takes part under its
 // own name.
 func TestFoundOnAFrozenState(t *testing.T) {
+	t.Parallel()
 	n, stop := single(t, t.TempDir())
 	for i := range 100 {
 		add(t, n, fmt.Sprint("key-", i%7), ProposeOptions{})
@@ -83,6 +84,7 @@ func TestFoundOnAFrozenState(t *testing.T) {
 
 // Records that are none of a state make no state.
 func TestBuildStateRefuses(t *testing.T) {
+	t.Parallel()
 	for name, records := range map[string][]string{
 		"nothing":       {},
 		"no index":      {"\x01\x00\x00\x00\x01a"},

@@ -94,6 +94,7 @@ func slowly(to, from net.Conn, delay time.Duration) {
 // Where round trips take a third of the heartbeat the leader stays, though its own
 // wait for a majority is not raised with them; those that wait for it wait longer.
 func TestLeaderStaysOverLongWays(t *testing.T) {
+	t.Parallel()
 	const trip = 300 * time.Millisecond
 	c := newFarCluster(t, trip, func(cfg *Config) { cfg.Heartbeat = time.Second })
 	// A machine that is too busy to send a heartbeat in time may change its leader

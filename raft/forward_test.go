@@ -23,6 +23,7 @@ import (
 // once in its own state, and in linearizable reads of all; a retry through
 // another server gets the first answer; a refusal keeps its sentinel.
 func TestFollowersForward(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	leader := c.leader()
 	for round := range 20 {
@@ -61,6 +62,7 @@ func TestFollowersForward(t *testing.T) {
 // The leader goes away under writers at all other servers: nobody sees an
 // error, nothing is lost or applied twice, none of them retries itself.
 func TestCallersOutliveLeader(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	first := c.leader()
 	var answered atomic.Uint64
@@ -109,6 +111,7 @@ func TestCallersOutliveLeader(t *testing.T) {
 // Without a majority callers wait until their context ends, and are told that
 // nothing was done.
 func TestNoMajority(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	leader := c.leader()
 	for i := 1; i < 3; i++ {
@@ -159,6 +162,7 @@ func dialCalls(t *testing.T, address string) net.Conn {
 // A leader that has too much to do says so without keeping what it was sent,
 // and goes on; what is no frame ends its connection only.
 func TestServePushesBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, func(cfg *Config) { cfg.MaxInFlight = 2 })
 	leader := c.leader()
 	n, address := c.nodes[leader], c.cfg[leader].Address
@@ -211,6 +215,7 @@ func TestServePushesBack(t *testing.T) {
 
 // What an error means survives the way between servers.
 func TestFailureOverTheWire(t *testing.T) {
+	t.Parallel()
 	for _, kind := range append([]error{ErrUnknownOutcome, ErrNotLeader, ErrUnknownCommand, ErrSessionExpired}, refusalKinds[1:9]...) {
 		for _, refused := range []error{nil, ErrRefused} {
 			err := fmt.Errorf("doing this: %w", kind)

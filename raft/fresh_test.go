@@ -13,6 +13,7 @@ import (
 // state is young enough, and refused with its age after that; the leader is not
 // asked while there is no need.
 func TestViewWithin(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	leader := c.leader()
 	follower := (leader + 1) % 3
@@ -50,6 +51,7 @@ func TestViewWithin(t *testing.T) {
 
 // Lagging behind counts as age, however often the leader is heard.
 func TestFreshness(t *testing.T) {
+	t.Parallel()
 	f, start := freshness{}, time.Now()
 	at := func(s int) time.Time { return start.Add(time.Duration(s) * time.Second) }
 	f.note(at(1), 10, 10)

@@ -24,6 +24,7 @@ func reopened(t *testing.T, n *Node) *Node {
 // A vote is on disk when raft has written both halves of it, and only then: a
 // term without its candidate would be a vote for whoever had the last one.
 func TestVoteIsWrittenWhole(t *testing.T) {
+	t.Parallel()
 	n, err := Open(Config{Dir: t.TempDir(), ID: "a"})
 	if err != nil {
 		t.Fatal(err)
@@ -67,6 +68,7 @@ func TestVoteIsWrittenWhole(t *testing.T) {
 // Entries kept in memory are those of the log: one that another leader replaced,
 // or that was dropped, is not given any more.
 func TestRecentEntriesAreTheLogs(t *testing.T) {
+	t.Parallel()
 	n, err := Open(Config{Dir: t.TempDir(), ID: "a"})
 	if err != nil {
 		t.Fatal(err)

@@ -48,6 +48,7 @@ func (c *cluster) join(id string, voter bool) int {
 // not wanted as a voter never does; both have the state. What is not the server
 // that was meant is not added.
 func TestServersJoin(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	add(t, c.nodes[0], "x", ProposeOptions{})
 	far := c.join("far", false)
@@ -83,6 +84,7 @@ func TestServersJoin(t *testing.T) {
 // it away, does not come back to it when the next leader dies, and does after
 // Undrain.
 func TestTransferAndDrain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	first := c.leader()
 	second := (first + 1) % 3
@@ -154,6 +156,7 @@ func TestTransferAndDrain(t *testing.T) {
 // Nobody is removed if those who stay had no healthy majority, not by force
 // either; who is away is removed by force only, and the leader may be.
 func TestRemoveServer(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	leader := c.leader()
 	away, other := (leader+1)%3, (leader+2)%3
@@ -189,6 +192,7 @@ func TestRemoveServer(t *testing.T) {
 
 // Without a majority nobody is removed, and the operator is told what to do.
 func TestRemoveServerWithoutMajority(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	stays := c.leader()
 	for i := range c.nodes {
@@ -235,6 +239,7 @@ func slowDown(t *testing.T) {
 // A server that is away stays a member until another one came for it, and goes
 // then, one for one, also if that one answers sooner than the leader counts its vote.
 func TestDeadServerIsReplaced(t *testing.T) {
+	t.Parallel()
 	slowDown(t)
 	told := make(chan string, 8) // of whoever leads
 	c := newCluster(t, func(cfg *Config) {
@@ -274,6 +279,7 @@ func TestDeadServerIsReplaced(t *testing.T) {
 // Commands of a level are refused until every server knows it, by name of who
 // does not; the level lasts, and a program that is too old is told so.
 func TestLevels(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, func(cfg *Config) { cfg.Version = "1.0" })
 	restart := func(i int) {
 		if err := c.stop[i](); err != nil {
@@ -323,6 +329,7 @@ func TestLevels(t *testing.T) {
 
 // Nothing about the members that this program does not know is skipped.
 func TestMembersRefuse(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string][]byte{
 		"noise":         {0xff},
 		"empty":         nil,
@@ -349,6 +356,7 @@ func TestMembersRefuse(t *testing.T) {
 
 // A census decides by majorities of those who would vote.
 func TestCensusSafe(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		healthy, without, with string
 		want                   bool
@@ -386,6 +394,7 @@ func testCensus(healthy string) *census {
 // A slow network makes servers more patient, within bounds, and a fast one
 // brings them back to what is configured.
 func TestPatience(t *testing.T) {
+	t.Parallel()
 	ms := time.Millisecond
 	for _, c := range []struct{ configured, rtt, want time.Duration }{
 		{200 * ms, 0, 200 * ms},
@@ -423,6 +432,7 @@ func TestPatience(t *testing.T) {
 // A command of a level that nothing keeps the cluster from is taken right after the
 // start, when the level was not raised yet.
 func TestLevelIsReachedAfterTheStart(t *testing.T) {
+	t.Parallel()
 	n, _ := start(t, Config{Dir: t.TempDir(), ID: "a", Bootstrap: true, ReserveBytes: 1, Level: 3})
 	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{Level: 3}); err != nil {
 		t.Error(err)
@@ -435,6 +445,7 @@ func TestLevelIsReachedAfterTheStart(t *testing.T) {
 // Who reads while a server ends is told, and nobody waits on raft for ever (TestMain
 // looks for goroutines).
 func TestReadsMeetTheEnd(t *testing.T) {
+	t.Parallel()
 	n, stop := single(t, t.TempDir())
 	r := n.raft.Load()
 	if err := n.verify(within(t), r); err != nil {

@@ -8,6 +8,7 @@ import (
 
 // The block cache of a server in a small container is small.
 func TestMemoryLimitOfControlGroups(t *testing.T) {
+	t.Parallel()
 	machine := memoryLimit(t.TempDir())
 	if machine < 64<<20 {
 		t.Fatalf("the machine has %d bytes of memory", machine)

@@ -12,6 +12,7 @@ import (
 // A follower that refuses ends the pipeline to it, also for a sender that raft's own
 // would let wait for somebody who listens no more.
 func TestRefusalEndsThePipeline(t *testing.T) {
+	t.Parallel()
 	var ends [2]*raft.NetworkTransport
 	for i := range ends {
 		l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -132,6 +132,7 @@ func count(t *testing.T, n *Node, c Consistency, key string) uint64 {
 
 // What was answered is there after a restart, and the log goes on behind it.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n, stop := single(t, dir)
 	for range 5 {
@@ -153,6 +154,7 @@ func TestRestart(t *testing.T) {
 // A command proposed again with its session and sequence is applied once and
 // answered as the first time, refusals included, also after a restart.
 func TestRetryAppliedOnce(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n, stop := single(t, dir)
 	opt := func(sequence uint64) ProposeOptions { return ProposeOptions{Session: "s", Sequence: sequence} }
@@ -197,6 +199,7 @@ func TestRetryAppliedOnce(t *testing.T) {
 
 // The Session helper begins again by itself when its session was forgotten.
 func TestSessionBeginsAgain(t *testing.T) {
+	t.Parallel()
 	n, _ := single(t, t.TempDir())
 	s := n.NewSession()
 	for i := range 3 {
@@ -217,6 +220,7 @@ func TestSessionBeginsAgain(t *testing.T) {
 
 // Time in the log never goes back, whatever the clock of a leader does.
 func TestTimeNeverGoesBack(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n, stop := single(t, dir)
 	ask := func() int64 {
@@ -241,6 +245,7 @@ func TestTimeNeverGoesBack(t *testing.T) {
 // An entry this program does not know stops the node with the state untouched;
 // a program that knows it goes on from there.
 func TestUnknownStopsNode(t *testing.T) {
+	t.Parallel()
 	entry := func(edit func(*floxv1.Envelope)) []byte {
 		e := &floxv1.Envelope{Version: EnvelopeVersion, Kind: testKind, Command: []byte("add x")}
 		edit(e)
@@ -301,6 +306,7 @@ func sumOf(b []byte) []byte {
 
 // A node refuses what it could not apply itself before it is in the log.
 func TestProposeRefuses(t *testing.T) {
+	t.Parallel()
 	n, _ := single(t, t.TempDir())
 	last := n.Status().Last
 	if _, _, err := n.Propose(within(t), 99, []byte("add x"), ProposeOptions{}); !errors.Is(err, flox.ErrBadInput) {
@@ -337,6 +343,7 @@ func TestProposeRefuses(t *testing.T) {
 
 // A second process on the same directory is told who holds it.
 func TestSecondOpener(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	single(t, dir)
 	_, err := Open(Config{Dir: dir, ID: "a", Bootstrap: true})
@@ -347,6 +354,7 @@ func TestSecondOpener(t *testing.T) {
 
 // Garbage in the directory is an error that names it, not a panic or an empty log.
 func TestGarbage(t *testing.T) {
+	t.Parallel()
 	for name, spoil := range map[string]func(dir string) error{
 		"log is text": func(d string) error {
 			return os.WriteFile(filepath.Join(d, "log", "wal-meta.db"), []byte("hello"), 0o600)
@@ -399,6 +407,7 @@ func spoilFiles(pattern string) error {
 
 // A state whose pointer was lost is made again from log and snapshots.
 func TestStateRebuilt(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	n, stop := single(t, dir)
 	for range 10 {
@@ -422,6 +431,7 @@ func TestStateRebuilt(t *testing.T) {
 
 // Readers keep their moment while commands are applied, and see writes in key order.
 func TestReader(t *testing.T) {
+	t.Parallel()
 	n, _ := single(t, t.TempDir())
 	for _, k := range []string{"p/b", "p/a", "q", "p/c"} {
 		add(t, n, k, ProposeOptions{})
@@ -456,6 +466,7 @@ func TestReader(t *testing.T) {
 
 // Follow wakes when something is applied, and ends with its context.
 func TestFollow(t *testing.T) {
+	t.Parallel()
 	n, _ := single(t, t.TempDir())
 	at := n.Applied()
 	got := make(chan uint64, 1)
@@ -479,6 +490,7 @@ func TestFollow(t *testing.T) {
 
 // Sessions that nobody uses are forgotten by log time, a few per entry.
 func TestSessionsExpire(t *testing.T) {
+	t.Parallel()
 	n, _ := single(t, t.TempDir())
 	for i := range 20 {
 		add(t, n, "x", ProposeOptions{Session: fmt.Sprint("s", i), Sequence: 1})
@@ -593,6 +605,7 @@ func (tcpLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
 // A heartbeat that is handled while raft shuts down has the log open; one that
 // comes later is not handled.
 func TestNoHeartbeatAfterTheEnd(t *testing.T) {
+	t.Parallel()
 	n := &Node{}
 	handled := make(chan struct{})
 	release := make(chan struct{})

@@ -128,6 +128,7 @@ func (c *cluster) replace(i int, what string) {
 // error; then what it has is discarded, and it is a voter again with the state of
 // the others. The process never ends, nothing wrong is ever served.
 func TestRot(t *testing.T) {
+	t.Parallel()
 	rounds := 12
 	if testing.Short() { // as under the race detector
 		rounds = 3
@@ -175,6 +176,7 @@ func TestRot(t *testing.T) {
 // A server that was discarded gives no vote and begins no cluster until the
 // leader has taken its vote away: it may have voted before.
 func TestDiscardedDoesNotVote(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	leader := c.leader()
 	lost, other := (leader+1)%3, (leader+2)%3
@@ -218,6 +220,7 @@ func TestDiscardedDoesNotVote(t *testing.T) {
 // Rot in an entry's head, which the sum inside it does not cover, in a term and
 // in a vote is found.
 func TestLogSums(t *testing.T) {
+	t.Parallel()
 	n, stop := single(t, t.TempDir())
 	add(t, n, "x", ProposeOptions{})
 	if err := stop(); err != nil {
@@ -258,6 +261,7 @@ func TestLogSums(t *testing.T) {
 // What is given up stays until the state is back from the others, also when it is
 // given up twice.
 func TestDiscardKeepsWhatThereWas(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	lost := (c.leader() + 1) % 3
 	add(t, c.nodes[c.leader()], "x", ProposeOptions{})
