@@ -38,7 +38,7 @@ One collection runs at a time, on the server that leads, whichever is asked; a
 storehouse also collects by itself (collect-every).
 
 A server gives room back to its disk by rewriting files of which less than half is
-used, 256 MiB each. The one that it writes to keeps its room until it is full.
+used, of 1 to 256 MiB; meanwhile it needs room for what is used of one of them.
 
 --dry-run lists what would go and changes nothing. With --json one line for each
 step.

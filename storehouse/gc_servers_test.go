@@ -13,17 +13,18 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content/pack"
 )
 
-// A collection frees content on every server, and only what is dead; it is the
-// leader that collects.
+// A collection frees content on every server, and the room of it on the disks, and only
+// what is dead; it is the leader that collects.
 func TestCollectFreesContentOnEveryServer(t *testing.T) {
 	t.Parallel()
 	h := newHouse(t, 3)
 	for _, s := range h.servers {
 		s.cfg.CollectGrace, s.cfg.touchEvery = 20*time.Millisecond, time.Millisecond
 	}
-	dead, base := makePath(t, "dead", 200_000), makePath(t, "base", 200_000)
+	dead, base := makePath(t, "dead", 4_000_000), makePath(t, "base", 200_000)
 	kept := makePath(t, "kept", 200_000, base.info.Path)
 	publish(t, h.servers[0], dead)
 	publish(t, h.servers[2], base)
@@ -38,9 +39,9 @@ func TestCollectFreesContentOnEveryServer(t *testing.T) {
 	if err := h.servers[1].Collect(within(t), soon, nil); !errors.Is(err, flox.ErrUnreachable) {
 		t.Errorf("a follower collects: %v", err)
 	}
-	before := make([]uint64, len(h.servers))
+	before := make([]pack.Stats, len(h.servers))
 	for i, s := range h.servers {
-		before[i] = s.packs.Stat().Blocks
+		before[i] = s.packs.Stat()
 		// What came for a path that is not valid yet is held for longer than this test.
 		if err := s.held.close(); err != nil {
 			t.Fatal(err)
@@ -50,8 +51,8 @@ func TestCollectFreesContentOnEveryServer(t *testing.T) {
 		t.Errorf("%v, want one path gone", got)
 	}
 	for i, s := range h.servers {
-		if now := s.packs.Stat().Blocks; now >= before[i] {
-			t.Errorf("server %d has %d blocks, %d before", i, now, before[i])
+		if now := s.packs.Stat(); now.Blocks >= before[i].Blocks || now.DiskBytes > before[i].DiskBytes-4_000_000 {
+			t.Errorf("server %d has %+v, before %+v", i, now, before[i])
 		}
 		eventually(t, "it is gone", func() bool { return !stillValid(t, s, dead) })
 		checkWhole(t, s, kept)

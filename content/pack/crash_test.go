@@ -28,7 +28,11 @@ func crashChild() {
 		fmt.Println("error", crashBucketChild(url))
 		os.Exit(1)
 	}
-	s, err := Open(Config{Dir: os.Getenv(childEnv), PackSize: 256 << 10, Reserve: 1})
+	cfg := Config{Dir: os.Getenv(childEnv), PackSize: 256 << 10, Reserve: 1}
+	if os.Getenv("PACK_CRASH_SWEEP") != "" {
+		cfg.PackSize = 0
+	}
+	s, err := Open(cfg)
 	if err != nil {
 		fmt.Println("error", err)
 		os.Exit(1)
@@ -45,6 +49,10 @@ func crashChild() {
 			fmt.Println(got.Manifest)
 			session.Close()
 		}
+	}
+	if cfg.PackSize == 0 {
+		fmt.Println("error", sweepChild(s, start))
+		os.Exit(1)
 	}
 	for i := start; ; i++ {
 		id, b := block(i)

@@ -82,9 +82,82 @@ func (s *Store) SweepMarked(ctx context.Context, mark func(context.Context) (liv
 	return done, nil
 }
 
-// compact rewrites packs of which less than half is used. With a bucket it also
-// joins small ones, and they are only condemned.
+// compact gives back the room of packs of which less than half is used, also of the
+// one that is written to.
 func (s *Store) compact(ctx context.Context) (freed int64, err error) {
+	full, err := s.leaveSparse(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if freed, err = s.rewrite(ctx); err != nil || !full || freed <= 0 {
+		return freed, err
+	}
+	// Now there is room for the pack that the disk was too full for.
+	if _, err = s.leaveSparse(ctx); err != nil {
+		return freed, err
+	}
+	more, err := s.rewrite(ctx)
+	return freed + more, err
+}
+
+// minLeave is the size in bytes from which on a sweep leaves the pack that is written
+// to, so that it can be rewritten. Below that it is not worth it.
+const minLeave = 1 << 20
+
+// leaveSparse begins a new pack if less than half of the last one is used: the last one
+// itself is never rewritten. full says that the disk has no room for a new one.
+func (s *Store) leaveSparse(ctx context.Context) (full bool, err error) {
+	if s.remote != nil {
+		return false, nil // what is in the bucket does not grow
+	}
+	if err := s.writing.lock(ctx); err != nil {
+		return false, err
+	}
+	defer s.writing.unlock()
+	switch left, err := s.leave(); {
+	case isFull(err):
+		s.log.Warn("no room for a new pack, the last one keeps its dead blocks for now", "dir", s.cfg.Dir, "error", err)
+		return true, nil
+	case err != nil:
+		return false, diskError(err, "new pack in "+s.cfg.Dir)
+	case !left:
+		return false, nil
+	}
+	return false, s.flush() // a Sync does nothing where nothing was put
+}
+
+// leave is leaveSparse without what is needed around it; writing is held. The new pack
+// is there before anything changes: its file keeps the number of the last one from being
+// given again when that is gone.
+func (s *Store) leave() (left bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.usable(); err != nil {
+		return false, err
+	}
+	last := sealed{id: s.lastID, size: s.sizes[s.lastID]}
+	if s.active != nil {
+		last = sealed{s.activeID, s.active, s.size, s.syncedSize}
+	}
+	s.index.mu.Lock()
+	p := s.index.packs[last.id]
+	s.index.mu.Unlock()
+	// What the index does not have yet is live.
+	if last.size < minLeave || 2*(p.live+last.size-p.indexed) >= last.size {
+		return false, nil
+	}
+	if err := s.newPack(); err != nil {
+		return false, err
+	}
+	if last.file != nil {
+		s.ended(last)
+	}
+	return true, nil
+}
+
+// rewrite moves what is live in packs of which less than half is used, and removes them.
+// With a bucket it also joins small ones, and they are only condemned.
+func (s *Store) rewrite(ctx context.Context) (freed int64, err error) {
 	var moved []uint32
 	bytes := int64(0)
 	finish := func() error {
@@ -142,8 +215,8 @@ func (s *Store) sparse() []uint32 {
 	var ids []uint32
 	for id, size := range s.sizes {
 		// A pack whose frames are not all in the index holds blocks that live does
-		// not count. The last pack stays: its number must not be given again, or a
-		// Cursor into it would hide what comes.
+		// not count. The last pack stays, also when it is full (leaveSparse): its number
+		// must not be given again, or a Cursor into it would hide what comes.
 		if p := s.index.packs[id]; p.indexed >= size && 2*p.live < size && id != s.lastID {
 			ids = append(ids, id)
 		}

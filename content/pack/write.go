@@ -183,9 +183,14 @@ func (s *Store) room(n int64) error {
 
 // seal ends the active pack; mu is held.
 func (s *Store) seal() {
-	s.unsynced = append(s.unsynced, sealed{s.activeID, s.active, s.size, s.syncedSize})
-	s.sizes[s.activeID] = s.size
+	s.ended(sealed{s.activeID, s.active, s.size, s.syncedSize})
 	s.active = nil
+}
+
+// ended says that nothing more comes into a pack; mu is held.
+func (s *Store) ended(p sealed) {
+	s.unsynced = append(s.unsynced, p)
+	s.sizes[p.id] = p.size
 }
 
 // newPack begins a pack; mu is held.
