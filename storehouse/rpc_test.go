@@ -51,9 +51,7 @@ func join(t *testing.T, inv *api.Invite) *member {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- m.host.Run(ctx) }()
-	transport := &http.Transport{DisableCompression: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return m.host.Dial(ctx, m.house, rpcProtocol)
-	}}
+	transport := &http.Transport{DisableCompression: true, DialContext: m.dial}
 	t.Cleanup(func() {
 		transport.CloseIdleConnections()
 		cancel()
@@ -65,6 +63,11 @@ func join(t *testing.T, inv *api.Invite) *member {
 	m.facts, m.store = floxv1connect.NewFactsClient(client, "http://house"), floxv1connect.NewStorehouseClient(client, "http://house")
 	m.builds = floxv1connect.NewBuildsClient(client, "http://house")
 	return m
+}
+
+// dial opens a stream to the storehouse, as http.Transport wants it.
+func (m *member) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	return m.host.Dial(ctx, m.house, rpcProtocol)
 }
 
 // upload publishes a path over the wire.

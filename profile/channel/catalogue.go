@@ -3,6 +3,7 @@ package channel
 import (
 	"bufio"
 	"cmp"
+	"container/heap"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -97,23 +98,51 @@ type Hit struct {
 // attribute, a description. At most limit are given, and whether there are more.
 func (c *Catalogue) Search(term, system string, limit int) (hits []Hit, more bool) {
 	words := strings.Fields(strings.ToLower(term))
+	limit = max(0, min(limit, maxResults))
+	best := make(best, 0, limit)
 	for i := range c.entries {
 		e := &c.entries[i]
 		if e.Error != "" || system != "" && e.System != system {
 			continue
 		}
-		if score, ok := rate(c.folded[i], words); ok {
-			hits = append(hits, Hit{e, score})
+		score, ok := rate(c.folded[i], words)
+		if !ok {
+			continue
+		}
+		if hit := (Hit{e, score}); len(best) < limit {
+			heap.Push(&best, hit)
+		} else if more = true; limit > 0 && Better(hit, best[0]) < 0 {
+			best[0] = hit
+			heap.Fix(&best, 0)
 		}
 	}
-	slices.SortStableFunc(hits, Better)
-	if limit = min(limit, maxResults); len(hits) > limit {
-		return hits[:limit], true
-	}
-	return hits, false
+	slices.SortFunc(best, Better)
+	return best, more
 }
 
-// Better orders hits.
+// best is a heap of hits with the worst of them at its top.
+type best []Hit
+
+// Len is heap.Interface.
+func (b *best) Len() int { return len(*b) }
+
+// Less is heap.Interface.
+func (b *best) Less(i, j int) bool { return Better((*b)[i], (*b)[j]) > 0 }
+
+// Swap is heap.Interface.
+func (b *best) Swap(i, j int) { (*b)[i], (*b)[j] = (*b)[j], (*b)[i] }
+
+// Push is heap.Interface.
+func (b *best) Push(x any) { *b = append(*b, x.(Hit)) }
+
+// Pop is heap.Interface.
+func (b *best) Pop() any {
+	last := (*b)[len(*b)-1]
+	*b = (*b)[:len(*b)-1]
+	return last
+}
+
+// Better orders hits: of one catalogue, no two are equal.
 func Better(x, y Hit) int {
 	return cmp.Or(x.Score-y.Score, len(x.Name)-len(y.Name), strings.Compare(x.Attr, y.Attr), strings.Compare(x.System, y.System))
 }

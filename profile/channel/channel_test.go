@@ -181,3 +181,29 @@ func TestDistance(t *testing.T) {
 		t.Error("distinct")
 	}
 }
+
+// A search gives the best of all hits, whatever the limit.
+func TestSearchGivesTheBest(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		n := rapid.IntRange(0, 60).Draw(t, "entries")
+		var b strings.Builder
+		for i := range n {
+			name := rapid.StringMatching("[ab]{1,3}").Draw(t, "name")
+			fmt.Fprintf(&b, `{"attr":"%s.%d","name":%q,"system":"x"}`+"\n", name, i, name)
+		}
+		c, err := Read(strings.NewReader(b.String()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		term := rapid.StringMatching("[ab]{1,2}").Draw(t, "term")
+		all, more := c.Search(term, "", n)
+		if more || !slices.IsSortedFunc(all, Better) {
+			t.Fatalf("%v, more %v", all, more)
+		}
+		limit := rapid.IntRange(0, n).Draw(t, "limit")
+		got, more := c.Search(term, "", limit)
+		if want := all[:min(limit, len(all))]; !slices.Equal(got, want) || more != (len(all) > limit) {
+			t.Fatalf("%d of %d: %v, more %v, want %v", limit, len(all), got, more, want)
+		}
+	})
+}
