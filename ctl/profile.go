@@ -54,7 +54,7 @@ What is in a profile: floxctl install, uninstall, list, show, history, rollback.
 		Args:    cli.Args(0, 0, ""),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileDeleteCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
+	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
 	return cmd
 }
 

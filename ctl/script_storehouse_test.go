@@ -96,6 +96,10 @@ func (s *scriptedAdmin) GrantProfile(_ context.Context, r *connect.Request[floxv
 	return unary[floxv1.GrantProfileRequest, floxv1.GrantProfileResponse](s.scripted, "GrantProfile", r)
 }
 
+func (s *scriptedAdmin) RenameProfile(_ context.Context, r *connect.Request[floxv1.RenameProfileRequest]) (*connect.Response[floxv1.RenameProfileResponse], error) {
+	return unary[floxv1.RenameProfileRequest, floxv1.RenameProfileResponse](s.scripted, "RenameProfile", r)
+}
+
 func (s *scriptedAdmin) ListChannels(_ context.Context, r *connect.Request[floxv1.ListChannelsRequest]) (*connect.Response[floxv1.ListChannelsResponse], error) {
 	return unary[floxv1.ListChannelsRequest, floxv1.ListChannelsResponse](s.scripted, "ListChannels", r)
 }

@@ -38,6 +38,7 @@ type applying struct {
 	counts counts
 	reply  *floxv1.ProfilesReply
 	name   string // folded, of the profile that changed
+	was    string // folded, the one it had until then; "" = the same
 }
 
 // Apply is raft.Processor.
@@ -80,6 +81,8 @@ func (a *applying) apply(c *floxv1.ProfilesCommand) error {
 		return a.remove(c.Delete)
 	case *floxv1.ProfilesCommand_Grants:
 		return a.grant(c.Grants)
+	case *floxv1.ProfilesCommand_Rename:
+		return a.rename(c.Rename)
 	}
 	return fmt.Errorf("profiles: no command inside: %w", raft.ErrUnknownCommand)
 }
@@ -113,6 +116,9 @@ func (a *applying) create(c *floxv1.NewProfile) error {
 	}
 	if a.counts.profiles >= maxProfiles {
 		return fmt.Errorf("there are %d profiles already: delete some: %w", a.counts.profiles, flox.ErrFull)
+	}
+	if err := a.free(Folded(c.GetName())); err != nil {
+		return err
 	}
 	a.counts.profiles++
 	p := &floxv1.Profile{Name: c.GetName(), Systems: systems, CreatedUnixMs: a.at.UnixMilli(), CreatedIndex: a.index, CreatedBy: a.actor.GetUser()}
@@ -299,6 +305,9 @@ func (a *applying) remove(name string) error {
 	for _, key := range events {
 		err = errors.Join(err, a.tx.Delete(key))
 	}
+	for _, name := range p.GetFormerly() {
+		err = errors.Join(err, a.free(Folded(name)))
+	}
 	a.counts.profiles--
 	a.name = Folded(p.GetName())
 	return errors.Join(err, a.tx.Delete(textKey(profileKey, a.name)))
@@ -376,7 +385,11 @@ func (a *applying) put(key []byte, m proto.Message) error {
 // finish tells watchers which profile changed.
 func (a *applying) finish() error {
 	a.counts.changes++
-	if err := a.tx.Set(indexKey(a.index), []byte(a.name)); err != nil {
+	names := a.name
+	if a.was != "" {
+		names += "\x00" + a.was
+	}
+	if err := a.tx.Set(indexKey(a.index), []byte(names)); err != nil {
 		return err
 	}
 	dropped, err := raft.DropOldest(a.tx, changeKey, a.counts.dropped, &a.counts.changes, a.maxChanges)

@@ -21,8 +21,13 @@ import (
 // Kind is the kind of ProfilesCommand in the log. Kinds are never reused.
 const Kind = 6
 
-// Level is the level of ProfilesCommand; see the storehouse.
-const Level = 5
+// Level is the level of a ProfilesCommand; see the storehouse.
+func Level(c *floxv1.ProfilesCommand) uint32 {
+	if c.GetRename() != nil {
+		return 6
+	}
+	return 5
+}
 
 // Bounds of what is kept. They are part of the state machine.
 const (
@@ -35,6 +40,7 @@ const (
 	maxGrants      = 256
 	maxText        = 512 // bytes of a version, a source, a reason
 	maxChanges     = 1 << 14
+	maxFormerly    = 8 // names that a profile had; then the oldest is free
 )
 
 // Roles of a person in a profile; the later ones may do what the earlier may.
@@ -53,7 +59,8 @@ const DefaultPriority = 5
 //	'g' NAME 0 NUMBER   Generation, with package_ids
 //	'k' HASH            PackageRecord
 //	'h' NAME 0 INDEX    ProfileEvent
-//	'c' INDEX           name of the profile that changed
+//	'c' INDEX           name of the profile that changed, and behind a 0 the one it had until then
+//	'r' NAME            name of the profile that had this one
 //	'n'                 counts
 const (
 	profileKey    = 'p'
@@ -62,6 +69,7 @@ const (
 	eventKey      = 'h'
 	changeKey     = 'c'
 	countsKey     = 'n'
+	renamedKey    = 'r'
 )
 
 func textKey(kind byte, text string) []byte { return append([]byte{kind}, text...) }

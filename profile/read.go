@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
@@ -18,6 +19,11 @@ func Find(g getter, name string) (*floxv1.Profile, error) {
 	}
 	p, err := load(g, textKey(profileKey, Folded(name)), &floxv1.Profile{})
 	if errors.Is(err, flox.ErrNotFound) {
+		if now, err := renamed(g, Folded(name)); err != nil {
+			return nil, err
+		} else if now != "" {
+			return nil, &RenamedError{Name: name, Now: now}
+		}
 		return nil, fmt.Errorf("there is no profile %s; see: floxctl profile list: %w", name, flox.ErrNotFound)
 	}
 	return p, err
@@ -137,9 +143,11 @@ func Changes(r *raft.Reader, after uint64) (names []string, ok bool, err error) 
 	}
 	seen := map[string]bool{}
 	err = r.Iterate([]byte{changeKey}, indexKey(after+1), func(_, value []byte) bool {
-		if name := string(value); !seen[name] {
-			seen[name] = true
-			names = append(names, name)
+		for name := range strings.SplitSeq(string(value), "\x00") {
+			if !seen[name] {
+				seen[name] = true
+				names = append(names, name)
+			}
 		}
 		return true
 	})

@@ -66,6 +66,18 @@ func (a *admin) DeleteProfile(ctx context.Context, req *connect.Request[floxv1.D
 	return answer(&floxv1.DeleteProfileResponse{}, err)
 }
 
+// RenameProfile is floxv1connect.AdminHandler.
+func (a *admin) RenameProfile(ctx context.Context, req *connect.Request[floxv1.RenameProfileRequest]) (*connect.Response[floxv1.RenameProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	reply, err := a.s.profiles.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Rename{Rename: &floxv1.RenameProfile{
+		Profile: req.Msg.GetName(), To: req.Msg.GetTo(),
+	}}})
+	return answer(&floxv1.RenameProfileResponse{Profile: reply.GetProfile()}, err)
+}
+
 // GrantProfile is floxv1connect.AdminHandler.
 func (a *admin) GrantProfile(ctx context.Context, req *connect.Request[floxv1.GrantProfileRequest]) (*connect.Response[floxv1.GrantProfileResponse], error) {
 	who, err := a.person(ctx, req)

@@ -25,7 +25,7 @@ import (
 
 // goldenEnv names a new fixture to be written, as in
 //
-//	FLOX_GOLDEN=level6 go test -run TestOpensStatesOfOlderPrograms ./storehouse
+//	FLOX_GOLDEN=level7 go test -run TestOpensStatesOfOlderPrograms ./storehouse
 //
 // One is made and committed before each release, and whenever level rises. Those
 // that are there stay as they are for ever: a change that does not open one breaks
@@ -40,6 +40,7 @@ const goldens = "testdata/level*.tar.gz"
 const (
 	goldenBase, goldenTop, goldenDrv, goldenBehind = "golden-base", "golden-top", "golden.drv", "golden-behind"
 	goldenProfile, goldenChannel                   = "alice/golden", "golden"
+	goldenRenamed, goldenFormer                    = "alice/newer", "alice/older" // from level 6 on
 	goldenUpstream                                 = "http://cache.golden.invalid"
 	goldenRealisation                              = "sha256:0000000000000000000000000000000000000000000000000000000000000001!out"
 )
@@ -101,6 +102,12 @@ func writeGolden(t *testing.T, file string) {
 		pkg := asPackage(fmt.Sprint("p", i), "1", p)
 		pkg.Priority += uint32(i)
 		install(t, s, goldenProfile, pkg)
+	}
+	newProfile(t, s, goldenFormer)
+	install(t, s, goldenFormer, asPackage("p", "1", base))
+	renamed := &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Rename{Rename: &floxv1.RenameProfile{Profile: goldenFormer, To: goldenRenamed}}}
+	if _, err := s.profiles.propose(within(t), alice(), renamed); err != nil {
+		t.Fatal(err)
 	}
 	version := &floxv1.ChannelVersion{Source: string(base.info.Path), Catalogue: string(top.info.Path), Systems: []string{linux}, Packages: 1}
 	published := &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Publish{Publish: &floxv1.NewChannelVersion{Channel: goldenChannel, Version: version}}}
@@ -207,6 +214,9 @@ func TestOpensStatesOfOlderPrograms(t *testing.T) {
 					if file >= "testdata/level5" {
 						checkGoldenProfile(t, s)
 					}
+					if file >= "testdata/level6" {
+						checkGoldenRenamed(t, s)
+					}
 					stop()
 				}
 			})
@@ -271,6 +281,19 @@ func checkGoldenProfile(t *testing.T, s *Server) {
 			t.Errorf("generation %d: %v, %v, want as many packages", n, g, err)
 		}
 		linksOf(t, s, g.Msg.GetGeneration())
+	}
+}
+
+// checkGoldenRenamed checks what fixtures have from level 6 on.
+func checkGoldenRenamed(t *testing.T, s *Server) {
+	t.Helper()
+	admin := operatorOf(t, s)
+	now, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenRenamed}))
+	if err != nil || now.Msg.GetProfile().GetLive() != 1 || len(now.Msg.GetGeneration().GetPackages()) != 1 {
+		t.Errorf("the renamed profile %v, %v", now, err)
+	}
+	if _, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenFormer})); err == nil || !strings.Contains(err.Error(), "renamed to "+goldenRenamed) {
+		t.Errorf("by its old name: %v", err)
 	}
 }
 

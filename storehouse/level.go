@@ -10,7 +10,8 @@ package storehouse
 //	3  UpstreamsCommand; PathsCommand.build
 //	4  MembersCommand.seen
 //	5  ProfilesCommand, ChannelsCommand
-const level = 5
+//	6  ProfilesCommand.rename
+const level = 6
 
 // Levels of commands and changes.
 const (

@@ -122,7 +122,7 @@ func (p *profiles) propose(ctx context.Context, who person, c *floxv1.ProfilesCo
 	if err != nil {
 		return nil, err
 	}
-	answer, err := enterAt(ctx, p.s.node.NewSession(), profile.Level, profile.Kind, b)
+	answer, err := enterAt(ctx, p.s.node.NewSession(), profile.Level(c), profile.Kind, b)
 	if err != nil {
 		return nil, err
 	}

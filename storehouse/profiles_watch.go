@@ -299,7 +299,12 @@ func findProfile(r *cluster.Reader, sight sight, q *floxv1.FindProfileRequest, o
 		return err
 	}
 	p, err := profile.Find(r, q.GetName())
-	if err == nil && !sight.sees(p) {
+	hidden := err == nil && !sight.sees(p)
+	if renamed := (*profile.RenamedError)(nil); errors.As(err, &renamed) {
+		p, found := profile.Find(r, renamed.Now)
+		hidden = found != nil || !sight.sees(p)
+	}
+	if hidden {
 		err = fmt.Errorf("there is no profile %s that this machine may see: %w", q.GetName(), flox.ErrNotFound)
 	}
 	if err != nil {

@@ -161,7 +161,9 @@ func TestMachinesHearOfTheProfilesOfTheirUsers(t *testing.T) {
 	put("acme/secret", asPackage("other", "2", other))
 	w.begin("acme/public")
 	w.until(map[string]uint64{"alice/default": 0, "acme/ci": 3})
-	propose(&floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Delete{Delete: "acme/ci"}})
+	propose(&floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Rename{Rename: &floxv1.RenameProfile{Profile: "acme/ci", To: "acme/build"}}})
+	w.until(map[string]uint64{"alice/default": 0, "acme/build": 3})
+	propose(&floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Delete{Delete: "acme/build"}})
 	w.until(map[string]uint64{"alice/default": 0})
 	if w.resets != 1 {
 		t.Errorf("told all anew %d times, want once", w.resets)
@@ -184,6 +186,16 @@ func TestMachinesHearOfTheProfilesOfTheirUsers(t *testing.T) {
 	}
 	if got, err := find("ACME/secret", 1); err != nil || got.GetProfile().GetLive().GetNumber() != 2 || got.GetGeneration().GetNumber() != 1 || got.GetOwner() != "acme" {
 		t.Errorf("find: %v, %v", got, err)
+	}
+	create("acme/old")
+	propose(&floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Rename{Rename: &floxv1.RenameProfile{Profile: "acme/old", To: "acme/new"}}})
+	if _, err := find("acme/old", 0); !errors.Is(err, flox.ErrNotFound) || !strings.Contains(err.Error(), "renamed to acme/new") {
+		t.Errorf("find by an old name: %v", err)
+	}
+	create("bob/was")
+	propose(&floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Rename{Rename: &floxv1.RenameProfile{Profile: "bob/was", To: "bob/is"}}})
+	if _, err := find("bob/was", 0); !errors.Is(err, flox.ErrNotFound) || strings.Contains(err.Error(), "bob/is") {
+		t.Errorf("find by an old name of one that may not be seen: %v", err)
 	}
 	create("bob/hidden")
 	for _, q := range []struct {

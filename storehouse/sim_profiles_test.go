@@ -175,7 +175,7 @@ func (p simProfiles) command(subject simSubject, seen simProfile, a profilesAsk)
 			Profile: name, Grants: []*floxv1.ProfileGrant{{User: "Bob", Role: simRoles[a.role]}},
 		}}
 	}
-	return a, simCommand{profile.Kind, profile.Level, c}
+	return a, simCommand{profile.Kind, profile.Level(c), c}
 }
 
 func (simProfiles) heard(_ simSubject, ask any, reply []byte) (any, uint64, error) {

@@ -3763,7 +3763,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xa8\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xf8\x17\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3789,7 +3789,8 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\fTestUpstream\x12\x1c.flox.v1.TestUpstreamRequest\x1a\x1d.flox.v1.TestUpstreamResponse\x12Q\n" +
 	"\x0eRemoveUpstream\x12\x1e.flox.v1.RemoveUpstreamRequest\x1a\x1f.flox.v1.RemoveUpstreamResponse\x12N\n" +
 	"\rCreateProfile\x12\x1d.flox.v1.CreateProfileRequest\x1a\x1e.flox.v1.CreateProfileResponse\x12N\n" +
-	"\rDeleteProfile\x12\x1d.flox.v1.DeleteProfileRequest\x1a\x1e.flox.v1.DeleteProfileResponse\x12K\n" +
+	"\rDeleteProfile\x12\x1d.flox.v1.DeleteProfileRequest\x1a\x1e.flox.v1.DeleteProfileResponse\x12N\n" +
+	"\rRenameProfile\x12\x1d.flox.v1.RenameProfileRequest\x1a\x1e.flox.v1.RenameProfileResponse\x12K\n" +
 	"\fListProfiles\x12\x1c.flox.v1.ListProfilesRequest\x1a\x1d.flox.v1.ListProfilesResponse\x12H\n" +
 	"\vShowProfile\x12\x1b.flox.v1.ShowProfileRequest\x1a\x1c.flox.v1.ShowProfileResponse\x12Q\n" +
 	"\x0eProfileHistory\x12\x1e.flox.v1.ProfileHistoryRequest\x1a\x1f.flox.v1.ProfileHistoryResponse\x12N\n" +
@@ -3902,38 +3903,40 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*RemoveUpstreamRequest)(nil),   // 70: flox.v1.RemoveUpstreamRequest
 	(*CreateProfileRequest)(nil),    // 71: flox.v1.CreateProfileRequest
 	(*DeleteProfileRequest)(nil),    // 72: flox.v1.DeleteProfileRequest
-	(*ListProfilesRequest)(nil),     // 73: flox.v1.ListProfilesRequest
-	(*ShowProfileRequest)(nil),      // 74: flox.v1.ShowProfileRequest
-	(*ProfileHistoryRequest)(nil),   // 75: flox.v1.ProfileHistoryRequest
-	(*ChangeProfileRequest)(nil),    // 76: flox.v1.ChangeProfileRequest
-	(*RollbackProfileRequest)(nil),  // 77: flox.v1.RollbackProfileRequest
-	(*GrantProfileRequest)(nil),     // 78: flox.v1.GrantProfileRequest
-	(*PublishChannelRequest)(nil),   // 79: flox.v1.PublishChannelRequest
-	(*ListChannelsRequest)(nil),     // 80: flox.v1.ListChannelsRequest
-	(*ShowChannelRequest)(nil),      // 81: flox.v1.ShowChannelRequest
-	(*DeleteChannelRequest)(nil),    // 82: flox.v1.DeleteChannelRequest
-	(*SetPublishersRequest)(nil),    // 83: flox.v1.SetPublishersRequest
-	(*SearchPackagesRequest)(nil),   // 84: flox.v1.SearchPackagesRequest
-	(*BuildPackageRequest)(nil),     // 85: flox.v1.BuildPackageRequest
-	(*AddUpstreamResponse)(nil),     // 86: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),   // 87: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),    // 88: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),  // 89: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),   // 90: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),   // 91: flox.v1.DeleteProfileResponse
-	(*ListProfilesResponse)(nil),    // 92: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),     // 93: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),  // 94: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),   // 95: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil), // 96: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),    // 97: flox.v1.GrantProfileResponse
-	(*PublishChannelProgress)(nil),  // 98: flox.v1.PublishChannelProgress
-	(*ListChannelsResponse)(nil),    // 99: flox.v1.ListChannelsResponse
-	(*ShowChannelResponse)(nil),     // 100: flox.v1.ShowChannelResponse
-	(*DeleteChannelResponse)(nil),   // 101: flox.v1.DeleteChannelResponse
-	(*SetPublishersResponse)(nil),   // 102: flox.v1.SetPublishersResponse
-	(*SearchPackagesResponse)(nil),  // 103: flox.v1.SearchPackagesResponse
-	(*BuildPackageProgress)(nil),    // 104: flox.v1.BuildPackageProgress
+	(*RenameProfileRequest)(nil),    // 73: flox.v1.RenameProfileRequest
+	(*ListProfilesRequest)(nil),     // 74: flox.v1.ListProfilesRequest
+	(*ShowProfileRequest)(nil),      // 75: flox.v1.ShowProfileRequest
+	(*ProfileHistoryRequest)(nil),   // 76: flox.v1.ProfileHistoryRequest
+	(*ChangeProfileRequest)(nil),    // 77: flox.v1.ChangeProfileRequest
+	(*RollbackProfileRequest)(nil),  // 78: flox.v1.RollbackProfileRequest
+	(*GrantProfileRequest)(nil),     // 79: flox.v1.GrantProfileRequest
+	(*PublishChannelRequest)(nil),   // 80: flox.v1.PublishChannelRequest
+	(*ListChannelsRequest)(nil),     // 81: flox.v1.ListChannelsRequest
+	(*ShowChannelRequest)(nil),      // 82: flox.v1.ShowChannelRequest
+	(*DeleteChannelRequest)(nil),    // 83: flox.v1.DeleteChannelRequest
+	(*SetPublishersRequest)(nil),    // 84: flox.v1.SetPublishersRequest
+	(*SearchPackagesRequest)(nil),   // 85: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),     // 86: flox.v1.BuildPackageRequest
+	(*AddUpstreamResponse)(nil),     // 87: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),   // 88: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),    // 89: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),  // 90: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),   // 91: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),   // 92: flox.v1.DeleteProfileResponse
+	(*RenameProfileResponse)(nil),   // 93: flox.v1.RenameProfileResponse
+	(*ListProfilesResponse)(nil),    // 94: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),     // 95: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),  // 96: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),   // 97: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil), // 98: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),    // 99: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),  // 100: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),    // 101: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),     // 102: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),   // 103: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),   // 104: flox.v1.SetPublishersResponse
+	(*SearchPackagesResponse)(nil),  // 105: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),    // 106: flox.v1.BuildPackageProgress
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
 	60,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
@@ -3980,76 +3983,78 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	70,  // 41: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
 	71,  // 42: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
 	72,  // 43: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
-	73,  // 44: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
-	74,  // 45: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
-	75,  // 46: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
-	76,  // 47: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
-	77,  // 48: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
-	78,  // 49: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
-	79,  // 50: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
-	80,  // 51: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
-	81,  // 52: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
-	82,  // 53: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
-	83,  // 54: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
-	84,  // 55: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
-	85,  // 56: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
-	42,  // 57: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	45,  // 58: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	47,  // 59: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	49,  // 60: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	53,  // 61: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	57,  // 62: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	59,  // 63: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	55,  // 64: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	51,  // 65: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,   // 66: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,   // 67: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,   // 68: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,   // 69: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12,  // 70: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14,  // 71: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16,  // 72: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18,  // 73: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22,  // 74: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24,  // 75: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26,  // 76: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28,  // 77: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	31,  // 78: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	33,  // 79: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	36,  // 80: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	39,  // 81: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	41,  // 82: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,   // 83: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	86,  // 84: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	87,  // 85: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	88,  // 86: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	89,  // 87: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	90,  // 88: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	91,  // 89: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	92,  // 90: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	93,  // 91: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	94,  // 92: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	95,  // 93: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	96,  // 94: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	97,  // 95: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	98,  // 96: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
-	99,  // 97: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
-	100, // 98: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
-	101, // 99: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
-	102, // 100: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
-	103, // 101: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
-	104, // 102: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
-	43,  // 103: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	46,  // 104: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	48,  // 105: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	50,  // 106: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	54,  // 107: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	58,  // 108: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	31,  // 109: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	56,  // 110: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	52,  // 111: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	66,  // [66:112] is the sub-list for method output_type
-	20,  // [20:66] is the sub-list for method input_type
+	73,  // 44: flox.v1.Admin.RenameProfile:input_type -> flox.v1.RenameProfileRequest
+	74,  // 45: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	75,  // 46: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	76,  // 47: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	77,  // 48: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	78,  // 49: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	79,  // 50: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	80,  // 51: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
+	81,  // 52: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
+	82,  // 53: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
+	83,  // 54: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
+	84,  // 55: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
+	85,  // 56: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	86,  // 57: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	42,  // 58: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	45,  // 59: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	47,  // 60: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	49,  // 61: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	53,  // 62: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	57,  // 63: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	59,  // 64: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	55,  // 65: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	51,  // 66: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,   // 67: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 68: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 69: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 70: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 71: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 72: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 73: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 74: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 75: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 76: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 77: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 78: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	31,  // 79: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	33,  // 80: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	36,  // 81: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	39,  // 82: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	41,  // 83: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 84: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	87,  // 85: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	88,  // 86: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	89,  // 87: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	90,  // 88: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	91,  // 89: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	92,  // 90: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	93,  // 91: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
+	94,  // 92: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	95,  // 93: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	96,  // 94: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	97,  // 95: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	98,  // 96: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	99,  // 97: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	100, // 98: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	101, // 99: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	102, // 100: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	103, // 101: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	104, // 102: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	105, // 103: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	106, // 104: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	43,  // 105: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	46,  // 106: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	48,  // 107: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	50,  // 108: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	54,  // 109: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	58,  // 110: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	31,  // 111: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	56,  // 112: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	52,  // 113: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	67,  // [67:114] is the sub-list for method output_type
+	20,  // [20:67] is the sub-list for method input_type
 	20,  // [20:20] is the sub-list for extension type_name
 	20,  // [20:20] is the sub-list for extension extendee
 	0,   // [0:20] is the sub-list for field type_name

@@ -35,6 +35,7 @@ type ProfilesCommand struct {
 	//	*ProfilesCommand_Switch
 	//	*ProfilesCommand_Delete
 	//	*ProfilesCommand_Grants
+	//	*ProfilesCommand_Rename
 	Command       isProfilesCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -136,6 +137,15 @@ func (x *ProfilesCommand) GetGrants() *SetGrants {
 	return nil
 }
 
+func (x *ProfilesCommand) GetRename() *RenameProfile {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Rename); ok {
+			return x.Rename
+		}
+	}
+	return nil
+}
+
 type isProfilesCommand_Command interface {
 	isProfilesCommand_Command()
 }
@@ -160,6 +170,10 @@ type ProfilesCommand_Grants struct {
 	Grants *SetGrants `protobuf:"bytes,7,opt,name=grants,proto3,oneof"`
 }
 
+type ProfilesCommand_Rename struct {
+	Rename *RenameProfile `protobuf:"bytes,8,opt,name=rename,proto3,oneof"` // level 6
+}
+
 func (*ProfilesCommand_Create) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Change) isProfilesCommand_Command() {}
@@ -169,6 +183,8 @@ func (*ProfilesCommand_Switch) isProfilesCommand_Command() {}
 func (*ProfilesCommand_Delete) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Grants) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Rename) isProfilesCommand_Command() {}
 
 type NewProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -451,6 +467,58 @@ func (x *SetGrants) GetGrants() []*ProfileGrant {
 	return nil
 }
 
+type RenameProfile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameProfile) Reset() {
+	*x = RenameProfile{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameProfile) ProtoMessage() {}
+
+func (x *RenameProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameProfile.ProtoReflect.Descriptor instead.
+func (*RenameProfile) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RenameProfile) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *RenameProfile) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
 type ProfilesReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Moved         bool                   `protobuf:"varint,1,opt,name=moved,proto3" json:"moved,omitempty"`    // another generation lives than the command was made on; nothing was done
@@ -461,7 +529,7 @@ type ProfilesReply struct {
 
 func (x *ProfilesReply) Reset() {
 	*x = ProfilesReply{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[5]
+	mi := &file_flox_v1_profiles_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +541,7 @@ func (x *ProfilesReply) String() string {
 func (*ProfilesReply) ProtoMessage() {}
 
 func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[5]
+	mi := &file_flox_v1_profiles_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +554,7 @@ func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesReply.ProtoReflect.Descriptor instead.
 func (*ProfilesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ProfilesReply) GetMoved() bool {
@@ -519,13 +587,14 @@ type Profile struct {
 	Held          bool                   `protobuf:"varint,11,opt,name=held,proto3" json:"held,omitempty"`                                     // rolled back: no automatic change before a person makes one
 	Events        uint64                 `protobuf:"varint,12,opt,name=events,proto3" json:"events,omitempty"`                                 // that are kept
 	CreatedIndex  uint64                 `protobuf:"varint,13,opt,name=created_index,json=createdIndex,proto3" json:"created_index,omitempty"` // of the log
+	Formerly      []string               `protobuf:"bytes,14,rep,name=formerly,proto3" json:"formerly,omitempty"`                              // names that lead to it, the oldest first; level 6
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Profile) Reset() {
 	*x = Profile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[6]
+	mi := &file_flox_v1_profiles_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -537,7 +606,7 @@ func (x *Profile) String() string {
 func (*Profile) ProtoMessage() {}
 
 func (x *Profile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[6]
+	mi := &file_flox_v1_profiles_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -550,7 +619,7 @@ func (x *Profile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Profile.ProtoReflect.Descriptor instead.
 func (*Profile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Profile) GetName() string {
@@ -644,6 +713,13 @@ func (x *Profile) GetCreatedIndex() uint64 {
 	return 0
 }
 
+func (x *Profile) GetFormerly() []string {
+	if x != nil {
+		return x.Formerly
+	}
+	return nil
+}
+
 type ProfileGrant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
@@ -654,7 +730,7 @@ type ProfileGrant struct {
 
 func (x *ProfileGrant) Reset() {
 	*x = ProfileGrant{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[7]
+	mi := &file_flox_v1_profiles_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -666,7 +742,7 @@ func (x *ProfileGrant) String() string {
 func (*ProfileGrant) ProtoMessage() {}
 
 func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[7]
+	mi := &file_flox_v1_profiles_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -679,7 +755,7 @@ func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileGrant.ProtoReflect.Descriptor instead.
 func (*ProfileGrant) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ProfileGrant) GetUser() string {
@@ -711,7 +787,7 @@ type Package struct {
 
 func (x *Package) Reset() {
 	*x = Package{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -723,7 +799,7 @@ func (x *Package) String() string {
 func (*Package) ProtoMessage() {}
 
 func (x *Package) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -736,7 +812,7 @@ func (x *Package) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Package.ProtoReflect.Descriptor instead.
 func (*Package) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Package) GetName() string {
@@ -791,7 +867,7 @@ type PackagePaths struct {
 
 func (x *PackagePaths) Reset() {
 	*x = PackagePaths{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +879,7 @@ func (x *PackagePaths) String() string {
 func (*PackagePaths) ProtoMessage() {}
 
 func (x *PackagePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +892,7 @@ func (x *PackagePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackagePaths.ProtoReflect.Descriptor instead.
 func (*PackagePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *PackagePaths) GetSystem() string {
@@ -843,7 +919,7 @@ type Environment struct {
 
 func (x *Environment) Reset() {
 	*x = Environment{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -855,7 +931,7 @@ func (x *Environment) String() string {
 func (*Environment) ProtoMessage() {}
 
 func (x *Environment) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -868,7 +944,7 @@ func (x *Environment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Environment.ProtoReflect.Descriptor instead.
 func (*Environment) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Environment) GetSystem() string {
@@ -904,7 +980,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +992,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1005,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Generation) GetNumber() uint64 {
@@ -1012,7 +1088,7 @@ type PackageRecord struct {
 
 func (x *PackageRecord) Reset() {
 	*x = PackageRecord{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1024,7 +1100,7 @@ func (x *PackageRecord) String() string {
 func (*PackageRecord) ProtoMessage() {}
 
 func (x *PackageRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1037,7 +1113,7 @@ func (x *PackageRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackageRecord.ProtoReflect.Descriptor instead.
 func (*PackageRecord) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PackageRecord) GetUsers() uint64 {
@@ -1071,7 +1147,7 @@ type ProfileEvent struct {
 
 func (x *ProfileEvent) Reset() {
 	*x = ProfileEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1159,7 @@ func (x *ProfileEvent) String() string {
 func (*ProfileEvent) ProtoMessage() {}
 
 func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1172,7 @@ func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileEvent.ProtoReflect.Descriptor instead.
 func (*ProfileEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ProfileEvent) GetIndex() uint64 {
@@ -1166,7 +1242,7 @@ type CreateProfileRequest struct {
 
 func (x *CreateProfileRequest) Reset() {
 	*x = CreateProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1178,7 +1254,7 @@ func (x *CreateProfileRequest) String() string {
 func (*CreateProfileRequest) ProtoMessage() {}
 
 func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1191,7 +1267,7 @@ func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileRequest.ProtoReflect.Descriptor instead.
 func (*CreateProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateProfileRequest) GetName() string {
@@ -1217,7 +1293,7 @@ type CreateProfileResponse struct {
 
 func (x *CreateProfileResponse) Reset() {
 	*x = CreateProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1229,7 +1305,7 @@ func (x *CreateProfileResponse) String() string {
 func (*CreateProfileResponse) ProtoMessage() {}
 
 func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1242,7 +1318,7 @@ func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileResponse.ProtoReflect.Descriptor instead.
 func (*CreateProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateProfileResponse) GetProfile() *Profile {
@@ -1261,7 +1337,7 @@ type DeleteProfileRequest struct {
 
 func (x *DeleteProfileRequest) Reset() {
 	*x = DeleteProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1349,7 @@ func (x *DeleteProfileRequest) String() string {
 func (*DeleteProfileRequest) ProtoMessage() {}
 
 func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1362,7 @@ func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteProfileRequest) GetName() string {
@@ -1304,7 +1380,7 @@ type DeleteProfileResponse struct {
 
 func (x *DeleteProfileResponse) Reset() {
 	*x = DeleteProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1316,7 +1392,7 @@ func (x *DeleteProfileResponse) String() string {
 func (*DeleteProfileResponse) ProtoMessage() {}
 
 func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1329,7 +1405,7 @@ func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
 }
 
 type ListProfilesRequest struct {
@@ -1343,7 +1419,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1355,7 +1431,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1368,7 +1444,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListProfilesRequest) GetOwner() string {
@@ -1402,7 +1478,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1414,7 +1490,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1427,7 +1503,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*Profile {
@@ -1454,7 +1530,7 @@ type ShowProfileRequest struct {
 
 func (x *ShowProfileRequest) Reset() {
 	*x = ShowProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1466,7 +1542,7 @@ func (x *ShowProfileRequest) String() string {
 func (*ShowProfileRequest) ProtoMessage() {}
 
 func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1479,7 +1555,7 @@ func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileRequest.ProtoReflect.Descriptor instead.
 func (*ShowProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ShowProfileRequest) GetName() string {
@@ -1506,7 +1582,7 @@ type ShowProfileResponse struct {
 
 func (x *ShowProfileResponse) Reset() {
 	*x = ShowProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1518,7 +1594,7 @@ func (x *ShowProfileResponse) String() string {
 func (*ShowProfileResponse) ProtoMessage() {}
 
 func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1531,7 +1607,7 @@ func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileResponse.ProtoReflect.Descriptor instead.
 func (*ShowProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ShowProfileResponse) GetProfile() *Profile {
@@ -1559,7 +1635,7 @@ type ProfileHistoryRequest struct {
 
 func (x *ProfileHistoryRequest) Reset() {
 	*x = ProfileHistoryRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1571,7 +1647,7 @@ func (x *ProfileHistoryRequest) String() string {
 func (*ProfileHistoryRequest) ProtoMessage() {}
 
 func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1584,7 +1660,7 @@ func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryRequest.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ProfileHistoryRequest) GetName() string {
@@ -1619,7 +1695,7 @@ type ProfileHistoryResponse struct {
 
 func (x *ProfileHistoryResponse) Reset() {
 	*x = ProfileHistoryResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1707,7 @@ func (x *ProfileHistoryResponse) String() string {
 func (*ProfileHistoryResponse) ProtoMessage() {}
 
 func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1720,7 @@ func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryResponse.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ProfileHistoryResponse) GetProfile() *Profile {
@@ -1683,7 +1759,7 @@ type ChangeProfileRequest struct {
 
 func (x *ChangeProfileRequest) Reset() {
 	*x = ChangeProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1695,7 +1771,7 @@ func (x *ChangeProfileRequest) String() string {
 func (*ChangeProfileRequest) ProtoMessage() {}
 
 func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1708,7 +1784,7 @@ func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileRequest.ProtoReflect.Descriptor instead.
 func (*ChangeProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ChangeProfileRequest) GetName() string {
@@ -1773,7 +1849,7 @@ type ChangeProfileResponse struct {
 
 func (x *ChangeProfileResponse) Reset() {
 	*x = ChangeProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1785,7 +1861,7 @@ func (x *ChangeProfileResponse) String() string {
 func (*ChangeProfileResponse) ProtoMessage() {}
 
 func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1798,7 +1874,7 @@ func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileResponse.ProtoReflect.Descriptor instead.
 func (*ChangeProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ChangeProfileResponse) GetProfile() *Profile {
@@ -1847,7 +1923,7 @@ type RollbackProfileRequest struct {
 
 func (x *RollbackProfileRequest) Reset() {
 	*x = RollbackProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +1935,7 @@ func (x *RollbackProfileRequest) String() string {
 func (*RollbackProfileRequest) ProtoMessage() {}
 
 func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +1948,7 @@ func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileRequest.ProtoReflect.Descriptor instead.
 func (*RollbackProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RollbackProfileRequest) GetName() string {
@@ -1906,7 +1982,7 @@ type RollbackProfileResponse struct {
 
 func (x *RollbackProfileResponse) Reset() {
 	*x = RollbackProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +1994,7 @@ func (x *RollbackProfileResponse) String() string {
 func (*RollbackProfileResponse) ProtoMessage() {}
 
 func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +2007,7 @@ func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileResponse.ProtoReflect.Descriptor instead.
 func (*RollbackProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RollbackProfileResponse) GetProfile() *Profile {
@@ -1948,6 +2024,102 @@ func (x *RollbackProfileResponse) GetFrom() uint64 {
 	return 0
 }
 
+type RenameProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameProfileRequest) Reset() {
+	*x = RenameProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameProfileRequest) ProtoMessage() {}
+
+func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameProfileRequest.ProtoReflect.Descriptor instead.
+func (*RenameProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *RenameProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RenameProfileRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+type RenameProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameProfileResponse) Reset() {
+	*x = RenameProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameProfileResponse) ProtoMessage() {}
+
+func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameProfileResponse.ProtoReflect.Descriptor instead.
+func (*RenameProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *RenameProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
 type GrantProfileRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1958,7 +2130,7 @@ type GrantProfileRequest struct {
 
 func (x *GrantProfileRequest) Reset() {
 	*x = GrantProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1970,7 +2142,7 @@ func (x *GrantProfileRequest) String() string {
 func (*GrantProfileRequest) ProtoMessage() {}
 
 func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1983,7 +2155,7 @@ func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileRequest.ProtoReflect.Descriptor instead.
 func (*GrantProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GrantProfileRequest) GetName() string {
@@ -2009,7 +2181,7 @@ type GrantProfileResponse struct {
 
 func (x *GrantProfileResponse) Reset() {
 	*x = GrantProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2021,7 +2193,7 @@ func (x *GrantProfileResponse) String() string {
 func (*GrantProfileResponse) ProtoMessage() {}
 
 func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2034,7 +2206,7 @@ func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileResponse.ProtoReflect.Descriptor instead.
 func (*GrantProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GrantProfileResponse) GetProfile() *Profile {
@@ -2058,7 +2230,7 @@ type WatchProfilesRequest struct {
 
 func (x *WatchProfilesRequest) Reset() {
 	*x = WatchProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2242,7 @@ func (x *WatchProfilesRequest) String() string {
 func (*WatchProfilesRequest) ProtoMessage() {}
 
 func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2255,7 @@ func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProfilesRequest.ProtoReflect.Descriptor instead.
 func (*WatchProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *WatchProfilesRequest) GetAfterIndex() uint64 {
@@ -2128,7 +2300,7 @@ type ProfilesEvent struct {
 
 func (x *ProfilesEvent) Reset() {
 	*x = ProfilesEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2140,7 +2312,7 @@ func (x *ProfilesEvent) String() string {
 func (*ProfilesEvent) ProtoMessage() {}
 
 func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2153,7 +2325,7 @@ func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesEvent.ProtoReflect.Descriptor instead.
 func (*ProfilesEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ProfilesEvent) GetIndex() uint64 {
@@ -2213,7 +2385,7 @@ type ProfileNews struct {
 
 func (x *ProfileNews) Reset() {
 	*x = ProfileNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2225,7 +2397,7 @@ func (x *ProfileNews) String() string {
 func (*ProfileNews) ProtoMessage() {}
 
 func (x *ProfileNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2238,7 +2410,7 @@ func (x *ProfileNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileNews.ProtoReflect.Descriptor instead.
 func (*ProfileNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ProfileNews) GetName() string {
@@ -2293,7 +2465,7 @@ type GenerationNews struct {
 
 func (x *GenerationNews) Reset() {
 	*x = GenerationNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2305,7 +2477,7 @@ func (x *GenerationNews) String() string {
 func (*GenerationNews) ProtoMessage() {}
 
 func (x *GenerationNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2318,7 +2490,7 @@ func (x *GenerationNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationNews.ProtoReflect.Descriptor instead.
 func (*GenerationNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GenerationNews) GetNumber() uint64 {
@@ -2345,7 +2517,7 @@ type FindProfileRequest struct {
 
 func (x *FindProfileRequest) Reset() {
 	*x = FindProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2357,7 +2529,7 @@ func (x *FindProfileRequest) String() string {
 func (*FindProfileRequest) ProtoMessage() {}
 
 func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2370,7 +2542,7 @@ func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileRequest.ProtoReflect.Descriptor instead.
 func (*FindProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *FindProfileRequest) GetName() string {
@@ -2398,7 +2570,7 @@ type FindProfileResponse struct {
 
 func (x *FindProfileResponse) Reset() {
 	*x = FindProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2410,7 +2582,7 @@ func (x *FindProfileResponse) String() string {
 func (*FindProfileResponse) ProtoMessage() {}
 
 func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2423,7 +2595,7 @@ func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileResponse.ProtoReflect.Descriptor instead.
 func (*FindProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *FindProfileResponse) GetOwner() string {
@@ -2461,7 +2633,7 @@ type ToldProfiles struct {
 
 func (x *ToldProfiles) Reset() {
 	*x = ToldProfiles{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2473,7 +2645,7 @@ func (x *ToldProfiles) String() string {
 func (*ToldProfiles) ProtoMessage() {}
 
 func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2486,7 +2658,7 @@ func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfiles.ProtoReflect.Descriptor instead.
 func (*ToldProfiles) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ToldProfiles) GetInvite() []byte {
@@ -2534,7 +2706,7 @@ type ToldProfile struct {
 
 func (x *ToldProfile) Reset() {
 	*x = ToldProfile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2718,7 @@ func (x *ToldProfile) String() string {
 func (*ToldProfile) ProtoMessage() {}
 
 func (x *ToldProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2731,7 @@ func (x *ToldProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfile.ProtoReflect.Descriptor instead.
 func (*ToldProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ToldProfile) GetNews() *ProfileNews {
@@ -2580,7 +2752,7 @@ var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\n" +
-	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xb4\x02\n" +
+	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xe6\x02\n" +
 	"\x0fProfilesCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\x12-\n" +
@@ -2588,7 +2760,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x06change\x18\x04 \x01(\v2\x16.flox.v1.NewGenerationH\x00R\x06change\x121\n" +
 	"\x06switch\x18\x05 \x01(\v2\x17.flox.v1.LiveGenerationH\x00R\x06switch\x12\x18\n" +
 	"\x06delete\x18\x06 \x01(\tH\x00R\x06delete\x12,\n" +
-	"\x06grants\x18\a \x01(\v2\x12.flox.v1.SetGrantsH\x00R\x06grantsB\t\n" +
+	"\x06grants\x18\a \x01(\v2\x12.flox.v1.SetGrantsH\x00R\x06grants\x120\n" +
+	"\x06rename\x18\b \x01(\v2\x16.flox.v1.RenameProfileH\x00R\x06renameB\t\n" +
 	"\acommand\":\n" +
 	"\n" +
 	"NewProfile\x12\x12\n" +
@@ -2611,10 +2784,13 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\acreated\x18\x05 \x01(\x04R\acreated\"T\n" +
 	"\tSetGrants\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12-\n" +
-	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"Q\n" +
+	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"9\n" +
+	"\rRenameProfile\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\"Q\n" +
 	"\rProfilesReply\x12\x14\n" +
 	"\x05moved\x18\x01 \x01(\bR\x05moved\x12*\n" +
-	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\x89\x03\n" +
+	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\xa5\x03\n" +
 	"\aProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\asystems\x18\x02 \x03(\tR\asystems\x12\x12\n" +
@@ -2630,7 +2806,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	" \x01(\x04R\fchangedIndex\x12\x12\n" +
 	"\x04held\x18\v \x01(\bR\x04held\x12\x16\n" +
 	"\x06events\x18\f \x01(\x04R\x06events\x12#\n" +
-	"\rcreated_index\x18\r \x01(\x04R\fcreatedIndex\"6\n" +
+	"\rcreated_index\x18\r \x01(\x04R\fcreatedIndex\x12\x1a\n" +
+	"\bformerly\x18\x0e \x03(\tR\bformerly\"6\n" +
 	"\fProfileGrant\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"\xac\x01\n" +
@@ -2730,7 +2907,12 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\"Y\n" +
 	"\x17RollbackProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x12\x12\n" +
-	"\x04from\x18\x02 \x01(\x04R\x04from\"X\n" +
+	"\x04from\x18\x02 \x01(\x04R\x04from\":\n" +
+	"\x14RenameProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\"C\n" +
+	"\x15RenameProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"X\n" +
 	"\x13GrantProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"B\n" +
@@ -2792,92 +2974,97 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_flox_v1_profiles_proto_goTypes = []any{
 	(*ProfilesCommand)(nil),         // 0: flox.v1.ProfilesCommand
 	(*NewProfile)(nil),              // 1: flox.v1.NewProfile
 	(*NewGeneration)(nil),           // 2: flox.v1.NewGeneration
 	(*LiveGeneration)(nil),          // 3: flox.v1.LiveGeneration
 	(*SetGrants)(nil),               // 4: flox.v1.SetGrants
-	(*ProfilesReply)(nil),           // 5: flox.v1.ProfilesReply
-	(*Profile)(nil),                 // 6: flox.v1.Profile
-	(*ProfileGrant)(nil),            // 7: flox.v1.ProfileGrant
-	(*Package)(nil),                 // 8: flox.v1.Package
-	(*PackagePaths)(nil),            // 9: flox.v1.PackagePaths
-	(*Environment)(nil),             // 10: flox.v1.Environment
-	(*Generation)(nil),              // 11: flox.v1.Generation
-	(*PackageRecord)(nil),           // 12: flox.v1.PackageRecord
-	(*ProfileEvent)(nil),            // 13: flox.v1.ProfileEvent
-	(*CreateProfileRequest)(nil),    // 14: flox.v1.CreateProfileRequest
-	(*CreateProfileResponse)(nil),   // 15: flox.v1.CreateProfileResponse
-	(*DeleteProfileRequest)(nil),    // 16: flox.v1.DeleteProfileRequest
-	(*DeleteProfileResponse)(nil),   // 17: flox.v1.DeleteProfileResponse
-	(*ListProfilesRequest)(nil),     // 18: flox.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),    // 19: flox.v1.ListProfilesResponse
-	(*ShowProfileRequest)(nil),      // 20: flox.v1.ShowProfileRequest
-	(*ShowProfileResponse)(nil),     // 21: flox.v1.ShowProfileResponse
-	(*ProfileHistoryRequest)(nil),   // 22: flox.v1.ProfileHistoryRequest
-	(*ProfileHistoryResponse)(nil),  // 23: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileRequest)(nil),    // 24: flox.v1.ChangeProfileRequest
-	(*ChangeProfileResponse)(nil),   // 25: flox.v1.ChangeProfileResponse
-	(*RollbackProfileRequest)(nil),  // 26: flox.v1.RollbackProfileRequest
-	(*RollbackProfileResponse)(nil), // 27: flox.v1.RollbackProfileResponse
-	(*GrantProfileRequest)(nil),     // 28: flox.v1.GrantProfileRequest
-	(*GrantProfileResponse)(nil),    // 29: flox.v1.GrantProfileResponse
-	(*WatchProfilesRequest)(nil),    // 30: flox.v1.WatchProfilesRequest
-	(*ProfilesEvent)(nil),           // 31: flox.v1.ProfilesEvent
-	(*ProfileNews)(nil),             // 32: flox.v1.ProfileNews
-	(*GenerationNews)(nil),          // 33: flox.v1.GenerationNews
-	(*FindProfileRequest)(nil),      // 34: flox.v1.FindProfileRequest
-	(*FindProfileResponse)(nil),     // 35: flox.v1.FindProfileResponse
-	(*ToldProfiles)(nil),            // 36: flox.v1.ToldProfiles
-	(*ToldProfile)(nil),             // 37: flox.v1.ToldProfile
-	(*Actor)(nil),                   // 38: flox.v1.Actor
+	(*RenameProfile)(nil),           // 5: flox.v1.RenameProfile
+	(*ProfilesReply)(nil),           // 6: flox.v1.ProfilesReply
+	(*Profile)(nil),                 // 7: flox.v1.Profile
+	(*ProfileGrant)(nil),            // 8: flox.v1.ProfileGrant
+	(*Package)(nil),                 // 9: flox.v1.Package
+	(*PackagePaths)(nil),            // 10: flox.v1.PackagePaths
+	(*Environment)(nil),             // 11: flox.v1.Environment
+	(*Generation)(nil),              // 12: flox.v1.Generation
+	(*PackageRecord)(nil),           // 13: flox.v1.PackageRecord
+	(*ProfileEvent)(nil),            // 14: flox.v1.ProfileEvent
+	(*CreateProfileRequest)(nil),    // 15: flox.v1.CreateProfileRequest
+	(*CreateProfileResponse)(nil),   // 16: flox.v1.CreateProfileResponse
+	(*DeleteProfileRequest)(nil),    // 17: flox.v1.DeleteProfileRequest
+	(*DeleteProfileResponse)(nil),   // 18: flox.v1.DeleteProfileResponse
+	(*ListProfilesRequest)(nil),     // 19: flox.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),    // 20: flox.v1.ListProfilesResponse
+	(*ShowProfileRequest)(nil),      // 21: flox.v1.ShowProfileRequest
+	(*ShowProfileResponse)(nil),     // 22: flox.v1.ShowProfileResponse
+	(*ProfileHistoryRequest)(nil),   // 23: flox.v1.ProfileHistoryRequest
+	(*ProfileHistoryResponse)(nil),  // 24: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileRequest)(nil),    // 25: flox.v1.ChangeProfileRequest
+	(*ChangeProfileResponse)(nil),   // 26: flox.v1.ChangeProfileResponse
+	(*RollbackProfileRequest)(nil),  // 27: flox.v1.RollbackProfileRequest
+	(*RollbackProfileResponse)(nil), // 28: flox.v1.RollbackProfileResponse
+	(*RenameProfileRequest)(nil),    // 29: flox.v1.RenameProfileRequest
+	(*RenameProfileResponse)(nil),   // 30: flox.v1.RenameProfileResponse
+	(*GrantProfileRequest)(nil),     // 31: flox.v1.GrantProfileRequest
+	(*GrantProfileResponse)(nil),    // 32: flox.v1.GrantProfileResponse
+	(*WatchProfilesRequest)(nil),    // 33: flox.v1.WatchProfilesRequest
+	(*ProfilesEvent)(nil),           // 34: flox.v1.ProfilesEvent
+	(*ProfileNews)(nil),             // 35: flox.v1.ProfileNews
+	(*GenerationNews)(nil),          // 36: flox.v1.GenerationNews
+	(*FindProfileRequest)(nil),      // 37: flox.v1.FindProfileRequest
+	(*FindProfileResponse)(nil),     // 38: flox.v1.FindProfileResponse
+	(*ToldProfiles)(nil),            // 39: flox.v1.ToldProfiles
+	(*ToldProfile)(nil),             // 40: flox.v1.ToldProfile
+	(*Actor)(nil),                   // 41: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	38, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	41, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
 	4,  // 4: flox.v1.ProfilesCommand.grants:type_name -> flox.v1.SetGrants
-	8,  // 5: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
-	10, // 6: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
-	7,  // 7: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
-	6,  // 8: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
-	7,  // 9: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
-	9,  // 10: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	38, // 11: flox.v1.Generation.actor:type_name -> flox.v1.Actor
-	8,  // 12: flox.v1.Generation.packages:type_name -> flox.v1.Package
-	10, // 13: flox.v1.Generation.environments:type_name -> flox.v1.Environment
-	8,  // 14: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	38, // 15: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
-	6,  // 16: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
-	6,  // 17: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
-	6,  // 18: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
-	11, // 19: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
-	6,  // 20: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
-	13, // 21: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
-	8,  // 22: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
-	6,  // 23: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
-	11, // 24: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
-	11, // 25: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
-	6,  // 26: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
-	7,  // 27: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
-	6,  // 28: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
-	32, // 29: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
-	33, // 30: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
-	33, // 31: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
-	10, // 32: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
-	32, // 33: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
-	33, // 34: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
-	37, // 35: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
-	32, // 36: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
-	33, // 37: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	5,  // 5: flox.v1.ProfilesCommand.rename:type_name -> flox.v1.RenameProfile
+	9,  // 6: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
+	11, // 7: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
+	8,  // 8: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
+	7,  // 9: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
+	8,  // 10: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
+	10, // 11: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
+	41, // 12: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	9,  // 13: flox.v1.Generation.packages:type_name -> flox.v1.Package
+	11, // 14: flox.v1.Generation.environments:type_name -> flox.v1.Environment
+	9,  // 15: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
+	41, // 16: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	7,  // 17: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
+	7,  // 18: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
+	7,  // 19: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
+	12, // 20: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
+	7,  // 21: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
+	14, // 22: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
+	9,  // 23: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
+	7,  // 24: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
+	12, // 25: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
+	12, // 26: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
+	7,  // 27: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
+	7,  // 28: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
+	8,  // 29: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
+	7,  // 30: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
+	35, // 31: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
+	36, // 32: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
+	36, // 33: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
+	11, // 34: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
+	35, // 35: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
+	36, // 36: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
+	40, // 37: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
+	35, // 38: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
+	36, // 39: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
+	40, // [40:40] is the sub-list for method output_type
+	40, // [40:40] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -2892,6 +3079,7 @@ func file_flox_v1_profiles_proto_init() {
 		(*ProfilesCommand_Switch)(nil),
 		(*ProfilesCommand_Delete)(nil),
 		(*ProfilesCommand_Grants)(nil),
+		(*ProfilesCommand_Rename)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2899,7 +3087,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

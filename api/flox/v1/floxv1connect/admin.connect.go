@@ -87,6 +87,8 @@ const (
 	AdminCreateProfileProcedure = "/flox.v1.Admin/CreateProfile"
 	// AdminDeleteProfileProcedure is the fully-qualified name of the Admin's DeleteProfile RPC.
 	AdminDeleteProfileProcedure = "/flox.v1.Admin/DeleteProfile"
+	// AdminRenameProfileProcedure is the fully-qualified name of the Admin's RenameProfile RPC.
+	AdminRenameProfileProcedure = "/flox.v1.Admin/RenameProfile"
 	// AdminListProfilesProcedure is the fully-qualified name of the Admin's ListProfiles RPC.
 	AdminListProfilesProcedure = "/flox.v1.Admin/ListProfiles"
 	// AdminShowProfileProcedure is the fully-qualified name of the Admin's ShowProfile RPC.
@@ -166,6 +168,7 @@ type AdminClient interface {
 	// Profiles. Who may do what is said in the profile itself.
 	CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error)
 	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
+	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
 	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
 	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
@@ -343,6 +346,12 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("DeleteProfile")),
 			connect.WithClientOptions(opts...),
 		),
+		renameProfile: connect.NewClient[v1.RenameProfileRequest, v1.RenameProfileResponse](
+			httpClient,
+			baseURL+AdminRenameProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("RenameProfile")),
+			connect.WithClientOptions(opts...),
+		),
 		listProfiles: connect.NewClient[v1.ListProfilesRequest, v1.ListProfilesResponse](
 			httpClient,
 			baseURL+AdminListProfilesProcedure,
@@ -474,6 +483,7 @@ type adminClient struct {
 	removeUpstream  *connect.Client[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse]
 	createProfile   *connect.Client[v1.CreateProfileRequest, v1.CreateProfileResponse]
 	deleteProfile   *connect.Client[v1.DeleteProfileRequest, v1.DeleteProfileResponse]
+	renameProfile   *connect.Client[v1.RenameProfileRequest, v1.RenameProfileResponse]
 	listProfiles    *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
 	showProfile     *connect.Client[v1.ShowProfileRequest, v1.ShowProfileResponse]
 	profileHistory  *connect.Client[v1.ProfileHistoryRequest, v1.ProfileHistoryResponse]
@@ -613,6 +623,11 @@ func (c *adminClient) DeleteProfile(ctx context.Context, req *connect.Request[v1
 	return c.deleteProfile.CallUnary(ctx, req)
 }
 
+// RenameProfile calls flox.v1.Admin.RenameProfile.
+func (c *adminClient) RenameProfile(ctx context.Context, req *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error) {
+	return c.renameProfile.CallUnary(ctx, req)
+}
+
 // ListProfiles calls flox.v1.Admin.ListProfiles.
 func (c *adminClient) ListProfiles(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
 	return c.listProfiles.CallUnary(ctx, req)
@@ -731,6 +746,7 @@ type AdminHandler interface {
 	// Profiles. Who may do what is said in the profile itself.
 	CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error)
 	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
+	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
 	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
 	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
@@ -904,6 +920,12 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("DeleteProfile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminRenameProfileHandler := connect.NewUnaryHandler(
+		AdminRenameProfileProcedure,
+		svc.RenameProfile,
+		connect.WithSchema(adminMethods.ByName("RenameProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListProfilesHandler := connect.NewUnaryHandler(
 		AdminListProfilesProcedure,
 		svc.ListProfiles,
@@ -1056,6 +1078,8 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminCreateProfileHandler.ServeHTTP(w, r)
 		case AdminDeleteProfileProcedure:
 			adminDeleteProfileHandler.ServeHTTP(w, r)
+		case AdminRenameProfileProcedure:
+			adminRenameProfileHandler.ServeHTTP(w, r)
 		case AdminListProfilesProcedure:
 			adminListProfilesHandler.ServeHTTP(w, r)
 		case AdminShowProfileProcedure:
@@ -1193,6 +1217,10 @@ func (UnimplementedAdminHandler) CreateProfile(context.Context, *connect.Request
 
 func (UnimplementedAdminHandler) DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.DeleteProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.RenameProfile is not implemented"))
 }
 
 func (UnimplementedAdminHandler) ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
