@@ -46,6 +46,9 @@ type Config struct {
 	// NixConf is a file that stock Nix's configuration here includes, which says what
 	// keys sign; "" = there is none.
 	NixConf string
+	// ShellList is a file that shells of this machine read, which says whose paths get
+	// which profiles (ctl/daemon); "" = there is none.
+	ShellList string
 	// LocalStore is where a Nix store of this machine is found, whose valid paths are
 	// shown with ours; "" = there is none. LocalSocket is its daemon's. Neither may lie
 	// in the mount.

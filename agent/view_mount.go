@@ -125,7 +125,38 @@ type profileLead struct {
 // settleView has what profiles lead to held and completed, and told to the storehouse.
 func (a *Agent) settleView(ctx context.Context) error {
 	a.roots.changed()
-	return a.profiles.adopt(ctx, a.view.held(a.cfg.Offline))
+	return errors.Join(a.writeShellList(), a.profiles.adopt(ctx, a.view.held(a.cfg.Offline)))
+}
+
+// writeShellList tells shells of this machine whose paths get which profiles.
+func (a *Agent) writeShellList() error {
+	dir := a.linksDir()
+	if a.cfg.ShellList == "" || dir == "" || strings.ContainsAny(dir, ":\n") {
+		return nil
+	}
+	if err := replaceFile(a.cfg.ShellList, []byte(a.view.shellList(dir)), 0o644, false); err != nil { // everybody's shells read it
+		return fmt.Errorf("shells are not told which profiles there are: %w", err)
+	}
+	return nil
+}
+
+// shellList has a line for each profile that is put on somebody's paths: who, * for
+// everybody, a blank, and its directory. A later one is put before the earlier ones. A
+// user's own need not be there yet: looking for it asks nobody.
+func (v *view) shellList(dir string) string {
+	var b strings.Builder
+	s := v.now.Load()
+	for _, key := range slices.Sorted(maps.Keys(s.profiles)) {
+		if p := s.profiles[key]; p.GetNews().GetAssigned() {
+			fmt.Fprintf(&b, "* %s\n", filepath.Join(dir, p.owner, p.name))
+		}
+	}
+	for _, user := range s.users {
+		if _, _, err := shared.Split(user + "/" + ownDefault); err == nil {
+			fmt.Fprintf(&b, "%s %s\n", user, filepath.Join(dir, user, ownDefault))
+		}
+	}
+	return b.String()
 }
 
 // adopt keeps links of the storehouse's profiles, and no others of these.

@@ -220,3 +220,23 @@ func TestWhatProfilesLeadToIsHeld(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+// Shells put on somebody's paths what is assigned to the machine and one's own profile,
+// which need not be there yet; not what others of the machine have, nor what one may read.
+func TestShellsAreToldWhoHasWhatOnPath(t *testing.T) {
+	r := newViewRig(t, t.TempDir(), "x86_64-linux")
+	if got := r.shellList("/flox"); got != "" {
+		t.Errorf("before anything is told: %q", got)
+	}
+	base := news("acme/Base", 3, 8, true)
+	base.Assigned = true
+	r.take(t, &floxv1.ProfilesEvent{Index: 10, Reset_: true, Users: []string{"anna", "o'hara x"}, Put: []*floxv1.ProfileNews{base, news("acme/ci", 3, 8, true), news("anna/trial", 1, 9, true)}})
+	if got, want := r.shellList("/flox"), "* /flox/acme/Base\nanna /flox/anna/default\n"; got != want {
+		t.Errorf("shells are told %q, want %q", got, want)
+	}
+	r.asked = nil
+	r.leads(t, "anna/default", 0, flox.ErrNotFound)
+	if len(r.asked) > 0 {
+		t.Errorf("looking for a program asked for %q", r.asked)
+	}
+}

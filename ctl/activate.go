@@ -143,18 +143,18 @@ func (a *activation) print(out *output, shell string) {
 		dir := filepath.Join(a.Dir, v.sub)
 		if shell == "fish" {
 			if v.unset != "" {
-				out.printf("set -q %s; or set -gx %[1]s %s\n", v.name, fishQuote(v.unset))
+				out.printf("set -q %s; or set -gx %[1]s %s\n", v.name, cli.QuoteFish(v.unset))
 			}
-			out.printf("set -gx %s %s:\"$%[1]s\"\n", v.name, fishQuote(dir))
+			out.printf("set -gx %s %s:\"$%[1]s\"\n", v.name, cli.QuoteFish(dir))
 			continue
 		}
-		out.printf("export %s=%s:\"${%[1]s:-%s}\"\n", v.name, shQuote(dir), strings.TrimPrefix(v.unset, ":"))
+		out.printf("export %s=%s:\"${%[1]s:-%s}\"\n", v.name, cli.QuoteSh(dir), strings.TrimPrefix(v.unset, ":"))
 	}
 	if shell == "fish" {
-		out.printf("set -gx %s %s\n", envProfile, fishQuote(a.named))
+		out.printf("set -gx %s %s\n", envProfile, cli.QuoteFish(a.named))
 		return
 	}
-	out.printf("export %s=%s\n", envProfile, shQuote(a.named))
+	out.printf("export %s=%s\n", envProfile, cli.QuoteSh(a.named))
 }
 
 func runActivate(ctx context.Context, opts *activateOptions, out *output) error {

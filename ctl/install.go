@@ -246,7 +246,7 @@ func runChange(ctx context.Context, opts *changeOptions, out *output, q *floxv1.
 	resp, err := admin.ChangeProfile(ctx, connect.NewRequest(q))
 	first := connect.CodeOf(err) == connect.CodeNotFound && opts.profile == "" && len(q.GetSet()) > 0
 	if first && q.GetDryRun() {
-		return tellChange(out, q, &floxv1.ChangeProfileResponse{Profile: &floxv1.Profile{Name: q.GetName()}, Generation: &floxv1.Generation{Packages: q.GetSet()}})
+		return tellChange(ctx, opts.globals, out, q, &floxv1.ChangeProfileResponse{Profile: &floxv1.Profile{Name: q.GetName()}, Generation: &floxv1.Generation{Packages: q.GetSet()}})
 	}
 	if first {
 		_, made := admin.CreateProfile(ctx, connect.NewRequest(&floxv1.CreateProfileRequest{Name: q.GetName(), Systems: []string{thisSystem()}}))
@@ -257,7 +257,7 @@ func runChange(ctx context.Context, opts *changeOptions, out *output, q *floxv1.
 	if err != nil {
 		return explainAdmin(err)
 	}
-	return tellChange(out, q, resp.Msg)
+	return tellChange(ctx, opts.globals, out, q, resp.Msg)
 }
 
 // share brings to the storehouse what was added on this machine only.
@@ -299,6 +299,7 @@ type changeFacts struct {
 	Packages    []packageFacts    `json:"packages"`
 	Environment map[string]string `json:"environment"` // by system
 	Missing     []string          `json:"missing"`     // with --dry-run: what the storehouse does not have
+	Programs    []programFacts    `json:"programs"`    // that came, some of them
 }
 
 type packageFacts struct {
@@ -334,12 +335,16 @@ func environmentsOf(g *floxv1.Generation) map[string]string {
 	return m
 }
 
-func tellChange(out *output, q *floxv1.ChangeProfileRequest, m *floxv1.ChangeProfileResponse) error {
+func tellChange(ctx context.Context, g *globals, out *output, q *floxv1.ChangeProfileRequest, m *floxv1.ChangeProfileResponse) error {
 	changed := m.GetGeneration().GetNumber() != m.GetBefore().GetNumber() || q.GetDryRun()
+	var came []programFacts
+	if changed && !q.GetDryRun() {
+		came = programsOf(ctx, g, m)
+	}
 	if out.json {
 		return out.printJSON(changeFacts{
 			m.GetProfile().GetName(), m.GetGeneration().GetNumber(), m.GetBefore().GetNumber(), changed, m.GetMerged(),
-			packagesOf(m.GetGeneration()), environmentsOf(m.GetGeneration()), m.GetMissing(),
+			packagesOf(m.GetGeneration()), environmentsOf(m.GetGeneration()), m.GetMissing(), some(came),
 		})
 	}
 	for _, d := range differences(m.GetBefore(), m.GetGeneration()) {
@@ -355,6 +360,7 @@ func tellChange(out *output, q *floxv1.ChangeProfileRequest, m *floxv1.ChangePro
 		out.printf("%s is so already, in generation %d.\n", name, m.GetGeneration().GetNumber())
 	default:
 		out.printf("%s: generation %d lives now.\n", name, m.GetGeneration().GetNumber())
+		tellPrograms(out, m.GetProfile().GetName(), came)
 	}
 	return nil
 }

@@ -301,6 +301,10 @@ func (s *scripted) Add(_ context.Context, in *connect.ClientStream[floxv1.AddReq
 	return unary[floxv1.AddRequest, floxv1.AddResponse](s, "AddAnswer", connect.NewRequest(&floxv1.AddRequest{}))
 }
 
+func (s *scripted) ShownProfiles(_ context.Context, r *connect.Request[floxv1.ShownProfilesRequest]) (*connect.Response[floxv1.ShownProfilesResponse], error) {
+	return unary[floxv1.ShownProfilesRequest, floxv1.ShownProfilesResponse](s, "ShownProfiles", r)
+}
+
 func (s *scripted) Share(_ context.Context, r *connect.Request[floxv1.ShareRequest]) (*connect.Response[floxv1.ShareResponse], error) {
 	return unary[floxv1.ShareRequest, floxv1.ShareResponse](s, "Share", r)
 }

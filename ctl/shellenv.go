@@ -4,7 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -100,9 +99,9 @@ func runShellenv(out *output, shell string, e *shellenv) error {
 	if out.json {
 		return out.printJSON(e)
 	}
-	set, quote := func(name, value string) { out.printf("export %s=%s\n", name, value) }, shQuote
+	set, quote := func(name, value string) { out.printf("export %s=%s\n", name, value) }, cli.QuoteSh
 	if shell == "fish" {
-		set, quote = func(name, value string) { out.printf("set -gx %s %s\n", name, value) }, fishQuote
+		set, quote = func(name, value string) { out.printf("set -gx %s %s\n", name, value) }, cli.QuoteFish
 	}
 	if e.Mode == "session" {
 		out.printf("# This machine has a Nix store of its own: the agent's is seen in floxctl nix -- COMMAND.\n")
@@ -128,12 +127,4 @@ func runShellenv(out *output, shell string, e *shellenv) error {
 	out.printf("export XDG_DATA_DIRS=\"${XDG_DATA_DIRS:-/usr/local/share:/usr/share}\"\n")
 	out.printf("case \":$XDG_DATA_DIRS:\" in *:%[1]s:*) ;; *) export XDG_DATA_DIRS=%[1]s:\"$XDG_DATA_DIRS\" ;; esac\n", share)
 	return nil
-}
-
-// shQuote makes one word of s for sh, as a pattern too.
-func shQuote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
-
-// fishQuote makes one word of s for fish.
-func fishQuote(s string) string {
-	return "'" + strings.NewReplacer(`\`, `\\`, "'", `\'`).Replace(s) + "'"
 }

@@ -134,6 +134,9 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 	}
 	l.lists(t, s1, "laptop", "s1", "s2", "s3")
 	l.nixNeedsNothing(t, user)
+	eventually(t, "new shells find the user's profile", func() bool {
+		return strings.Contains(do(t, user, "bash", "-lc", "echo $PATH").out, "/flox/root/default/bin:")
+	})
 
 	do(t, user, floxctl, "leave").want(t, 2, "--yes")
 	do(t, user, floxctl, "leave", "--yes", "--purge").want(t, 0, "has left acme as agent")
@@ -144,6 +147,7 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 		t.Errorf("nix.conf is %q after it left, was %q", r.out, nixConf)
 	}
 	do(t, user, "readlink", "/nix/var/nix/daemon-socket/socket").want(t, 1)
+	do(t, user, "ls", "/etc/profile.d/floxd.sh").want(t, 2)
 	do(t, user, floxctl, "leave", "--yes").want(t, 3, "joined no storehouse")
 	back := says(t, user, floxctl, "join", says(t, s1, floxctl, "invite", "--role", "agent", "--json").Invite, "--no-start", "--json")
 	if back.Already || back.Peer == joined.Peer {

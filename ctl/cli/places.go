@@ -8,11 +8,12 @@ const (
 	DefaultRunDir     = "/run/floxd"
 	// DefaultProfilesDir is where profiles are mounted.
 	DefaultProfilesDir = "/flox"
-	SocketName         = "agent.sock" // in the run directory
-	NixSocketName      = "nix.socket" // in the run directory
-	NixConfName        = "nix.conf"   // in the run directory: the keys, for stock Nix to include
-	NixLogName         = "nix-log"    // in the run directory: a log-dir for stock Nix
-	SessionLink        = "store"      // in the run directory: leads to the mount where that is for sessions only
+	SocketName         = "agent.sock"     // in the run directory
+	NixSocketName      = "nix.socket"     // in the run directory
+	NixConfName        = "nix.conf"       // in the run directory: the keys, for stock Nix to include
+	ShellListName      = "shell-profiles" // in the run directory: whose paths get which profiles, for shells to read
+	NixLogName         = "nix-log"        // in the run directory: a log-dir for stock Nix
+	SessionLink        = "store"          // in the run directory: leads to the mount where that is for sessions only
 	DefaultSocket      = DefaultRunDir + "/" + SocketName
 	StorehouseSocket   = "storehouse.sock" // in the run directory: for operators on the server itself
 	FilesystemType     = "fuse.floxd"      // of the store's mount, as in /proc/self/mountinfo

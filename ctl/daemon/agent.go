@@ -125,6 +125,11 @@ func runWarden(ctx context.Context, cfg *Config, who account, log *slog.Logger, 
 		log.Warn("build logs are not where stock Nix looks for them", "error", err)
 	}
 	links, optional := cfg.profilesDir()
+	defer func() { // shells look at nothing that is not mounted
+		if err := removeFile(shellList(cfg)); err != nil {
+			log.Warn("shells are told of profiles that are not shown any more", "error", err)
+		}
+	}()
 	return warden.Run(ctx, warden.Config{
 		LinksDir: links, LinksOptional: optional,
 		MountDir: cfg.mountDir(), StoreDir: cfg.StoreDir, RunDir: cfg.RunDir, UID: who.uid, GID: who.gid,
@@ -302,7 +307,7 @@ func runAgentChild(ctx context.Context, cfg *Config, embedded bool, log *slog.Lo
 func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config {
 	return agent.Config{
 		StateDir: filepath.Join(cfg.StateDir, agentDir), StoreDir: flox.StoreDir(cfg.StoreDir),
-		Socket: filepath.Join(cfg.RunDir, cli.SocketName), NixSocket: nixSocket(cfg), NixConf: nixKeysFile(cfg),
+		Socket: filepath.Join(cfg.RunDir, cli.SocketName), NixSocket: nixSocket(cfg), NixConf: nixKeysFile(cfg), ShellList: shellList(cfg),
 		Invite: invite, Listen: cfg.Agent.Listen, Advertise: cfg.Agent.Advertise, Site: cfg.Agent.Site,
 		NoMDNS: !cfg.Agent.MDNS, DHTClient: !cfg.Agent.DHTServer,
 		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),

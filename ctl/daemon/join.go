@@ -26,7 +26,7 @@ type joinFlags struct {
 	entryFlags
 	http, site, yes   string
 	listen, advertise []string
-	noNix             bool
+	noNix, noShells   bool
 }
 
 func newJoinCmd(file *string) *cobra.Command {
@@ -46,6 +46,9 @@ client of the agent, for everybody and without any variable: a few lines at the 
 /etc/nix/nix.conf, and Nix's socket. floxd leave takes both back; --no-nix leaves them.
 A machine that has one keeps it, untouched: the store is mounted in the state directory,
 and is what floxctl nix -- COMMAND sees (--mount session, the default there).
+
+New shells of an agent's machine find your own profile, and those assigned to it:
+/etc/profile.d/floxd.sh and files for fish and zsh, until floxd leave (--no-shells: none).
 
 Without INVITE, join looks for a storehouse on the LAN that lets machines in now
 (floxctl invite --lan 10m), shows its fingerprint, and asks.
@@ -72,6 +75,7 @@ is this machine's address towards the storehouse, port ` + strconv.Itoa(cli.Defa
 	f.StringSliceVar(&opts.advertise, "advertise", nil, "`ADDRESS` that is told to others; may be repeated")
 	f.StringVar(&opts.yes, "yes", "", "without INVITE: join the storehouse with this `FINGERPRINT`, without asking")
 	f.BoolVar(&opts.noNix, "no-nix", false, "of an agent: leave /etc/nix/nix.conf and Nix's socket alone")
+	f.BoolVar(&opts.noShells, "no-shells", false, "of an agent: leave the shells of this machine alone")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		j := &join{joinFlags: opts, out: cmd.OutOrStdout(), errOut: cmd.ErrOrStderr()}
 		if err := j.load(*file, flags); err != nil {
@@ -350,6 +354,12 @@ func (j *join) run(ctx context.Context) error {
 			return err
 		}
 	}
+	if hooks := newShellHooks(&j.placed); hooks != nil && !j.isServer() && !j.noShells && os.Geteuid() == 0 {
+		var err error
+		if facts.Shells, _, err = hooks.install(); err != nil {
+			return err
+		}
+	}
 	if !j.json {
 		if err := j.tell(facts); err != nil {
 			return err
@@ -397,10 +407,11 @@ func (j *join) prepare() error {
 // joinedFacts is what join prints with --json.
 type joinedFacts struct {
 	*entry.Joined
-	Config string    `json:"config"`          // the file
-	Runs   *runs     `json:"runs"`            // null with --no-start
-	Nix    *nixFacts `json:"nix,omitempty"`   // of an agent on a machine without a Nix store
-	Mount  string    `json:"mount,omitempty"` // session: beside a Nix store of this machine
+	Config string    `json:"config"`           // the file
+	Runs   *runs     `json:"runs"`             // null with --no-start
+	Nix    *nixFacts `json:"nix,omitempty"`    // of an agent on a machine without a Nix store
+	Shells []string  `json:"shells,omitempty"` // the files by which shells find profiles
+	Mount  string    `json:"mount,omitempty"`  // session: beside a Nix store of this machine
 }
 
 func (j *join) tell(facts *joinedFacts) error {
@@ -428,6 +439,9 @@ func (j *join) tell(facts *joinedFacts) error {
 		fmt.Fprintf(j.out, "Stock Nix   stays as it is: %s. Where the agent is wanted: NIX_REMOTE=unix://%s\n", n.Reason, nixSocket(j.cfg))
 	default:
 		fmt.Fprintf(j.out, "Stock Nix   uses the agent (%s)\n", n.Conf)
+	}
+	if len(facts.Shells) > 0 {
+		fmt.Fprintf(j.out, "Shells      find profiles, new ones (%s)\n", strings.Join(facts.Shells, ", "))
 	}
 	if j.noStart {
 		fmt.Fprintf(j.out, "Start it with: %s\n", strings.Join(startWords(j.section(), j.file), " "))

@@ -196,6 +196,11 @@ func (l *leave) agentLeaves(ctx context.Context) (*leaveFacts, error) {
 			return nil, err
 		}
 	}
+	if hooks := newShellHooks(l.cfg); hooks != nil {
+		if err := hooks.remove(); err != nil {
+			return nil, err
+		}
+	}
 	if err := removeNixLogDirs(l.cfg); err != nil {
 		return nil, err
 	}

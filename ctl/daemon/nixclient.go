@@ -8,9 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
-	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/ctl/cli"
 )
 
@@ -19,15 +17,6 @@ const (
 	nixStoreDir = "/nix/store"
 	nixStateDir = "/nix/var/nix"
 	nixConfFile = "/etc/nix/nix.conf"
-)
-
-// The lines of nix.conf between which everything is ours.
-const (
-	nixConfBegin = "# floxd join wrote this; floxd leave removes it."
-	nixConfEnd   = "# Here ends what floxd join wrote."
-	// What the file was before, where the rest of it does not show that.
-	nixConfOpen  = "# The line before had no end."
-	nixConfEmpty = "# The file was empty."
 )
 
 // nixClient makes stock Nix of this machine a client of the agent, without any
@@ -63,25 +52,16 @@ func (c *nixClient) link() string { return filepath.Join(c.state, "daemon-socket
 // with gives nix.conf with our block. The keys are in a file of their own, since
 // they are rotated; it is missing until the agent has run.
 func (c *nixClient) with(theirs string, there bool) string {
-	block := []string{nixConfBegin}
-	switch {
-	case theirs == "" && there:
-		block = append(block, nixConfEmpty)
-	case theirs != "" && !strings.HasSuffix(theirs, "\n"):
-		theirs += "\n"
-		block = append(block, nixConfOpen)
-	}
-	block = append(block, "store = daemon", "!include "+c.keys, nixConfEnd, "")
-	return theirs + strings.Join(block, "\n")
+	return withBlock(theirs, there, "store = daemon", "!include "+c.keys)
 }
 
 // install changes nothing if this machine's Nix was set up otherwise by somebody,
 // which the facts say. It may be called again.
 func (c *nixClient) install() (*nixFacts, error) {
 	f := &nixFacts{Conf: c.conf, Socket: c.link()}
-	old, err := c.read()
+	old, err := readBlockFile(c.conf)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("configuration of Nix: %w", err)
 	}
 	theirs, there, _ := old.withoutBlock()
 	if f.Reason = c.otherwise(theirs); f.Reason != "" {
@@ -156,74 +136,8 @@ func (c *nixClient) remove() error {
 			return fmt.Errorf("socket of stock Nix: %w", err)
 		}
 	}
-	old, err := c.read()
-	if err != nil {
-		return err
+	if err := removeBlock(c.conf); err != nil {
+		return fmt.Errorf("configuration of Nix: %w", err)
 	}
-	theirs, there, had := old.withoutBlock()
-	switch {
-	case !had:
-		return nil
-	case !there: // install made it
-		return removeFile(old.name)
-	}
-	return old.replace(theirs)
-}
-
-// nixConf is a nix.conf as it is on the disk.
-type nixConf struct {
-	name  string // of the file itself, where its usual name is a link
-	text  string
-	there bool
-	mode  fs.FileMode
-	owner *syscall.Stat_t // nil: it is to be made
-}
-
-func (c *nixClient) read() (*nixConf, error) {
-	name, err := filepath.EvalSymlinks(c.conf)
-	if errors.Is(err, fs.ErrNotExist) {
-		if to, linkErr := os.Readlink(c.conf); linkErr == nil {
-			return nil, fmt.Errorf("configuration of Nix: %s leads to %s, which is not there: make it, or remove the link: %w", c.conf, to, flox.ErrNotFound)
-		}
-		return &nixConf{name: c.conf, mode: 0o644}, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("configuration of Nix: %w", err)
-	}
-	b, err := os.ReadFile(name)
-	if err != nil {
-		return nil, fmt.Errorf("configuration of Nix: %w", err)
-	}
-	info, err := os.Stat(name)
-	if err != nil {
-		return nil, fmt.Errorf("configuration of Nix: %w", err)
-	}
-	owner, _ := info.Sys().(*syscall.Stat_t)
-	return &nixConf{name: name, text: string(b), there: true, mode: info.Mode().Perm(), owner: owner}, nil
-}
-
-// replace writes the file anew, for whom it belonged to.
-func (f *nixConf) replace(text string) error {
-	if err := replaceFile(f.name, text, f.mode); err != nil || f.owner == nil {
-		return err
-	}
-	return os.Lchown(f.name, int(f.owner.Uid), int(f.owner.Gid))
-}
-
-// withoutBlock gives what a nix.conf was before join wrote to it, whether it was
-// there, and whether join did write.
-func (f *nixConf) withoutBlock() (theirs string, there, had bool) {
-	before, after, ok := strings.Cut(f.text, nixConfBegin+"\n")
-	if !ok {
-		return f.text, f.there, false
-	}
-	ours, after, ok := strings.Cut(after, nixConfEnd+"\n")
-	if !ok {
-		return f.text, f.there, false // somebody changed it: it is theirs now
-	}
-	if strings.HasPrefix(ours, nixConfOpen+"\n") && after == "" {
-		before = strings.TrimSuffix(before, "\n")
-	}
-	theirs = before + after
-	return theirs, theirs != "" || strings.HasPrefix(ours, nixConfEmpty+"\n"), true
+	return nil
 }

@@ -88,7 +88,7 @@ func TestNixConfMayBeALink(t *testing.T) {
 	if f, err := c.install(); err != nil || f.Reason != "" {
 		t.Fatal(f, err)
 	}
-	if b, err := os.ReadFile(file); err != nil || !strings.Contains(string(b), nixConfBegin) {
+	if b, err := os.ReadFile(file); err != nil || !strings.Contains(string(b), blockBegin) {
 		t.Errorf("the file it leads to: %q, %v", b, err)
 	}
 	if err := c.remove(); err != nil {

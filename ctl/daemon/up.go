@@ -31,6 +31,7 @@ Where Nix is installed, stock Nix can build here at once:
   NIX_REMOTE=unix:///run/floxd/nix.socket nix-build …
 or in a shell after eval "$(floxctl shellenv)". What up starts ends with it, so it changes
 nothing in /etc/nix; a machine that stays in a storehouse has that done by floxd join.
+While it runs, new shells find your profile (/etc/profile.d/floxd.sh and the like).
 
 A machine with a Nix store keeps it untouched: up refuses to cover one, and
 --store-dir mounts elsewhere.
@@ -68,6 +69,7 @@ type up struct {
 	say    io.Writer // for people
 	errOut io.Writer // logs of the children
 	log    *slog.Logger
+	shells string // files by which shells find profiles
 }
 
 // tell prints a line for people; what goes wrong with the printing is not worth
@@ -163,6 +165,11 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 	if err := u.joinAgent(ctx); err != nil {
 		return err
 	}
+	undo, err := u.hookShells()
+	if err != nil {
+		return err
+	}
+	defer undo()
 	ctx, cancel := context.WithCancel(ctx)
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -174,6 +181,25 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 		return nil
 	})
 	return group.Wait()
+}
+
+// hookShells has shells find profiles until undo is called. What floxd join did before
+// stays.
+func (u *up) hookShells() (undo func(), err error) {
+	hooks := newShellHooks(u.cfg)
+	if hooks == nil {
+		return func() {}, nil
+	}
+	files, wrote, err := hooks.install()
+	u.shells = strings.Join(files, ", ")
+	if !wrote {
+		return func() {}, err
+	}
+	return func() {
+		if err := hooks.remove(); err != nil {
+			u.log.Warn("shells still look for profiles", "error", err)
+		}
+	}, err
 }
 
 // joinAgent makes the agent here a member, as any other machine becomes one. Who
@@ -281,6 +307,9 @@ func (u *up) greet(ctx context.Context, invite *api.Invite) {
 	u.tell("  store       mounted at %s, read-only\n", u.cfg.mountDir())
 	if u.cfg.Mount == mountSession {
 		u.tell("  Nix         %s is this machine's own and stays as it is; beside it: floxctl nix -- COMMAND\n", u.cfg.StoreDir)
+	}
+	if u.shells != "" {
+		u.tell("  shells      new ones find your profile: %s\n", u.shells)
 	}
 	u.tell("  builds      %s\n", u.buildWords())
 	u.tell("  token       %s (who has it may upload)\n", tokenPath(u.cfg))

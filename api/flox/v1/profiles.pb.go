@@ -2379,6 +2379,7 @@ type ProfileNews struct {
 	Listed        bool                   `protobuf:"varint,4,opt,name=listed,proto3" json:"listed,omitempty"`                                      // a user of the machine owns it or has a role in it
 	Live          *GenerationNews        `protobuf:"bytes,5,opt,name=live,proto3" json:"live,omitempty"`                                           // none if nothing was installed yet
 	Before        *GenerationNews        `protobuf:"bytes,6,opt,name=before,proto3" json:"before,omitempty"`                                       // what that was made on, if it is kept
+	Assigned      bool                   `protobuf:"varint,7,opt,name=assigned,proto3" json:"assigned,omitempty"`                                  // to this machine: it is on everybody's PATH there
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2453,6 +2454,13 @@ func (x *ProfileNews) GetBefore() *GenerationNews {
 		return x.Before
 	}
 	return nil
+}
+
+func (x *ProfileNews) GetAssigned() bool {
+	if x != nil {
+		return x.Assigned
+	}
+	return false
 }
 
 type GenerationNews struct {
@@ -2930,14 +2938,15 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x03put\x18\x03 \x03(\v2\x14.flox.v1.ProfileNewsR\x03put\x12\x12\n" +
 	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12\x14\n" +
-	"\x05users\x18\x06 \x03(\tR\x05users\"\xe4\x01\n" +
+	"\x05users\x18\x06 \x03(\tR\x05users\"\x80\x02\n" +
 	"\vProfileNews\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
 	"\x0fcreated_unix_ms\x18\x02 \x01(\x03R\rcreatedUnixMs\x12#\n" +
 	"\rchanged_index\x18\x03 \x01(\x04R\fchangedIndex\x12\x16\n" +
 	"\x06listed\x18\x04 \x01(\bR\x06listed\x12+\n" +
 	"\x04live\x18\x05 \x01(\v2\x17.flox.v1.GenerationNewsR\x04live\x12/\n" +
-	"\x06before\x18\x06 \x01(\v2\x17.flox.v1.GenerationNewsR\x06before\"b\n" +
+	"\x06before\x18\x06 \x01(\v2\x17.flox.v1.GenerationNewsR\x06before\x12\x1a\n" +
+	"\bassigned\x18\a \x01(\bR\bassigned\"b\n" +
 	"\x0eGenerationNews\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x128\n" +
 	"\fenvironments\x18\x02 \x03(\v2\x14.flox.v1.EnvironmentR\fenvironments\"H\n" +
