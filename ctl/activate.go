@@ -39,6 +39,8 @@ terminal, prints the commands for a shell to evaluate.
 The generation that lives now stays in use, whatever becomes of the profile: a session
 never changes under who works in it. With --live it follows the profile. Nobody is asked
 for a profile that this machine shows (ls /flox), so that it works without a network.
+floxctl status says in a session whether a newer generation lives. For direnv see:
+floxctl direnv --help.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl activate -p acme/ci -- make test
@@ -60,7 +62,7 @@ for a profile that this machine shows (ls /flox), so that it works without a net
 		if !slices.Contains([]string{"", "sh", "bash", "zsh", "ksh", "fish"}, opts.shell) {
 			return cli.Usage("--shell %q: want sh or fish; bash, zsh and ksh take what is for sh", opts.shell)
 		}
-		return runActivate(cmd.Context(), opts, g.printer(cmd))
+		return runActivate(cmd.Context(), opts, g.printer(cmd), g.progressPrinter(cmd))
 	}
 	return cmd
 }
@@ -74,34 +76,45 @@ type activation struct {
 	named      string // envProfile
 }
 
-// activation asks the agent, which has it in memory.
-func (o *activateOptions) activation(ctx context.Context) (*activation, error) {
-	name, err := o.name()
+// shown asks the agent for the generation of the profile that lives, which it has in
+// memory, and where profiles are mounted, "" for nowhere.
+func (f *profileFlag) shown(ctx context.Context) (p *floxv1.ShownProfile, dir string, err error) {
+	name, err := f.name()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	resp, err := o.agent().ShownProfiles(ctx, connect.NewRequest(&floxv1.ShownProfilesRequest{Name: name}))
+	resp, err := f.agent().ShownProfiles(ctx, connect.NewRequest(&floxv1.ShownProfilesRequest{Name: name}))
 	if err != nil {
-		return nil, explain(err)
+		return nil, "", explain(err)
 	}
 	m := resp.Msg
 	if len(m.GetProfiles()) != 1 {
-		return nil, fmt.Errorf("the agent told of %d profiles, want one: %w", len(m.GetProfiles()), flox.ErrCorrupt)
+		return nil, "", fmt.Errorf("the agent told of %d profiles, want one: %w", len(m.GetProfiles()), flox.ErrCorrupt)
 	}
-	p := m.GetProfiles()[0]
+	p = m.GetProfiles()[0]
 	switch {
-	case m.GetDir() == "":
-		return nil, cli.Explain(flox.ErrNotFound, "this machine's agent mounts no profiles (profiles-dir = none, or its log says what was in the way)")
 	case p.GetGeneration() == 0:
-		return nil, cli.Explain(flox.ErrNotFound, "profile %s is empty; to put something in: floxctl install -p %s PATH", clean(p.GetName()), clean(p.GetName()))
+		return nil, "", cli.Explain(flox.ErrNotFound, "profile %s is empty; to put something in: floxctl install -p %s PATH", clean(p.GetName()), clean(p.GetName()))
 	case p.GetPath() == "":
-		return nil, cli.Explain(flox.ErrNotFound, "profile %s has nothing for %s, which this machine is", clean(p.GetName()), clean(m.GetSystem()))
+		return nil, "", cli.Explain(flox.ErrNotFound, "profile %s has nothing for %s, which this machine is", clean(p.GetName()), clean(m.GetSystem()))
+	}
+	return p, m.GetDir(), nil
+}
+
+// activation is what a session gets of the profile as it is now.
+func (o *activateOptions) activation(ctx context.Context) (*activation, error) {
+	p, dir, err := o.shown(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if dir == "" {
+		return nil, cli.Explain(flox.ErrNotFound, "this machine's agent mounts no profiles (profiles-dir = none, or its log says what was in the way)")
 	}
 	a := &activation{Profile: p.GetName(), Generation: p.GetGeneration(), Path: p.GetPath(), named: p.GetName()}
 	if !o.live {
 		a.named = fmt.Sprintf("%s@%d", p.GetName(), p.GetGeneration())
 	}
-	a.Dir = filepath.Join(m.GetDir(), a.named)
+	a.Dir = filepath.Join(dir, a.named)
 	return a, nil
 }
 
@@ -157,10 +170,13 @@ func (a *activation) print(out *output, shell string) {
 	out.printf("export %s=%s\n", envProfile, cli.QuoteSh(a.named))
 }
 
-func runActivate(ctx context.Context, opts *activateOptions, out *output) error {
+func runActivate(ctx context.Context, opts *activateOptions, out, says *output) error {
 	a, err := opts.activation(ctx)
 	if err != nil {
 		return err
+	}
+	if s := thisSession(); s != nil && s.Profile == a.Profile && s.Generation > 0 && s.Generation != a.Generation {
+		says.printf("This session has %s@%d; %d is there, and is what you get now.\n", clean(s.Profile), s.Generation, a.Generation)
 	}
 	if len(opts.command) == 0 {
 		if out.json {

@@ -25,12 +25,13 @@ type doctorOptions struct {
 	*globals
 	storeDir string
 	stateDir string
+	fix, yes bool
 }
 
 func newDoctorCmd(g *globals) *cobra.Command {
 	opts := doctorOptions{globals: g}
 	cmd := &cobra.Command{
-		Use:   "doctor",
+		Use:   "doctor [--fix [--yes]]",
 		Short: "Check this machine, line by line, each with its fix",
 		Long: `Check what the store needs on this machine: kernel, FUSE, mount, disk, clock,
 ports, keys; then ask the agent for its own findings, and the storehouse what is not
@@ -38,12 +39,22 @@ well with its servers. Everything but these two works before anything is set up.
 to do; the exit code is 1 if there is an error. Run it with sudo to let it look
 everywhere.
 
+With --fix it mends what it can by itself, and asks before each: that sudo finds the
+programs of profiles (a file in /etc/sudoers.d). The rest is said with the command.
+
 ` + cli.ExitCodes,
 		Args: cli.Args(0, 0, ""),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if opts.fix {
+				if err := fixSudo(cmd, patient{socket: g.socketPath()}, opts.yes, g.printer(cmd)); err != nil {
+					return err
+				}
+			}
 			return runDoctor(cmd.Context(), opts, g.printer(cmd))
 		},
 	}
+	cmd.Flags().BoolVar(&opts.fix, "fix", false, "mend what can be")
+	cmd.Flags().BoolVarP(&opts.yes, "yes", "y", false, "do not ask")
 	cmd.Flags().StringVar(&opts.storeDir, "store-dir", "", "where the store is or will be mounted (default: ask the agent, else "+string(flox.DefaultStoreDir)+")")
 	cmd.Flags().StringVar(&opts.stateDir, "state-dir", cli.DefaultStateDir, "where floxd keeps its state")
 	return cmd

@@ -21,7 +21,7 @@ import (
 func localChecks(ctx context.Context, p patient) []finding {
 	var all []finding
 	for _, check := range []func(context.Context, patient) []finding{
-		checkKernel, checkProc, checkFuse, checkMount, checkDisk, checkClock, checkPorts, checkKeys,
+		checkKernel, checkProc, checkFuse, checkMount, checkDisk, checkClock, checkPorts, checkKeys, checkSudo,
 	} {
 		all = append(all, check(ctx, p)...)
 	}

@@ -16,32 +16,37 @@ import (
 
 // downloadOptions are the command line of download.
 type downloadOptions struct {
-	*globals
+	profileFlag
 	paths   []string
 	closure bool
 	keep    bool
 }
 
 func newDownloadCmd(g *globals) *cobra.Command {
-	opts := downloadOptions{globals: g}
+	opts := downloadOptions{profileFlag: profileFlag{globals: g}}
 	cmd := &cobra.Command{
-		Use:   "download PATH... [--closure=false] [--keep]",
+		Use:   "download PATH...|-p OWNER/NAME [--closure=false] [--keep]",
 		Short: "Fetch store paths whole, with all they need",
 		Long: `Fetch store paths whole, with everything they refer to, so that they work
 without a network. PATH is a store path, its base name, or a link to one. One that is
-not valid the storehouse substitutes first, if an upstream has it.
+not valid the storehouse substitutes first, if an upstream has it. With -p it is the
+generation of a profile that lives now, for this machine; floxctl status says what is
+ready to go offline.
 
 Ctrl-C stops it at any time; what has arrived stays, and the same command goes on
 from there.
 
 ` + cli.ExitCodes,
-		Example: "  floxctl download ./result --keep",
-		Args:    cli.Args(1, -1, "PATH"),
+		Example: "  floxctl download ./result --keep\n  floxctl download -p acme/ci",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if opts.profile == "" && len(args) == 0 {
+				return cli.Usage("download: PATH is missing: name one, or a profile with -p OWNER/NAME")
+			}
 			opts.paths = args
 			return runDownload(cmd.Context(), opts, g.printer(cmd), g.progressPrinter(cmd))
 		},
 	}
+	cmd.Flags().StringVarP(&opts.profile, "profile", "p", "", "a profile, OWNER/NAME")
 	cmd.Flags().BoolVar(&opts.closure, "closure", true, "also everything they refer to, at any depth")
 	cmd.Flags().BoolVar(&opts.keep, "keep", false, "never evict them from the cache (take back: floxctl unkeep)")
 	return cmd
@@ -64,6 +69,14 @@ func runDownload(ctx context.Context, opts downloadOptions, out, errOut *output)
 	paths, err := storeArgs(opts.paths)
 	if err != nil {
 		return err
+	}
+	named := ""
+	if opts.profile != "" {
+		p, _, err := opts.shown(ctx)
+		if err != nil {
+			return err
+		}
+		paths, named = append(paths, path.Base(p.GetPath())), fmt.Sprintf("%s@%d: ", clean(p.GetName()), p.GetGeneration())
 	}
 	start := time.Now()
 	stream, err := opts.agent().Download(ctx, connect.NewRequest(&floxv1.DownloadRequest{Paths: paths, Closure: opts.closure, Keep: opts.keep}))
@@ -102,7 +115,7 @@ func runDownload(ctx context.Context, opts downloadOptions, out, errOut *output)
 		if opts.keep {
 			kept = " and kept"
 		}
-		out.printf("%s, %s, complete on this machine%s (%s).\n", plural(uint64(last.GetTotalPaths()), "path", "paths"),
+		out.printf("%s%s, %s, complete on this machine%s (%s).\n", named, plural(uint64(last.GetTotalPaths()), "path", "paths"),
 			cli.FormatBytes(last.GetTotalBytes()), kept, cli.FormatDuration(time.Since(start)))
 	}
 	return nil

@@ -297,9 +297,10 @@ type changeFacts struct {
 	Changed     bool              `json:"changed"`
 	Merged      bool              `json:"merged"`
 	Packages    []packageFacts    `json:"packages"`
-	Environment map[string]string `json:"environment"` // by system
-	Missing     []string          `json:"missing"`     // with --dry-run: what the storehouse does not have
-	Programs    []programFacts    `json:"programs"`    // that came, some of them
+	Environment map[string]string `json:"environment"`    // by system
+	Missing     []string          `json:"missing"`        // with --dry-run: what the storehouse does not have
+	Programs    []programFacts    `json:"programs"`       // that came, some of them
+	Cost        *costFacts        `json:"cost,omitempty"` // of an upgrade that changes something
 }
 
 type packageFacts struct {
@@ -341,14 +342,21 @@ func tellChange(ctx context.Context, g *globals, out *output, q *floxv1.ChangePr
 	if changed && !q.GetDryRun() {
 		came = programsOf(ctx, g, m)
 	}
+	var cost *costFacts
+	if q.GetKind() == "upgrade" && changed {
+		cost = costOf(ctx, g, m)
+	}
 	if out.json {
 		return out.printJSON(changeFacts{
 			m.GetProfile().GetName(), m.GetGeneration().GetNumber(), m.GetBefore().GetNumber(), changed, m.GetMerged(),
-			packagesOf(m.GetGeneration()), environmentsOf(m.GetGeneration()), m.GetMissing(), some(came),
+			packagesOf(m.GetGeneration()), environmentsOf(m.GetGeneration()), m.GetMissing(), some(came), cost,
 		})
 	}
 	for _, d := range differences(m.GetBefore(), m.GetGeneration()) {
 		out.printf("%s\n", d)
+	}
+	if cost != nil {
+		cost.tell(out)
 	}
 	switch name := clean(m.GetProfile().GetName()); {
 	case q.GetDryRun():

@@ -21,6 +21,7 @@ func newStatusCmd(g *globals) *cobra.Command {
 		Short: "Show whether the store is mounted, who feeds it, and what is wrong",
 		Long: `Show where the store is mounted, whether the storehouse answers, how full the
 cache is, where data came from, what is ready to go offline, and every problem with what to do about it.
+In a session of a profile (floxctl activate) also whether a newer generation lives.
 
 It exits 0 whenever the agent answers; for a check that fails, see: floxctl doctor.
 
@@ -54,6 +55,7 @@ type statusFacts struct {
 	LocalStore   *localStoreFacts  `json:"localStore,omitempty"` // none = nothing of one is shown
 	Offline      offlineFacts      `json:"offline"`
 	Prefetch     prefetchFacts     `json:"prefetch"`
+	Session      *sessionFacts     `json:"session,omitempty"` // of a profile's session, which asks
 	Problems     []string          `json:"problems"`
 }
 
@@ -159,6 +161,7 @@ func runStatus(ctx context.Context, g *globals, out *output) error {
 	if s.FuseRequests == nil {
 		s.FuseRequests = map[string]uint64{}
 	}
+	s.Session = askSession(ctx, g)
 	if out.json {
 		return out.printJSON(s)
 	}
@@ -194,6 +197,9 @@ func printStatus(out *output, s statusFacts, m *floxv1.StatusResponse, now time.
 	line("fetched", "%s", fetchedLine(s.Traffic))
 	line("ahead", "%s", aheadLine(s.Prefetch))
 	printOffline(out, s.Offline)
+	if s.Session != nil {
+		line("session", "%s", s.Session.words())
+	}
 	line("served", "%s to other machines", cli.FormatBytes(s.Traffic.ServedBytes))
 	line("peers", "%s connected%s", plural(uint64(s.Peers), "machine", "machines"), siteSuffix(s.Site))
 	line("requests", "%s", requestsLine(s.FuseRequests))

@@ -19,7 +19,8 @@ func newUpgradeCmd(g *globals) *cobra.Command {
 		Short: "Bring packages of a profile to what their channels have now",
 		Long: `Bring packages of a profile, or all of them, to what their channels have now, in one step.
 What was installed as NAME@VERSION stays within that version, what is held (floxctl hold)
-as it is. What did not come from a channel is not looked at.
+as it is. What did not come from a channel is not looked at. It says what of that this
+machine has to fetch, and how much is here already, by what the new versions share.
 
 ` + cli.ExitCodes,
 		Example: "  floxctl upgrade --dry-run\n  floxctl upgrade git -p acme/ci",

@@ -25,6 +25,13 @@ const (
 	DefaultConsensusPort  = 7783 // storehouse to its other servers
 )
 
+// SudoersDropIn is what floxctl doctor --fix writes for sudo, and floxd leave removes; its
+// first line is SudoersHead. It is read last, and has no dot: sudo would pass over it.
+const (
+	SudoersDropIn = "/etc/sudoers.d/zz-floxd"
+	SudoersHead   = "# floxctl doctor --fix wrote this; floxd leave removes it."
+)
+
 // Environment variables both programs know.
 const (
 	EnvSocket = "FLOXD_SOCKET" // the agent's control socket

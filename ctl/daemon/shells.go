@@ -152,6 +152,10 @@ func (s *shellHooks) remove() (err error) {
 			err = errors.Join(err, removeFile(name))
 		}
 	}
+	drop := filepath.Join(s.root, cli.SudoersDropIn)
+	if has, readErr := os.ReadFile(drop); readErr == nil && strings.HasPrefix(string(has), cli.SudoersHead+"\n") {
+		err = errors.Join(err, removeFile(drop))
+	}
 	for dir := filepath.Join(s.root, filepath.Dir(fishHook)); filepath.Base(dir) != "etc"; dir = filepath.Dir(dir) {
 		_ = os.Remove(dir) // one that install made; another one is not empty
 	}

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/floxctl/flox/ctl/cli"
 )
 
 // needProgram skips a test where a program is missing, and fails it under CI.
@@ -98,8 +100,13 @@ func TestShellsFindProfiles(t *testing.T) {
 // What join wrote goes again, and nothing else; what is somebody's stays.
 func TestShellHooksAreTakenBack(t *testing.T) {
 	s := hooked(t)
+	drop := filepath.Join(s.root, cli.SudoersDropIn)
+	write(t, drop, cli.SudoersHead+"\nDefaults:anna secure_path=\"/bin\"\n")
 	if err := s.remove(); err != nil {
 		t.Fatal(err)
+	}
+	if _, err := os.Lstat(drop); !os.IsNotExist(err) {
+		t.Errorf("sudo still looks for profiles: %v", err)
 	}
 	if b, err := os.ReadFile(filepath.Join(s.root, "etc/zsh/zshenv")); err != nil || string(b) != "# theirs" {
 		t.Errorf("zshenv is %q, %v", b, err)
