@@ -115,7 +115,7 @@ type cluster struct {
 	stop  []func() error
 	cfg   []Config
 	away  []bool
-	trip  time.Duration // a round trip between servers takes longer by this
+	trip  time.Duration // a round trip between servers takes longer by this, and a connection three
 }
 
 // spare makes room for one more server and gives its number.
@@ -134,7 +134,7 @@ func (c *cluster) listen(i int) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	c.cfg[i].Layer, c.cfg[i].Address = tcpLayer{l}, l.Addr().String()
+	c.cfg[i].Layer, c.cfg[i].Address = tcpLayer{l, 3 * c.trip}, l.Addr().String()
 	if c.trip > 0 {
 		c.cfg[i].Address = slowLine(c.t, c.cfg[i].Address, c.trip/2)
 	}

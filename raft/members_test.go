@@ -396,36 +396,46 @@ func testCensus(healthy string) *census {
 func TestPatience(t *testing.T) {
 	t.Parallel()
 	ms := time.Millisecond
-	for _, c := range []struct{ configured, rtt, want time.Duration }{
-		{200 * ms, 0, 200 * ms},
-		{200 * ms, 15 * ms, 200 * ms},
-		{200 * ms, 60 * ms, 600 * ms},
-		{200 * ms, 2 * time.Second, heartbeatMost},
-		{8 * time.Second, 2 * time.Second, 8 * time.Second},
+	for _, c := range []struct{ configured, rtt, wait, lease time.Duration }{
+		{200 * ms, 0, 200 * ms, 200 * ms},
+		{200 * ms, 15 * ms, 200 * ms, 200 * ms},
+		{200 * ms, 60 * ms, 600 * ms, 200 * ms},
+		{200 * ms, 300 * ms, 3 * time.Second, 900 * ms},
+		{200 * ms, 2 * time.Second, heartbeatMost, leaseMost},
+		{8 * time.Second, 2 * time.Second, 8 * time.Second, 8 * time.Second},
 	} {
-		if got := patience(c.configured, c.rtt); got != c.want {
-			t.Errorf("%v with round trips of %v: %v, want %v", c.configured, c.rtt, got, c.want)
+		if wait, lease := Patience(c.configured, c.rtt); wait != c.wait || lease != c.lease {
+			t.Errorf("%v with round trips of %v: %v and %v, want %v and %v", c.configured, c.rtt, wait, lease, c.wait, c.lease)
 		}
 	}
 	c := newCluster(t, nil)
 	n := c.nodes[(c.leader()+1)%3]
 	r := n.raft.Load()
-	far := probe{rtt: 200 * ms, healthy: time.Now()}
-	n.probes.mu.Lock()
-	n.probes.byID = map[string]probe{"far": far}
-	n.probes.mu.Unlock()
-	n.tune(r)
-	// On a busy machine it was nearly there before, and small changes are let be.
-	if got := r.ReloadableConfig().HeartbeatTimeout; got < 1600*ms {
-		t.Errorf("heartbeat %v with round trips of 200 ms, want about 2 s", got)
+	tuned := func(rtt time.Duration) (wait, lease time.Duration) {
+		n.tune(r, rtt)
+		return r.ReloadableConfig().HeartbeatTimeout, leaseOf(r)
 	}
-	far.rtt = ms
-	n.probes.mu.Lock()
-	n.probes.byID = map[string]probe{"far": far}
-	n.probes.mu.Unlock()
-	n.tune(r)
-	if got := r.ReloadableConfig().HeartbeatTimeout; got != c.cfg[0].Heartbeat {
-		t.Errorf("heartbeat %v with short round trips, want %v", got, c.cfg[0].Heartbeat)
+	// On a busy machine it was nearly there before, and small changes are let be.
+	if wait, lease := tuned(400 * ms); wait < 3200*ms || lease < 960*ms || lease > wait {
+		t.Errorf("heartbeat %v and lease %v with round trips of 400 ms, want about 4 s and 1.2 s", wait, lease)
+	}
+	want := c.cfg[0].Heartbeat
+	if wait, lease := tuned(ms); wait != want || lease != want {
+		t.Errorf("heartbeat %v and lease %v with short round trips, want %v", wait, lease, want)
+	}
+
+	all := testCensus("abd") // d does not vote
+	for id, rtt := range map[string]time.Duration{"b": 2 * ms, "c": 300 * ms, "d": 400 * ms} {
+		p := all.probes[id]
+		p.rtt = rtt
+		all.probes[id] = p
+	}
+	if got := all.slowest(); got != 2*ms {
+		t.Errorf("the slowest healthy voter is %v away, want 2 ms", got)
+	}
+	all.state["d"] = &floxv1.ServerFacts{Id: "d", WantsVote: true}
+	if got := all.slowest(); got != 400*ms {
+		t.Errorf("the slowest that is to vote is %v away, want 400 ms", got)
 	}
 }
 

@@ -84,6 +84,13 @@ func (c *peer) end(why error) {
 	})
 }
 
+// dialling reports whether there is no connection yet.
+func (c *peer) dialling() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.conn == nil
+}
+
 // get gives the connection to address, which may still be dialling.
 func (p *peers) get(address string) (*peer, error) {
 	p.mu.Lock()
@@ -110,11 +117,16 @@ func (p *peers) get(address string) (*peer, error) {
 	return c, nil
 }
 
-// drop gives up the connection to address: something is wrong with it.
+// drop gives up the connection to address: something is wrong with it. One that is
+// being dialled ends by itself, and takes several round trips.
 func (p *peers) drop(address string) {
 	p.mu.Lock()
 	c := p.open[address]
-	delete(p.open, address)
+	if c != nil && c.dialling() {
+		c = nil
+	} else {
+		delete(p.open, address)
+	}
 	p.mu.Unlock()
 	if c != nil {
 		c.end(fmt.Errorf("no answer in time: %w", flox.ErrUnreachable))

@@ -74,7 +74,11 @@ func (n *Node) look(ctx context.Context, r *raft.Raft) {
 		servers := r.GetConfiguration().Configuration().Servers
 		n.probes.keep(servers)
 		n.greetAll(ctx, servers)
-		n.tune(r)
+		if c, err := n.count(r); err == nil {
+			n.tune(r, c.slowest())
+		} else if ctx.Err() == nil {
+			n.cfg.Log.Warn("looking at the voters", "error", err)
+		}
 		if r.State() == raft.Leader && ctx.Err() == nil {
 			if err := n.tend(ctx, r); err != nil && ctx.Err() == nil && !errors.Is(err, ErrNotLeader) {
 				n.cfg.Log.Warn("tending the members", "error", err)
@@ -115,41 +119,49 @@ func (n *Node) greetAll(ctx context.Context, servers []raft.Server) {
 	all.Wait()
 }
 
-// heartbeatMost bounds what round trips raise the heartbeat to.
-const heartbeatMost = 5 * time.Second
+// Raft asks for an election timeout far above a round trip, so that a leader's
+// heartbeats come in time (Ongaro and Ousterhout, section 5.6); etcd's guide says ten of
+// them. A leader misses a majority later than one of them: it needs an answer within its
+// lease after it was elected, and then as often as it sends, which is all the time.
+const (
+	electionTrips = 10
+	leaseTrips    = 3
+	// heartbeatMost and leaseMost bound what round trips raise the two to.
+	heartbeatMost = 5 * time.Second
+	leaseMost     = heartbeatMost * leaseTrips / electionTrips
+)
 
-// patience is how long to wait for a leader when the slowest round trip to
-// another server takes rtt: ten of them, but not less than configured.
-func patience(configured, rtt time.Duration) time.Duration {
-	return max(configured, min(10*rtt, heartbeatMost))
+// Patience is how long a server waits for its leader when the slowest round trip to
+// another voter takes rtt, and how long as the leader for a majority: not less than
+// Config.Heartbeat, configured, and at most 5 s and 1.5 s if that is less. A leader gives
+// up before anybody who waits for it does: of two servers far apart a third one is at
+// least half as far from one, so it waits for electionTrips/2 of a leader's slowest.
+func Patience(configured, rtt time.Duration) (wait, lease time.Duration) {
+	return max(configured, min(electionTrips*rtt, heartbeatMost)), max(configured, min(leaseTrips*rtt, leaseMost))
 }
 
-// tune makes this server wait longer for its leader when the network is slow.
-// Small changes are let be.
-func (n *Node) tune(r *raft.Raft) {
-	want := patience(n.cfg.Heartbeat, n.probes.slowest())
+// tune makes this server wait longer for its leader, and for a majority if it leads, when
+// the network between the voters is slow. Small changes are let be.
+func (n *Node) tune(r *raft.Raft, slowest time.Duration) {
+	want, lease := Patience(n.cfg.Heartbeat, slowest)
 	c := r.ReloadableConfig()
 	if want > c.HeartbeatTimeout*4/5 && want < c.HeartbeatTimeout*5/4 && (want > n.cfg.Heartbeat || want == c.HeartbeatTimeout) {
 		return
 	}
 	c.HeartbeatTimeout, c.ElectionTimeout = want, want
-	if err := r.ReloadConfig(c); err != nil {
-		n.cfg.Log.Warn("setting the heartbeat", "heartbeat", want, "error", err)
+	// The lease must be the shorter one at any time.
+	err := setLease(r, min(lease, leaseOf(r)))
+	if err == nil {
+		err = r.ReloadConfig(c)
+	}
+	if err == nil {
+		err = setLease(r, lease)
+	}
+	if err != nil {
+		n.cfg.Log.Warn("setting the heartbeat", "heartbeat", want, "lease", lease, "error", err)
 		return
 	}
-	n.cfg.Log.Debug("heartbeat follows the round trips", "heartbeat", want)
-}
-
-// slowest gives the longest round trip to a server that answers.
-func (p *probes) slowest() (rtt time.Duration) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, q := range p.byID {
-		if !q.healthy.IsZero() {
-			rtt = max(rtt, q.rtt)
-		}
-	}
-	return rtt
+	n.cfg.Log.Debug("heartbeat follows the round trips", "heartbeat", want, "lease", lease)
 }
 
 // judge says whether a server is healthy: it answered since it was asked, and keeps up.

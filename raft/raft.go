@@ -83,10 +83,9 @@ type Config struct {
 	// Without it an empty server waits to be added by a leader.
 	Bootstrap bool
 	// Heartbeat is how long a follower waits for its leader before it stands for
-	// election, and a leader for a majority before it steps down. Followers wait
-	// longer, up to 5 s, while ten round trips to the other servers take longer.
-	// Set it where one takes more than half of it. Default 200 ms, and 50 ms
-	// without Layer, where it only delays the start.
+	// election, and a leader for a majority before it steps down. Both wait longer
+	// while round trips between the voters are slow (Patience). Default 200 ms, and
+	// 50 ms without Layer, where it only delays the start.
 	Heartbeat time.Duration
 	// SnapshotEvery is how many entries go into the log between snapshots. Default 8192.
 	SnapshotEvery uint64

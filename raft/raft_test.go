@@ -596,9 +596,13 @@ func BenchmarkReadIndex(b *testing.B) {
 }
 
 // tcpLayer is a Layer over loopback.
-type tcpLayer struct{ net.Listener }
+type tcpLayer struct {
+	net.Listener
+	shake time.Duration // that a handshake takes
+}
 
-func (tcpLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
+func (l tcpLayer) Dial(address string, timeout time.Duration) (net.Conn, error) {
+	time.Sleep(l.shake)
 	return net.DialTimeout("tcp", address, timeout)
 }
 

@@ -140,7 +140,7 @@ func toMilli(t time.Time) int64 {
 // this server has applied the log. It never falls.
 func (n *Node) ClusterLevel() uint32 { return n.level.Load() }
 
-// Heartbeat is Config.Heartbeat, within which a leader has to hear of a majority.
+// Heartbeat is Config.Heartbeat.
 func (n *Node) Heartbeat() time.Duration { return n.cfg.Heartbeat }
 
 // Level is the newest level of commands that this server's program knows.

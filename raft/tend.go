@@ -42,6 +42,17 @@ func (n *Node) count(r *raft.Raft) (*census, error) {
 // healthy reports whether a server answers and keeps up.
 func (c *census) healthy(id string) bool { return id == c.self || !c.probes[id].healthy.IsZero() }
 
+// slowest gives the longest round trip to a healthy server that votes, or is to.
+func (c *census) slowest() (rtt time.Duration) {
+	for _, s := range c.servers {
+		id := string(s.ID)
+		if c.healthy(id) && (s.Suffrage == raft.Voter || known(c.state, id, false).WantsVote) {
+			rtt = max(rtt, c.probes[id].rtt)
+		}
+	}
+	return rtt
+}
+
 // find gives a member.
 func (c *census) find(id string) (raft.Server, bool) {
 	for _, s := range c.servers {

@@ -398,15 +398,21 @@ func TestLackingContentIsCounted(t *testing.T) {
 	}
 }
 
-// A voter so far away that the leader may miss it is told of before that happens.
+// It is told how long servers wait for a voter that is far away, and what to do where it
+// is too far for that.
 func TestFarVotersAreToldOf(t *testing.T) {
 	t.Parallel()
 	if got := farAdvice("s2", 100*time.Millisecond, 200*time.Millisecond); got != "" {
 		t.Errorf("half of the heartbeat: %q", got)
 	}
-	for _, want := range []string{"takes 150ms", "of 200ms", `heartbeat = "600ms"`, "label s2 voter=false"} {
-		if got := farAdvice("s2", 150*time.Millisecond, 200*time.Millisecond); !strings.Contains(got, want) {
-			t.Errorf("three quarters of it: %q, want %q in it", got, want)
+	for rtt, words := range map[time.Duration][]string{
+		150 * time.Millisecond: {"takes 150ms", "wait 1.5s for their leader", "450ms for a majority", "of 200ms", "label s2 voter=false"},
+		900 * time.Millisecond: {"takes 900ms", `set heartbeat = "3.6s"`, "label s2 voter=false"},
+	} {
+		for _, want := range words {
+			if got := farAdvice("s2", rtt, 200*time.Millisecond); !strings.Contains(got, want) {
+				t.Errorf("%v: %q, want %q in it", rtt, got, want)
+			}
 		}
 	}
 	s, _ := start(t, testConfig(t.TempDir()))

@@ -51,8 +51,8 @@ type Config struct {
 	// one listened at; needed when that is any address.
 	ConsensusAdvertise string `json:"consensus_advertise"`
 	// Heartbeat is how long this server waits for the leader of the storehouse before
-	// it stands for it, and as leader for a majority. Default 0 = 200 ms; a wait for
-	// the leader follows longer round trips by itself, that for a majority does not.
+	// it stands for it, and as leader for a majority, at least: both follow longer round
+	// trips between the servers that vote by themselves. Default 0 = 200 ms.
 	Heartbeat time.Duration `json:"heartbeat"`
 	// CatchUpRate bounds in bytes per second what is fetched of content that the
 	// other servers have and this one lacks. Default 0 = as fast as it comes, two paths

@@ -200,16 +200,22 @@ func (s *Server) judge(st *floxv1.ServerState, seen []cluster.ServerStatus, lead
 	}
 }
 
-// farAdvice is what to do where round trips to a voter are long: a leader waits for a
-// majority no longer than the heartbeat, and that does not follow them.
+// farAdvice says what long round trips to a voter change, which servers do by
+// themselves, and where they do not follow any more what to do.
 func farAdvice(name string, rtt, heartbeat time.Duration) string {
 	if rtt <= heartbeat/2 {
 		return ""
 	}
-	const step = 100 * time.Millisecond
-	return fmt.Sprintf("a round trip to it takes %s, more than half of the heartbeat of %s, within which a leader has to hear of a majority: "+
-		"the storehouse may change its leader for no reason; set heartbeat = %q on every server and start one after the other, or take its vote (floxctl machine label %s voter=false)",
-		rtt.Round(time.Millisecond), heartbeat, max(4*rtt, 2*heartbeat).Round(step).String(), name)
+	const step = 10 * time.Millisecond
+	took := rtt.Round(time.Millisecond)
+	if wait, lease := cluster.Patience(heartbeat, rtt); 2*rtt < lease {
+		return fmt.Sprintf("a round trip to it takes %s, so servers wait %s for their leader, and a leader %s for a majority, and not the heartbeat of %s: "+
+			"another one leads only as long after a leader failed; they do not wait for servers without a vote (floxctl machine label %s voter=false)",
+			took, wait.Round(step), lease.Round(step), heartbeat, name)
+	}
+	return fmt.Sprintf("a round trip to it takes %s, too long for the storehouse to wait for it as it should: it may change its leader for no reason; "+
+		"set heartbeat = %q on every server and start one after the other, or take its vote (floxctl machine label %s voter=false)",
+		took, (4 * rtt).Round(100*time.Millisecond).String(), name)
 }
 
 // reachedAt is host:port of a server's address, which begins with its peer ID.

@@ -67,7 +67,7 @@ type StorehouseConfig struct {
 	Server    string   `toml:"server-name" help:"what this server is called among the machines (default: name)"`
 	Consensus string   `toml:"consensus" help:"host:port at which the other servers reach this one to agree; none = one server that no other can join"`
 	ConsensAd string   `toml:"consensus-advertise" help:"host:port of it that is told to the other servers (default: the one listened at)"`
-	Heartbeat Duration `toml:"heartbeat" help:"how long servers wait for each other before they choose another leader: more than two of the round trips between them; 0 = 200 ms"`
+	Heartbeat Duration `toml:"heartbeat" help:"how long servers wait for each other, at least, before they choose another leader: they wait longer where round trips between them are long; 0 = 200 ms"`
 	CatchUp   Size     `toml:"catch-up-rate" help:"most bytes per second of content fetched from other servers; 0 = as fast as it comes, which keeps servers in touch; for a line that others need"`
 	DiskSlow  Percent  `toml:"disk-slow" help:"how full its disk is, in percent, when uploads are slowed down"`
 	DiskHigh  Percent  `toml:"disk-essential" help:"how full when only profile changes and running builds are taken in"`
@@ -152,7 +152,7 @@ open       = false             # true: whoever has a copy of invite.json is a me
 server-name = ""               # what this server is called among the machines; name
 consensus  = "none"            # host:port for the other servers of a storehouse of 3 or 5
 consensus-advertise = ""       # what they are told, if consensus listens at any address
-heartbeat = "0s"               # waited for other servers before another leads: more than two round trips; 0: 200 ms
+heartbeat = "0s"               # waited for other servers before another leads, longer over long lines; 0: 200 ms
 catch-up-rate = "0"            # bytes per second from the other servers; 0: no limit
 disk-slow  = "85%"             # uploads are slowed down from here on,
 disk-essential = "92%"         # only profile changes and running builds taken in,
