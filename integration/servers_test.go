@@ -221,6 +221,7 @@ func TestServers(t *testing.T) {
 		{"Rot", func() { h.rots(times(h.t, "FLOX_ROT", 24, 1000)) }},
 		{"Joined", h.joins},
 		{"Entry", h.entry},
+		{"Collected", h.collected},   // what no root keeps is gone then
 		{"LossIsSeen", h.lossIsSeen}, // the last: nothing is left of the house
 	} {
 		if !t.Run(part.name, func(t *testing.T) { h.t = t; part.do() }) {

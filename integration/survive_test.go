@@ -45,7 +45,8 @@ func rounds() int {
 	}
 }
 
-// newer builds a floxd of another version, which obeys FLOXD_TEST_WITHOUT_RESEND.
+// newer builds a floxd of another version, which obeys FLOXD_TEST_WITHOUT_RESEND and
+// FLOXD_TEST_TOUCH_EVERY.
 func newer(t *testing.T, dir string) string {
 	t.Helper()
 	name := filepath.Join(dir, "floxd-newer")

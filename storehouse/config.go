@@ -141,6 +141,7 @@ func (c Config) withDefaults() (Config, error) {
 	setDefault(&c.Version, "dev")
 	setDefault(&c.scrubEvery, scrubEvery)
 	setDefault(&c.signSettle, signSettle)
+	setDefault(&c.touchEvery, touchTold())
 	if len(c.Listen) == 0 {
 		c.Listen = []string{"0.0.0.0:7781"}
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -39,6 +40,14 @@ func (s *Storehouse) Admin() floxv1connect.AdminClient {
 			return (&net.Dialer{}).DialContext(ctx, "unix", filepath.Join(s.Host.Root(), "run/floxd/storehouse.sock"))
 		},
 	}}, "http://storehouse")
+}
+
+// Change has the server run another program with more flags from its next start on,
+// until undo is called.
+func (s *Storehouse) Change(program string, flags ...string) (undo func()) {
+	was := s.argv
+	s.argv = slices.Concat([]string{program}, was[1:], flags)
+	return func() { s.argv = was }
 }
 
 // Join makes a server that has never run one of the storehouse that an invite is of.
