@@ -48,7 +48,7 @@ func clusterBench(ctx context.Context) ([]Row, error) {
 	if err != nil {
 		return nil, err
 	}
-	figures, err := figuresBench(ctx, dir)
+	figures, err := figuresBench(ctx, dir, clusterTargets, "NewServer", "PathInfos", "ManyPaths")
 	return slices.Concat(writes, changes, figures), err
 }
 

@@ -50,7 +50,7 @@ func daemonBench(ctx context.Context) (rows []Row, err error) {
 
 // capped is how many pairs a row has: n, or fewer where the environment says so.
 func capped(n int) int {
-	for _, name := range []string{"DAEMON_ROUNDS", "SWARM_ROUNDS"} {
+	for _, name := range []string{"DAEMON_ROUNDS", "SWARM_ROUNDS", "PROFILES_ROUNDS"} {
 		if most, err := strconv.Atoi(os.Getenv(name)); err == nil && most > 0 {
 			n = min(n, most)
 		}

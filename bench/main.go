@@ -22,12 +22,13 @@ type Row = scenario.Row
 
 // benchmarks are what `make bench BENCH=name` names.
 var benchmarks = map[string]func(context.Context) ([]Row, error){
-	"cluster": clusterBench,
-	"content": contentBench,
-	"daemon":  daemonBench,
-	"demo":    demoBench,
-	"fuse":    fuseBench,
-	"swarm":   swarmBench,
+	"cluster":  clusterBench,
+	"content":  contentBench,
+	"daemon":   daemonBench,
+	"demo":     demoBench,
+	"fuse":     fuseBench,
+	"profiles": profilesBench,
+	"swarm":    swarmBench,
 }
 
 func main() {
@@ -105,7 +106,7 @@ func write(name string, rows []Row) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // results are for everybody
 		return err
 	}
-	if os.Getenv("FUSE_PARTS")+os.Getenv("DAEMON_PARTS")+os.Getenv("SWARM_PARTS") != "" {
+	if os.Getenv("FUSE_PARTS")+os.Getenv("DAEMON_PARTS")+os.Getenv("SWARM_PARTS")+os.Getenv("PROFILES_PARTS") != "" {
 		var before []Row
 		if b, err := os.ReadFile(filepath.Join(dir, name+".json")); err == nil && json.Unmarshal(b, &before) == nil {
 			rows = append(slices.DeleteFunc(before, func(old Row) bool {

@@ -75,8 +75,14 @@ func ago(unixMs int64, now time.Time) string {
 	return cli.FormatDuration(max(now.Sub(time.UnixMilli(unixMs)), 0).Truncate(time.Second))
 }
 
-// stampMs is stamp for milliseconds.
-func stampMs(unixMs int64) *string { return stamp(unixMs / 1000) }
+// stampMs is stamp for milliseconds, with them.
+func stampMs(unixMs int64) *string {
+	if unixMs <= 0 {
+		return nil
+	}
+	s := time.UnixMilli(unixMs).UTC().Format("2006-01-02T15:04:05.000Z07:00") // RFC 3339
+	return &s
+}
 
 // labelsOf gives "k=v,k=v".
 func labelsOf(labels []*floxv1.Label) string {
