@@ -25,11 +25,16 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	flag.Parse()
+	profiles := lookForMountPoint()
 	if code, done := halved(); done {
+		if err := profiles.remove(); err != nil {
+			fmt.Fprintln(os.Stderr, "integration:", err)
+			code = 1
+		}
 		os.Exit(code)
 	}
 	code := m.Run()
-	err := shared.close()
+	err := errors.Join(shared.close(), profiles.remove())
 	if code == 0 {
 		err = errors.Join(err, goleak.Find())
 	}

@@ -51,6 +51,7 @@ func TestProfiles(t *testing.T) {
 	}{
 		{"OneVersion", u.oneVersion},
 		{"Cut", u.cut},
+		{"Systems", u.systems},
 	} {
 		if !t.Run(part.name, func(t *testing.T) { u.t, h.t = t, t; part.do() }) {
 			return
@@ -248,4 +249,31 @@ func (u *upgrades) cut() {
 	u.upgrade(100)
 	u.seen()
 	u.says(live, "tool 0")
+}
+
+// systems has the second machine be one of another system: at one path each has what is
+// for its own, of one generation.
+func (u *upgrades) systems() {
+	const profile, link, other = "root/both", "/flox/root/both/bin/tool", "aarch64-linux"
+	a, b := u.r.agents[0], u.r.agents[1]
+	_, err := a.Ctl(u.t.Context(), "profile", "create", profile, "--system", "x86_64-linux", "--system", other)
+	must(u.t, err)
+	_, err = a.Ctl(u.t.Context(), "install", "-p", profile, "x86_64-linux="+u.tools[0], other+"="+u.tools[1])
+	must(u.t, err)
+	must(u.t, b.Stop())
+	c, err := hosts.StartAgent(u.t.Context(), u.r.h.programs, b.Host, u.r.h.dir, keptInvite, append([]string{"--system", other}, patient...)...)
+	must(u.t, err)
+	u.t.Cleanup(func() { stop(u.t, c.Daemon) })
+	for i, want := range []string{"tool 0\n", "tool 1\n"} {
+		eventually(u.t, fmt.Sprintf("machine %d has what is for its system", i), func() bool {
+			out, err := u.r.run(u.t.Context(), i, link)
+			return err == nil && string(out) == want
+		})
+	}
+	must(u.t, c.Stop())
+	must(u.t, b.Start(u.t.Context()))
+	eventually(u.t, "the second machine has what is for its own system again", func() bool {
+		out, err := u.r.run(u.t.Context(), 1, link)
+		return err == nil && string(out) == "tool 0\n"
+	})
 }
