@@ -404,6 +404,9 @@ func (s *viewState) put(n *floxv1.ProfileNews) error {
 				next = next.with(g)
 			}
 		}
+		next.ToldProfile.Older = slices.DeleteFunc(slices.Clone(next.GetOlder()), func(g *floxv1.GenerationNews) bool {
+			return g.GetNumber() < n.GetFirst() && !slices.Contains(n.GetTagged(), g.GetNumber()) // it was dropped
+		})
 	}
 	s.profiles[key] = next
 	return nil

@@ -240,3 +240,23 @@ func TestShellsAreToldWhoHasWhatOnPath(t *testing.T) {
 		t.Errorf("looking for a program asked for %q", r.asked)
 	}
 }
+
+// A generation that the storehouse dropped is not shown any more, one with a tag is.
+func TestDroppedGenerationsAreForgotten(t *testing.T) {
+	r := newViewRig(t, t.TempDir(), "x86_64-linux")
+	for i := range uint64(5) {
+		r.take(t, &floxv1.ProfilesEvent{Index: 10 + i, Reset_: i == 0, Users: []string{"anna"}, Put: []*floxv1.ProfileNews{news("anna/default", 1+i, 10+i, true)}})
+	}
+	r.leads(t, "anna/default@1", 1, nil)
+	now := news("anna/default", 5, 15, true)
+	now.First, now.Tagged = 5, []uint64{2}
+	r.take(t, &floxv1.ProfilesEvent{Index: 15, Put: []*floxv1.ProfileNews{now}})
+	if !slices.Equal(r.shown, []string{"anna/default@1", "anna/default@3"}) {
+		t.Errorf("the kernel was told of %q", r.shown)
+	}
+	r.leads(t, "anna/default@2", 2, nil)
+	r.leads(t, "anna/default@4", 4, nil) // what the one that lives was made on
+	r.connected.Store(true)
+	r.leads(t, "anna/default@1", 0, flox.ErrNotFound)
+	r.leads(t, "anna/default@3", 0, flox.ErrNotFound)
+}

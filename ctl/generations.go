@@ -1,6 +1,7 @@
 package ctl
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -83,7 +84,7 @@ func tellHistory(out *output, m *floxv1.ProfileHistoryResponse) error {
 
 func newRollbackCmd(g *globals) *cobra.Command {
 	opts := &profileFlag{globals: g}
-	q := &floxv1.RollbackProfileRequest{}
+	q, to := &floxv1.RollbackProfileRequest{}, ""
 	cmd := &cobra.Command{
 		Use:   "rollback [-p OWNER/NAME] [--to GENERATION]",
 		Short: "Let an earlier generation of a profile live again",
@@ -97,6 +98,11 @@ until a person changes it.
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if q.Name, err = opts.name(); err != nil {
 				return err
+			}
+			if to != "" {
+				if q.To, err = opts.number(cmd.Context(), to); err != nil {
+					return err
+				}
 			}
 			resp, err := g.admin().RollbackProfile(cmd.Context(), connect.NewRequest(q))
 			if err != nil {
@@ -115,7 +121,7 @@ until a person changes it.
 		},
 	}
 	opts.register(cmd)
-	cmd.Flags().Uint64Var(&q.To, "to", 0, "the `GENERATION` (default: what lived before the one that lives)")
+	cmd.Flags().StringVar(&to, "to", "", "the `GENERATION`, or @TAG (default: what lived before the one that lives)")
 	cmd.Flags().StringVar(&q.Reason, "reason", "", "why, shown by floxctl history")
 	return cmd
 }
@@ -140,7 +146,7 @@ func newShowGenerationCmd(g *globals, use string, args int) *cobra.Command {
 			}
 			q := &floxv1.ShowProfileRequest{Name: name}
 			if args == 1 {
-				if q.Generation, err = parseGeneration(words[0]); err != nil {
+				if q.Generation, err = f.number(cmd.Context(), words[0]); err != nil {
 					return err
 				}
 			}
@@ -189,9 +195,32 @@ func tellGeneration(out *output, m *floxv1.ShowProfileResponse) error {
 func parseGeneration(word string) (uint64, error) {
 	n, err := strconv.ParseUint(word, 10, 64)
 	if err != nil || n == 0 {
-		return 0, fmt.Errorf("generation %q: want its number, as floxctl history shows it: %w", word, flox.ErrBadInput)
+		return 0, fmt.Errorf("generation %q: want its number, as floxctl history shows it, or @TAG: %w", word, flox.ErrBadInput)
 	}
 	return n, nil
+}
+
+// number is that of a generation, which may be said as @TAG.
+func (f *profileFlag) number(ctx context.Context, word string) (uint64, error) {
+	tag, ok := strings.CutPrefix(word, "@")
+	if !ok {
+		return parseGeneration(word)
+	}
+	if n, err := parseGeneration(tag); err == nil {
+		return n, nil
+	}
+	at, err := f.generation(ctx, 0)
+	if err != nil {
+		return 0, err
+	}
+	var have []string
+	for _, t := range at.GetProfile().GetTags() {
+		if strings.EqualFold(t.GetName(), tag) {
+			return t.GetGeneration(), nil
+		}
+		have = append(have, "@"+t.GetName())
+	}
+	return 0, cli.Explain(flox.ErrNotFound, "%s has no tag @%s; it has: %s", clean(at.GetProfile().GetName()), clean(tag), clean(cmp.Or(strings.Join(have, " "), "none")))
 }
 
 // generation asks for one of a profile; 0 = the one that lives.
@@ -221,7 +250,7 @@ func newDiffCmd(g *globals) *cobra.Command {
 				n := uint64(0)
 				err := error(nil)
 				if word != "" {
-					n, err = parseGeneration(word)
+					n, err = f.number(cmd.Context(), word)
 				}
 				if err == nil {
 					at[i], err = f.generation(cmd.Context(), n)

@@ -54,7 +54,7 @@ What is in a profile: floxctl install, uninstall, list, show, history, rollback.
 		Args:    cli.Args(0, 0, ""),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
+	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileRetentionCmd(g), newProfileTagCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
 	return cmd
 }
 
@@ -148,6 +148,9 @@ type sharedProfileFacts struct {
 	CreatedAt  *string           `json:"createdAt"`
 	CreatedBy  string            `json:"createdBy"`
 	ChangedAt  *string           `json:"changedAt"`
+	Keep       uint32            `json:"keep"` // generations, the newest; with days 0, 0 = all that fit
+	Days       uint32            `json:"days"`
+	Tags       map[string]uint64 `json:"tags"` // generations by name
 }
 
 func profileOf(p *floxv1.Profile) sharedProfileFacts {
@@ -155,9 +158,14 @@ func profileOf(p *floxv1.Profile) sharedProfileFacts {
 	for _, g := range p.GetGrants() {
 		roles[g.GetUser()] = g.GetRole()
 	}
+	tags := map[string]uint64{}
+	for _, t := range p.GetTags() {
+		tags[t.GetName()] = t.GetGeneration()
+	}
 	return sharedProfileFacts{
 		p.GetName(), p.GetSystems(), p.GetLive(), p.GetLast(), p.GetHeld(), roles,
 		stampMs(p.GetCreatedUnixMs()), p.GetCreatedBy(), stampMs(p.GetChangedUnixMs()),
+		p.GetKeep(), p.GetDays(), tags,
 	}
 }
 

@@ -100,6 +100,14 @@ func (s *scriptedAdmin) RenameProfile(_ context.Context, r *connect.Request[flox
 	return unary[floxv1.RenameProfileRequest, floxv1.RenameProfileResponse](s.scripted, "RenameProfile", r)
 }
 
+func (s *scriptedAdmin) SetProfileRetention(_ context.Context, r *connect.Request[floxv1.SetProfileRetentionRequest]) (*connect.Response[floxv1.SetProfileRetentionResponse], error) {
+	return unary[floxv1.SetProfileRetentionRequest, floxv1.SetProfileRetentionResponse](s.scripted, "SetProfileRetention", r)
+}
+
+func (s *scriptedAdmin) TagProfile(_ context.Context, r *connect.Request[floxv1.TagProfileRequest]) (*connect.Response[floxv1.TagProfileResponse], error) {
+	return unary[floxv1.TagProfileRequest, floxv1.TagProfileResponse](s.scripted, "TagProfile", r)
+}
+
 func (s *scriptedAdmin) ListChannels(_ context.Context, r *connect.Request[floxv1.ListChannelsRequest]) (*connect.Response[floxv1.ListChannelsResponse], error) {
 	return unary[floxv1.ListChannelsRequest, floxv1.ListChannelsResponse](s.scripted, "ListChannels", r)
 }

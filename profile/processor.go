@@ -83,6 +83,12 @@ func (a *applying) apply(c *floxv1.ProfilesCommand) error {
 		return a.grant(c.Grants)
 	case *floxv1.ProfilesCommand_Rename:
 		return a.rename(c.Rename)
+	case *floxv1.ProfilesCommand_Retention:
+		return a.retain(c.Retention)
+	case *floxv1.ProfilesCommand_Tag:
+		return a.tag(c.Tag)
+	case *floxv1.ProfilesCommand_Prune:
+		return a.prune(c.Prune)
 	}
 	return fmt.Errorf("profiles: no command inside: %w", raft.ErrUnknownCommand)
 }
@@ -198,7 +204,7 @@ func (a *applying) change(c *floxv1.NewGeneration) error {
 	}
 	e := &floxv1.ProfileEvent{Kind: c.GetKind(), From: p.GetLive(), To: g.GetNumber(), Reason: c.GetReason(), Detail: Describe(before, after)}
 	p.Live, p.Held = g.GetNumber(), false
-	if err := a.trim(p); err != nil {
+	if err := a.trim(p, g.GetParent()); err != nil {
 		return err
 	}
 	return a.store(p, e)
@@ -247,17 +253,6 @@ func (a *applying) use(pkg *floxv1.Package) ([]byte, error) {
 	return id, a.put(append([]byte{packageKey}, id...), r)
 }
 
-// trim forgets the oldest generations of a profile whose newest one lives.
-func (a *applying) trim(p *floxv1.Profile) error {
-	for p.GetLast()-p.GetFirst() >= a.maxGenerations {
-		if err := a.dropGeneration(p.GetName(), p.GetFirst()); err != nil {
-			return err
-		}
-		p.First++
-	}
-	return nil
-}
-
 func (a *applying) dropGeneration(name string, number uint64) error {
 	key := numberKey(generationKey, name, number)
 	g, err := load(a.tx, key, &floxv1.Generation{})
@@ -291,8 +286,12 @@ func (a *applying) remove(name string) error {
 	if err != nil {
 		return err
 	}
-	for n := p.GetFirst(); n > 0 && n <= p.GetLast(); n++ {
-		if err := a.dropGeneration(p.GetName(), n); err != nil {
+	all, err := generationsOf(a.tx, p.GetName())
+	if err != nil {
+		return err
+	}
+	for _, g := range all {
+		if err := a.dropGeneration(p.GetName(), g.GetNumber()); err != nil {
 			return err
 		}
 	}

@@ -23,7 +23,8 @@ const Kind = 6
 
 // Level is the level of a ProfilesCommand; see the storehouse.
 func Level(c *floxv1.ProfilesCommand) uint32 {
-	if c.GetRename() != nil {
+	switch c.GetCommand().(type) {
+	case *floxv1.ProfilesCommand_Rename, *floxv1.ProfilesCommand_Retention, *floxv1.ProfilesCommand_Tag, *floxv1.ProfilesCommand_Prune:
 		return 6
 	}
 	return 5
@@ -40,6 +41,8 @@ const (
 	maxGrants      = 256
 	maxText        = 512 // bytes of a version, a source, a reason
 	maxChanges     = 1 << 14
+	maxTags        = 64
+	maxDays        = 36_500
 	maxFormerly    = 8 // names that a profile had; then the oldest is free
 )
 

@@ -55,7 +55,7 @@ func List(g getter, owner, after string, yield func(*floxv1.Profile) bool) error
 func ReadEnvironments(g getter, name string, number uint64) (*floxv1.Generation, error) {
 	out, err := load(g, numberKey(generationKey, name, number), &floxv1.Generation{})
 	if errors.Is(err, flox.ErrNotFound) {
-		return nil, fmt.Errorf("profile %s has no generation %d (any more); see: floxctl history -p %s: %w", name, number, name, flox.ErrNotFound)
+		return nil, missing(g, name, number)
 	}
 	return out, err
 }

@@ -78,6 +78,27 @@ func (a *admin) RenameProfile(ctx context.Context, req *connect.Request[floxv1.R
 	return answer(&floxv1.RenameProfileResponse{Profile: reply.GetProfile()}, err)
 }
 
+// SetProfileRetention is floxv1connect.AdminHandler.
+func (a *admin) SetProfileRetention(ctx context.Context, req *connect.Request[floxv1.SetProfileRetentionRequest]) (*connect.Response[floxv1.SetProfileRetentionResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return answer(a.s.profiles.retain(ctx, who, req.Msg))
+}
+
+// TagProfile is floxv1connect.AdminHandler.
+func (a *admin) TagProfile(ctx context.Context, req *connect.Request[floxv1.TagProfileRequest]) (*connect.Response[floxv1.TagProfileResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	reply, err := a.s.profiles.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Tag{Tag: &floxv1.TagGeneration{
+		Profile: req.Msg.GetName(), Name: req.Msg.GetTag(), Generation: req.Msg.GetGeneration(),
+	}}})
+	return answer(&floxv1.TagProfileResponse{Profile: reply.GetProfile()}, err)
+}
+
 // GrantProfile is floxv1connect.AdminHandler.
 func (a *admin) GrantProfile(ctx context.Context, req *connect.Request[floxv1.GrantProfileRequest]) (*connect.Response[floxv1.GrantProfileResponse], error) {
 	who, err := a.person(ctx, req)

@@ -215,7 +215,10 @@ func (w *profileWatch) all(r *cluster.Reader, sight sight, e *floxv1.ProfilesEve
 
 // newsOf says where a profile is.
 func newsOf(r *cluster.Reader, p *floxv1.Profile, sight sight) (*floxv1.ProfileNews, error) {
-	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p)}
+	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst()}
+	for _, t := range p.GetTags() {
+		n.Tagged = append(n.Tagged, t.GetGeneration())
+	}
 	if p.GetLive() == 0 {
 		return n, nil
 	}

@@ -36,6 +36,9 @@ type ProfilesCommand struct {
 	//	*ProfilesCommand_Delete
 	//	*ProfilesCommand_Grants
 	//	*ProfilesCommand_Rename
+	//	*ProfilesCommand_Retention
+	//	*ProfilesCommand_Tag
+	//	*ProfilesCommand_Prune
 	Command       isProfilesCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -146,6 +149,33 @@ func (x *ProfilesCommand) GetRename() *RenameProfile {
 	return nil
 }
 
+func (x *ProfilesCommand) GetRetention() *SetRetention {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Retention); ok {
+			return x.Retention
+		}
+	}
+	return nil
+}
+
+func (x *ProfilesCommand) GetTag() *TagGeneration {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Tag); ok {
+			return x.Tag
+		}
+	}
+	return nil
+}
+
+func (x *ProfilesCommand) GetPrune() string {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Prune); ok {
+			return x.Prune
+		}
+	}
+	return ""
+}
+
 type isProfilesCommand_Command interface {
 	isProfilesCommand_Command()
 }
@@ -171,7 +201,19 @@ type ProfilesCommand_Grants struct {
 }
 
 type ProfilesCommand_Rename struct {
-	Rename *RenameProfile `protobuf:"bytes,8,opt,name=rename,proto3,oneof"` // level 6
+	Rename *RenameProfile `protobuf:"bytes,8,opt,name=rename,proto3,oneof"` // level 6, as what follows
+}
+
+type ProfilesCommand_Retention struct {
+	Retention *SetRetention `protobuf:"bytes,9,opt,name=retention,proto3,oneof"`
+}
+
+type ProfilesCommand_Tag struct {
+	Tag *TagGeneration `protobuf:"bytes,10,opt,name=tag,proto3,oneof"`
+}
+
+type ProfilesCommand_Prune struct {
+	Prune string `protobuf:"bytes,11,opt,name=prune,proto3,oneof"` // a profile, of what its retention does not keep
 }
 
 func (*ProfilesCommand_Create) isProfilesCommand_Command() {}
@@ -185,6 +227,12 @@ func (*ProfilesCommand_Delete) isProfilesCommand_Command() {}
 func (*ProfilesCommand_Grants) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Rename) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Retention) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Tag) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Prune) isProfilesCommand_Command() {}
 
 type NewProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -519,6 +567,128 @@ func (x *RenameProfile) GetTo() string {
 	return ""
 }
 
+// SetRetention says what is kept: the newest generations, and those made in the last days.
+// 0 and 0 = all that fit.
+type SetRetention struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Keep          uint32                 `protobuf:"varint,2,opt,name=keep,proto3" json:"keep,omitempty"`
+	Days          uint32                 `protobuf:"varint,3,opt,name=days,proto3" json:"days,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetRetention) Reset() {
+	*x = SetRetention{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetRetention) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetRetention) ProtoMessage() {}
+
+func (x *SetRetention) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetRetention.ProtoReflect.Descriptor instead.
+func (*SetRetention) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SetRetention) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *SetRetention) GetKeep() uint32 {
+	if x != nil {
+		return x.Keep
+	}
+	return 0
+}
+
+func (x *SetRetention) GetDays() uint32 {
+	if x != nil {
+		return x.Days
+	}
+	return 0
+}
+
+type TagGeneration struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Generation    uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TagGeneration) Reset() {
+	*x = TagGeneration{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TagGeneration) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TagGeneration) ProtoMessage() {}
+
+func (x *TagGeneration) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TagGeneration.ProtoReflect.Descriptor instead.
+func (*TagGeneration) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *TagGeneration) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *TagGeneration) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TagGeneration) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type ProfilesReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Moved         bool                   `protobuf:"varint,1,opt,name=moved,proto3" json:"moved,omitempty"`    // another generation lives than the command was made on; nothing was done
@@ -529,7 +699,7 @@ type ProfilesReply struct {
 
 func (x *ProfilesReply) Reset() {
 	*x = ProfilesReply{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[6]
+	mi := &file_flox_v1_profiles_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -541,7 +711,7 @@ func (x *ProfilesReply) String() string {
 func (*ProfilesReply) ProtoMessage() {}
 
 func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[6]
+	mi := &file_flox_v1_profiles_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -554,7 +724,7 @@ func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesReply.ProtoReflect.Descriptor instead.
 func (*ProfilesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ProfilesReply) GetMoved() bool {
@@ -578,7 +748,7 @@ type Profile struct {
 	Systems       []string               `protobuf:"bytes,2,rep,name=systems,proto3" json:"systems,omitempty"` // that a generation is made for, such as x86_64-linux
 	Live          uint64                 `protobuf:"varint,3,opt,name=live,proto3" json:"live,omitempty"`      // number of a generation; 0 = there is none yet
 	Last          uint64                 `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`      // highest number given so far
-	First         uint64                 `protobuf:"varint,5,opt,name=first,proto3" json:"first,omitempty"`    // lowest number that is kept
+	First         uint64                 `protobuf:"varint,5,opt,name=first,proto3" json:"first,omitempty"`    // lowest number that is kept, but for some before it: tagged, alive, or what that was made on
 	Grants        []*ProfileGrant        `protobuf:"bytes,6,rep,name=grants,proto3" json:"grants,omitempty"`
 	CreatedUnixMs int64                  `protobuf:"varint,7,opt,name=created_unix_ms,json=createdUnixMs,proto3" json:"created_unix_ms,omitempty"`
 	CreatedBy     string                 `protobuf:"bytes,8,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
@@ -587,14 +757,18 @@ type Profile struct {
 	Held          bool                   `protobuf:"varint,11,opt,name=held,proto3" json:"held,omitempty"`                                     // rolled back: no automatic change before a person makes one
 	Events        uint64                 `protobuf:"varint,12,opt,name=events,proto3" json:"events,omitempty"`                                 // that are kept
 	CreatedIndex  uint64                 `protobuf:"varint,13,opt,name=created_index,json=createdIndex,proto3" json:"created_index,omitempty"` // of the log
-	Formerly      []string               `protobuf:"bytes,14,rep,name=formerly,proto3" json:"formerly,omitempty"`                              // names that lead to it, the oldest first; level 6
+	Formerly      []string               `protobuf:"bytes,14,rep,name=formerly,proto3" json:"formerly,omitempty"`                              // names that lead to it, the oldest first; level 6, as what follows
+	Keep          uint32                 `protobuf:"varint,15,opt,name=keep,proto3" json:"keep,omitempty"`                                     // generations, the newest; 0 = as days says
+	Days          uint32                 `protobuf:"varint,16,opt,name=days,proto3" json:"days,omitempty"`                                     // for which generations are kept; 0 = as keep says
+	Tags          []*ProfileTag          `protobuf:"bytes,17,rep,name=tags,proto3" json:"tags,omitempty"`                                      // in the order of their names
+	Older         uint32                 `protobuf:"varint,18,opt,name=older,proto3" json:"older,omitempty"`                                   // generations before first that were there when it was last pruned
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Profile) Reset() {
 	*x = Profile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[7]
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +780,7 @@ func (x *Profile) String() string {
 func (*Profile) ProtoMessage() {}
 
 func (x *Profile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[7]
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +793,7 @@ func (x *Profile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Profile.ProtoReflect.Descriptor instead.
 func (*Profile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Profile) GetName() string {
@@ -720,6 +894,86 @@ func (x *Profile) GetFormerly() []string {
 	return nil
 }
 
+func (x *Profile) GetKeep() uint32 {
+	if x != nil {
+		return x.Keep
+	}
+	return 0
+}
+
+func (x *Profile) GetDays() uint32 {
+	if x != nil {
+		return x.Days
+	}
+	return 0
+}
+
+func (x *Profile) GetTags() []*ProfileTag {
+	if x != nil {
+		return x.Tags
+	}
+	return nil
+}
+
+func (x *Profile) GetOlder() uint32 {
+	if x != nil {
+		return x.Older
+	}
+	return 0
+}
+
+type ProfileTag struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileTag) Reset() {
+	*x = ProfileTag{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileTag) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileTag) ProtoMessage() {}
+
+func (x *ProfileTag) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileTag.ProtoReflect.Descriptor instead.
+func (*ProfileTag) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ProfileTag) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ProfileTag) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type ProfileGrant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
@@ -730,7 +984,7 @@ type ProfileGrant struct {
 
 func (x *ProfileGrant) Reset() {
 	*x = ProfileGrant{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +996,7 @@ func (x *ProfileGrant) String() string {
 func (*ProfileGrant) ProtoMessage() {}
 
 func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +1009,7 @@ func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileGrant.ProtoReflect.Descriptor instead.
 func (*ProfileGrant) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ProfileGrant) GetUser() string {
@@ -787,7 +1041,7 @@ type Package struct {
 
 func (x *Package) Reset() {
 	*x = Package{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +1053,7 @@ func (x *Package) String() string {
 func (*Package) ProtoMessage() {}
 
 func (x *Package) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +1066,7 @@ func (x *Package) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Package.ProtoReflect.Descriptor instead.
 func (*Package) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Package) GetName() string {
@@ -867,7 +1121,7 @@ type PackagePaths struct {
 
 func (x *PackagePaths) Reset() {
 	*x = PackagePaths{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -879,7 +1133,7 @@ func (x *PackagePaths) String() string {
 func (*PackagePaths) ProtoMessage() {}
 
 func (x *PackagePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -892,7 +1146,7 @@ func (x *PackagePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackagePaths.ProtoReflect.Descriptor instead.
 func (*PackagePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PackagePaths) GetSystem() string {
@@ -919,7 +1173,7 @@ type Environment struct {
 
 func (x *Environment) Reset() {
 	*x = Environment{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -931,7 +1185,7 @@ func (x *Environment) String() string {
 func (*Environment) ProtoMessage() {}
 
 func (x *Environment) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -944,7 +1198,7 @@ func (x *Environment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Environment.ProtoReflect.Descriptor instead.
 func (*Environment) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Environment) GetSystem() string {
@@ -980,7 +1234,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -992,7 +1246,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1005,7 +1259,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Generation) GetNumber() uint64 {
@@ -1088,7 +1342,7 @@ type PackageRecord struct {
 
 func (x *PackageRecord) Reset() {
 	*x = PackageRecord{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1100,7 +1354,7 @@ func (x *PackageRecord) String() string {
 func (*PackageRecord) ProtoMessage() {}
 
 func (x *PackageRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1113,7 +1367,7 @@ func (x *PackageRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackageRecord.ProtoReflect.Descriptor instead.
 func (*PackageRecord) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PackageRecord) GetUsers() uint64 {
@@ -1147,7 +1401,7 @@ type ProfileEvent struct {
 
 func (x *ProfileEvent) Reset() {
 	*x = ProfileEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1413,7 @@ func (x *ProfileEvent) String() string {
 func (*ProfileEvent) ProtoMessage() {}
 
 func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1426,7 @@ func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileEvent.ProtoReflect.Descriptor instead.
 func (*ProfileEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ProfileEvent) GetIndex() uint64 {
@@ -1242,7 +1496,7 @@ type CreateProfileRequest struct {
 
 func (x *CreateProfileRequest) Reset() {
 	*x = CreateProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1254,7 +1508,7 @@ func (x *CreateProfileRequest) String() string {
 func (*CreateProfileRequest) ProtoMessage() {}
 
 func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1267,7 +1521,7 @@ func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileRequest.ProtoReflect.Descriptor instead.
 func (*CreateProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateProfileRequest) GetName() string {
@@ -1293,7 +1547,7 @@ type CreateProfileResponse struct {
 
 func (x *CreateProfileResponse) Reset() {
 	*x = CreateProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1559,7 @@ func (x *CreateProfileResponse) String() string {
 func (*CreateProfileResponse) ProtoMessage() {}
 
 func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1572,7 @@ func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileResponse.ProtoReflect.Descriptor instead.
 func (*CreateProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CreateProfileResponse) GetProfile() *Profile {
@@ -1337,7 +1591,7 @@ type DeleteProfileRequest struct {
 
 func (x *DeleteProfileRequest) Reset() {
 	*x = DeleteProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1349,7 +1603,7 @@ func (x *DeleteProfileRequest) String() string {
 func (*DeleteProfileRequest) ProtoMessage() {}
 
 func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1362,7 +1616,7 @@ func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DeleteProfileRequest) GetName() string {
@@ -1380,7 +1634,7 @@ type DeleteProfileResponse struct {
 
 func (x *DeleteProfileResponse) Reset() {
 	*x = DeleteProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1646,7 @@ func (x *DeleteProfileResponse) String() string {
 func (*DeleteProfileResponse) ProtoMessage() {}
 
 func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1659,7 @@ func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
 }
 
 type ListProfilesRequest struct {
@@ -1419,7 +1673,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1431,7 +1685,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1444,7 +1698,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListProfilesRequest) GetOwner() string {
@@ -1478,7 +1732,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1490,7 +1744,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1503,7 +1757,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*Profile {
@@ -1530,7 +1784,7 @@ type ShowProfileRequest struct {
 
 func (x *ShowProfileRequest) Reset() {
 	*x = ShowProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1542,7 +1796,7 @@ func (x *ShowProfileRequest) String() string {
 func (*ShowProfileRequest) ProtoMessage() {}
 
 func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1555,7 +1809,7 @@ func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileRequest.ProtoReflect.Descriptor instead.
 func (*ShowProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ShowProfileRequest) GetName() string {
@@ -1582,7 +1836,7 @@ type ShowProfileResponse struct {
 
 func (x *ShowProfileResponse) Reset() {
 	*x = ShowProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1594,7 +1848,7 @@ func (x *ShowProfileResponse) String() string {
 func (*ShowProfileResponse) ProtoMessage() {}
 
 func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1607,7 +1861,7 @@ func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileResponse.ProtoReflect.Descriptor instead.
 func (*ShowProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ShowProfileResponse) GetProfile() *Profile {
@@ -1635,7 +1889,7 @@ type ProfileHistoryRequest struct {
 
 func (x *ProfileHistoryRequest) Reset() {
 	*x = ProfileHistoryRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1647,7 +1901,7 @@ func (x *ProfileHistoryRequest) String() string {
 func (*ProfileHistoryRequest) ProtoMessage() {}
 
 func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1660,7 +1914,7 @@ func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryRequest.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ProfileHistoryRequest) GetName() string {
@@ -1695,7 +1949,7 @@ type ProfileHistoryResponse struct {
 
 func (x *ProfileHistoryResponse) Reset() {
 	*x = ProfileHistoryResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1707,7 +1961,7 @@ func (x *ProfileHistoryResponse) String() string {
 func (*ProfileHistoryResponse) ProtoMessage() {}
 
 func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1720,7 +1974,7 @@ func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryResponse.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ProfileHistoryResponse) GetProfile() *Profile {
@@ -1759,7 +2013,7 @@ type ChangeProfileRequest struct {
 
 func (x *ChangeProfileRequest) Reset() {
 	*x = ChangeProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +2025,7 @@ func (x *ChangeProfileRequest) String() string {
 func (*ChangeProfileRequest) ProtoMessage() {}
 
 func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +2038,7 @@ func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileRequest.ProtoReflect.Descriptor instead.
 func (*ChangeProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ChangeProfileRequest) GetName() string {
@@ -1849,7 +2103,7 @@ type ChangeProfileResponse struct {
 
 func (x *ChangeProfileResponse) Reset() {
 	*x = ChangeProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +2115,7 @@ func (x *ChangeProfileResponse) String() string {
 func (*ChangeProfileResponse) ProtoMessage() {}
 
 func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +2128,7 @@ func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileResponse.ProtoReflect.Descriptor instead.
 func (*ChangeProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ChangeProfileResponse) GetProfile() *Profile {
@@ -1923,7 +2177,7 @@ type RollbackProfileRequest struct {
 
 func (x *RollbackProfileRequest) Reset() {
 	*x = RollbackProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1935,7 +2189,7 @@ func (x *RollbackProfileRequest) String() string {
 func (*RollbackProfileRequest) ProtoMessage() {}
 
 func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1948,7 +2202,7 @@ func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileRequest.ProtoReflect.Descriptor instead.
 func (*RollbackProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RollbackProfileRequest) GetName() string {
@@ -1982,7 +2236,7 @@ type RollbackProfileResponse struct {
 
 func (x *RollbackProfileResponse) Reset() {
 	*x = RollbackProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2248,7 @@ func (x *RollbackProfileResponse) String() string {
 func (*RollbackProfileResponse) ProtoMessage() {}
 
 func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2261,7 @@ func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileResponse.ProtoReflect.Descriptor instead.
 func (*RollbackProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RollbackProfileResponse) GetProfile() *Profile {
@@ -2034,7 +2288,7 @@ type RenameProfileRequest struct {
 
 func (x *RenameProfileRequest) Reset() {
 	*x = RenameProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2046,7 +2300,7 @@ func (x *RenameProfileRequest) String() string {
 func (*RenameProfileRequest) ProtoMessage() {}
 
 func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2059,7 +2313,7 @@ func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameProfileRequest.ProtoReflect.Descriptor instead.
 func (*RenameProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RenameProfileRequest) GetName() string {
@@ -2085,7 +2339,7 @@ type RenameProfileResponse struct {
 
 func (x *RenameProfileResponse) Reset() {
 	*x = RenameProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2097,7 +2351,7 @@ func (x *RenameProfileResponse) String() string {
 func (*RenameProfileResponse) ProtoMessage() {}
 
 func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2110,10 +2364,218 @@ func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameProfileResponse.ProtoReflect.Descriptor instead.
 func (*RenameProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RenameProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type SetProfileRetentionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Keep          uint32                 `protobuf:"varint,2,opt,name=keep,proto3" json:"keep,omitempty"`
+	Days          uint32                 `protobuf:"varint,3,opt,name=days,proto3" json:"days,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetProfileRetentionRequest) Reset() {
+	*x = SetProfileRetentionRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetProfileRetentionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetProfileRetentionRequest) ProtoMessage() {}
+
+func (x *SetProfileRetentionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetProfileRetentionRequest.ProtoReflect.Descriptor instead.
+func (*SetProfileRetentionRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *SetProfileRetentionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetProfileRetentionRequest) GetKeep() uint32 {
+	if x != nil {
+		return x.Keep
+	}
+	return 0
+}
+
+func (x *SetProfileRetentionRequest) GetDays() uint32 {
+	if x != nil {
+		return x.Days
+	}
+	return 0
+}
+
+type SetProfileRetentionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetProfileRetentionResponse) Reset() {
+	*x = SetProfileRetentionResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetProfileRetentionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetProfileRetentionResponse) ProtoMessage() {}
+
+func (x *SetProfileRetentionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetProfileRetentionResponse.ProtoReflect.Descriptor instead.
+func (*SetProfileRetentionResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *SetProfileRetentionResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type TagProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Tag           string                 `protobuf:"bytes,2,opt,name=tag,proto3" json:"tag,omitempty"`
+	Generation    uint64                 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TagProfileRequest) Reset() {
+	*x = TagProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TagProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TagProfileRequest) ProtoMessage() {}
+
+func (x *TagProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TagProfileRequest.ProtoReflect.Descriptor instead.
+func (*TagProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *TagProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TagProfileRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *TagProfileRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type TagProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TagProfileResponse) Reset() {
+	*x = TagProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TagProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TagProfileResponse) ProtoMessage() {}
+
+func (x *TagProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TagProfileResponse.ProtoReflect.Descriptor instead.
+func (*TagProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *TagProfileResponse) GetProfile() *Profile {
 	if x != nil {
 		return x.Profile
 	}
@@ -2130,7 +2592,7 @@ type GrantProfileRequest struct {
 
 func (x *GrantProfileRequest) Reset() {
 	*x = GrantProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2142,7 +2604,7 @@ func (x *GrantProfileRequest) String() string {
 func (*GrantProfileRequest) ProtoMessage() {}
 
 func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2155,7 +2617,7 @@ func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileRequest.ProtoReflect.Descriptor instead.
 func (*GrantProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GrantProfileRequest) GetName() string {
@@ -2181,7 +2643,7 @@ type GrantProfileResponse struct {
 
 func (x *GrantProfileResponse) Reset() {
 	*x = GrantProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2193,7 +2655,7 @@ func (x *GrantProfileResponse) String() string {
 func (*GrantProfileResponse) ProtoMessage() {}
 
 func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2206,7 +2668,7 @@ func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileResponse.ProtoReflect.Descriptor instead.
 func (*GrantProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GrantProfileResponse) GetProfile() *Profile {
@@ -2230,7 +2692,7 @@ type WatchProfilesRequest struct {
 
 func (x *WatchProfilesRequest) Reset() {
 	*x = WatchProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2242,7 +2704,7 @@ func (x *WatchProfilesRequest) String() string {
 func (*WatchProfilesRequest) ProtoMessage() {}
 
 func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2255,7 +2717,7 @@ func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProfilesRequest.ProtoReflect.Descriptor instead.
 func (*WatchProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WatchProfilesRequest) GetAfterIndex() uint64 {
@@ -2300,7 +2762,7 @@ type ProfilesEvent struct {
 
 func (x *ProfilesEvent) Reset() {
 	*x = ProfilesEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2312,7 +2774,7 @@ func (x *ProfilesEvent) String() string {
 func (*ProfilesEvent) ProtoMessage() {}
 
 func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2325,7 +2787,7 @@ func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesEvent.ProtoReflect.Descriptor instead.
 func (*ProfilesEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ProfilesEvent) GetIndex() uint64 {
@@ -2380,13 +2842,15 @@ type ProfileNews struct {
 	Live          *GenerationNews        `protobuf:"bytes,5,opt,name=live,proto3" json:"live,omitempty"`                                           // none if nothing was installed yet
 	Before        *GenerationNews        `protobuf:"bytes,6,opt,name=before,proto3" json:"before,omitempty"`                                       // what that was made on, if it is kept
 	Assigned      bool                   `protobuf:"varint,7,opt,name=assigned,proto3" json:"assigned,omitempty"`                                  // to this machine: it is on everybody's PATH there
+	First         uint64                 `protobuf:"varint,8,opt,name=first,proto3" json:"first,omitempty"`                                        // of others, those from here on are kept
+	Tagged        []uint64               `protobuf:"varint,9,rep,packed,name=tagged,proto3" json:"tagged,omitempty"`                               // and these; in any order
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProfileNews) Reset() {
 	*x = ProfileNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2398,7 +2862,7 @@ func (x *ProfileNews) String() string {
 func (*ProfileNews) ProtoMessage() {}
 
 func (x *ProfileNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2875,7 @@ func (x *ProfileNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileNews.ProtoReflect.Descriptor instead.
 func (*ProfileNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ProfileNews) GetName() string {
@@ -2463,6 +2927,20 @@ func (x *ProfileNews) GetAssigned() bool {
 	return false
 }
 
+func (x *ProfileNews) GetFirst() uint64 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *ProfileNews) GetTagged() []uint64 {
+	if x != nil {
+		return x.Tagged
+	}
+	return nil
+}
+
 type GenerationNews struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
@@ -2473,7 +2951,7 @@ type GenerationNews struct {
 
 func (x *GenerationNews) Reset() {
 	*x = GenerationNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2485,7 +2963,7 @@ func (x *GenerationNews) String() string {
 func (*GenerationNews) ProtoMessage() {}
 
 func (x *GenerationNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2498,7 +2976,7 @@ func (x *GenerationNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationNews.ProtoReflect.Descriptor instead.
 func (*GenerationNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GenerationNews) GetNumber() uint64 {
@@ -2525,7 +3003,7 @@ type FindProfileRequest struct {
 
 func (x *FindProfileRequest) Reset() {
 	*x = FindProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2537,7 +3015,7 @@ func (x *FindProfileRequest) String() string {
 func (*FindProfileRequest) ProtoMessage() {}
 
 func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2550,7 +3028,7 @@ func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileRequest.ProtoReflect.Descriptor instead.
 func (*FindProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *FindProfileRequest) GetName() string {
@@ -2578,7 +3056,7 @@ type FindProfileResponse struct {
 
 func (x *FindProfileResponse) Reset() {
 	*x = FindProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[38]
+	mi := &file_flox_v1_profiles_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2590,7 +3068,7 @@ func (x *FindProfileResponse) String() string {
 func (*FindProfileResponse) ProtoMessage() {}
 
 func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[38]
+	mi := &file_flox_v1_profiles_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2603,7 +3081,7 @@ func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileResponse.ProtoReflect.Descriptor instead.
 func (*FindProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *FindProfileResponse) GetOwner() string {
@@ -2641,7 +3119,7 @@ type ToldProfiles struct {
 
 func (x *ToldProfiles) Reset() {
 	*x = ToldProfiles{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[39]
+	mi := &file_flox_v1_profiles_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2653,7 +3131,7 @@ func (x *ToldProfiles) String() string {
 func (*ToldProfiles) ProtoMessage() {}
 
 func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[39]
+	mi := &file_flox_v1_profiles_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2666,7 +3144,7 @@ func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfiles.ProtoReflect.Descriptor instead.
 func (*ToldProfiles) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ToldProfiles) GetInvite() []byte {
@@ -2714,7 +3192,7 @@ type ToldProfile struct {
 
 func (x *ToldProfile) Reset() {
 	*x = ToldProfile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	mi := &file_flox_v1_profiles_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2726,7 +3204,7 @@ func (x *ToldProfile) String() string {
 func (*ToldProfile) ProtoMessage() {}
 
 func (x *ToldProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	mi := &file_flox_v1_profiles_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2739,7 +3217,7 @@ func (x *ToldProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfile.ProtoReflect.Descriptor instead.
 func (*ToldProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ToldProfile) GetNews() *ProfileNews {
@@ -2760,7 +3238,7 @@ var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\n" +
-	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xe6\x02\n" +
+	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xe1\x03\n" +
 	"\x0fProfilesCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\x12-\n" +
@@ -2769,7 +3247,11 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x06switch\x18\x05 \x01(\v2\x17.flox.v1.LiveGenerationH\x00R\x06switch\x12\x18\n" +
 	"\x06delete\x18\x06 \x01(\tH\x00R\x06delete\x12,\n" +
 	"\x06grants\x18\a \x01(\v2\x12.flox.v1.SetGrantsH\x00R\x06grants\x120\n" +
-	"\x06rename\x18\b \x01(\v2\x16.flox.v1.RenameProfileH\x00R\x06renameB\t\n" +
+	"\x06rename\x18\b \x01(\v2\x16.flox.v1.RenameProfileH\x00R\x06rename\x125\n" +
+	"\tretention\x18\t \x01(\v2\x15.flox.v1.SetRetentionH\x00R\tretention\x12*\n" +
+	"\x03tag\x18\n" +
+	" \x01(\v2\x16.flox.v1.TagGenerationH\x00R\x03tag\x12\x16\n" +
+	"\x05prune\x18\v \x01(\tH\x00R\x05pruneB\t\n" +
 	"\acommand\":\n" +
 	"\n" +
 	"NewProfile\x12\x12\n" +
@@ -2795,10 +3277,20 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"9\n" +
 	"\rRenameProfile\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x0e\n" +
-	"\x02to\x18\x02 \x01(\tR\x02to\"Q\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\"P\n" +
+	"\fSetRetention\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x12\n" +
+	"\x04keep\x18\x02 \x01(\rR\x04keep\x12\x12\n" +
+	"\x04days\x18\x03 \x01(\rR\x04days\"]\n" +
+	"\rTagGeneration\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x04R\n" +
+	"generation\"Q\n" +
 	"\rProfilesReply\x12\x14\n" +
 	"\x05moved\x18\x01 \x01(\bR\x05moved\x12*\n" +
-	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\xa5\x03\n" +
+	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\x8c\x04\n" +
 	"\aProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\asystems\x18\x02 \x03(\tR\asystems\x12\x12\n" +
@@ -2815,7 +3307,17 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04held\x18\v \x01(\bR\x04held\x12\x16\n" +
 	"\x06events\x18\f \x01(\x04R\x06events\x12#\n" +
 	"\rcreated_index\x18\r \x01(\x04R\fcreatedIndex\x12\x1a\n" +
-	"\bformerly\x18\x0e \x03(\tR\bformerly\"6\n" +
+	"\bformerly\x18\x0e \x03(\tR\bformerly\x12\x12\n" +
+	"\x04keep\x18\x0f \x01(\rR\x04keep\x12\x12\n" +
+	"\x04days\x18\x10 \x01(\rR\x04days\x12'\n" +
+	"\x04tags\x18\x11 \x03(\v2\x13.flox.v1.ProfileTagR\x04tags\x12\x14\n" +
+	"\x05older\x18\x12 \x01(\rR\x05older\"@\n" +
+	"\n" +
+	"ProfileTag\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\"6\n" +
 	"\fProfileGrant\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"\xac\x01\n" +
@@ -2921,6 +3423,20 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x02to\x18\x02 \x01(\tR\x02to\"C\n" +
 	"\x15RenameProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"X\n" +
+	"\x1aSetProfileRetentionRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04keep\x18\x02 \x01(\rR\x04keep\x12\x12\n" +
+	"\x04days\x18\x03 \x01(\rR\x04days\"I\n" +
+	"\x1bSetProfileRetentionResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"Y\n" +
+	"\x11TagProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x04R\n" +
+	"generation\"@\n" +
+	"\x12TagProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"X\n" +
 	"\x13GrantProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"B\n" +
@@ -2938,7 +3454,7 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x03put\x18\x03 \x03(\v2\x14.flox.v1.ProfileNewsR\x03put\x12\x12\n" +
 	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12\x14\n" +
-	"\x05users\x18\x06 \x03(\tR\x05users\"\x80\x02\n" +
+	"\x05users\x18\x06 \x03(\tR\x05users\"\xae\x02\n" +
 	"\vProfileNews\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
 	"\x0fcreated_unix_ms\x18\x02 \x01(\x03R\rcreatedUnixMs\x12#\n" +
@@ -2946,7 +3462,9 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x06listed\x18\x04 \x01(\bR\x06listed\x12+\n" +
 	"\x04live\x18\x05 \x01(\v2\x17.flox.v1.GenerationNewsR\x04live\x12/\n" +
 	"\x06before\x18\x06 \x01(\v2\x17.flox.v1.GenerationNewsR\x06before\x12\x1a\n" +
-	"\bassigned\x18\a \x01(\bR\bassigned\"b\n" +
+	"\bassigned\x18\a \x01(\bR\bassigned\x12\x14\n" +
+	"\x05first\x18\b \x01(\x04R\x05first\x12\x16\n" +
+	"\x06tagged\x18\t \x03(\x04R\x06tagged\"b\n" +
 	"\x0eGenerationNews\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x128\n" +
 	"\fenvironments\x18\x02 \x03(\v2\x14.flox.v1.EnvironmentR\fenvironments\"H\n" +
@@ -2983,97 +3501,109 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_flox_v1_profiles_proto_goTypes = []any{
-	(*ProfilesCommand)(nil),         // 0: flox.v1.ProfilesCommand
-	(*NewProfile)(nil),              // 1: flox.v1.NewProfile
-	(*NewGeneration)(nil),           // 2: flox.v1.NewGeneration
-	(*LiveGeneration)(nil),          // 3: flox.v1.LiveGeneration
-	(*SetGrants)(nil),               // 4: flox.v1.SetGrants
-	(*RenameProfile)(nil),           // 5: flox.v1.RenameProfile
-	(*ProfilesReply)(nil),           // 6: flox.v1.ProfilesReply
-	(*Profile)(nil),                 // 7: flox.v1.Profile
-	(*ProfileGrant)(nil),            // 8: flox.v1.ProfileGrant
-	(*Package)(nil),                 // 9: flox.v1.Package
-	(*PackagePaths)(nil),            // 10: flox.v1.PackagePaths
-	(*Environment)(nil),             // 11: flox.v1.Environment
-	(*Generation)(nil),              // 12: flox.v1.Generation
-	(*PackageRecord)(nil),           // 13: flox.v1.PackageRecord
-	(*ProfileEvent)(nil),            // 14: flox.v1.ProfileEvent
-	(*CreateProfileRequest)(nil),    // 15: flox.v1.CreateProfileRequest
-	(*CreateProfileResponse)(nil),   // 16: flox.v1.CreateProfileResponse
-	(*DeleteProfileRequest)(nil),    // 17: flox.v1.DeleteProfileRequest
-	(*DeleteProfileResponse)(nil),   // 18: flox.v1.DeleteProfileResponse
-	(*ListProfilesRequest)(nil),     // 19: flox.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),    // 20: flox.v1.ListProfilesResponse
-	(*ShowProfileRequest)(nil),      // 21: flox.v1.ShowProfileRequest
-	(*ShowProfileResponse)(nil),     // 22: flox.v1.ShowProfileResponse
-	(*ProfileHistoryRequest)(nil),   // 23: flox.v1.ProfileHistoryRequest
-	(*ProfileHistoryResponse)(nil),  // 24: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileRequest)(nil),    // 25: flox.v1.ChangeProfileRequest
-	(*ChangeProfileResponse)(nil),   // 26: flox.v1.ChangeProfileResponse
-	(*RollbackProfileRequest)(nil),  // 27: flox.v1.RollbackProfileRequest
-	(*RollbackProfileResponse)(nil), // 28: flox.v1.RollbackProfileResponse
-	(*RenameProfileRequest)(nil),    // 29: flox.v1.RenameProfileRequest
-	(*RenameProfileResponse)(nil),   // 30: flox.v1.RenameProfileResponse
-	(*GrantProfileRequest)(nil),     // 31: flox.v1.GrantProfileRequest
-	(*GrantProfileResponse)(nil),    // 32: flox.v1.GrantProfileResponse
-	(*WatchProfilesRequest)(nil),    // 33: flox.v1.WatchProfilesRequest
-	(*ProfilesEvent)(nil),           // 34: flox.v1.ProfilesEvent
-	(*ProfileNews)(nil),             // 35: flox.v1.ProfileNews
-	(*GenerationNews)(nil),          // 36: flox.v1.GenerationNews
-	(*FindProfileRequest)(nil),      // 37: flox.v1.FindProfileRequest
-	(*FindProfileResponse)(nil),     // 38: flox.v1.FindProfileResponse
-	(*ToldProfiles)(nil),            // 39: flox.v1.ToldProfiles
-	(*ToldProfile)(nil),             // 40: flox.v1.ToldProfile
-	(*Actor)(nil),                   // 41: flox.v1.Actor
+	(*ProfilesCommand)(nil),             // 0: flox.v1.ProfilesCommand
+	(*NewProfile)(nil),                  // 1: flox.v1.NewProfile
+	(*NewGeneration)(nil),               // 2: flox.v1.NewGeneration
+	(*LiveGeneration)(nil),              // 3: flox.v1.LiveGeneration
+	(*SetGrants)(nil),                   // 4: flox.v1.SetGrants
+	(*RenameProfile)(nil),               // 5: flox.v1.RenameProfile
+	(*SetRetention)(nil),                // 6: flox.v1.SetRetention
+	(*TagGeneration)(nil),               // 7: flox.v1.TagGeneration
+	(*ProfilesReply)(nil),               // 8: flox.v1.ProfilesReply
+	(*Profile)(nil),                     // 9: flox.v1.Profile
+	(*ProfileTag)(nil),                  // 10: flox.v1.ProfileTag
+	(*ProfileGrant)(nil),                // 11: flox.v1.ProfileGrant
+	(*Package)(nil),                     // 12: flox.v1.Package
+	(*PackagePaths)(nil),                // 13: flox.v1.PackagePaths
+	(*Environment)(nil),                 // 14: flox.v1.Environment
+	(*Generation)(nil),                  // 15: flox.v1.Generation
+	(*PackageRecord)(nil),               // 16: flox.v1.PackageRecord
+	(*ProfileEvent)(nil),                // 17: flox.v1.ProfileEvent
+	(*CreateProfileRequest)(nil),        // 18: flox.v1.CreateProfileRequest
+	(*CreateProfileResponse)(nil),       // 19: flox.v1.CreateProfileResponse
+	(*DeleteProfileRequest)(nil),        // 20: flox.v1.DeleteProfileRequest
+	(*DeleteProfileResponse)(nil),       // 21: flox.v1.DeleteProfileResponse
+	(*ListProfilesRequest)(nil),         // 22: flox.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),        // 23: flox.v1.ListProfilesResponse
+	(*ShowProfileRequest)(nil),          // 24: flox.v1.ShowProfileRequest
+	(*ShowProfileResponse)(nil),         // 25: flox.v1.ShowProfileResponse
+	(*ProfileHistoryRequest)(nil),       // 26: flox.v1.ProfileHistoryRequest
+	(*ProfileHistoryResponse)(nil),      // 27: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileRequest)(nil),        // 28: flox.v1.ChangeProfileRequest
+	(*ChangeProfileResponse)(nil),       // 29: flox.v1.ChangeProfileResponse
+	(*RollbackProfileRequest)(nil),      // 30: flox.v1.RollbackProfileRequest
+	(*RollbackProfileResponse)(nil),     // 31: flox.v1.RollbackProfileResponse
+	(*RenameProfileRequest)(nil),        // 32: flox.v1.RenameProfileRequest
+	(*RenameProfileResponse)(nil),       // 33: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionRequest)(nil),  // 34: flox.v1.SetProfileRetentionRequest
+	(*SetProfileRetentionResponse)(nil), // 35: flox.v1.SetProfileRetentionResponse
+	(*TagProfileRequest)(nil),           // 36: flox.v1.TagProfileRequest
+	(*TagProfileResponse)(nil),          // 37: flox.v1.TagProfileResponse
+	(*GrantProfileRequest)(nil),         // 38: flox.v1.GrantProfileRequest
+	(*GrantProfileResponse)(nil),        // 39: flox.v1.GrantProfileResponse
+	(*WatchProfilesRequest)(nil),        // 40: flox.v1.WatchProfilesRequest
+	(*ProfilesEvent)(nil),               // 41: flox.v1.ProfilesEvent
+	(*ProfileNews)(nil),                 // 42: flox.v1.ProfileNews
+	(*GenerationNews)(nil),              // 43: flox.v1.GenerationNews
+	(*FindProfileRequest)(nil),          // 44: flox.v1.FindProfileRequest
+	(*FindProfileResponse)(nil),         // 45: flox.v1.FindProfileResponse
+	(*ToldProfiles)(nil),                // 46: flox.v1.ToldProfiles
+	(*ToldProfile)(nil),                 // 47: flox.v1.ToldProfile
+	(*Actor)(nil),                       // 48: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	41, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	48, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
 	4,  // 4: flox.v1.ProfilesCommand.grants:type_name -> flox.v1.SetGrants
 	5,  // 5: flox.v1.ProfilesCommand.rename:type_name -> flox.v1.RenameProfile
-	9,  // 6: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
-	11, // 7: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
-	8,  // 8: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
-	7,  // 9: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
-	8,  // 10: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
-	10, // 11: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	41, // 12: flox.v1.Generation.actor:type_name -> flox.v1.Actor
-	9,  // 13: flox.v1.Generation.packages:type_name -> flox.v1.Package
-	11, // 14: flox.v1.Generation.environments:type_name -> flox.v1.Environment
-	9,  // 15: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	41, // 16: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
-	7,  // 17: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
-	7,  // 18: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
-	7,  // 19: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
-	12, // 20: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
-	7,  // 21: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
-	14, // 22: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
-	9,  // 23: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
-	7,  // 24: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
-	12, // 25: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
-	12, // 26: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
-	7,  // 27: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
-	7,  // 28: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
-	8,  // 29: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
-	7,  // 30: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
-	35, // 31: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
-	36, // 32: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
-	36, // 33: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
-	11, // 34: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
-	35, // 35: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
-	36, // 36: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
-	40, // 37: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
-	35, // 38: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
-	36, // 39: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
-	40, // [40:40] is the sub-list for method output_type
-	40, // [40:40] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	6,  // 6: flox.v1.ProfilesCommand.retention:type_name -> flox.v1.SetRetention
+	7,  // 7: flox.v1.ProfilesCommand.tag:type_name -> flox.v1.TagGeneration
+	12, // 8: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
+	14, // 9: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
+	11, // 10: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
+	9,  // 11: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
+	11, // 12: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
+	10, // 13: flox.v1.Profile.tags:type_name -> flox.v1.ProfileTag
+	13, // 14: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
+	48, // 15: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	12, // 16: flox.v1.Generation.packages:type_name -> flox.v1.Package
+	14, // 17: flox.v1.Generation.environments:type_name -> flox.v1.Environment
+	12, // 18: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
+	48, // 19: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	9,  // 20: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
+	9,  // 21: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
+	9,  // 22: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
+	15, // 23: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
+	9,  // 24: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
+	17, // 25: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
+	12, // 26: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
+	9,  // 27: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
+	15, // 28: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
+	15, // 29: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
+	9,  // 30: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
+	9,  // 31: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
+	9,  // 32: flox.v1.SetProfileRetentionResponse.profile:type_name -> flox.v1.Profile
+	9,  // 33: flox.v1.TagProfileResponse.profile:type_name -> flox.v1.Profile
+	11, // 34: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
+	9,  // 35: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
+	42, // 36: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
+	43, // 37: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
+	43, // 38: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
+	14, // 39: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
+	42, // 40: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
+	43, // 41: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
+	47, // 42: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
+	42, // 43: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
+	43, // 44: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
+	45, // [45:45] is the sub-list for method output_type
+	45, // [45:45] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -3089,6 +3619,9 @@ func file_flox_v1_profiles_proto_init() {
 		(*ProfilesCommand_Delete)(nil),
 		(*ProfilesCommand_Grants)(nil),
 		(*ProfilesCommand_Rename)(nil),
+		(*ProfilesCommand_Retention)(nil),
+		(*ProfilesCommand_Tag)(nil),
+		(*ProfilesCommand_Prune)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3096,7 +3629,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   41,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -89,6 +89,11 @@ const (
 	AdminDeleteProfileProcedure = "/flox.v1.Admin/DeleteProfile"
 	// AdminRenameProfileProcedure is the fully-qualified name of the Admin's RenameProfile RPC.
 	AdminRenameProfileProcedure = "/flox.v1.Admin/RenameProfile"
+	// AdminSetProfileRetentionProcedure is the fully-qualified name of the Admin's SetProfileRetention
+	// RPC.
+	AdminSetProfileRetentionProcedure = "/flox.v1.Admin/SetProfileRetention"
+	// AdminTagProfileProcedure is the fully-qualified name of the Admin's TagProfile RPC.
+	AdminTagProfileProcedure = "/flox.v1.Admin/TagProfile"
 	// AdminListProfilesProcedure is the fully-qualified name of the Admin's ListProfiles RPC.
 	AdminListProfilesProcedure = "/flox.v1.Admin/ListProfiles"
 	// AdminShowProfileProcedure is the fully-qualified name of the Admin's ShowProfile RPC.
@@ -169,6 +174,8 @@ type AdminClient interface {
 	CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error)
 	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
 	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
+	SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error)
+	TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
 	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
 	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
@@ -352,6 +359,18 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("RenameProfile")),
 			connect.WithClientOptions(opts...),
 		),
+		setProfileRetention: connect.NewClient[v1.SetProfileRetentionRequest, v1.SetProfileRetentionResponse](
+			httpClient,
+			baseURL+AdminSetProfileRetentionProcedure,
+			connect.WithSchema(adminMethods.ByName("SetProfileRetention")),
+			connect.WithClientOptions(opts...),
+		),
+		tagProfile: connect.NewClient[v1.TagProfileRequest, v1.TagProfileResponse](
+			httpClient,
+			baseURL+AdminTagProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("TagProfile")),
+			connect.WithClientOptions(opts...),
+		),
 		listProfiles: connect.NewClient[v1.ListProfilesRequest, v1.ListProfilesResponse](
 			httpClient,
 			baseURL+AdminListProfilesProcedure,
@@ -459,48 +478,50 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 
 // adminClient implements AdminClient.
 type adminClient struct {
-	makeInvite      *connect.Client[v1.MakeInviteRequest, v1.MakeInviteResponse]
-	listInvites     *connect.Client[v1.ListInvitesRequest, v1.ListInvitesResponse]
-	cancelInvite    *connect.Client[v1.CancelInviteRequest, v1.CancelInviteResponse]
-	listMachines    *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
-	changeMachine   *connect.Client[v1.ChangeMachineRequest, v1.ChangeMachineResponse]
-	removeMachine   *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
-	audit           *connect.Client[v1.AuditRequest, v1.AuditResponse]
-	servers         *connect.Client[v1.ServersRequest, v1.ServersResponse]
-	transfer        *connect.Client[v1.TransferRequest, v1.TransferResponse]
-	removeServer    *connect.Client[v1.RemoveServerRequest, v1.RemoveServerResponse]
-	drain           *connect.Client[v1.DrainRequest, v1.DrainResponse]
-	usage           *connect.Client[v1.UsageRequest, v1.UsageResponse]
-	collect         *connect.Client[v1.CollectRequest, v1.CollectProgress]
-	roots           *connect.Client[v1.RootsRequest, v1.RootsResponse]
-	why             *connect.Client[v1.WhyRequest, v1.WhyResponse]
-	keepPath        *connect.Client[v1.KeepPathRequest, v1.KeepPathResponse]
-	_import         *connect.Client[v1.ImportRequest, v1.ImportProgress]
-	differences     *connect.Client[v1.DifferencesRequest, v1.DifferencesResponse]
-	addUpstream     *connect.Client[v1.AddUpstreamRequest, v1.AddUpstreamResponse]
-	listUpstreams   *connect.Client[v1.ListUpstreamsRequest, v1.ListUpstreamsResponse]
-	testUpstream    *connect.Client[v1.TestUpstreamRequest, v1.TestUpstreamResponse]
-	removeUpstream  *connect.Client[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse]
-	createProfile   *connect.Client[v1.CreateProfileRequest, v1.CreateProfileResponse]
-	deleteProfile   *connect.Client[v1.DeleteProfileRequest, v1.DeleteProfileResponse]
-	renameProfile   *connect.Client[v1.RenameProfileRequest, v1.RenameProfileResponse]
-	listProfiles    *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
-	showProfile     *connect.Client[v1.ShowProfileRequest, v1.ShowProfileResponse]
-	profileHistory  *connect.Client[v1.ProfileHistoryRequest, v1.ProfileHistoryResponse]
-	changeProfile   *connect.Client[v1.ChangeProfileRequest, v1.ChangeProfileResponse]
-	rollbackProfile *connect.Client[v1.RollbackProfileRequest, v1.RollbackProfileResponse]
-	grantProfile    *connect.Client[v1.GrantProfileRequest, v1.GrantProfileResponse]
-	publishChannel  *connect.Client[v1.PublishChannelRequest, v1.PublishChannelProgress]
-	listChannels    *connect.Client[v1.ListChannelsRequest, v1.ListChannelsResponse]
-	showChannel     *connect.Client[v1.ShowChannelRequest, v1.ShowChannelResponse]
-	deleteChannel   *connect.Client[v1.DeleteChannelRequest, v1.DeleteChannelResponse]
-	setPublishers   *connect.Client[v1.SetPublishersRequest, v1.SetPublishersResponse]
-	searchPackages  *connect.Client[v1.SearchPackagesRequest, v1.SearchPackagesResponse]
-	buildPackage    *connect.Client[v1.BuildPackageRequest, v1.BuildPackageProgress]
-	listKeys        *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
-	importKey       *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
-	rotateKeys      *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
-	backup          *connect.Client[v1.BackupRequest, v1.BackupProgress]
+	makeInvite          *connect.Client[v1.MakeInviteRequest, v1.MakeInviteResponse]
+	listInvites         *connect.Client[v1.ListInvitesRequest, v1.ListInvitesResponse]
+	cancelInvite        *connect.Client[v1.CancelInviteRequest, v1.CancelInviteResponse]
+	listMachines        *connect.Client[v1.ListMachinesRequest, v1.ListMachinesResponse]
+	changeMachine       *connect.Client[v1.ChangeMachineRequest, v1.ChangeMachineResponse]
+	removeMachine       *connect.Client[v1.RemoveMachineRequest, v1.RemoveMachineResponse]
+	audit               *connect.Client[v1.AuditRequest, v1.AuditResponse]
+	servers             *connect.Client[v1.ServersRequest, v1.ServersResponse]
+	transfer            *connect.Client[v1.TransferRequest, v1.TransferResponse]
+	removeServer        *connect.Client[v1.RemoveServerRequest, v1.RemoveServerResponse]
+	drain               *connect.Client[v1.DrainRequest, v1.DrainResponse]
+	usage               *connect.Client[v1.UsageRequest, v1.UsageResponse]
+	collect             *connect.Client[v1.CollectRequest, v1.CollectProgress]
+	roots               *connect.Client[v1.RootsRequest, v1.RootsResponse]
+	why                 *connect.Client[v1.WhyRequest, v1.WhyResponse]
+	keepPath            *connect.Client[v1.KeepPathRequest, v1.KeepPathResponse]
+	_import             *connect.Client[v1.ImportRequest, v1.ImportProgress]
+	differences         *connect.Client[v1.DifferencesRequest, v1.DifferencesResponse]
+	addUpstream         *connect.Client[v1.AddUpstreamRequest, v1.AddUpstreamResponse]
+	listUpstreams       *connect.Client[v1.ListUpstreamsRequest, v1.ListUpstreamsResponse]
+	testUpstream        *connect.Client[v1.TestUpstreamRequest, v1.TestUpstreamResponse]
+	removeUpstream      *connect.Client[v1.RemoveUpstreamRequest, v1.RemoveUpstreamResponse]
+	createProfile       *connect.Client[v1.CreateProfileRequest, v1.CreateProfileResponse]
+	deleteProfile       *connect.Client[v1.DeleteProfileRequest, v1.DeleteProfileResponse]
+	renameProfile       *connect.Client[v1.RenameProfileRequest, v1.RenameProfileResponse]
+	setProfileRetention *connect.Client[v1.SetProfileRetentionRequest, v1.SetProfileRetentionResponse]
+	tagProfile          *connect.Client[v1.TagProfileRequest, v1.TagProfileResponse]
+	listProfiles        *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
+	showProfile         *connect.Client[v1.ShowProfileRequest, v1.ShowProfileResponse]
+	profileHistory      *connect.Client[v1.ProfileHistoryRequest, v1.ProfileHistoryResponse]
+	changeProfile       *connect.Client[v1.ChangeProfileRequest, v1.ChangeProfileResponse]
+	rollbackProfile     *connect.Client[v1.RollbackProfileRequest, v1.RollbackProfileResponse]
+	grantProfile        *connect.Client[v1.GrantProfileRequest, v1.GrantProfileResponse]
+	publishChannel      *connect.Client[v1.PublishChannelRequest, v1.PublishChannelProgress]
+	listChannels        *connect.Client[v1.ListChannelsRequest, v1.ListChannelsResponse]
+	showChannel         *connect.Client[v1.ShowChannelRequest, v1.ShowChannelResponse]
+	deleteChannel       *connect.Client[v1.DeleteChannelRequest, v1.DeleteChannelResponse]
+	setPublishers       *connect.Client[v1.SetPublishersRequest, v1.SetPublishersResponse]
+	searchPackages      *connect.Client[v1.SearchPackagesRequest, v1.SearchPackagesResponse]
+	buildPackage        *connect.Client[v1.BuildPackageRequest, v1.BuildPackageProgress]
+	listKeys            *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
+	importKey           *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
+	rotateKeys          *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
+	backup              *connect.Client[v1.BackupRequest, v1.BackupProgress]
 }
 
 // MakeInvite calls flox.v1.Admin.MakeInvite.
@@ -628,6 +649,16 @@ func (c *adminClient) RenameProfile(ctx context.Context, req *connect.Request[v1
 	return c.renameProfile.CallUnary(ctx, req)
 }
 
+// SetProfileRetention calls flox.v1.Admin.SetProfileRetention.
+func (c *adminClient) SetProfileRetention(ctx context.Context, req *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error) {
+	return c.setProfileRetention.CallUnary(ctx, req)
+}
+
+// TagProfile calls flox.v1.Admin.TagProfile.
+func (c *adminClient) TagProfile(ctx context.Context, req *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error) {
+	return c.tagProfile.CallUnary(ctx, req)
+}
+
 // ListProfiles calls flox.v1.Admin.ListProfiles.
 func (c *adminClient) ListProfiles(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
 	return c.listProfiles.CallUnary(ctx, req)
@@ -747,6 +778,8 @@ type AdminHandler interface {
 	CreateProfile(context.Context, *connect.Request[v1.CreateProfileRequest]) (*connect.Response[v1.CreateProfileResponse], error)
 	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
 	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
+	SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error)
+	TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
 	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
 	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
@@ -926,6 +959,18 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("RenameProfile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminSetProfileRetentionHandler := connect.NewUnaryHandler(
+		AdminSetProfileRetentionProcedure,
+		svc.SetProfileRetention,
+		connect.WithSchema(adminMethods.ByName("SetProfileRetention")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminTagProfileHandler := connect.NewUnaryHandler(
+		AdminTagProfileProcedure,
+		svc.TagProfile,
+		connect.WithSchema(adminMethods.ByName("TagProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListProfilesHandler := connect.NewUnaryHandler(
 		AdminListProfilesProcedure,
 		svc.ListProfiles,
@@ -1080,6 +1125,10 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminDeleteProfileHandler.ServeHTTP(w, r)
 		case AdminRenameProfileProcedure:
 			adminRenameProfileHandler.ServeHTTP(w, r)
+		case AdminSetProfileRetentionProcedure:
+			adminSetProfileRetentionHandler.ServeHTTP(w, r)
+		case AdminTagProfileProcedure:
+			adminTagProfileHandler.ServeHTTP(w, r)
 		case AdminListProfilesProcedure:
 			adminListProfilesHandler.ServeHTTP(w, r)
 		case AdminShowProfileProcedure:
@@ -1221,6 +1270,14 @@ func (UnimplementedAdminHandler) DeleteProfile(context.Context, *connect.Request
 
 func (UnimplementedAdminHandler) RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.RenameProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SetProfileRetention is not implemented"))
+}
+
+func (UnimplementedAdminHandler) TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.TagProfile is not implemented"))
 }
 
 func (UnimplementedAdminHandler) ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
