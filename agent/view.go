@@ -67,6 +67,7 @@ type view struct {
 type viewState struct {
 	index, epoch uint64
 	users        []string          // for whom all is told, folded
+	labels       []string          // of this machine, as the storehouse told them
 	profiles     map[string]viewed // by folded name
 }
 
@@ -418,12 +419,12 @@ func (v *view) change(ctx context.Context, f func(next *viewState) error) error 
 	v.changing.Lock()
 	defer v.changing.Unlock()
 	was := v.now.Load()
-	next := &viewState{index: was.index, epoch: was.epoch, users: was.users, profiles: maps.Clone(was.profiles)}
+	next := &viewState{index: was.index, epoch: was.epoch, users: was.users, labels: was.labels, profiles: maps.Clone(was.profiles)}
 	if err := f(next); err != nil {
 		return err
 	}
 	same := func(x, y viewed) bool { return proto.Equal(x.ToldProfile, y.ToldProfile) }
-	if next.epoch == was.epoch && slices.Equal(next.users, was.users) && maps.EqualFunc(next.profiles, was.profiles, same) {
+	if next.epoch == was.epoch && slices.Equal(next.users, was.users) && slices.Equal(next.labels, was.labels) && maps.EqualFunc(next.profiles, was.profiles, same) {
 		v.now.Store(next) // the index alone
 		return nil
 	}

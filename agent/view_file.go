@@ -55,7 +55,7 @@ func (v *view) read(file string) (*viewState, error) {
 	if !bytes.Equal(kept.GetInvite(), v.invite) {
 		return nil, fmt.Errorf("it is of another invite: %w", flox.ErrBadInput)
 	}
-	s := &viewState{index: kept.GetIndex(), epoch: kept.GetEpoch(), users: kept.GetUsers(), profiles: make(map[string]viewed)}
+	s := &viewState{index: kept.GetIndex(), epoch: kept.GetEpoch(), users: kept.GetUsers(), labels: kept.GetLabels(), profiles: make(map[string]viewed)}
 	for _, k := range kept.GetProfiles() {
 		p, err := asViewed(k)
 		if err != nil {
@@ -68,7 +68,7 @@ func (v *view) read(file string) (*viewState, error) {
 
 // write keeps a state.
 func (v *view) write(s *viewState, durable bool) error {
-	kept := &floxv1.ToldProfiles{Invite: v.invite, Epoch: s.epoch, Index: s.index, Users: s.users}
+	kept := &floxv1.ToldProfiles{Invite: v.invite, Epoch: s.epoch, Index: s.index, Users: s.users, Labels: s.labels}
 	for _, key := range slices.Sorted(maps.Keys(s.profiles)) {
 		kept.Profiles = append(kept.Profiles, s.profiles[key].ToldProfile)
 	}

@@ -77,7 +77,7 @@ func (w *viewWatch) follow(ctx context.Context) error {
 // request says what is known here.
 func (w *viewWatch) request(epoch uint64) *floxv1.WatchProfilesRequest {
 	s := w.now.Load()
-	q := &floxv1.WatchProfilesRequest{AfterIndex: s.index, Users: s.users}
+	q := &floxv1.WatchProfilesRequest{AfterIndex: s.index, Users: s.users, Labels: s.labels}
 	if s.epoch != epoch { // the storehouse was restored: its log is another
 		q.AfterIndex = 0
 	}
@@ -194,7 +194,7 @@ func (w *viewWatch) take(ctx context.Context, parts []*floxv1.ProfilesEvent, epo
 			}
 		}
 		if users := last.GetUsers(); len(users) > 0 || reset {
-			next.users = slices.Clone(users)
+			next.users, next.labels = slices.Clone(users), slices.Clone(last.GetLabels())
 		}
 		next.index, next.epoch = last.GetIndex(), epoch
 		return nil

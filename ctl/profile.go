@@ -54,7 +54,8 @@ What is in a profile: floxctl install, uninstall, list, show, history, rollback.
 		Args:    cli.Args(0, 0, ""),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileRetentionCmd(g), newProfileTagCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
+	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileRetentionCmd(g), newProfileTagCmd(g),
+		newProfileShowCmd(g), newProfileAssignCmd(g), newProfileUnassignCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
 	return cmd
 }
 
@@ -129,9 +130,9 @@ func runProfileList(ctx context.Context, g *globals, out *output, owner string) 
 		out.printf("No profile that you may read. To make one: floxctl profile create OWNER/NAME\n")
 		return nil
 	}
-	rows := [][]string{{"PROFILE", "GENERATION", "CHANGED", "SYSTEMS"}}
+	rows := [][]string{{"PROFILE", "GENERATION", "CHANGED", "SYSTEMS", "ASSIGNED"}}
 	for _, p := range all {
-		rows = append(rows, []string{clean(p.GetName()), fmt.Sprint(p.GetLive()), ago(p.GetChangedUnixMs(), time.Now()) + " ago", clean(strings.Join(p.GetSystems(), ", "))})
+		rows = append(rows, []string{clean(p.GetName()), fmt.Sprint(p.GetLive()), ago(p.GetChangedUnixMs(), time.Now()) + " ago", clean(strings.Join(p.GetSystems(), ", ")), clean(strings.Join(assignmentsOf(p), ", "))})
 	}
 	out.table(rows, map[int]bool{1: true})
 	return nil
@@ -150,7 +151,9 @@ type sharedProfileFacts struct {
 	ChangedAt  *string           `json:"changedAt"`
 	Keep       uint32            `json:"keep"` // generations, the newest; with days 0, 0 = all that fit
 	Days       uint32            `json:"days"`
-	Tags       map[string]uint64 `json:"tags"` // generations by name
+	Tags       map[string]uint64 `json:"tags"`     // generations by name
+	Assigned   []string          `json:"assigned"` // machines, and LABEL=VALUE
+	Formerly   []string          `json:"formerly"` // names that lead to it
 }
 
 func profileOf(p *floxv1.Profile) sharedProfileFacts {
@@ -165,7 +168,7 @@ func profileOf(p *floxv1.Profile) sharedProfileFacts {
 	return sharedProfileFacts{
 		p.GetName(), p.GetSystems(), p.GetLive(), p.GetLast(), p.GetHeld(), roles,
 		stampMs(p.GetCreatedUnixMs()), p.GetCreatedBy(), stampMs(p.GetChangedUnixMs()),
-		p.GetKeep(), p.GetDays(), tags,
+		p.GetKeep(), p.GetDays(), tags, assignmentsOf(p), append([]string{}, p.GetFormerly()...),
 	}
 }
 

@@ -108,6 +108,10 @@ func (s *scriptedAdmin) TagProfile(_ context.Context, r *connect.Request[floxv1.
 	return unary[floxv1.TagProfileRequest, floxv1.TagProfileResponse](s.scripted, "TagProfile", r)
 }
 
+func (s *scriptedAdmin) AssignProfile(_ context.Context, r *connect.Request[floxv1.AssignProfileRequest]) (*connect.Response[floxv1.AssignProfileResponse], error) {
+	return unary[floxv1.AssignProfileRequest, floxv1.AssignProfileResponse](s.scripted, "AssignProfile", r)
+}
+
 func (s *scriptedAdmin) ListChannels(_ context.Context, r *connect.Request[floxv1.ListChannelsRequest]) (*connect.Response[floxv1.ListChannelsResponse], error) {
 	return unary[floxv1.ListChannelsRequest, floxv1.ListChannelsResponse](s.scripted, "ListChannels", r)
 }

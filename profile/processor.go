@@ -89,6 +89,8 @@ func (a *applying) apply(c *floxv1.ProfilesCommand) error {
 		return a.tag(c.Tag)
 	case *floxv1.ProfilesCommand_Prune:
 		return a.prune(c.Prune)
+	case *floxv1.ProfilesCommand_Assign:
+		return a.assign(c.Assign)
 	}
 	return fmt.Errorf("profiles: no command inside: %w", raft.ErrUnknownCommand)
 }

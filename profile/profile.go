@@ -24,7 +24,8 @@ const Kind = 6
 // Level is the level of a ProfilesCommand; see the storehouse.
 func Level(c *floxv1.ProfilesCommand) uint32 {
 	switch c.GetCommand().(type) {
-	case *floxv1.ProfilesCommand_Rename, *floxv1.ProfilesCommand_Retention, *floxv1.ProfilesCommand_Tag, *floxv1.ProfilesCommand_Prune:
+	case *floxv1.ProfilesCommand_Rename, *floxv1.ProfilesCommand_Retention, *floxv1.ProfilesCommand_Tag, *floxv1.ProfilesCommand_Prune,
+		*floxv1.ProfilesCommand_Assign:
 		return 6
 	}
 	return 5
@@ -42,6 +43,7 @@ const (
 	maxText        = 512 // bytes of a version, a source, a reason
 	maxChanges     = 1 << 14
 	maxTags        = 64
+	maxAssigned    = 256 // of one profile
 	maxDays        = 36_500
 	maxFormerly    = 8 // names that a profile had; then the oldest is free
 )

@@ -106,8 +106,17 @@ func writeGolden(t *testing.T, file string) {
 	newProfile(t, s, goldenFormer)
 	install(t, s, goldenFormer, asPackage("p", "1", base))
 	renamed := &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Rename{Rename: &floxv1.RenameProfile{Profile: goldenFormer, To: goldenRenamed}}}
-	if _, err := s.profiles.propose(within(t), alice(), renamed); err != nil {
-		t.Fatal(err)
+	tagged := &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Tag{Tag: &floxv1.TagGeneration{Profile: goldenRenamed, Name: "v1", Generation: 1}}}
+	assigned := &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Assign{Assign: &floxv1.AssignProfile{
+		Profile: goldenRenamed, Add: []*floxv1.ProfileAssignment{{Label: "site", Value: "berlin"}},
+	}}}
+	for _, c := range []*floxv1.ProfilesCommand{renamed, tagged, assigned} {
+		if _, err := s.profiles.propose(within(t), adminPerson(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 3 {
+		install(t, s, goldenRenamed, asPackage("p", fmt.Sprint("1.", i), base))
 	}
 	version := &floxv1.ChannelVersion{Source: string(base.info.Path), Catalogue: string(top.info.Path), Systems: []string{linux}, Packages: 1}
 	published := &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Publish{Publish: &floxv1.NewChannelVersion{Channel: goldenChannel, Version: version}}}
@@ -121,6 +130,9 @@ func writeGolden(t *testing.T, file string) {
 		t.Fatal(err)
 	}
 	if _, err := s.profiles.rollback(within(t), alice(), &floxv1.RollbackProfileRequest{Name: goldenProfile}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.profiles.retain(within(t), alice(), &floxv1.SetProfileRetentionRequest{Name: goldenRenamed, Keep: 1}); err != nil {
 		t.Fatal(err)
 	}
 	publish(t, s, behind)
@@ -289,8 +301,12 @@ func checkGoldenRenamed(t *testing.T, s *Server) {
 	t.Helper()
 	admin := operatorOf(t, s)
 	now, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenRenamed}))
-	if err != nil || now.Msg.GetProfile().GetLive() != 1 || len(now.Msg.GetGeneration().GetPackages()) != 1 {
+	p := now.Msg.GetProfile()
+	if err != nil || p.GetLive() != 4 || len(now.Msg.GetGeneration().GetPackages()) != 1 || p.GetFirst() != 4 || p.GetOlder() != 2 || p.GetKeep() != 1 || len(p.GetTags()) != 1 || len(p.GetAssigned()) != 1 {
 		t.Errorf("the renamed profile %v, %v", now, err)
+	}
+	if _, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenRenamed, Generation: 2})); err == nil || !strings.Contains(err.Error(), "was dropped") {
+		t.Errorf("a generation that was dropped: %v", err)
 	}
 	if _, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenFormer})); err == nil || !strings.Contains(err.Error(), "renamed to "+goldenRenamed) {
 		t.Errorf("by its old name: %v", err)

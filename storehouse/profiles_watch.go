@@ -51,7 +51,7 @@ func (s *rpc) WatchProfiles(ctx context.Context, req *connect.Request[floxv1.Wat
 	}
 	w := &profileWatch{
 		s: s.Server, peer: p2p.PeerID(req.Peer().Addr), at: req.Msg.GetAfterIndex(), send: stream.Send,
-		names: foldedSet(req.Msg.GetNames()), asked: foldedSet(req.Msg.GetAsked()), users: req.Msg.GetUsers(),
+		names: foldedSet(req.Msg.GetNames()), asked: foldedSet(req.Msg.GetAsked()), users: req.Msg.GetUsers(), labels: req.Msg.GetLabels(),
 	}
 	err := w.run(ctx)
 	if s.stop.Err() != nil {
@@ -75,6 +75,7 @@ type profileWatch struct {
 	at           uint64          // what the watcher knows of
 	names, asked map[string]bool // folded: what it was told, and what it wants to hear of beside its own
 	users        []string        // its machine's, as it was told
+	labels       []string
 	send         func(*floxv1.ProfilesEvent) error
 }
 
@@ -106,7 +107,7 @@ func (w *profileWatch) tell(ctx context.Context, first bool) error {
 	}
 	sight := w.s.sightOf(w.peer)
 	e := &floxv1.ProfilesEvent{Index: r.Index()}
-	reset := first && w.at == 0 || !slices.Equal(sight.users, w.users)
+	reset := first && w.at == 0 || !slices.Equal(sight.users, w.users) || !slices.Equal(sight.labels, w.labels)
 	if !reset {
 		err = w.changes(r, sight, e, first, &reset)
 	}
@@ -118,9 +119,9 @@ func (w *profileWatch) tell(ctx context.Context, first bool) error {
 		return err
 	}
 	if first || reset {
-		e.Users = sight.users
+		e.Users, e.Labels = sight.users, sight.labels
 	}
-	w.users = sight.users
+	w.users, w.labels = sight.users, sight.labels
 	return w.pass(e)
 }
 
@@ -215,7 +216,7 @@ func (w *profileWatch) all(r *cluster.Reader, sight sight, e *floxv1.ProfilesEve
 
 // newsOf says where a profile is.
 func newsOf(r *cluster.Reader, p *floxv1.Profile, sight sight) (*floxv1.ProfileNews, error) {
-	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst()}
+	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst(), Assigned: sight.assigned(p)}
 	for _, t := range p.GetTags() {
 		n.Tagged = append(n.Tagged, t.GetGeneration())
 	}
@@ -241,13 +242,22 @@ func newsOf(r *cluster.Reader, p *floxv1.Profile, sight sight) (*floxv1.ProfileN
 
 // sight is what a machine may see of profiles: what some user may whom it may speak for.
 type sight struct {
-	users []string // folded, sorted
-	admin bool     // one of them is an admin of the storehouse
+	users  []string // folded, sorted
+	admin  bool     // one of them is an admin of the storehouse
+	peer   string   // the machine
+	labels []string // its, KEY=VALUE, sorted
 }
 
 // sightOf gives a machine's.
 func (s *Server) sightOf(peer p2p.PeerID) (out sight) {
-	m, _ := s.roster.machine(peer)
+	m, ok := s.roster.machine(peer)
+	if ok {
+		out.peer = string(peer)
+	}
+	for _, l := range m.GetLabels() {
+		out.labels = append(out.labels, l.GetKey()+"="+l.GetValue())
+	}
+	slices.Sort(out.labels)
 	for _, u := range m.GetUsers() {
 		out.users = append(out.users, profile.Folded(u.GetName()))
 		out.admin = out.admin || members.Rights(u.GetRole()) >= adminOnly
@@ -259,13 +269,17 @@ func (s *Server) sightOf(peer p2p.PeerID) (out sight) {
 
 // sees reports whether a profile may be read.
 func (v sight) sees(p *floxv1.Profile) bool {
-	return v.admin || profile.Role(p, "") != "" || slices.ContainsFunc(v.users, func(u string) bool { return profile.Role(p, u) != "" })
+	return v.admin || v.assigned(p) || profile.Role(p, "") != "" || slices.ContainsFunc(v.users, func(u string) bool { return profile.Role(p, u) != "" })
 }
 
-// lists reports whether it is a user's own, or one of those who have a role in it by name.
+// assigned reports whether an operator has the machine show a profile.
+func (v sight) assigned(p *floxv1.Profile) bool { return profile.Assigned(p, v.peer, v.labels) }
+
+// lists reports whether it is a user's own, or one of those who have a role in it by name,
+// or assigned to the machine.
 func (v sight) lists(p *floxv1.Profile) bool {
 	owner, _, _ := strings.Cut(profile.Folded(p.GetName()), "/")
-	if slices.Contains(v.users, owner) {
+	if slices.Contains(v.users, owner) || v.assigned(p) {
 		return true
 	}
 	return slices.ContainsFunc(p.GetGrants(), func(g *floxv1.ProfileGrant) bool {

@@ -26,6 +26,7 @@ type profileStream struct {
 	told   map[string]uint64 // by folded name: the generation that lives
 	before map[string]uint64
 	users  []string
+	labels []string
 	asked  []string
 	at     uint64
 	resets int
@@ -40,7 +41,7 @@ func (p *profileStream) begin(asked ...string) {
 	var ctx context.Context
 	ctx, p.end = context.WithCancel(within(p.t))
 	p.asked = asked
-	q := &floxv1.WatchProfilesRequest{AfterIndex: p.at, Asked: asked, Users: p.users}
+	q := &floxv1.WatchProfilesRequest{AfterIndex: p.at, Asked: asked, Users: p.users, Labels: p.labels}
 	for name := range p.told {
 		q.Names = append(q.Names, name)
 	}
@@ -77,7 +78,7 @@ func (p *profileStream) until(want map[string]uint64) {
 			delete(p.told, name)
 		}
 		if len(e.GetUsers()) > 0 {
-			p.users = e.GetUsers()
+			p.users, p.labels = e.GetUsers(), e.GetLabels()
 		}
 		p.at = max(p.at, e.GetIndex())
 	}
@@ -167,6 +168,40 @@ func TestMachinesHearOfTheProfilesOfTheirUsers(t *testing.T) {
 	w.until(map[string]uint64{"alice/default": 0})
 	if w.resets != 1 {
 		t.Errorf("told all anew %d times, want once", w.resets)
+	}
+
+	// An operator assigns profiles to machines, by name or label.
+	assign := func(q *floxv1.AssignProfileRequest) {
+		t.Helper()
+		if _, err := operator.AssignProfile(within(t), connect.NewRequest(q)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	label := func(change *floxv1.ChangeMachine) {
+		t.Helper()
+		if _, err := operator.ChangeMachine(within(t), connect.NewRequest(&floxv1.ChangeMachineRequest{Machine: "laptop", Change: change})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	assign(&floxv1.AssignProfileRequest{Name: "acme/secret", Add: []string{"LAPTOP"}})
+	w.until(map[string]uint64{"alice/default": 0, "acme/secret": 2})
+	assign(&floxv1.AssignProfileRequest{Name: "acme/secret", Add: []string{"site=berlin", "site=bonn"}, Drop: []string{"laptop"}})
+	w.until(map[string]uint64{"alice/default": 0})
+	label(&floxv1.ChangeMachine{SetLabels: []*floxv1.Label{{Key: "site", Value: "berlin"}}})
+	w.until(map[string]uint64{"alice/default": 0, "acme/secret": 2})
+	w.end()
+	resets := w.resets
+	w.begin("acme/public")
+	w.until(map[string]uint64{"alice/default": 0, "acme/secret": 2})
+	if w.resets != resets {
+		t.Error("told all anew, and its labels are the same")
+	}
+	w.end()
+	label(&floxv1.ChangeMachine{DropLabels: []string{"site"}})
+	w.begin("acme/public")
+	w.until(map[string]uint64{"alice/default": 0})
+	if _, err := operator.AssignProfile(within(t), connect.NewRequest(&floxv1.AssignProfileRequest{Name: "acme/secret", Drop: []string{"nobody"}})); !errors.Is(api.FromConnect(err), flox.ErrNotFound) {
+		t.Errorf("taken from a machine that there is not: %v", err)
 	}
 
 	// For whom the machine speaks decides what it sees.

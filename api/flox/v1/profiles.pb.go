@@ -39,6 +39,7 @@ type ProfilesCommand struct {
 	//	*ProfilesCommand_Retention
 	//	*ProfilesCommand_Tag
 	//	*ProfilesCommand_Prune
+	//	*ProfilesCommand_Assign
 	Command       isProfilesCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -176,6 +177,15 @@ func (x *ProfilesCommand) GetPrune() string {
 	return ""
 }
 
+func (x *ProfilesCommand) GetAssign() *AssignProfile {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Assign); ok {
+			return x.Assign
+		}
+	}
+	return nil
+}
+
 type isProfilesCommand_Command interface {
 	isProfilesCommand_Command()
 }
@@ -216,6 +226,10 @@ type ProfilesCommand_Prune struct {
 	Prune string `protobuf:"bytes,11,opt,name=prune,proto3,oneof"` // a profile, of what its retention does not keep
 }
 
+type ProfilesCommand_Assign struct {
+	Assign *AssignProfile `protobuf:"bytes,12,opt,name=assign,proto3,oneof"`
+}
+
 func (*ProfilesCommand_Create) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Change) isProfilesCommand_Command() {}
@@ -233,6 +247,8 @@ func (*ProfilesCommand_Retention) isProfilesCommand_Command() {}
 func (*ProfilesCommand_Tag) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Prune) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Assign) isProfilesCommand_Command() {}
 
 type NewProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -689,6 +705,66 @@ func (x *TagGeneration) GetGeneration() uint64 {
 	return 0
 }
 
+type AssignProfile struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Add           []*ProfileAssignment   `protobuf:"bytes,2,rep,name=add,proto3" json:"add,omitempty"`
+	Drop          []*ProfileAssignment   `protobuf:"bytes,3,rep,name=drop,proto3" json:"drop,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AssignProfile) Reset() {
+	*x = AssignProfile{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AssignProfile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AssignProfile) ProtoMessage() {}
+
+func (x *AssignProfile) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AssignProfile.ProtoReflect.Descriptor instead.
+func (*AssignProfile) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AssignProfile) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *AssignProfile) GetAdd() []*ProfileAssignment {
+	if x != nil {
+		return x.Add
+	}
+	return nil
+}
+
+func (x *AssignProfile) GetDrop() []*ProfileAssignment {
+	if x != nil {
+		return x.Drop
+	}
+	return nil
+}
+
 type ProfilesReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Moved         bool                   `protobuf:"varint,1,opt,name=moved,proto3" json:"moved,omitempty"`    // another generation lives than the command was made on; nothing was done
@@ -699,7 +775,7 @@ type ProfilesReply struct {
 
 func (x *ProfilesReply) Reset() {
 	*x = ProfilesReply{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +787,7 @@ func (x *ProfilesReply) String() string {
 func (*ProfilesReply) ProtoMessage() {}
 
 func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[8]
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +800,7 @@ func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesReply.ProtoReflect.Descriptor instead.
 func (*ProfilesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProfilesReply) GetMoved() bool {
@@ -762,13 +838,14 @@ type Profile struct {
 	Days          uint32                 `protobuf:"varint,16,opt,name=days,proto3" json:"days,omitempty"`                                     // for which generations are kept; 0 = as keep says
 	Tags          []*ProfileTag          `protobuf:"bytes,17,rep,name=tags,proto3" json:"tags,omitempty"`                                      // in the order of their names
 	Older         uint32                 `protobuf:"varint,18,opt,name=older,proto3" json:"older,omitempty"`                                   // generations before first that were there when it was last pruned
+	Assigned      []*ProfileAssignment   `protobuf:"bytes,19,rep,name=assigned,proto3" json:"assigned,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Profile) Reset() {
 	*x = Profile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +857,7 @@ func (x *Profile) String() string {
 func (*Profile) ProtoMessage() {}
 
 func (x *Profile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +870,7 @@ func (x *Profile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Profile.ProtoReflect.Descriptor instead.
 func (*Profile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Profile) GetName() string {
@@ -922,6 +999,13 @@ func (x *Profile) GetOlder() uint32 {
 	return 0
 }
 
+func (x *Profile) GetAssigned() []*ProfileAssignment {
+	if x != nil {
+		return x.Assigned
+	}
+	return nil
+}
+
 type ProfileTag struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -932,7 +1016,7 @@ type ProfileTag struct {
 
 func (x *ProfileTag) Reset() {
 	*x = ProfileTag{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -944,7 +1028,7 @@ func (x *ProfileTag) String() string {
 func (*ProfileTag) ProtoMessage() {}
 
 func (x *ProfileTag) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -957,7 +1041,7 @@ func (x *ProfileTag) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileTag.ProtoReflect.Descriptor instead.
 func (*ProfileTag) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ProfileTag) GetName() string {
@@ -974,6 +1058,75 @@ func (x *ProfileTag) GetGeneration() uint64 {
 	return 0
 }
 
+// ProfileAssignment has a profile shown on machines: one, or those with a label.
+type ProfileAssignment struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	Machine       string                 `protobuf:"bytes,2,opt,name=machine,proto3" json:"machine,omitempty"` // name of peer when it was assigned
+	Label         string                 `protobuf:"bytes,3,opt,name=label,proto3" json:"label,omitempty"`     // key; "" = peer says which machine
+	Value         string                 `protobuf:"bytes,4,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileAssignment) Reset() {
+	*x = ProfileAssignment{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileAssignment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileAssignment) ProtoMessage() {}
+
+func (x *ProfileAssignment) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileAssignment.ProtoReflect.Descriptor instead.
+func (*ProfileAssignment) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ProfileAssignment) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *ProfileAssignment) GetMachine() string {
+	if x != nil {
+		return x.Machine
+	}
+	return ""
+}
+
+func (x *ProfileAssignment) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
+func (x *ProfileAssignment) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 type ProfileGrant struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	User          string                 `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
@@ -984,7 +1137,7 @@ type ProfileGrant struct {
 
 func (x *ProfileGrant) Reset() {
 	*x = ProfileGrant{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -996,7 +1149,7 @@ func (x *ProfileGrant) String() string {
 func (*ProfileGrant) ProtoMessage() {}
 
 func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1009,7 +1162,7 @@ func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileGrant.ProtoReflect.Descriptor instead.
 func (*ProfileGrant) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProfileGrant) GetUser() string {
@@ -1041,7 +1194,7 @@ type Package struct {
 
 func (x *Package) Reset() {
 	*x = Package{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1206,7 @@ func (x *Package) String() string {
 func (*Package) ProtoMessage() {}
 
 func (x *Package) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1219,7 @@ func (x *Package) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Package.ProtoReflect.Descriptor instead.
 func (*Package) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Package) GetName() string {
@@ -1121,7 +1274,7 @@ type PackagePaths struct {
 
 func (x *PackagePaths) Reset() {
 	*x = PackagePaths{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1133,7 +1286,7 @@ func (x *PackagePaths) String() string {
 func (*PackagePaths) ProtoMessage() {}
 
 func (x *PackagePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1146,7 +1299,7 @@ func (x *PackagePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackagePaths.ProtoReflect.Descriptor instead.
 func (*PackagePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PackagePaths) GetSystem() string {
@@ -1173,7 +1326,7 @@ type Environment struct {
 
 func (x *Environment) Reset() {
 	*x = Environment{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1185,7 +1338,7 @@ func (x *Environment) String() string {
 func (*Environment) ProtoMessage() {}
 
 func (x *Environment) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1198,7 +1351,7 @@ func (x *Environment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Environment.ProtoReflect.Descriptor instead.
 func (*Environment) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Environment) GetSystem() string {
@@ -1234,7 +1387,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1246,7 +1399,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1259,7 +1412,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Generation) GetNumber() uint64 {
@@ -1342,7 +1495,7 @@ type PackageRecord struct {
 
 func (x *PackageRecord) Reset() {
 	*x = PackageRecord{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1354,7 +1507,7 @@ func (x *PackageRecord) String() string {
 func (*PackageRecord) ProtoMessage() {}
 
 func (x *PackageRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1367,7 +1520,7 @@ func (x *PackageRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackageRecord.ProtoReflect.Descriptor instead.
 func (*PackageRecord) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PackageRecord) GetUsers() uint64 {
@@ -1401,7 +1554,7 @@ type ProfileEvent struct {
 
 func (x *ProfileEvent) Reset() {
 	*x = ProfileEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1566,7 @@ func (x *ProfileEvent) String() string {
 func (*ProfileEvent) ProtoMessage() {}
 
 func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1579,7 @@ func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileEvent.ProtoReflect.Descriptor instead.
 func (*ProfileEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ProfileEvent) GetIndex() uint64 {
@@ -1496,7 +1649,7 @@ type CreateProfileRequest struct {
 
 func (x *CreateProfileRequest) Reset() {
 	*x = CreateProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1661,7 @@ func (x *CreateProfileRequest) String() string {
 func (*CreateProfileRequest) ProtoMessage() {}
 
 func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1674,7 @@ func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileRequest.ProtoReflect.Descriptor instead.
 func (*CreateProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CreateProfileRequest) GetName() string {
@@ -1547,7 +1700,7 @@ type CreateProfileResponse struct {
 
 func (x *CreateProfileResponse) Reset() {
 	*x = CreateProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1712,7 @@ func (x *CreateProfileResponse) String() string {
 func (*CreateProfileResponse) ProtoMessage() {}
 
 func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1725,7 @@ func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileResponse.ProtoReflect.Descriptor instead.
 func (*CreateProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateProfileResponse) GetProfile() *Profile {
@@ -1591,7 +1744,7 @@ type DeleteProfileRequest struct {
 
 func (x *DeleteProfileRequest) Reset() {
 	*x = DeleteProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1603,7 +1756,7 @@ func (x *DeleteProfileRequest) String() string {
 func (*DeleteProfileRequest) ProtoMessage() {}
 
 func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1616,7 +1769,7 @@ func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DeleteProfileRequest) GetName() string {
@@ -1634,7 +1787,7 @@ type DeleteProfileResponse struct {
 
 func (x *DeleteProfileResponse) Reset() {
 	*x = DeleteProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +1799,7 @@ func (x *DeleteProfileResponse) String() string {
 func (*DeleteProfileResponse) ProtoMessage() {}
 
 func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +1812,7 @@ func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
 }
 
 type ListProfilesRequest struct {
@@ -1673,7 +1826,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1685,7 +1838,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1698,7 +1851,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListProfilesRequest) GetOwner() string {
@@ -1732,7 +1885,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1744,7 +1897,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1757,7 +1910,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*Profile {
@@ -1784,7 +1937,7 @@ type ShowProfileRequest struct {
 
 func (x *ShowProfileRequest) Reset() {
 	*x = ShowProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +1949,7 @@ func (x *ShowProfileRequest) String() string {
 func (*ShowProfileRequest) ProtoMessage() {}
 
 func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +1962,7 @@ func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileRequest.ProtoReflect.Descriptor instead.
 func (*ShowProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ShowProfileRequest) GetName() string {
@@ -1836,7 +1989,7 @@ type ShowProfileResponse struct {
 
 func (x *ShowProfileResponse) Reset() {
 	*x = ShowProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1848,7 +2001,7 @@ func (x *ShowProfileResponse) String() string {
 func (*ShowProfileResponse) ProtoMessage() {}
 
 func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1861,7 +2014,7 @@ func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileResponse.ProtoReflect.Descriptor instead.
 func (*ShowProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ShowProfileResponse) GetProfile() *Profile {
@@ -1889,7 +2042,7 @@ type ProfileHistoryRequest struct {
 
 func (x *ProfileHistoryRequest) Reset() {
 	*x = ProfileHistoryRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +2054,7 @@ func (x *ProfileHistoryRequest) String() string {
 func (*ProfileHistoryRequest) ProtoMessage() {}
 
 func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,7 +2067,7 @@ func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryRequest.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ProfileHistoryRequest) GetName() string {
@@ -1949,7 +2102,7 @@ type ProfileHistoryResponse struct {
 
 func (x *ProfileHistoryResponse) Reset() {
 	*x = ProfileHistoryResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2114,7 @@ func (x *ProfileHistoryResponse) String() string {
 func (*ProfileHistoryResponse) ProtoMessage() {}
 
 func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2127,7 @@ func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryResponse.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ProfileHistoryResponse) GetProfile() *Profile {
@@ -2013,7 +2166,7 @@ type ChangeProfileRequest struct {
 
 func (x *ChangeProfileRequest) Reset() {
 	*x = ChangeProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2025,7 +2178,7 @@ func (x *ChangeProfileRequest) String() string {
 func (*ChangeProfileRequest) ProtoMessage() {}
 
 func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2038,7 +2191,7 @@ func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileRequest.ProtoReflect.Descriptor instead.
 func (*ChangeProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ChangeProfileRequest) GetName() string {
@@ -2103,7 +2256,7 @@ type ChangeProfileResponse struct {
 
 func (x *ChangeProfileResponse) Reset() {
 	*x = ChangeProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2115,7 +2268,7 @@ func (x *ChangeProfileResponse) String() string {
 func (*ChangeProfileResponse) ProtoMessage() {}
 
 func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2128,7 +2281,7 @@ func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileResponse.ProtoReflect.Descriptor instead.
 func (*ChangeProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ChangeProfileResponse) GetProfile() *Profile {
@@ -2177,7 +2330,7 @@ type RollbackProfileRequest struct {
 
 func (x *RollbackProfileRequest) Reset() {
 	*x = RollbackProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2189,7 +2342,7 @@ func (x *RollbackProfileRequest) String() string {
 func (*RollbackProfileRequest) ProtoMessage() {}
 
 func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2202,7 +2355,7 @@ func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileRequest.ProtoReflect.Descriptor instead.
 func (*RollbackProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RollbackProfileRequest) GetName() string {
@@ -2236,7 +2389,7 @@ type RollbackProfileResponse struct {
 
 func (x *RollbackProfileResponse) Reset() {
 	*x = RollbackProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2248,7 +2401,7 @@ func (x *RollbackProfileResponse) String() string {
 func (*RollbackProfileResponse) ProtoMessage() {}
 
 func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2261,7 +2414,7 @@ func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileResponse.ProtoReflect.Descriptor instead.
 func (*RollbackProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RollbackProfileResponse) GetProfile() *Profile {
@@ -2288,7 +2441,7 @@ type RenameProfileRequest struct {
 
 func (x *RenameProfileRequest) Reset() {
 	*x = RenameProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2300,7 +2453,7 @@ func (x *RenameProfileRequest) String() string {
 func (*RenameProfileRequest) ProtoMessage() {}
 
 func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2313,7 +2466,7 @@ func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameProfileRequest.ProtoReflect.Descriptor instead.
 func (*RenameProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RenameProfileRequest) GetName() string {
@@ -2339,7 +2492,7 @@ type RenameProfileResponse struct {
 
 func (x *RenameProfileResponse) Reset() {
 	*x = RenameProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +2504,7 @@ func (x *RenameProfileResponse) String() string {
 func (*RenameProfileResponse) ProtoMessage() {}
 
 func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +2517,7 @@ func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameProfileResponse.ProtoReflect.Descriptor instead.
 func (*RenameProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RenameProfileResponse) GetProfile() *Profile {
@@ -2385,7 +2538,7 @@ type SetProfileRetentionRequest struct {
 
 func (x *SetProfileRetentionRequest) Reset() {
 	*x = SetProfileRetentionRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +2550,7 @@ func (x *SetProfileRetentionRequest) String() string {
 func (*SetProfileRetentionRequest) ProtoMessage() {}
 
 func (x *SetProfileRetentionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +2563,7 @@ func (x *SetProfileRetentionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProfileRetentionRequest.ProtoReflect.Descriptor instead.
 func (*SetProfileRetentionRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SetProfileRetentionRequest) GetName() string {
@@ -2443,7 +2596,7 @@ type SetProfileRetentionResponse struct {
 
 func (x *SetProfileRetentionResponse) Reset() {
 	*x = SetProfileRetentionResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2455,7 +2608,7 @@ func (x *SetProfileRetentionResponse) String() string {
 func (*SetProfileRetentionResponse) ProtoMessage() {}
 
 func (x *SetProfileRetentionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2468,7 +2621,7 @@ func (x *SetProfileRetentionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProfileRetentionResponse.ProtoReflect.Descriptor instead.
 func (*SetProfileRetentionResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *SetProfileRetentionResponse) GetProfile() *Profile {
@@ -2489,7 +2642,7 @@ type TagProfileRequest struct {
 
 func (x *TagProfileRequest) Reset() {
 	*x = TagProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2654,7 @@ func (x *TagProfileRequest) String() string {
 func (*TagProfileRequest) ProtoMessage() {}
 
 func (x *TagProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2667,7 @@ func (x *TagProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagProfileRequest.ProtoReflect.Descriptor instead.
 func (*TagProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *TagProfileRequest) GetName() string {
@@ -2547,7 +2700,7 @@ type TagProfileResponse struct {
 
 func (x *TagProfileResponse) Reset() {
 	*x = TagProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2559,7 +2712,7 @@ func (x *TagProfileResponse) String() string {
 func (*TagProfileResponse) ProtoMessage() {}
 
 func (x *TagProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2572,10 +2725,114 @@ func (x *TagProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagProfileResponse.ProtoReflect.Descriptor instead.
 func (*TagProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *TagProfileResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+type AssignProfileRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Add           []string               `protobuf:"bytes,2,rep,name=add,proto3" json:"add,omitempty"`
+	Drop          []string               `protobuf:"bytes,3,rep,name=drop,proto3" json:"drop,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AssignProfileRequest) Reset() {
+	*x = AssignProfileRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AssignProfileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AssignProfileRequest) ProtoMessage() {}
+
+func (x *AssignProfileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AssignProfileRequest.ProtoReflect.Descriptor instead.
+func (*AssignProfileRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *AssignProfileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AssignProfileRequest) GetAdd() []string {
+	if x != nil {
+		return x.Add
+	}
+	return nil
+}
+
+func (x *AssignProfileRequest) GetDrop() []string {
+	if x != nil {
+		return x.Drop
+	}
+	return nil
+}
+
+type AssignProfileResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AssignProfileResponse) Reset() {
+	*x = AssignProfileResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AssignProfileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AssignProfileResponse) ProtoMessage() {}
+
+func (x *AssignProfileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AssignProfileResponse.ProtoReflect.Descriptor instead.
+func (*AssignProfileResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *AssignProfileResponse) GetProfile() *Profile {
 	if x != nil {
 		return x.Profile
 	}
@@ -2592,7 +2849,7 @@ type GrantProfileRequest struct {
 
 func (x *GrantProfileRequest) Reset() {
 	*x = GrantProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[38]
+	mi := &file_flox_v1_profiles_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2604,7 +2861,7 @@ func (x *GrantProfileRequest) String() string {
 func (*GrantProfileRequest) ProtoMessage() {}
 
 func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[38]
+	mi := &file_flox_v1_profiles_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2617,7 +2874,7 @@ func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileRequest.ProtoReflect.Descriptor instead.
 func (*GrantProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GrantProfileRequest) GetName() string {
@@ -2643,7 +2900,7 @@ type GrantProfileResponse struct {
 
 func (x *GrantProfileResponse) Reset() {
 	*x = GrantProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[39]
+	mi := &file_flox_v1_profiles_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2655,7 +2912,7 @@ func (x *GrantProfileResponse) String() string {
 func (*GrantProfileResponse) ProtoMessage() {}
 
 func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[39]
+	mi := &file_flox_v1_profiles_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2668,7 +2925,7 @@ func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileResponse.ProtoReflect.Descriptor instead.
 func (*GrantProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GrantProfileResponse) GetProfile() *Profile {
@@ -2686,13 +2943,14 @@ type WatchProfilesRequest struct {
 	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`                              // that the caller was told, in any case; at most 8,192
 	Asked         []string               `protobuf:"bytes,3,rep,name=asked,proto3" json:"asked,omitempty"`                              // others it wants to hear of; at most 1,024
 	Users         []string               `protobuf:"bytes,4,rep,name=users,proto3" json:"users,omitempty"`                              // ProfilesEvent.users, as it was told
+	Labels        []string               `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty"`                            // ProfilesEvent.labels, as it was told
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchProfilesRequest) Reset() {
 	*x = WatchProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	mi := &file_flox_v1_profiles_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2704,7 +2962,7 @@ func (x *WatchProfilesRequest) String() string {
 func (*WatchProfilesRequest) ProtoMessage() {}
 
 func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	mi := &file_flox_v1_profiles_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2717,7 +2975,7 @@ func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProfilesRequest.ProtoReflect.Descriptor instead.
 func (*WatchProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *WatchProfilesRequest) GetAfterIndex() uint64 {
@@ -2748,6 +3006,13 @@ func (x *WatchProfilesRequest) GetUsers() []string {
 	return nil
 }
 
+func (x *WatchProfilesRequest) GetLabels() []string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 type ProfilesEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"` // up to which the caller knows all behind this message; 0: the rest follows
@@ -2755,14 +3020,15 @@ type ProfilesEvent struct {
 	Put           []*ProfileNews         `protobuf:"bytes,3,rep,name=put,proto3" json:"put,omitempty"`
 	Gone          []string               `protobuf:"bytes,4,rep,name=gone,proto3" json:"gone,omitempty"` // folded names: deleted, or no more for this machine to see
 	Heartbeat     bool                   `protobuf:"varint,5,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
-	Users         []string               `protobuf:"bytes,6,rep,name=users,proto3" json:"users,omitempty"` // in the first message, and with reset: for whom the machine speaks, folded: all that they own is told
+	Users         []string               `protobuf:"bytes,6,rep,name=users,proto3" json:"users,omitempty"`   // in the first message, and with reset: for whom the machine speaks, folded: all that they own is told
+	Labels        []string               `protobuf:"bytes,7,rep,name=labels,proto3" json:"labels,omitempty"` // with users: the machine's, KEY=VALUE
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProfilesEvent) Reset() {
 	*x = ProfilesEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[41]
+	mi := &file_flox_v1_profiles_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2774,7 +3040,7 @@ func (x *ProfilesEvent) String() string {
 func (*ProfilesEvent) ProtoMessage() {}
 
 func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[41]
+	mi := &file_flox_v1_profiles_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2787,7 +3053,7 @@ func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesEvent.ProtoReflect.Descriptor instead.
 func (*ProfilesEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ProfilesEvent) GetIndex() uint64 {
@@ -2832,6 +3098,13 @@ func (x *ProfilesEvent) GetUsers() []string {
 	return nil
 }
 
+func (x *ProfilesEvent) GetLabels() []string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 // ProfileNews is where a profile is.
 type ProfileNews struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2850,7 +3123,7 @@ type ProfileNews struct {
 
 func (x *ProfileNews) Reset() {
 	*x = ProfileNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[42]
+	mi := &file_flox_v1_profiles_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2862,7 +3135,7 @@ func (x *ProfileNews) String() string {
 func (*ProfileNews) ProtoMessage() {}
 
 func (x *ProfileNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[42]
+	mi := &file_flox_v1_profiles_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2875,7 +3148,7 @@ func (x *ProfileNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileNews.ProtoReflect.Descriptor instead.
 func (*ProfileNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ProfileNews) GetName() string {
@@ -2951,7 +3224,7 @@ type GenerationNews struct {
 
 func (x *GenerationNews) Reset() {
 	*x = GenerationNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[43]
+	mi := &file_flox_v1_profiles_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2963,7 +3236,7 @@ func (x *GenerationNews) String() string {
 func (*GenerationNews) ProtoMessage() {}
 
 func (x *GenerationNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[43]
+	mi := &file_flox_v1_profiles_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2976,7 +3249,7 @@ func (x *GenerationNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationNews.ProtoReflect.Descriptor instead.
 func (*GenerationNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GenerationNews) GetNumber() uint64 {
@@ -3003,7 +3276,7 @@ type FindProfileRequest struct {
 
 func (x *FindProfileRequest) Reset() {
 	*x = FindProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[44]
+	mi := &file_flox_v1_profiles_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3015,7 +3288,7 @@ func (x *FindProfileRequest) String() string {
 func (*FindProfileRequest) ProtoMessage() {}
 
 func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[44]
+	mi := &file_flox_v1_profiles_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3028,7 +3301,7 @@ func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileRequest.ProtoReflect.Descriptor instead.
 func (*FindProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *FindProfileRequest) GetName() string {
@@ -3056,7 +3329,7 @@ type FindProfileResponse struct {
 
 func (x *FindProfileResponse) Reset() {
 	*x = FindProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[45]
+	mi := &file_flox_v1_profiles_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3068,7 +3341,7 @@ func (x *FindProfileResponse) String() string {
 func (*FindProfileResponse) ProtoMessage() {}
 
 func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[45]
+	mi := &file_flox_v1_profiles_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3081,7 +3354,7 @@ func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileResponse.ProtoReflect.Descriptor instead.
 func (*FindProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *FindProfileResponse) GetOwner() string {
@@ -3113,13 +3386,14 @@ type ToldProfiles struct {
 	Index         uint64                 `protobuf:"varint,3,opt,name=index,proto3" json:"index,omitempty"`  // of the log, up to which it knows all
 	Users         []string               `protobuf:"bytes,4,rep,name=users,proto3" json:"users,omitempty"`
 	Profiles      []*ToldProfile         `protobuf:"bytes,5,rep,name=profiles,proto3" json:"profiles,omitempty"`
+	Labels        []string               `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ToldProfiles) Reset() {
 	*x = ToldProfiles{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[46]
+	mi := &file_flox_v1_profiles_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3131,7 +3405,7 @@ func (x *ToldProfiles) String() string {
 func (*ToldProfiles) ProtoMessage() {}
 
 func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[46]
+	mi := &file_flox_v1_profiles_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3144,7 +3418,7 @@ func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfiles.ProtoReflect.Descriptor instead.
 func (*ToldProfiles) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ToldProfiles) GetInvite() []byte {
@@ -3182,6 +3456,13 @@ func (x *ToldProfiles) GetProfiles() []*ToldProfile {
 	return nil
 }
 
+func (x *ToldProfiles) GetLabels() []string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 type ToldProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	News          *ProfileNews           `protobuf:"bytes,1,opt,name=news,proto3" json:"news,omitempty"`
@@ -3192,7 +3473,7 @@ type ToldProfile struct {
 
 func (x *ToldProfile) Reset() {
 	*x = ToldProfile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[47]
+	mi := &file_flox_v1_profiles_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3204,7 +3485,7 @@ func (x *ToldProfile) String() string {
 func (*ToldProfile) ProtoMessage() {}
 
 func (x *ToldProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[47]
+	mi := &file_flox_v1_profiles_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3217,7 +3498,7 @@ func (x *ToldProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfile.ProtoReflect.Descriptor instead.
 func (*ToldProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ToldProfile) GetNews() *ProfileNews {
@@ -3238,7 +3519,7 @@ var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\n" +
-	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xe1\x03\n" +
+	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\x93\x04\n" +
 	"\x0fProfilesCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\x12-\n" +
@@ -3251,7 +3532,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\tretention\x18\t \x01(\v2\x15.flox.v1.SetRetentionH\x00R\tretention\x12*\n" +
 	"\x03tag\x18\n" +
 	" \x01(\v2\x16.flox.v1.TagGenerationH\x00R\x03tag\x12\x16\n" +
-	"\x05prune\x18\v \x01(\tH\x00R\x05pruneB\t\n" +
+	"\x05prune\x18\v \x01(\tH\x00R\x05prune\x120\n" +
+	"\x06assign\x18\f \x01(\v2\x16.flox.v1.AssignProfileH\x00R\x06assignB\t\n" +
 	"\acommand\":\n" +
 	"\n" +
 	"NewProfile\x12\x12\n" +
@@ -3287,10 +3569,14 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x03 \x01(\x04R\n" +
-	"generation\"Q\n" +
+	"generation\"\x87\x01\n" +
+	"\rAssignProfile\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x12,\n" +
+	"\x03add\x18\x02 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\x03add\x12.\n" +
+	"\x04drop\x18\x03 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\x04drop\"Q\n" +
 	"\rProfilesReply\x12\x14\n" +
 	"\x05moved\x18\x01 \x01(\bR\x05moved\x12*\n" +
-	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\x8c\x04\n" +
+	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\xc4\x04\n" +
 	"\aProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\asystems\x18\x02 \x03(\tR\asystems\x12\x12\n" +
@@ -3311,13 +3597,19 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04keep\x18\x0f \x01(\rR\x04keep\x12\x12\n" +
 	"\x04days\x18\x10 \x01(\rR\x04days\x12'\n" +
 	"\x04tags\x18\x11 \x03(\v2\x13.flox.v1.ProfileTagR\x04tags\x12\x14\n" +
-	"\x05older\x18\x12 \x01(\rR\x05older\"@\n" +
+	"\x05older\x18\x12 \x01(\rR\x05older\x126\n" +
+	"\bassigned\x18\x13 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\bassigned\"@\n" +
 	"\n" +
 	"ProfileTag\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
-	"generation\"6\n" +
+	"generation\"m\n" +
+	"\x11ProfileAssignment\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x18\n" +
+	"\amachine\x18\x02 \x01(\tR\amachine\x12\x14\n" +
+	"\x05label\x18\x03 \x01(\tR\x05label\x12\x14\n" +
+	"\x05value\x18\x04 \x01(\tR\x05value\"6\n" +
 	"\fProfileGrant\x12\x12\n" +
 	"\x04user\x18\x01 \x01(\tR\x04user\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\"\xac\x01\n" +
@@ -3436,25 +3728,33 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"generation\x18\x03 \x01(\x04R\n" +
 	"generation\"@\n" +
 	"\x12TagProfileResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"P\n" +
+	"\x14AssignProfileRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03add\x18\x02 \x03(\tR\x03add\x12\x12\n" +
+	"\x04drop\x18\x03 \x03(\tR\x04drop\"C\n" +
+	"\x15AssignProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"X\n" +
 	"\x13GrantProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x06grants\x18\x02 \x03(\v2\x15.flox.v1.ProfileGrantR\x06grants\"B\n" +
 	"\x14GrantProfileResponse\x12*\n" +
-	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"y\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\x91\x01\n" +
 	"\x14WatchProfilesRequest\x12\x1f\n" +
 	"\vafter_index\x18\x01 \x01(\x04R\n" +
 	"afterIndex\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\x12\x14\n" +
 	"\x05asked\x18\x03 \x03(\tR\x05asked\x12\x14\n" +
-	"\x05users\x18\x04 \x03(\tR\x05users\"\xab\x01\n" +
+	"\x05users\x18\x04 \x03(\tR\x05users\x12\x16\n" +
+	"\x06labels\x18\x05 \x03(\tR\x06labels\"\xc3\x01\n" +
 	"\rProfilesEvent\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12&\n" +
 	"\x03put\x18\x03 \x03(\v2\x14.flox.v1.ProfileNewsR\x03put\x12\x12\n" +
 	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12\x14\n" +
-	"\x05users\x18\x06 \x03(\tR\x05users\"\xae\x02\n" +
+	"\x05users\x18\x06 \x03(\tR\x05users\x12\x16\n" +
+	"\x06labels\x18\a \x03(\tR\x06labels\"\xae\x02\n" +
 	"\vProfileNews\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
 	"\x0fcreated_unix_ms\x18\x02 \x01(\x03R\rcreatedUnixMs\x12#\n" +
@@ -3478,13 +3778,14 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\aprofile\x18\x02 \x01(\v2\x14.flox.v1.ProfileNewsR\aprofile\x127\n" +
 	"\n" +
 	"generation\x18\x03 \x01(\v2\x17.flox.v1.GenerationNewsR\n" +
-	"generation\"\x9a\x01\n" +
+	"generation\"\xb2\x01\n" +
 	"\fToldProfiles\x12\x16\n" +
 	"\x06invite\x18\x01 \x01(\fR\x06invite\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x14\n" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05users\x18\x04 \x03(\tR\x05users\x120\n" +
-	"\bprofiles\x18\x05 \x03(\v2\x14.flox.v1.ToldProfileR\bprofiles\"f\n" +
+	"\bprofiles\x18\x05 \x03(\v2\x14.flox.v1.ToldProfileR\bprofiles\x12\x16\n" +
+	"\x06labels\x18\x06 \x03(\tR\x06labels\"f\n" +
 	"\vToldProfile\x12(\n" +
 	"\x04news\x18\x01 \x01(\v2\x14.flox.v1.ProfileNewsR\x04news\x12-\n" +
 	"\x05older\x18\x02 \x03(\v2\x17.flox.v1.GenerationNewsR\x05olderB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
@@ -3501,7 +3802,7 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_flox_v1_profiles_proto_goTypes = []any{
 	(*ProfilesCommand)(nil),             // 0: flox.v1.ProfilesCommand
 	(*NewProfile)(nil),                  // 1: flox.v1.NewProfile
@@ -3511,50 +3812,54 @@ var file_flox_v1_profiles_proto_goTypes = []any{
 	(*RenameProfile)(nil),               // 5: flox.v1.RenameProfile
 	(*SetRetention)(nil),                // 6: flox.v1.SetRetention
 	(*TagGeneration)(nil),               // 7: flox.v1.TagGeneration
-	(*ProfilesReply)(nil),               // 8: flox.v1.ProfilesReply
-	(*Profile)(nil),                     // 9: flox.v1.Profile
-	(*ProfileTag)(nil),                  // 10: flox.v1.ProfileTag
-	(*ProfileGrant)(nil),                // 11: flox.v1.ProfileGrant
-	(*Package)(nil),                     // 12: flox.v1.Package
-	(*PackagePaths)(nil),                // 13: flox.v1.PackagePaths
-	(*Environment)(nil),                 // 14: flox.v1.Environment
-	(*Generation)(nil),                  // 15: flox.v1.Generation
-	(*PackageRecord)(nil),               // 16: flox.v1.PackageRecord
-	(*ProfileEvent)(nil),                // 17: flox.v1.ProfileEvent
-	(*CreateProfileRequest)(nil),        // 18: flox.v1.CreateProfileRequest
-	(*CreateProfileResponse)(nil),       // 19: flox.v1.CreateProfileResponse
-	(*DeleteProfileRequest)(nil),        // 20: flox.v1.DeleteProfileRequest
-	(*DeleteProfileResponse)(nil),       // 21: flox.v1.DeleteProfileResponse
-	(*ListProfilesRequest)(nil),         // 22: flox.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),        // 23: flox.v1.ListProfilesResponse
-	(*ShowProfileRequest)(nil),          // 24: flox.v1.ShowProfileRequest
-	(*ShowProfileResponse)(nil),         // 25: flox.v1.ShowProfileResponse
-	(*ProfileHistoryRequest)(nil),       // 26: flox.v1.ProfileHistoryRequest
-	(*ProfileHistoryResponse)(nil),      // 27: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileRequest)(nil),        // 28: flox.v1.ChangeProfileRequest
-	(*ChangeProfileResponse)(nil),       // 29: flox.v1.ChangeProfileResponse
-	(*RollbackProfileRequest)(nil),      // 30: flox.v1.RollbackProfileRequest
-	(*RollbackProfileResponse)(nil),     // 31: flox.v1.RollbackProfileResponse
-	(*RenameProfileRequest)(nil),        // 32: flox.v1.RenameProfileRequest
-	(*RenameProfileResponse)(nil),       // 33: flox.v1.RenameProfileResponse
-	(*SetProfileRetentionRequest)(nil),  // 34: flox.v1.SetProfileRetentionRequest
-	(*SetProfileRetentionResponse)(nil), // 35: flox.v1.SetProfileRetentionResponse
-	(*TagProfileRequest)(nil),           // 36: flox.v1.TagProfileRequest
-	(*TagProfileResponse)(nil),          // 37: flox.v1.TagProfileResponse
-	(*GrantProfileRequest)(nil),         // 38: flox.v1.GrantProfileRequest
-	(*GrantProfileResponse)(nil),        // 39: flox.v1.GrantProfileResponse
-	(*WatchProfilesRequest)(nil),        // 40: flox.v1.WatchProfilesRequest
-	(*ProfilesEvent)(nil),               // 41: flox.v1.ProfilesEvent
-	(*ProfileNews)(nil),                 // 42: flox.v1.ProfileNews
-	(*GenerationNews)(nil),              // 43: flox.v1.GenerationNews
-	(*FindProfileRequest)(nil),          // 44: flox.v1.FindProfileRequest
-	(*FindProfileResponse)(nil),         // 45: flox.v1.FindProfileResponse
-	(*ToldProfiles)(nil),                // 46: flox.v1.ToldProfiles
-	(*ToldProfile)(nil),                 // 47: flox.v1.ToldProfile
-	(*Actor)(nil),                       // 48: flox.v1.Actor
+	(*AssignProfile)(nil),               // 8: flox.v1.AssignProfile
+	(*ProfilesReply)(nil),               // 9: flox.v1.ProfilesReply
+	(*Profile)(nil),                     // 10: flox.v1.Profile
+	(*ProfileTag)(nil),                  // 11: flox.v1.ProfileTag
+	(*ProfileAssignment)(nil),           // 12: flox.v1.ProfileAssignment
+	(*ProfileGrant)(nil),                // 13: flox.v1.ProfileGrant
+	(*Package)(nil),                     // 14: flox.v1.Package
+	(*PackagePaths)(nil),                // 15: flox.v1.PackagePaths
+	(*Environment)(nil),                 // 16: flox.v1.Environment
+	(*Generation)(nil),                  // 17: flox.v1.Generation
+	(*PackageRecord)(nil),               // 18: flox.v1.PackageRecord
+	(*ProfileEvent)(nil),                // 19: flox.v1.ProfileEvent
+	(*CreateProfileRequest)(nil),        // 20: flox.v1.CreateProfileRequest
+	(*CreateProfileResponse)(nil),       // 21: flox.v1.CreateProfileResponse
+	(*DeleteProfileRequest)(nil),        // 22: flox.v1.DeleteProfileRequest
+	(*DeleteProfileResponse)(nil),       // 23: flox.v1.DeleteProfileResponse
+	(*ListProfilesRequest)(nil),         // 24: flox.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),        // 25: flox.v1.ListProfilesResponse
+	(*ShowProfileRequest)(nil),          // 26: flox.v1.ShowProfileRequest
+	(*ShowProfileResponse)(nil),         // 27: flox.v1.ShowProfileResponse
+	(*ProfileHistoryRequest)(nil),       // 28: flox.v1.ProfileHistoryRequest
+	(*ProfileHistoryResponse)(nil),      // 29: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileRequest)(nil),        // 30: flox.v1.ChangeProfileRequest
+	(*ChangeProfileResponse)(nil),       // 31: flox.v1.ChangeProfileResponse
+	(*RollbackProfileRequest)(nil),      // 32: flox.v1.RollbackProfileRequest
+	(*RollbackProfileResponse)(nil),     // 33: flox.v1.RollbackProfileResponse
+	(*RenameProfileRequest)(nil),        // 34: flox.v1.RenameProfileRequest
+	(*RenameProfileResponse)(nil),       // 35: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionRequest)(nil),  // 36: flox.v1.SetProfileRetentionRequest
+	(*SetProfileRetentionResponse)(nil), // 37: flox.v1.SetProfileRetentionResponse
+	(*TagProfileRequest)(nil),           // 38: flox.v1.TagProfileRequest
+	(*TagProfileResponse)(nil),          // 39: flox.v1.TagProfileResponse
+	(*AssignProfileRequest)(nil),        // 40: flox.v1.AssignProfileRequest
+	(*AssignProfileResponse)(nil),       // 41: flox.v1.AssignProfileResponse
+	(*GrantProfileRequest)(nil),         // 42: flox.v1.GrantProfileRequest
+	(*GrantProfileResponse)(nil),        // 43: flox.v1.GrantProfileResponse
+	(*WatchProfilesRequest)(nil),        // 44: flox.v1.WatchProfilesRequest
+	(*ProfilesEvent)(nil),               // 45: flox.v1.ProfilesEvent
+	(*ProfileNews)(nil),                 // 46: flox.v1.ProfileNews
+	(*GenerationNews)(nil),              // 47: flox.v1.GenerationNews
+	(*FindProfileRequest)(nil),          // 48: flox.v1.FindProfileRequest
+	(*FindProfileResponse)(nil),         // 49: flox.v1.FindProfileResponse
+	(*ToldProfiles)(nil),                // 50: flox.v1.ToldProfiles
+	(*ToldProfile)(nil),                 // 51: flox.v1.ToldProfile
+	(*Actor)(nil),                       // 52: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	48, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	52, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
@@ -3562,48 +3867,53 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	5,  // 5: flox.v1.ProfilesCommand.rename:type_name -> flox.v1.RenameProfile
 	6,  // 6: flox.v1.ProfilesCommand.retention:type_name -> flox.v1.SetRetention
 	7,  // 7: flox.v1.ProfilesCommand.tag:type_name -> flox.v1.TagGeneration
-	12, // 8: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
-	14, // 9: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
-	11, // 10: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
-	9,  // 11: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
-	11, // 12: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
-	10, // 13: flox.v1.Profile.tags:type_name -> flox.v1.ProfileTag
-	13, // 14: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	48, // 15: flox.v1.Generation.actor:type_name -> flox.v1.Actor
-	12, // 16: flox.v1.Generation.packages:type_name -> flox.v1.Package
-	14, // 17: flox.v1.Generation.environments:type_name -> flox.v1.Environment
-	12, // 18: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	48, // 19: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
-	9,  // 20: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
-	9,  // 21: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
-	9,  // 22: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
-	15, // 23: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
-	9,  // 24: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
-	17, // 25: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
-	12, // 26: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
-	9,  // 27: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
-	15, // 28: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
-	15, // 29: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
-	9,  // 30: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
-	9,  // 31: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
-	9,  // 32: flox.v1.SetProfileRetentionResponse.profile:type_name -> flox.v1.Profile
-	9,  // 33: flox.v1.TagProfileResponse.profile:type_name -> flox.v1.Profile
-	11, // 34: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
-	9,  // 35: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
-	42, // 36: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
-	43, // 37: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
-	43, // 38: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
-	14, // 39: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
-	42, // 40: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
-	43, // 41: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
-	47, // 42: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
-	42, // 43: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
-	43, // 44: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
-	45, // [45:45] is the sub-list for method output_type
-	45, // [45:45] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	8,  // 8: flox.v1.ProfilesCommand.assign:type_name -> flox.v1.AssignProfile
+	14, // 9: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
+	16, // 10: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
+	13, // 11: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
+	12, // 12: flox.v1.AssignProfile.add:type_name -> flox.v1.ProfileAssignment
+	12, // 13: flox.v1.AssignProfile.drop:type_name -> flox.v1.ProfileAssignment
+	10, // 14: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
+	13, // 15: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
+	11, // 16: flox.v1.Profile.tags:type_name -> flox.v1.ProfileTag
+	12, // 17: flox.v1.Profile.assigned:type_name -> flox.v1.ProfileAssignment
+	15, // 18: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
+	52, // 19: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	14, // 20: flox.v1.Generation.packages:type_name -> flox.v1.Package
+	16, // 21: flox.v1.Generation.environments:type_name -> flox.v1.Environment
+	14, // 22: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
+	52, // 23: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	10, // 24: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
+	10, // 25: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
+	10, // 26: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
+	17, // 27: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
+	10, // 28: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
+	19, // 29: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
+	14, // 30: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
+	10, // 31: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
+	17, // 32: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
+	17, // 33: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
+	10, // 34: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
+	10, // 35: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
+	10, // 36: flox.v1.SetProfileRetentionResponse.profile:type_name -> flox.v1.Profile
+	10, // 37: flox.v1.TagProfileResponse.profile:type_name -> flox.v1.Profile
+	10, // 38: flox.v1.AssignProfileResponse.profile:type_name -> flox.v1.Profile
+	13, // 39: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
+	10, // 40: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
+	46, // 41: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
+	47, // 42: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
+	47, // 43: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
+	16, // 44: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
+	46, // 45: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
+	47, // 46: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
+	51, // 47: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
+	46, // 48: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
+	47, // 49: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
+	50, // [50:50] is the sub-list for method output_type
+	50, // [50:50] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -3622,6 +3932,7 @@ func file_flox_v1_profiles_proto_init() {
 		(*ProfilesCommand_Retention)(nil),
 		(*ProfilesCommand_Tag)(nil),
 		(*ProfilesCommand_Prune)(nil),
+		(*ProfilesCommand_Assign)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3629,7 +3940,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   48,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

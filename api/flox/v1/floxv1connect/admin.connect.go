@@ -94,6 +94,8 @@ const (
 	AdminSetProfileRetentionProcedure = "/flox.v1.Admin/SetProfileRetention"
 	// AdminTagProfileProcedure is the fully-qualified name of the Admin's TagProfile RPC.
 	AdminTagProfileProcedure = "/flox.v1.Admin/TagProfile"
+	// AdminAssignProfileProcedure is the fully-qualified name of the Admin's AssignProfile RPC.
+	AdminAssignProfileProcedure = "/flox.v1.Admin/AssignProfile"
 	// AdminListProfilesProcedure is the fully-qualified name of the Admin's ListProfiles RPC.
 	AdminListProfilesProcedure = "/flox.v1.Admin/ListProfiles"
 	// AdminShowProfileProcedure is the fully-qualified name of the Admin's ShowProfile RPC.
@@ -176,6 +178,7 @@ type AdminClient interface {
 	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
 	SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error)
 	TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error)
+	AssignProfile(context.Context, *connect.Request[v1.AssignProfileRequest]) (*connect.Response[v1.AssignProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
 	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
 	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
@@ -371,6 +374,12 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("TagProfile")),
 			connect.WithClientOptions(opts...),
 		),
+		assignProfile: connect.NewClient[v1.AssignProfileRequest, v1.AssignProfileResponse](
+			httpClient,
+			baseURL+AdminAssignProfileProcedure,
+			connect.WithSchema(adminMethods.ByName("AssignProfile")),
+			connect.WithClientOptions(opts...),
+		),
 		listProfiles: connect.NewClient[v1.ListProfilesRequest, v1.ListProfilesResponse](
 			httpClient,
 			baseURL+AdminListProfilesProcedure,
@@ -505,6 +514,7 @@ type adminClient struct {
 	renameProfile       *connect.Client[v1.RenameProfileRequest, v1.RenameProfileResponse]
 	setProfileRetention *connect.Client[v1.SetProfileRetentionRequest, v1.SetProfileRetentionResponse]
 	tagProfile          *connect.Client[v1.TagProfileRequest, v1.TagProfileResponse]
+	assignProfile       *connect.Client[v1.AssignProfileRequest, v1.AssignProfileResponse]
 	listProfiles        *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
 	showProfile         *connect.Client[v1.ShowProfileRequest, v1.ShowProfileResponse]
 	profileHistory      *connect.Client[v1.ProfileHistoryRequest, v1.ProfileHistoryResponse]
@@ -659,6 +669,11 @@ func (c *adminClient) TagProfile(ctx context.Context, req *connect.Request[v1.Ta
 	return c.tagProfile.CallUnary(ctx, req)
 }
 
+// AssignProfile calls flox.v1.Admin.AssignProfile.
+func (c *adminClient) AssignProfile(ctx context.Context, req *connect.Request[v1.AssignProfileRequest]) (*connect.Response[v1.AssignProfileResponse], error) {
+	return c.assignProfile.CallUnary(ctx, req)
+}
+
 // ListProfiles calls flox.v1.Admin.ListProfiles.
 func (c *adminClient) ListProfiles(ctx context.Context, req *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
 	return c.listProfiles.CallUnary(ctx, req)
@@ -780,6 +795,7 @@ type AdminHandler interface {
 	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
 	SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error)
 	TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error)
+	AssignProfile(context.Context, *connect.Request[v1.AssignProfileRequest]) (*connect.Response[v1.AssignProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
 	ShowProfile(context.Context, *connect.Request[v1.ShowProfileRequest]) (*connect.Response[v1.ShowProfileResponse], error)
 	ProfileHistory(context.Context, *connect.Request[v1.ProfileHistoryRequest]) (*connect.Response[v1.ProfileHistoryResponse], error)
@@ -971,6 +987,12 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("TagProfile")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminAssignProfileHandler := connect.NewUnaryHandler(
+		AdminAssignProfileProcedure,
+		svc.AssignProfile,
+		connect.WithSchema(adminMethods.ByName("AssignProfile")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListProfilesHandler := connect.NewUnaryHandler(
 		AdminListProfilesProcedure,
 		svc.ListProfiles,
@@ -1129,6 +1151,8 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminSetProfileRetentionHandler.ServeHTTP(w, r)
 		case AdminTagProfileProcedure:
 			adminTagProfileHandler.ServeHTTP(w, r)
+		case AdminAssignProfileProcedure:
+			adminAssignProfileHandler.ServeHTTP(w, r)
 		case AdminListProfilesProcedure:
 			adminListProfilesHandler.ServeHTTP(w, r)
 		case AdminShowProfileProcedure:
@@ -1278,6 +1302,10 @@ func (UnimplementedAdminHandler) SetProfileRetention(context.Context, *connect.R
 
 func (UnimplementedAdminHandler) TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.TagProfile is not implemented"))
+}
+
+func (UnimplementedAdminHandler) AssignProfile(context.Context, *connect.Request[v1.AssignProfileRequest]) (*connect.Response[v1.AssignProfileResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.AssignProfile is not implemented"))
 }
 
 func (UnimplementedAdminHandler) ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error) {
