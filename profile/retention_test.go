@@ -53,7 +53,7 @@ func TestRetention(t *testing.T) {
 			p = l.must("alice", rollback(p, 4)) // what 7 is made on
 		}
 	}
-	p = l.must("alice", rollback(p, 7))
+	l.must("alice", rollback(p, 7))
 	l.must("alice", tag("alice/x", "v1", 2))
 	l.must("alice", prune("alice/x"))
 	if got := l.kept("alice/x"); len(got) != 10 {
@@ -134,7 +134,7 @@ func TestRetentionIsRefused(t *testing.T) {
 		}
 	}
 	p = l.must("bob", tag("alice/x", "b", 1))
-	p = l.must("bob", tag("alice/x", "a", p.GetLive()))
+	l.must("bob", tag("alice/x", "a", p.GetLive()))
 	if p = l.must("bob", tag("alice/x", "B", 1)); len(p.GetTags()) != 2 || p.GetTags()[0].GetName() != "a" || p.GetTags()[1].GetName() != "B" {
 		t.Errorf("tags %v", p.GetTags())
 	}
