@@ -9,6 +9,8 @@ import (
 	"os"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/floxctl/flox"
 )
 
@@ -179,6 +181,12 @@ func (s *Store) rewrite(ctx context.Context) (freed int64, err error) {
 		return nil
 	}
 	for _, id := range s.sparse() {
+		if fits, err := s.fits(id); err != nil {
+			return freed, err
+		} else if !fits {
+			s.log.Warn("no room for what is live in a pack, it keeps its dead blocks for now", "pack", s.packPath(id))
+			continue
+		}
 		n, err := s.movePack(ctx, id)
 		if errors.Is(err, flox.ErrCorrupt) {
 			// Moving what is left of it would not repair it: scrub says what is lost.
@@ -200,6 +208,28 @@ func (s *Store) rewrite(ctx context.Context) (freed int64, err error) {
 		return freed, nil
 	}
 	return freed, finish()
+}
+
+// fits reports whether the disk has room for what is live in a pack, beside the pack. A
+// move that ends halfway would leave the disk full, with the same blocks twice.
+func (s *Store) fits(id uint32) (bool, error) {
+	s.index.mu.Lock()
+	live := s.index.packs[id].live
+	s.index.mu.Unlock()
+	if s.remote != nil || live == 0 {
+		return true, nil
+	}
+	free, err := s.free()
+	return free >= live, err
+}
+
+// free gives the bytes that are free on the store's disk.
+func (s *Store) free() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
+		return 0, fmt.Errorf("block store %s: free space: %w", s.cfg.Dir, err)
+	}
+	return int64(st.Bavail) * st.Bsize, nil
 }
 
 // sparse lists the full, durable packs of which less than half is used, the

@@ -139,6 +139,42 @@ func TestSweepOnAFullDisk(t *testing.T) {
 	}
 }
 
+// What is live in a pack is moved only where there is room for all of it: the disk is not
+// filled up with blocks that are there twice.
+func TestSweepFillsNoDisk(t *testing.T) {
+	dir := smallDisk(t, "32m")
+	s := open(t, Config{Dir: filepath.Join(dir, "store"), PackSize: 16 << 20, Reserve: 1})
+	const n = 600
+	put(t, s, 0, n)
+	full := filepath.Join(dir, "filler")
+	filler(t, full, 768<<10)
+	before := s.Stat()
+	if live := liveOf(n, 3); before.DiskBytes < 3<<20 {
+		t.Fatalf("%+v: too little", before)
+	} else if _, err := s.Sweep(context.Background(), live); err != nil {
+		t.Fatal(err)
+	}
+	if free, err := s.free(); err != nil || free < 512<<10 {
+		t.Errorf("%d bytes are free after a sweep: %v", free, err)
+	}
+	if now := s.Stat(); now.DiskBytes > before.DiskBytes+64<<10 {
+		t.Errorf("without room %+v, before %+v", now, before)
+	}
+	if err := os.Remove(full); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Sweep(context.Background(), liveOf(n, 3)); err != nil {
+		t.Fatal(err)
+	}
+	if now := s.Stat(); now.DiskBytes > before.DiskBytes/2 {
+		t.Errorf("with room again %+v, before %+v", now, before)
+	}
+	for i := 0; i < n; i += 3 {
+		wantBlocks(t, s, i, i+1)
+	}
+	noBadBlocks(t, s)
+}
+
 // sweepChild puts blocks of which every tenth lives, and sweeps after each hundred,
 // until it is killed.
 func sweepChild(s *Store, i int) error {

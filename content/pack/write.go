@@ -9,8 +9,6 @@ import (
 	"path/filepath"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/floxctl/flox"
 )
 
@@ -169,11 +167,11 @@ func (s *Store) room(n int64) error {
 	if s.checked += n; s.checked < checkSpace {
 		return nil
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
-		return fmt.Errorf("block store %s: free space: %w", s.cfg.Dir, err)
+	free, err := s.free()
+	if err != nil {
+		return err
 	}
-	if free := int64(st.Bavail) * st.Bsize; free < s.cfg.Reserve+n {
+	if free < s.cfg.Reserve+n {
 		s.checked = checkSpace // look again next time
 		return fmt.Errorf("block store %s: %d bytes are free on its disk, of which %d stay so; free space or delete paths: %w", s.cfg.Dir, free, s.cfg.Reserve, flox.ErrFull)
 	}
