@@ -24,9 +24,11 @@ const (
 
 // sudoPath is what sudo makes of PATH on this machine, and what it lacks.
 type sudoPath struct {
-	secure []string // of secure_path
-	lacks  []string // directories of profiles' programs that a shell finds and sudo does not
-	user   string   // for whom one of them is, beside everybody; "" = nobody
+	secure []string     // of the secure_path that others set
+	adds   []string     // directories of profiles' programs that a shell finds, and that has not
+	lacks  []string     // of those, what sudo does not find
+	user   string       // for whom secure or one of adds is; "" = both are for everybody
+	others []securePath // what our file says for others
 }
 
 // readSudoPath reads what root only may read; nil: sudo passes PATH on, or is not there, or
@@ -39,27 +41,67 @@ func readSudoPath(root, list, user string) (*sudoPath, error) {
 	if err != nil {
 		return nil, err
 	}
-	secure, err := securePath(root)
-	if err != nil || secure == nil {
+	all, err := securePaths(root)
+	if err != nil {
 		return nil, err
 	}
+	ours := func(p securePath) bool { return p.ours }
+	secure, named := secureFor(user, slices.DeleteFunc(slices.Clone(all), ours))
+	if secure == nil {
+		return nil, nil //nolint:nilnil // as above
+	}
 	s := &sudoPath{secure: secure}
+	if named {
+		s.user = user
+	}
 	for line := range strings.Lines(string(b)) {
 		who, dir, _ := strings.Cut(strings.TrimSpace(line), " ")
 		bin := dir + "/bin"
-		if who != "*" && who != user || strings.ContainsAny(dir, "\"\\:,=!") || !filepath.IsAbs(dir) || slices.Contains(secure, bin) {
+		if who != "*" && who != user || strings.ContainsAny(dir, "\"\\:,=!") || !filepath.IsAbs(dir) || slices.Contains(s.secure, bin) {
 			continue
 		}
-		s.lacks = append([]string{bin}, s.lacks...) // the last of the list is the most important one
+		s.adds = append([]string{bin}, s.adds...) // the last of the list is the most important one
 		if who == user {
 			s.user = user
 		}
 	}
+	has, _ := secureFor(user, all)
+	s.lacks = slices.DeleteFunc(slices.Clone(s.adds), func(bin string) bool { return slices.Contains(has, bin) })
+	s.others = slices.DeleteFunc(all, func(p securePath) bool { return !p.ours || p.scope == s.user })
 	return s, nil
 }
 
-// securePath is the last secure_path that sudo's configuration sets, nil for none.
-func securePath(root string) (dirs []string, err error) {
+// securePath is one setting of secure_path in sudo's configuration.
+type securePath struct {
+	scope string // the users whose commands it is for, with commas between them; "" = everybody's
+	dirs  []string
+	ours  bool // it is in our file
+}
+
+// line is the setting as sudo reads it.
+func (p securePath) line() string {
+	scope := "Defaults"
+	if p.scope != "" {
+		scope += ":" + p.scope
+	}
+	return fmt.Sprintf("%s secure_path=\"%s\"\n", scope, strings.Join(p.dirs, ":"))
+}
+
+// secureFor is what the settings make of secure_path when a user calls sudo, nil for
+// nothing: the last one, but one that names the user comes before those for everybody.
+func secureFor(user string, all []securePath) (dirs []string, named bool) {
+	for _, p := range all {
+		switch is := user != "" && slices.Contains(strings.Split(p.scope, ","), user); {
+		case is, p.scope == "" && !named:
+			dirs, named = p.dirs, is
+		}
+	}
+	return dirs, named
+}
+
+// securePaths gives the settings of secure_path in sudo's configuration in their order, but
+// not those for hosts, commands, and users that a command is run as.
+func securePaths(root string) (all []securePath, err error) {
 	files := []string{filepath.Join(root, sudoersFile)}
 	entries, err := os.ReadDir(filepath.Join(root, sudoersDir))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -78,25 +120,42 @@ func securePath(root string) (dirs []string, err error) {
 		if err != nil {
 			return nil, err
 		}
+		ours := file == filepath.Join(root, cli.SudoersDropIn) && strings.HasPrefix(string(b), cli.SudoersHead)
 		for line := range strings.Lines(string(b)) {
-			words, ok := strings.CutPrefix(strings.TrimSpace(line), "Defaults")
-			name, value, set := strings.Cut(words, "=")
-			_, name, scoped := strings.Cut(name, "secure_path")
-			if ok && set && scoped && strings.TrimSpace(name) == "" {
-				dirs = filepath.SplitList(strings.Trim(strings.TrimSpace(value), `"`))
+			if p, ok := parseSecurePath(line); ok {
+				p.ours = ours
+				all = append(all, p)
 			}
 		}
 	}
-	return dirs, nil
+	return all, nil
 }
 
-// dropIn is the configuration that puts the profiles behind what sudo has.
-func (s *sudoPath) dropIn() string {
-	scope := "Defaults"
-	if s.user != "" {
-		scope = "Defaults:" + s.user
+// parseSecurePath reads a line of sudo's configuration; not ok: it sets no secure_path.
+func parseSecurePath(line string) (p securePath, ok bool) {
+	words, ok := strings.CutPrefix(strings.TrimSpace(line), "Defaults")
+	if named, is := strings.CutPrefix(words, ":"); is {
+		if at := strings.IndexAny(named, " \t"); at > 0 {
+			p.scope, words = named[:at], named[at:]
+		}
 	}
-	return fmt.Sprintf("%s\n%s secure_path=\"%s\"\n", cli.SudoersHead, scope, strings.Join(append(slices.Clone(s.secure), s.lacks...), ":"))
+	name, value, set := strings.Cut(words, "=")
+	before, name, has := strings.Cut(name, "secure_path")
+	if !ok || !set || !has || strings.TrimSpace(name) != "" || !strings.HasPrefix(before, " ") && !strings.HasPrefix(before, "\t") {
+		return p, false
+	}
+	p.dirs = filepath.SplitList(strings.Trim(strings.TrimSpace(value), `"`))
+	return p, true
+}
+
+// dropIn is the configuration that puts the profiles behind what sudo has, for whom they
+// are: what it says for others stays.
+func (s *sudoPath) dropIn() string {
+	text := cli.SudoersHead + "\n"
+	for _, p := range s.others {
+		text += p.line()
+	}
+	return text + securePath{scope: s.user, dirs: slices.Concat(s.secure, s.adds)}.line()
 }
 
 // checkSudo looks whether programs of profiles are found behind sudo.
@@ -124,6 +183,9 @@ func (p patient) shellList() string {
 // fixSudo writes the drop-in, after it was asked whether it may.
 func fixSudo(cmd *cobra.Command, p patient, yes bool, out *output) error {
 	s, err := readSudoPath(p.root, p.shellList(), os.Getenv("SUDO_USER"))
+	if errors.Is(err, fs.ErrPermission) {
+		return cli.Explain(flox.ErrDenied, "only root sees what sudo makes of PATH (%v): run it with sudo", err)
+	}
 	if err != nil {
 		return fmt.Errorf("what sudo makes of PATH: %w", err)
 	}

@@ -93,3 +93,41 @@ func TestDoctorLeavesSudoAlone(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What is of one user is never on the path of another one's sudo, whoever asks for it in
+// which order, nor what somebody set for one user alone.
+func TestDoctorKeepsUsersApart(t *testing.T) {
+	p, cmd := aSudoer(t, "Defaults secure_path=\"/usr/bin\"\nDefaults:eve secure_path=\"/eve\"\nDefaults!/bin/x secure_path=\"/x\"\n")
+	fix := func(user, want string) {
+		t.Helper()
+		t.Setenv("SUDO_USER", user)
+		if found := checkSudo(t.Context(), p); len(found) != 1 || found[0].Level != levelWarning {
+			t.Errorf("for %q it finds %+v", user, found)
+		}
+		if err := fixSudo(cmd, p, true, &output{w: &bytes.Buffer{}}); err != nil {
+			t.Fatal(err)
+		}
+		if found := checkSudo(t.Context(), p); len(found) != 1 || found[0].Level != levelOK {
+			t.Errorf("for %q it finds %+v afterwards", user, found)
+		}
+		b, err := os.ReadFile(filepath.Join(p.root, cli.SudoersDropIn))
+		if err != nil || string(b) != cli.SudoersHead+"\n"+want {
+			t.Errorf("for %q sudo is told %q, %v; want %q", user, b, err, want)
+		}
+	}
+	const (
+		anna = "Defaults:anna secure_path=\"/usr/bin:/flox/anna/default/bin:/flox/acme/base/bin\"\n"
+		bob  = "Defaults:bob secure_path=\"/usr/bin:/flox/bob/default/bin:/flox/acme/base/bin\"\n"
+		eve  = "Defaults:eve secure_path=\"/eve:/flox/acme/base/bin\"\n"
+		all  = "Defaults secure_path=\"/usr/bin:/flox/acme/base/bin\"\n"
+	)
+	fix("anna", anna)
+	fix("bob", anna+bob)
+	fix("eve", anna+bob+eve)
+	fix("", anna+bob+eve+all)
+	// Another one is assigned to the machine.
+	if err := os.WriteFile(p.shellList(), []byte("* /flox/acme/base\n* /flox/acme/new\nanna /flox/anna/default\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fix("anna", bob+eve+all+"Defaults:anna secure_path=\"/usr/bin:/flox/anna/default/bin:/flox/acme/new/bin:/flox/acme/base/bin\"\n")
+}
