@@ -65,36 +65,37 @@ func Droppable(g getter, p *floxv1.Profile, now time.Time) ([]uint64, error) {
 }
 
 // pruned gives what Droppable does, the lowest number that count or age keep, and how many
-// below that stay.
+// below that stay. Without a retention that is what trim passed over.
 func pruned(g getter, p *floxv1.Profile, now time.Time) (drop []uint64, first uint64, older uint32, err error) {
 	keep, days := uint64(p.GetKeep()), p.GetDays()
 	first, older = p.GetFirst(), p.GetOlder()
-	if keep == 0 && days == 0 || keep > 0 && older == 0 && p.GetLast()-first < keep {
+	all := keep == 0 && days == 0 // of those from first on
+	if older == 0 && (all || keep > 0 && p.GetLast()-first < keep) {
 		return nil, first, older, nil
 	}
-	all, err := generationsOf(g, p.GetName())
+	have, err := generationsOf(g, p.GetName())
 	if err != nil {
 		return nil, 0, 0, err
 	}
 	young := now.Add(-time.Duration(days) * day).UnixMilli()
 	parent := uint64(0)
-	kept := len(all) // from here on
-	for i, of := range slices.Backward(all) {
-		if uint64(len(all)-i) > keep && (days == 0 || of.GetTimeUnixMs() < young) { //nolint:gosec // not negative
+	kept := len(have) // from here on
+	for i, of := range slices.Backward(have) {
+		if (!all || of.GetNumber() < first) && uint64(len(have)-i) > keep && (days == 0 || of.GetTimeUnixMs() < young) { //nolint:gosec // not negative
 			break
 		}
 		kept = i
 	}
-	for _, of := range all {
+	for _, of := range have {
 		if of.GetNumber() == p.GetLive() {
 			parent = of.GetParent()
 		}
 	}
 	first, older = p.GetLast()+1, 0
-	if kept < len(all) {
-		first = all[kept].GetNumber()
+	if kept < len(have) {
+		first = have[kept].GetNumber()
 	}
-	for _, of := range all[:kept] {
+	for _, of := range have[:kept] {
 		if n := of.GetNumber(); n == p.GetLive() || n == parent || tagged(p, n) {
 			older++
 		} else {

@@ -160,6 +160,15 @@ func TestBoundKeepsTags(t *testing.T) {
 	if got := l.kept("alice/x"); !slices.Equal(got, []uint64{1, 4, 5, 6}) || p.GetOlder() != 1 {
 		t.Errorf("%v are kept: %v", got, p)
 	}
+	l.must("alice", prune("alice/x"))
+	if got := l.kept("alice/x"); !slices.Equal(got, []uint64{1, 4, 5, 6}) {
+		t.Errorf("with the tag %v are kept", got)
+	}
+	l.must("alice", tag("alice/x", "v1", 0))
+	p = l.must("alice", prune("alice/x"))
+	if got := l.kept("alice/x"); !slices.Equal(got, []uint64{4, 5, 6}) || p.GetFirst() != 4 || p.GetOlder() != 0 {
+		t.Errorf("without the tag %v are kept: %v", got, p)
+	}
 }
 
 // memory is a state in memory.
@@ -230,7 +239,7 @@ func TestWhatIsDroppable(t *testing.T) {
 		var want []uint64
 		for i, n := range there {
 			switch {
-			case p.GetKeep() == 0 && p.GetDays() == 0, uint32(len(there)-i) <= p.GetKeep(), n == p.GetLive(), n == parents[p.GetLive()], tagged(p, n):
+			case p.GetKeep() == 0 && p.GetDays() == 0 && n >= first, uint32(len(there)-i) <= p.GetKeep(), n == p.GetLive(), n == parents[p.GetLive()], tagged(p, n):
 			case p.GetDays() > 0 && now.Sub(made[n]) <= time.Duration(p.GetDays())*day:
 			default:
 				want = append(want, n)
