@@ -37,7 +37,8 @@ MANPATH and XDG_DATA_DIRS. Without COMMAND it starts $SHELL so, or, where its ou
 terminal, prints the commands for a shell to evaluate.
 
 The generation that lives now stays in use, whatever becomes of the profile: a session
-never changes under who works in it. With --live it follows the profile. Nobody is asked
+never changes under who works in it, as long as the profile keeps the generation
+(floxctl profile retention). With --live it follows the profile. Nobody is asked
 for a profile that this machine shows (ls /flox), so that it works without a network.
 floxctl status says in a session whether a newer generation lives. For direnv see:
 floxctl direnv --help.

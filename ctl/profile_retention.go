@@ -22,6 +22,7 @@ func newProfileRetentionCmd(g *globals) *cobra.Command {
 days; with one of the two, as that says. Others are dropped, at once and later by
 themselves, and what only they had can be collected in the store. The generation that
 lives, what it was made on and those with tags (floxctl profile tag) are never dropped.
+A session (floxctl activate) of one that is dropped lacks its programs from then on.
 Without a retention the newest 1,000 are kept. Owners of the profile say it; without
 options it is shown.
 
