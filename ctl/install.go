@@ -14,6 +14,7 @@ import (
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/profile/upgrade"
 )
 
 // thisSystem is this machine's system in Nix's words.
@@ -264,7 +265,7 @@ func runChange(ctx context.Context, opts *changeOptions, out *output, q *floxv1.
 func share(ctx context.Context, g *globals, q *floxv1.ChangeProfileRequest) error {
 	var mine []string
 	for _, p := range q.GetSet() {
-		if isPackageName(p.GetSource()) {
+		if upgrade.IsName(p.GetSource()) {
 			continue // the storehouse has it
 		}
 		for _, s := range p.GetPaths() {

@@ -21,6 +21,7 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
 	"github.com/floxctl/flox/ctl/room"
+	"github.com/floxctl/flox/profile/upgrade"
 )
 
 // describeNix says of a derivation of a Nix expression what a profile wants to know.
@@ -43,13 +44,6 @@ type installable struct {
 }
 
 var systemPrefix = regexp.MustCompile(`^([a-z0-9_]+-(?:linux|darwin|freebsd|netbsd|openbsd))=(.+)$`)
-
-var packageWords = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.+'-]*(@[^/#@\s]+)?$`)
-
-// isPackageName reports whether a word can name a package in a channel.
-func isPackageName(word string) bool {
-	return packageWords.MatchString(word) && !strings.HasSuffix(word, ".nix") && !inStore("/"+word)
-}
 
 // parseInstallable tells what a word means: [SYSTEM=] and a store path or link, FILE[#ATTR],
 // FLAKE#ATTR, or a package's name.
@@ -75,7 +69,7 @@ func parseInstallable(arg string) (i installable, err error) {
 	if i.store, err = storeArg(word); err == nil {
 		return i, nil
 	}
-	if isPackageName(word) {
+	if upgrade.IsName(word) {
 		i.store, i.name = "", word
 		return i, nil
 	}

@@ -54,7 +54,7 @@ What is in a profile: floxctl install, uninstall, list, show, history, rollback.
 		Args:    cli.Args(0, 0, ""),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileRetentionCmd(g), newProfileTagCmd(g),
+	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileRetentionCmd(g), newProfileTagCmd(g), newProfileScheduleCmd(g),
 		newProfileShowCmd(g), newProfileAssignCmd(g), newProfileUnassignCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
 	return cmd
 }
@@ -154,6 +154,7 @@ type sharedProfileFacts struct {
 	Tags       map[string]uint64 `json:"tags"`     // generations by name
 	Assigned   []string          `json:"assigned"` // machines, and LABEL=VALUE
 	Formerly   []string          `json:"formerly"` // names that lead to it
+	Schedule   *scheduleFacts    `json:"schedule"` // by which it is upgraded; null = by people only
 }
 
 func profileOf(p *floxv1.Profile) sharedProfileFacts {
@@ -168,7 +169,7 @@ func profileOf(p *floxv1.Profile) sharedProfileFacts {
 	return sharedProfileFacts{
 		p.GetName(), p.GetSystems(), p.GetLive(), p.GetLast(), p.GetHeld(), roles,
 		stampMs(p.GetCreatedUnixMs()), p.GetCreatedBy(), stampMs(p.GetChangedUnixMs()),
-		p.GetKeep(), p.GetDays(), tags, assignmentsOf(p), append([]string{}, p.GetFormerly()...),
+		p.GetKeep(), p.GetDays(), tags, assignmentsOf(p), append([]string{}, p.GetFormerly()...), scheduleOf(p.GetSchedule()),
 	}
 }
 

@@ -92,8 +92,8 @@ func assignmentsOf(p *floxv1.Profile) []string {
 func newProfileShowCmd(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:     "show OWNER/NAME",
-		Short:   "Show who may do what with a profile, what of it is kept, and where it is shown",
-		Long:    "Show who may do what with a profile, what of it is kept, and on which machines it is\nshown. What is in it: floxctl list -p OWNER/NAME.\n\n" + cli.ExitCodes,
+		Short:   "Show who may do what with a profile, when it is upgraded, what of it is kept, and where it is shown",
+		Long:    "Show who may do what with a profile, when it is upgraded by itself, what of it is kept,\nand on which machines it is shown. What is in it: floxctl list -p OWNER/NAME.\n\n" + cli.ExitCodes,
 		Example: "  floxctl profile show acme/ci",
 		Args:    cli.Args(1, 1, "OWNER/NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -104,7 +104,7 @@ func newProfileShowCmd(g *globals) *cobra.Command {
 			}
 			out, p := g.printer(cmd), at.GetProfile()
 			if out.json {
-				return out.printJSON(profileOf(p))
+				return out.printJSON(profileWithRuns(at))
 			}
 			out.printf("%s: generation %d lives, for %s, changed %s ago\n", clean(p.GetName()), p.GetLive(), clean(strings.Join(p.GetSystems(), ", ")), ago(p.GetChangedUnixMs(), time.Now()))
 			if p.GetHeld() {
@@ -119,6 +119,7 @@ func newProfileShowCmd(g *globals) *cobra.Command {
 			for _, name := range p.GetFormerly() {
 				out.printf("Formerly: %s\n", clean(name))
 			}
+			tellSchedule(out, at)
 			return tellRetention(out, p)
 		},
 	}

@@ -104,6 +104,10 @@ func (s *scriptedAdmin) SetProfileRetention(_ context.Context, r *connect.Reques
 	return unary[floxv1.SetProfileRetentionRequest, floxv1.SetProfileRetentionResponse](s.scripted, "SetProfileRetention", r)
 }
 
+func (s *scriptedAdmin) SetProfileSchedule(_ context.Context, r *connect.Request[floxv1.SetProfileScheduleRequest]) (*connect.Response[floxv1.SetProfileScheduleResponse], error) {
+	return unary[floxv1.SetProfileScheduleRequest, floxv1.SetProfileScheduleResponse](s.scripted, "SetProfileSchedule", r)
+}
+
 func (s *scriptedAdmin) TagProfile(_ context.Context, r *connect.Request[floxv1.TagProfileRequest]) (*connect.Response[floxv1.TagProfileResponse], error) {
 	return unary[floxv1.TagProfileRequest, floxv1.TagProfileResponse](s.scripted, "TagProfile", r)
 }

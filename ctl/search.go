@@ -11,6 +11,7 @@ import (
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/profile/upgrade"
 )
 
 func newSearchCmd(g *globals) *cobra.Command {
@@ -117,27 +118,5 @@ func fromChannel(ctx context.Context, g *globals, says *output, i *installable, 
 	if len(found) == 0 {
 		return nil, fmt.Errorf("%s: the storehouse ended before it was made; try again: %w", i.name, flox.ErrUnreachable)
 	}
-	first := found[0]
-	_, version, pinned := strings.Cut(i.name, "@")
-	p := &floxv1.Package{Name: first.GetName(), Version: first.GetVersion(), Priority: first.GetPriority(), Source: first.GetChannel() + "." + first.GetAttr()}
-	if pinned {
-		p.Source += "@" + version
-	}
-	for _, f := range found {
-		paths := f.GetPaths()
-		if try { // what is known when it is built is not shown
-			paths = without(paths, "")
-		}
-		p.Paths = append(p.Paths, &floxv1.PackagePaths{System: f.GetSystem(), Paths: paths})
-	}
-	return p, nil
-}
-
-func without(words []string, word string) (rest []string) {
-	for _, w := range words {
-		if w != word {
-			rest = append(rest, w)
-		}
-	}
-	return rest
+	return upgrade.Package(i.name, found), nil
 }

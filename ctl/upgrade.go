@@ -10,6 +10,7 @@ import (
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/profile/upgrade"
 )
 
 func newUpgradeCmd(g *globals) *cobra.Command {
@@ -48,25 +49,20 @@ func runUpgrade(ctx context.Context, opts *changeOptions, out, says *output, arg
 			return cli.Explain(flox.ErrNotFound, "%s has no package %s; it has: %s", clean(profile.GetName()), clean(name), clean(strings.Join(packageNames(at.GetGeneration()), " ")))
 		case p.GetHeld():
 			return cli.Explain(flox.ErrBadInput, "%s is held in %s: floxctl unhold %s, or install what you want of it", clean(name), clean(profile.GetName()), clean(name))
-		case !isPackageName(p.GetSource()):
+		case !upgrade.IsName(p.GetSource()):
 			return cli.Explain(flox.ErrBadInput, "%s was installed from %s, and not from a channel: install it again", clean(name), clean(p.GetSource()))
 		}
 	}
 	q := &floxv1.ChangeProfileRequest{Kind: "upgrade", Parent: profile.GetLive()}
 	for _, p := range at.GetGeneration().GetPackages() {
-		if len(args) > 0 && !slices.Contains(args, p.GetName()) || p.GetHeld() || !isPackageName(p.GetSource()) {
+		if len(args) > 0 && !slices.Contains(args, p.GetName()) || !upgrade.Looks(p) {
 			continue
 		}
-		systems := make([]string, 0, len(p.GetPaths()))
-		for _, s := range p.GetPaths() {
-			systems = append(systems, s.GetSystem())
-		}
-		now, err := fromChannel(ctx, opts.globals, says, &installable{arg: p.GetSource(), name: p.GetSource()}, systems, opts.dryRun)
+		now, err := fromChannel(ctx, opts.globals, says, &installable{arg: p.GetSource(), name: p.GetSource()}, upgrade.Systems(p), opts.dryRun)
 		if err != nil {
 			return err
 		}
-		now.Name, now.Priority = p.GetName(), p.GetPriority() // as whoever installed it wants them
-		q.Set = append(q.Set, now)
+		q.Set = append(q.Set, upgrade.InPlaceOf(p, now))
 	}
 	return runChange(ctx, opts, out, q)
 }

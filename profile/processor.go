@@ -91,6 +91,10 @@ func (a *applying) apply(c *floxv1.ProfilesCommand) error {
 		return a.prune(c.Prune)
 	case *floxv1.ProfilesCommand_Assign:
 		return a.assign(c.Assign)
+	case *floxv1.ProfilesCommand_Schedule:
+		return a.schedule(c.Schedule)
+	case *floxv1.ProfilesCommand_Run:
+		return a.ran(c.Run)
 	}
 	return fmt.Errorf("profiles: no command inside: %w", raft.ErrUnknownCommand)
 }
@@ -181,6 +185,11 @@ func (a *applying) change(c *floxv1.NewGeneration) error {
 			return err
 		}
 		before = g.GetPackages()
+	}
+	if c.GetAutomatic() {
+		if err := MayByItself(p, before, c.GetSet(), c.GetDrop()); err != nil {
+			return err
+		}
 	}
 	after, err := Apply(p, before, c.GetSet(), c.GetDrop())
 	if err != nil {
@@ -311,7 +320,7 @@ func (a *applying) remove(name string) error {
 	}
 	a.counts.profiles--
 	a.name = Folded(p.GetName())
-	return errors.Join(err, a.tx.Delete(textKey(profileKey, a.name)))
+	return errors.Join(err, a.tx.Delete(textKey(runKey, a.name)), a.tx.Delete(textKey(profileKey, a.name)))
 }
 
 func (a *applying) grant(c *floxv1.SetGrants) error {

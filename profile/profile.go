@@ -25,7 +25,10 @@ const Kind = 6
 func Level(c *floxv1.ProfilesCommand) uint32 {
 	switch c.GetCommand().(type) {
 	case *floxv1.ProfilesCommand_Rename, *floxv1.ProfilesCommand_Retention, *floxv1.ProfilesCommand_Tag, *floxv1.ProfilesCommand_Prune,
-		*floxv1.ProfilesCommand_Assign:
+		*floxv1.ProfilesCommand_Assign, *floxv1.ProfilesCommand_Schedule, *floxv1.ProfilesCommand_Run:
+		return 6
+	}
+	if c.GetChange().GetAutomatic() {
 		return 6
 	}
 	return 5
@@ -66,6 +69,7 @@ const DefaultPriority = 5
 //	'h' NAME 0 INDEX    ProfileEvent
 //	'c' INDEX           name of the profile that changed, and behind a 0 the one it had until then
 //	'r' NAME            name of the profile that had this one
+//	'u' NAME            ProfileRun
 //	'n'                 counts
 const (
 	profileKey    = 'p'
@@ -75,6 +79,7 @@ const (
 	changeKey     = 'c'
 	countsKey     = 'n'
 	renamedKey    = 'r'
+	runKey        = 'u'
 )
 
 func textKey(kind byte, text string) []byte { return append([]byte{kind}, text...) }

@@ -87,6 +87,9 @@ func (a *applying) rename(c *floxv1.RenameProfile) error {
 			return err
 		}
 	}
+	if err := a.moveRun(old, now); err != nil {
+		return err
+	}
 	if err := a.tx.Delete(textKey(profileKey, old)); err != nil {
 		return err
 	}

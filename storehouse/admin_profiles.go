@@ -87,6 +87,15 @@ func (a *admin) SetProfileRetention(ctx context.Context, req *connect.Request[fl
 	return answer(a.s.profiles.retain(ctx, who, req.Msg))
 }
 
+// SetProfileSchedule is floxv1connect.AdminHandler.
+func (a *admin) SetProfileSchedule(ctx context.Context, req *connect.Request[floxv1.SetProfileScheduleRequest]) (*connect.Response[floxv1.SetProfileScheduleResponse], error) {
+	who, err := a.person(ctx, req)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	return answer(a.s.profiles.setSchedule(ctx, who, req.Msg))
+}
+
 // TagProfile is floxv1connect.AdminHandler.
 func (a *admin) TagProfile(ctx context.Context, req *connect.Request[floxv1.TagProfileRequest]) (*connect.Response[floxv1.TagProfileResponse], error) {
 	who, err := a.person(ctx, req)
@@ -144,6 +153,9 @@ func (a *admin) ShowProfile(ctx context.Context, req *connect.Request[floxv1.Sho
 			out.Generation, err = live(r, p)
 		} else {
 			out.Generation, err = profile.ReadGeneration(r, p.GetName(), req.Msg.GetGeneration())
+		}
+		if err == nil {
+			out.LastRun, out.NextRunUnixMs, err = runsOf(r, p)
 		}
 		return err
 	})

@@ -10,7 +10,7 @@ package storehouse
 //	3  UpstreamsCommand; PathsCommand.build
 //	4  MembersCommand.seen
 //	5  ProfilesCommand, ChannelsCommand
-//	6  ProfilesCommand.rename, retention, tag, prune, assign
+//	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic
 const level = 6
 
 // Levels of commands and changes.

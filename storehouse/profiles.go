@@ -189,6 +189,11 @@ func (p *profiles) plan(ctx context.Context, who person, q *floxv1.ChangeProfile
 			out.Merged = true
 		}
 		out.set = keepHolds(q, out.Before)
+		if q.GetAutomatic() {
+			if err := profile.MayByItself(out.Profile, out.Before.GetPackages(), out.set, out.drop); err != nil {
+				return err
+			}
+		}
 		out.after, err = profile.Apply(out.Profile, out.Before.GetPackages(), out.set, out.drop)
 		return err
 	})
@@ -229,6 +234,7 @@ func (p *profiles) changeOnce(ctx context.Context, who person, q *floxv1.ChangeP
 	reply, err := p.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Change{Change: &floxv1.NewGeneration{
 		Profile: out.Profile.GetName(), Live: out.Profile.GetLive(), Created: out.Profile.GetCreatedIndex(), Set: plan.set, Drop: plan.drop,
 		Environments: out.Generation.GetEnvironments(), Kind: q.GetKind(), Reason: q.GetReason(),
+		Automatic: q.GetAutomatic(),
 	}}})
 	if err != nil || reply.GetMoved() {
 		return nil, err == nil, err

@@ -57,7 +57,12 @@ func (p *profiles) pruneAll(ctx context.Context, now time.Time) error {
 
 // pruneLoop drops on the leader what retentions do not keep, until ctx ends.
 func (p *profiles) pruneLoop(ctx context.Context) error {
-	tick := time.NewTicker(pruneEvery)
+	return p.asLeader(ctx, pruneEvery, "drop generations that are not kept any more", p.pruneAll)
+}
+
+// asLeader does something again and again on the leader, until ctx ends.
+func (p *profiles) asLeader(ctx context.Context, every time.Duration, what string, do func(ctx context.Context, now time.Time) error) error {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		select {
@@ -68,8 +73,8 @@ func (p *profiles) pruneLoop(ctx context.Context) error {
 		if p.s.node.Status().State != "leader" {
 			continue
 		}
-		if err := p.pruneAll(ctx, time.Now()); err != nil && ctx.Err() == nil {
-			p.s.cfg.Log.Warn("generations that are not kept any more were not all dropped, trying again later", "error", err)
+		if err := do(ctx, time.Now()); err != nil && ctx.Err() == nil {
+			p.s.cfg.Log.Warn("not all was done that is due for profiles, trying again later", "what", what, "error", err)
 		}
 	}
 }

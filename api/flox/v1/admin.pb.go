@@ -3763,7 +3763,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xf1\x19\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xd0\x1a\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3791,7 +3791,8 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\rCreateProfile\x12\x1d.flox.v1.CreateProfileRequest\x1a\x1e.flox.v1.CreateProfileResponse\x12N\n" +
 	"\rDeleteProfile\x12\x1d.flox.v1.DeleteProfileRequest\x1a\x1e.flox.v1.DeleteProfileResponse\x12N\n" +
 	"\rRenameProfile\x12\x1d.flox.v1.RenameProfileRequest\x1a\x1e.flox.v1.RenameProfileResponse\x12`\n" +
-	"\x13SetProfileRetention\x12#.flox.v1.SetProfileRetentionRequest\x1a$.flox.v1.SetProfileRetentionResponse\x12E\n" +
+	"\x13SetProfileRetention\x12#.flox.v1.SetProfileRetentionRequest\x1a$.flox.v1.SetProfileRetentionResponse\x12]\n" +
+	"\x12SetProfileSchedule\x12\".flox.v1.SetProfileScheduleRequest\x1a#.flox.v1.SetProfileScheduleResponse\x12E\n" +
 	"\n" +
 	"TagProfile\x12\x1a.flox.v1.TagProfileRequest\x1a\x1b.flox.v1.TagProfileResponse\x12N\n" +
 	"\rAssignProfile\x12\x1d.flox.v1.AssignProfileRequest\x1a\x1e.flox.v1.AssignProfileResponse\x12K\n" +
@@ -3909,44 +3910,46 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*DeleteProfileRequest)(nil),        // 72: flox.v1.DeleteProfileRequest
 	(*RenameProfileRequest)(nil),        // 73: flox.v1.RenameProfileRequest
 	(*SetProfileRetentionRequest)(nil),  // 74: flox.v1.SetProfileRetentionRequest
-	(*TagProfileRequest)(nil),           // 75: flox.v1.TagProfileRequest
-	(*AssignProfileRequest)(nil),        // 76: flox.v1.AssignProfileRequest
-	(*ListProfilesRequest)(nil),         // 77: flox.v1.ListProfilesRequest
-	(*ShowProfileRequest)(nil),          // 78: flox.v1.ShowProfileRequest
-	(*ProfileHistoryRequest)(nil),       // 79: flox.v1.ProfileHistoryRequest
-	(*ChangeProfileRequest)(nil),        // 80: flox.v1.ChangeProfileRequest
-	(*RollbackProfileRequest)(nil),      // 81: flox.v1.RollbackProfileRequest
-	(*GrantProfileRequest)(nil),         // 82: flox.v1.GrantProfileRequest
-	(*PublishChannelRequest)(nil),       // 83: flox.v1.PublishChannelRequest
-	(*ListChannelsRequest)(nil),         // 84: flox.v1.ListChannelsRequest
-	(*ShowChannelRequest)(nil),          // 85: flox.v1.ShowChannelRequest
-	(*DeleteChannelRequest)(nil),        // 86: flox.v1.DeleteChannelRequest
-	(*SetPublishersRequest)(nil),        // 87: flox.v1.SetPublishersRequest
-	(*SearchPackagesRequest)(nil),       // 88: flox.v1.SearchPackagesRequest
-	(*BuildPackageRequest)(nil),         // 89: flox.v1.BuildPackageRequest
-	(*AddUpstreamResponse)(nil),         // 90: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),       // 91: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),        // 92: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),      // 93: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),       // 94: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),       // 95: flox.v1.DeleteProfileResponse
-	(*RenameProfileResponse)(nil),       // 96: flox.v1.RenameProfileResponse
-	(*SetProfileRetentionResponse)(nil), // 97: flox.v1.SetProfileRetentionResponse
-	(*TagProfileResponse)(nil),          // 98: flox.v1.TagProfileResponse
-	(*AssignProfileResponse)(nil),       // 99: flox.v1.AssignProfileResponse
-	(*ListProfilesResponse)(nil),        // 100: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),         // 101: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),      // 102: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),       // 103: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil),     // 104: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),        // 105: flox.v1.GrantProfileResponse
-	(*PublishChannelProgress)(nil),      // 106: flox.v1.PublishChannelProgress
-	(*ListChannelsResponse)(nil),        // 107: flox.v1.ListChannelsResponse
-	(*ShowChannelResponse)(nil),         // 108: flox.v1.ShowChannelResponse
-	(*DeleteChannelResponse)(nil),       // 109: flox.v1.DeleteChannelResponse
-	(*SetPublishersResponse)(nil),       // 110: flox.v1.SetPublishersResponse
-	(*SearchPackagesResponse)(nil),      // 111: flox.v1.SearchPackagesResponse
-	(*BuildPackageProgress)(nil),        // 112: flox.v1.BuildPackageProgress
+	(*SetProfileScheduleRequest)(nil),   // 75: flox.v1.SetProfileScheduleRequest
+	(*TagProfileRequest)(nil),           // 76: flox.v1.TagProfileRequest
+	(*AssignProfileRequest)(nil),        // 77: flox.v1.AssignProfileRequest
+	(*ListProfilesRequest)(nil),         // 78: flox.v1.ListProfilesRequest
+	(*ShowProfileRequest)(nil),          // 79: flox.v1.ShowProfileRequest
+	(*ProfileHistoryRequest)(nil),       // 80: flox.v1.ProfileHistoryRequest
+	(*ChangeProfileRequest)(nil),        // 81: flox.v1.ChangeProfileRequest
+	(*RollbackProfileRequest)(nil),      // 82: flox.v1.RollbackProfileRequest
+	(*GrantProfileRequest)(nil),         // 83: flox.v1.GrantProfileRequest
+	(*PublishChannelRequest)(nil),       // 84: flox.v1.PublishChannelRequest
+	(*ListChannelsRequest)(nil),         // 85: flox.v1.ListChannelsRequest
+	(*ShowChannelRequest)(nil),          // 86: flox.v1.ShowChannelRequest
+	(*DeleteChannelRequest)(nil),        // 87: flox.v1.DeleteChannelRequest
+	(*SetPublishersRequest)(nil),        // 88: flox.v1.SetPublishersRequest
+	(*SearchPackagesRequest)(nil),       // 89: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),         // 90: flox.v1.BuildPackageRequest
+	(*AddUpstreamResponse)(nil),         // 91: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),       // 92: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),        // 93: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),      // 94: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),       // 95: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),       // 96: flox.v1.DeleteProfileResponse
+	(*RenameProfileResponse)(nil),       // 97: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionResponse)(nil), // 98: flox.v1.SetProfileRetentionResponse
+	(*SetProfileScheduleResponse)(nil),  // 99: flox.v1.SetProfileScheduleResponse
+	(*TagProfileResponse)(nil),          // 100: flox.v1.TagProfileResponse
+	(*AssignProfileResponse)(nil),       // 101: flox.v1.AssignProfileResponse
+	(*ListProfilesResponse)(nil),        // 102: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),         // 103: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),      // 104: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),       // 105: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil),     // 106: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),        // 107: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),      // 108: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),        // 109: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),         // 110: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),       // 111: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),       // 112: flox.v1.SetPublishersResponse
+	(*SearchPackagesResponse)(nil),      // 113: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),        // 114: flox.v1.BuildPackageProgress
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
 	60,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
@@ -3995,82 +3998,84 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	72,  // 43: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
 	73,  // 44: flox.v1.Admin.RenameProfile:input_type -> flox.v1.RenameProfileRequest
 	74,  // 45: flox.v1.Admin.SetProfileRetention:input_type -> flox.v1.SetProfileRetentionRequest
-	75,  // 46: flox.v1.Admin.TagProfile:input_type -> flox.v1.TagProfileRequest
-	76,  // 47: flox.v1.Admin.AssignProfile:input_type -> flox.v1.AssignProfileRequest
-	77,  // 48: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
-	78,  // 49: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
-	79,  // 50: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
-	80,  // 51: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
-	81,  // 52: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
-	82,  // 53: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
-	83,  // 54: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
-	84,  // 55: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
-	85,  // 56: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
-	86,  // 57: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
-	87,  // 58: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
-	88,  // 59: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
-	89,  // 60: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
-	42,  // 61: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	45,  // 62: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	47,  // 63: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	49,  // 64: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	53,  // 65: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	57,  // 66: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	59,  // 67: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	55,  // 68: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	51,  // 69: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,   // 70: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,   // 71: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,   // 72: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,   // 73: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12,  // 74: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14,  // 75: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16,  // 76: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18,  // 77: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22,  // 78: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24,  // 79: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26,  // 80: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28,  // 81: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	31,  // 82: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	33,  // 83: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	36,  // 84: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	39,  // 85: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	41,  // 86: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,   // 87: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	90,  // 88: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	91,  // 89: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	92,  // 90: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	93,  // 91: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	94,  // 92: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	95,  // 93: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	96,  // 94: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
-	97,  // 95: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
-	98,  // 96: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
-	99,  // 97: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
-	100, // 98: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	101, // 99: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	102, // 100: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	103, // 101: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	104, // 102: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	105, // 103: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	106, // 104: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
-	107, // 105: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
-	108, // 106: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
-	109, // 107: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
-	110, // 108: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
-	111, // 109: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
-	112, // 110: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
-	43,  // 111: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	46,  // 112: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	48,  // 113: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	50,  // 114: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	54,  // 115: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	58,  // 116: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	31,  // 117: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	56,  // 118: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	52,  // 119: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	70,  // [70:120] is the sub-list for method output_type
-	20,  // [20:70] is the sub-list for method input_type
+	75,  // 46: flox.v1.Admin.SetProfileSchedule:input_type -> flox.v1.SetProfileScheduleRequest
+	76,  // 47: flox.v1.Admin.TagProfile:input_type -> flox.v1.TagProfileRequest
+	77,  // 48: flox.v1.Admin.AssignProfile:input_type -> flox.v1.AssignProfileRequest
+	78,  // 49: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	79,  // 50: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	80,  // 51: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	81,  // 52: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	82,  // 53: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	83,  // 54: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	84,  // 55: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
+	85,  // 56: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
+	86,  // 57: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
+	87,  // 58: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
+	88,  // 59: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
+	89,  // 60: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	90,  // 61: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	42,  // 62: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	45,  // 63: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	47,  // 64: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	49,  // 65: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	53,  // 66: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	57,  // 67: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	59,  // 68: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	55,  // 69: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	51,  // 70: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,   // 71: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 72: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 73: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 74: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 75: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 76: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 77: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 78: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 79: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 80: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 81: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 82: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	31,  // 83: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	33,  // 84: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	36,  // 85: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	39,  // 86: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	41,  // 87: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 88: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	91,  // 89: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	92,  // 90: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	93,  // 91: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	94,  // 92: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	95,  // 93: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	96,  // 94: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	97,  // 95: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
+	98,  // 96: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
+	99,  // 97: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
+	100, // 98: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
+	101, // 99: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
+	102, // 100: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	103, // 101: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	104, // 102: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	105, // 103: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	106, // 104: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	107, // 105: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	108, // 106: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	109, // 107: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	110, // 108: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	111, // 109: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	112, // 110: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	113, // 111: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	114, // 112: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	43,  // 113: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	46,  // 114: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	48,  // 115: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	50,  // 116: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	54,  // 117: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	58,  // 118: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	31,  // 119: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	56,  // 120: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	52,  // 121: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	71,  // [71:122] is the sub-list for method output_type
+	20,  // [20:71] is the sub-list for method input_type
 	20,  // [20:20] is the sub-list for extension type_name
 	20,  // [20:20] is the sub-list for extension extendee
 	0,   // [0:20] is the sub-list for field type_name

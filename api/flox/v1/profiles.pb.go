@@ -40,6 +40,8 @@ type ProfilesCommand struct {
 	//	*ProfilesCommand_Tag
 	//	*ProfilesCommand_Prune
 	//	*ProfilesCommand_Assign
+	//	*ProfilesCommand_Schedule
+	//	*ProfilesCommand_Run
 	Command       isProfilesCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -186,6 +188,24 @@ func (x *ProfilesCommand) GetAssign() *AssignProfile {
 	return nil
 }
 
+func (x *ProfilesCommand) GetSchedule() *SetSchedule {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Schedule); ok {
+			return x.Schedule
+		}
+	}
+	return nil
+}
+
+func (x *ProfilesCommand) GetRun() *NoteRun {
+	if x != nil {
+		if x, ok := x.Command.(*ProfilesCommand_Run); ok {
+			return x.Run
+		}
+	}
+	return nil
+}
+
 type isProfilesCommand_Command interface {
 	isProfilesCommand_Command()
 }
@@ -230,6 +250,14 @@ type ProfilesCommand_Assign struct {
 	Assign *AssignProfile `protobuf:"bytes,12,opt,name=assign,proto3,oneof"`
 }
 
+type ProfilesCommand_Schedule struct {
+	Schedule *SetSchedule `protobuf:"bytes,13,opt,name=schedule,proto3,oneof"`
+}
+
+type ProfilesCommand_Run struct {
+	Run *NoteRun `protobuf:"bytes,14,opt,name=run,proto3,oneof"`
+}
+
 func (*ProfilesCommand_Create) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Change) isProfilesCommand_Command() {}
@@ -249,6 +277,10 @@ func (*ProfilesCommand_Tag) isProfilesCommand_Command() {}
 func (*ProfilesCommand_Prune) isProfilesCommand_Command() {}
 
 func (*ProfilesCommand_Assign) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Schedule) isProfilesCommand_Command() {}
+
+func (*ProfilesCommand_Run) isProfilesCommand_Command() {}
 
 type NewProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -312,7 +344,8 @@ type NewGeneration struct {
 	Environments  []*Environment         `protobuf:"bytes,5,rep,name=environments,proto3" json:"environments,omitempty"`
 	Kind          string                 `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"` // install, uninstall, upgrade, …
 	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"`
-	Created       uint64                 `protobuf:"varint,8,opt,name=created,proto3" json:"created,omitempty"` // Profile.created_index of the one it was made on: another with its name is another
+	Created       uint64                 `protobuf:"varint,8,opt,name=created,proto3" json:"created,omitempty"`     // Profile.created_index of the one it was made on: another with its name is another
+	Automatic     bool                   `protobuf:"varint,9,opt,name=automatic,proto3" json:"automatic,omitempty"` // no person asked for it: refused for a profile that is held, and for held packages; level 6
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -401,6 +434,13 @@ func (x *NewGeneration) GetCreated() uint64 {
 		return x.Created
 	}
 	return 0
+}
+
+func (x *NewGeneration) GetAutomatic() bool {
+	if x != nil {
+		return x.Automatic
+	}
+	return false
 }
 
 type LiveGeneration struct {
@@ -765,6 +805,120 @@ func (x *AssignProfile) GetDrop() []*ProfileAssignment {
 	return nil
 }
 
+type SetSchedule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Schedule      *ProfileSchedule       `protobuf:"bytes,2,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetSchedule) Reset() {
+	*x = SetSchedule{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetSchedule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetSchedule) ProtoMessage() {}
+
+func (x *SetSchedule) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetSchedule.ProtoReflect.Descriptor instead.
+func (*SetSchedule) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SetSchedule) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *SetSchedule) GetSchedule() *ProfileSchedule {
+	if x != nil {
+		return x.Schedule
+	}
+	return nil
+}
+
+// NoteRun is what a server says that an upgrade by schedule came to; only the first of what
+// was due counts.
+type NoteRun struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	Created       uint64                 `protobuf:"varint,2,opt,name=created,proto3" json:"created,omitempty"`
+	Run           *ProfileRun            `protobuf:"bytes,3,opt,name=run,proto3" json:"run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NoteRun) Reset() {
+	*x = NoteRun{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NoteRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NoteRun) ProtoMessage() {}
+
+func (x *NoteRun) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NoteRun.ProtoReflect.Descriptor instead.
+func (*NoteRun) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *NoteRun) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *NoteRun) GetCreated() uint64 {
+	if x != nil {
+		return x.Created
+	}
+	return 0
+}
+
+func (x *NoteRun) GetRun() *ProfileRun {
+	if x != nil {
+		return x.Run
+	}
+	return nil
+}
+
 type ProfilesReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Moved         bool                   `protobuf:"varint,1,opt,name=moved,proto3" json:"moved,omitempty"`    // another generation lives than the command was made on; nothing was done
@@ -775,7 +929,7 @@ type ProfilesReply struct {
 
 func (x *ProfilesReply) Reset() {
 	*x = ProfilesReply{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +941,7 @@ func (x *ProfilesReply) String() string {
 func (*ProfilesReply) ProtoMessage() {}
 
 func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[9]
+	mi := &file_flox_v1_profiles_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +954,7 @@ func (x *ProfilesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesReply.ProtoReflect.Descriptor instead.
 func (*ProfilesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ProfilesReply) GetMoved() bool {
@@ -839,13 +993,14 @@ type Profile struct {
 	Tags          []*ProfileTag          `protobuf:"bytes,17,rep,name=tags,proto3" json:"tags,omitempty"`                                      // in the order of their names
 	Older         uint32                 `protobuf:"varint,18,opt,name=older,proto3" json:"older,omitempty"`                                   // generations before first that were there when it was last pruned
 	Assigned      []*ProfileAssignment   `protobuf:"bytes,19,rep,name=assigned,proto3" json:"assigned,omitempty"`
+	Schedule      *ProfileSchedule       `protobuf:"bytes,20,opt,name=schedule,proto3" json:"schedule,omitempty"` // none = it never had one
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Profile) Reset() {
 	*x = Profile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +1012,7 @@ func (x *Profile) String() string {
 func (*Profile) ProtoMessage() {}
 
 func (x *Profile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[10]
+	mi := &file_flox_v1_profiles_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1025,7 @@ func (x *Profile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Profile.ProtoReflect.Descriptor instead.
 func (*Profile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Profile) GetName() string {
@@ -1006,6 +1161,151 @@ func (x *Profile) GetAssigned() []*ProfileAssignment {
 	return nil
 }
 
+func (x *Profile) GetSchedule() *ProfileSchedule {
+	if x != nil {
+		return x.Schedule
+	}
+	return nil
+}
+
+// ProfileSchedule says when a profile is upgraded by itself.
+type ProfileSchedule struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EveryMinutes  uint32                 `protobuf:"varint,1,opt,name=every_minutes,json=everyMinutes,proto3" json:"every_minutes,omitempty"` // 0 = never
+	AtMinute      *uint32                `protobuf:"varint,2,opt,name=at_minute,json=atMinute,proto3,oneof" json:"at_minute,omitempty"`       // of the day, UTC, if it is every so many days; none = at a time of the profile's own
+	SinceUnixMs   int64                  `protobuf:"varint,3,opt,name=since_unix_ms,json=sinceUnixMs,proto3" json:"since_unix_ms,omitempty"`  // what was due before is not made up for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileSchedule) Reset() {
+	*x = ProfileSchedule{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileSchedule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileSchedule) ProtoMessage() {}
+
+func (x *ProfileSchedule) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileSchedule.ProtoReflect.Descriptor instead.
+func (*ProfileSchedule) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ProfileSchedule) GetEveryMinutes() uint32 {
+	if x != nil {
+		return x.EveryMinutes
+	}
+	return 0
+}
+
+func (x *ProfileSchedule) GetAtMinute() uint32 {
+	if x != nil && x.AtMinute != nil {
+		return *x.AtMinute
+	}
+	return 0
+}
+
+func (x *ProfileSchedule) GetSinceUnixMs() int64 {
+	if x != nil {
+		return x.SinceUnixMs
+	}
+	return 0
+}
+
+// ProfileRun is what the last upgrade by schedule came to.
+type ProfileRun struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DueUnixMs     int64                  `protobuf:"varint,1,opt,name=due_unix_ms,json=dueUnixMs,proto3" json:"due_unix_ms,omitempty"`
+	TimeUnixMs    int64                  `protobuf:"varint,2,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"` // when it ended
+	Result        string                 `protobuf:"bytes,3,opt,name=result,proto3" json:"result,omitempty"`                              // upgraded, unchanged, held or failed
+	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`                              // what changed or was wrong, in words
+	Generation    uint64                 `protobuf:"varint,5,opt,name=generation,proto3" json:"generation,omitempty"`                     // that lived then
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProfileRun) Reset() {
+	*x = ProfileRun{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProfileRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProfileRun) ProtoMessage() {}
+
+func (x *ProfileRun) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProfileRun.ProtoReflect.Descriptor instead.
+func (*ProfileRun) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ProfileRun) GetDueUnixMs() int64 {
+	if x != nil {
+		return x.DueUnixMs
+	}
+	return 0
+}
+
+func (x *ProfileRun) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
+}
+
+func (x *ProfileRun) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
+func (x *ProfileRun) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *ProfileRun) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type ProfileTag struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1016,7 +1316,7 @@ type ProfileTag struct {
 
 func (x *ProfileTag) Reset() {
 	*x = ProfileTag{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1328,7 @@ func (x *ProfileTag) String() string {
 func (*ProfileTag) ProtoMessage() {}
 
 func (x *ProfileTag) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[11]
+	mi := &file_flox_v1_profiles_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1341,7 @@ func (x *ProfileTag) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileTag.ProtoReflect.Descriptor instead.
 func (*ProfileTag) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ProfileTag) GetName() string {
@@ -1071,7 +1371,7 @@ type ProfileAssignment struct {
 
 func (x *ProfileAssignment) Reset() {
 	*x = ProfileAssignment{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1383,7 @@ func (x *ProfileAssignment) String() string {
 func (*ProfileAssignment) ProtoMessage() {}
 
 func (x *ProfileAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[12]
+	mi := &file_flox_v1_profiles_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1396,7 @@ func (x *ProfileAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileAssignment.ProtoReflect.Descriptor instead.
 func (*ProfileAssignment) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ProfileAssignment) GetPeer() string {
@@ -1137,7 +1437,7 @@ type ProfileGrant struct {
 
 func (x *ProfileGrant) Reset() {
 	*x = ProfileGrant{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1449,7 @@ func (x *ProfileGrant) String() string {
 func (*ProfileGrant) ProtoMessage() {}
 
 func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[13]
+	mi := &file_flox_v1_profiles_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1462,7 @@ func (x *ProfileGrant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileGrant.ProtoReflect.Descriptor instead.
 func (*ProfileGrant) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ProfileGrant) GetUser() string {
@@ -1194,7 +1494,7 @@ type Package struct {
 
 func (x *Package) Reset() {
 	*x = Package{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1506,7 @@ func (x *Package) String() string {
 func (*Package) ProtoMessage() {}
 
 func (x *Package) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[14]
+	mi := &file_flox_v1_profiles_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1519,7 @@ func (x *Package) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Package.ProtoReflect.Descriptor instead.
 func (*Package) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Package) GetName() string {
@@ -1274,7 +1574,7 @@ type PackagePaths struct {
 
 func (x *PackagePaths) Reset() {
 	*x = PackagePaths{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1286,7 +1586,7 @@ func (x *PackagePaths) String() string {
 func (*PackagePaths) ProtoMessage() {}
 
 func (x *PackagePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[15]
+	mi := &file_flox_v1_profiles_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1299,7 +1599,7 @@ func (x *PackagePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackagePaths.ProtoReflect.Descriptor instead.
 func (*PackagePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PackagePaths) GetSystem() string {
@@ -1326,7 +1626,7 @@ type Environment struct {
 
 func (x *Environment) Reset() {
 	*x = Environment{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1638,7 @@ func (x *Environment) String() string {
 func (*Environment) ProtoMessage() {}
 
 func (x *Environment) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[16]
+	mi := &file_flox_v1_profiles_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1651,7 @@ func (x *Environment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Environment.ProtoReflect.Descriptor instead.
 func (*Environment) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Environment) GetSystem() string {
@@ -1387,7 +1687,7 @@ type Generation struct {
 
 func (x *Generation) Reset() {
 	*x = Generation{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1699,7 @@ func (x *Generation) String() string {
 func (*Generation) ProtoMessage() {}
 
 func (x *Generation) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[17]
+	mi := &file_flox_v1_profiles_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1712,7 @@ func (x *Generation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Generation.ProtoReflect.Descriptor instead.
 func (*Generation) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Generation) GetNumber() uint64 {
@@ -1495,7 +1795,7 @@ type PackageRecord struct {
 
 func (x *PackageRecord) Reset() {
 	*x = PackageRecord{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +1807,7 @@ func (x *PackageRecord) String() string {
 func (*PackageRecord) ProtoMessage() {}
 
 func (x *PackageRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[18]
+	mi := &file_flox_v1_profiles_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +1820,7 @@ func (x *PackageRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PackageRecord.ProtoReflect.Descriptor instead.
 func (*PackageRecord) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PackageRecord) GetUsers() uint64 {
@@ -1554,7 +1854,7 @@ type ProfileEvent struct {
 
 func (x *ProfileEvent) Reset() {
 	*x = ProfileEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1566,7 +1866,7 @@ func (x *ProfileEvent) String() string {
 func (*ProfileEvent) ProtoMessage() {}
 
 func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[19]
+	mi := &file_flox_v1_profiles_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1579,7 +1879,7 @@ func (x *ProfileEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileEvent.ProtoReflect.Descriptor instead.
 func (*ProfileEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ProfileEvent) GetIndex() uint64 {
@@ -1649,7 +1949,7 @@ type CreateProfileRequest struct {
 
 func (x *CreateProfileRequest) Reset() {
 	*x = CreateProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1961,7 @@ func (x *CreateProfileRequest) String() string {
 func (*CreateProfileRequest) ProtoMessage() {}
 
 func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[20]
+	mi := &file_flox_v1_profiles_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1974,7 @@ func (x *CreateProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileRequest.ProtoReflect.Descriptor instead.
 func (*CreateProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateProfileRequest) GetName() string {
@@ -1700,7 +2000,7 @@ type CreateProfileResponse struct {
 
 func (x *CreateProfileResponse) Reset() {
 	*x = CreateProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +2012,7 @@ func (x *CreateProfileResponse) String() string {
 func (*CreateProfileResponse) ProtoMessage() {}
 
 func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[21]
+	mi := &file_flox_v1_profiles_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +2025,7 @@ func (x *CreateProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateProfileResponse.ProtoReflect.Descriptor instead.
 func (*CreateProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateProfileResponse) GetProfile() *Profile {
@@ -1744,7 +2044,7 @@ type DeleteProfileRequest struct {
 
 func (x *DeleteProfileRequest) Reset() {
 	*x = DeleteProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +2056,7 @@ func (x *DeleteProfileRequest) String() string {
 func (*DeleteProfileRequest) ProtoMessage() {}
 
 func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[22]
+	mi := &file_flox_v1_profiles_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1769,7 +2069,7 @@ func (x *DeleteProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileRequest.ProtoReflect.Descriptor instead.
 func (*DeleteProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DeleteProfileRequest) GetName() string {
@@ -1787,7 +2087,7 @@ type DeleteProfileResponse struct {
 
 func (x *DeleteProfileResponse) Reset() {
 	*x = DeleteProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +2099,7 @@ func (x *DeleteProfileResponse) String() string {
 func (*DeleteProfileResponse) ProtoMessage() {}
 
 func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[23]
+	mi := &file_flox_v1_profiles_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +2112,7 @@ func (x *DeleteProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteProfileResponse.ProtoReflect.Descriptor instead.
 func (*DeleteProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
 }
 
 type ListProfilesRequest struct {
@@ -1826,7 +2126,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1838,7 +2138,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[24]
+	mi := &file_flox_v1_profiles_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1851,7 +2151,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListProfilesRequest) GetOwner() string {
@@ -1885,7 +2185,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +2197,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[25]
+	mi := &file_flox_v1_profiles_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +2210,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*Profile {
@@ -1937,7 +2237,7 @@ type ShowProfileRequest struct {
 
 func (x *ShowProfileRequest) Reset() {
 	*x = ShowProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1949,7 +2249,7 @@ func (x *ShowProfileRequest) String() string {
 func (*ShowProfileRequest) ProtoMessage() {}
 
 func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[26]
+	mi := &file_flox_v1_profiles_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1962,7 +2262,7 @@ func (x *ShowProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileRequest.ProtoReflect.Descriptor instead.
 func (*ShowProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ShowProfileRequest) GetName() string {
@@ -1982,14 +2282,16 @@ func (x *ShowProfileRequest) GetGeneration() uint64 {
 type ShowProfileResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
-	Generation    *Generation            `protobuf:"bytes,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	Generation    *Generation            `protobuf:"bytes,2,opt,name=generation,proto3" json:"generation,omitempty"`                                 // none if nothing was installed yet
+	LastRun       *ProfileRun            `protobuf:"bytes,3,opt,name=last_run,json=lastRun,proto3" json:"last_run,omitempty"`                        // none if no schedule had it upgraded yet
+	NextRunUnixMs int64                  `protobuf:"varint,4,opt,name=next_run_unix_ms,json=nextRunUnixMs,proto3" json:"next_run_unix_ms,omitempty"` // in the past: it is due; 0 = never
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ShowProfileResponse) Reset() {
 	*x = ShowProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2001,7 +2303,7 @@ func (x *ShowProfileResponse) String() string {
 func (*ShowProfileResponse) ProtoMessage() {}
 
 func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[27]
+	mi := &file_flox_v1_profiles_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2014,7 +2316,7 @@ func (x *ShowProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowProfileResponse.ProtoReflect.Descriptor instead.
 func (*ShowProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ShowProfileResponse) GetProfile() *Profile {
@@ -2031,6 +2333,20 @@ func (x *ShowProfileResponse) GetGeneration() *Generation {
 	return nil
 }
 
+func (x *ShowProfileResponse) GetLastRun() *ProfileRun {
+	if x != nil {
+		return x.LastRun
+	}
+	return nil
+}
+
+func (x *ShowProfileResponse) GetNextRunUnixMs() int64 {
+	if x != nil {
+		return x.NextRunUnixMs
+	}
+	return 0
+}
+
 type ProfileHistoryRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2042,7 +2358,7 @@ type ProfileHistoryRequest struct {
 
 func (x *ProfileHistoryRequest) Reset() {
 	*x = ProfileHistoryRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2054,7 +2370,7 @@ func (x *ProfileHistoryRequest) String() string {
 func (*ProfileHistoryRequest) ProtoMessage() {}
 
 func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[28]
+	mi := &file_flox_v1_profiles_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2067,7 +2383,7 @@ func (x *ProfileHistoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryRequest.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ProfileHistoryRequest) GetName() string {
@@ -2102,7 +2418,7 @@ type ProfileHistoryResponse struct {
 
 func (x *ProfileHistoryResponse) Reset() {
 	*x = ProfileHistoryResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2430,7 @@ func (x *ProfileHistoryResponse) String() string {
 func (*ProfileHistoryResponse) ProtoMessage() {}
 
 func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[29]
+	mi := &file_flox_v1_profiles_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2443,7 @@ func (x *ProfileHistoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileHistoryResponse.ProtoReflect.Descriptor instead.
 func (*ProfileHistoryResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ProfileHistoryResponse) GetProfile() *Profile {
@@ -2160,13 +2476,14 @@ type ChangeProfileRequest struct {
 	Kind          string                 `protobuf:"bytes,5,opt,name=kind,proto3" json:"kind,omitempty"`
 	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	DryRun        bool                   `protobuf:"varint,7,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	Automatic     bool                   `protobuf:"varint,8,opt,name=automatic,proto3" json:"automatic,omitempty"` // as in NewGeneration
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChangeProfileRequest) Reset() {
 	*x = ChangeProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2495,7 @@ func (x *ChangeProfileRequest) String() string {
 func (*ChangeProfileRequest) ProtoMessage() {}
 
 func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[30]
+	mi := &file_flox_v1_profiles_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2508,7 @@ func (x *ChangeProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileRequest.ProtoReflect.Descriptor instead.
 func (*ChangeProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ChangeProfileRequest) GetName() string {
@@ -2243,6 +2560,13 @@ func (x *ChangeProfileRequest) GetDryRun() bool {
 	return false
 }
 
+func (x *ChangeProfileRequest) GetAutomatic() bool {
+	if x != nil {
+		return x.Automatic
+	}
+	return false
+}
+
 type ChangeProfileResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
@@ -2256,7 +2580,7 @@ type ChangeProfileResponse struct {
 
 func (x *ChangeProfileResponse) Reset() {
 	*x = ChangeProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2592,7 @@ func (x *ChangeProfileResponse) String() string {
 func (*ChangeProfileResponse) ProtoMessage() {}
 
 func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[31]
+	mi := &file_flox_v1_profiles_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2605,7 @@ func (x *ChangeProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeProfileResponse.ProtoReflect.Descriptor instead.
 func (*ChangeProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ChangeProfileResponse) GetProfile() *Profile {
@@ -2330,7 +2654,7 @@ type RollbackProfileRequest struct {
 
 func (x *RollbackProfileRequest) Reset() {
 	*x = RollbackProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2342,7 +2666,7 @@ func (x *RollbackProfileRequest) String() string {
 func (*RollbackProfileRequest) ProtoMessage() {}
 
 func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[32]
+	mi := &file_flox_v1_profiles_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2355,7 +2679,7 @@ func (x *RollbackProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileRequest.ProtoReflect.Descriptor instead.
 func (*RollbackProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RollbackProfileRequest) GetName() string {
@@ -2389,7 +2713,7 @@ type RollbackProfileResponse struct {
 
 func (x *RollbackProfileResponse) Reset() {
 	*x = RollbackProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2401,7 +2725,7 @@ func (x *RollbackProfileResponse) String() string {
 func (*RollbackProfileResponse) ProtoMessage() {}
 
 func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[33]
+	mi := &file_flox_v1_profiles_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2414,7 +2738,7 @@ func (x *RollbackProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackProfileResponse.ProtoReflect.Descriptor instead.
 func (*RollbackProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RollbackProfileResponse) GetProfile() *Profile {
@@ -2441,7 +2765,7 @@ type RenameProfileRequest struct {
 
 func (x *RenameProfileRequest) Reset() {
 	*x = RenameProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2453,7 +2777,7 @@ func (x *RenameProfileRequest) String() string {
 func (*RenameProfileRequest) ProtoMessage() {}
 
 func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[34]
+	mi := &file_flox_v1_profiles_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2466,7 +2790,7 @@ func (x *RenameProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameProfileRequest.ProtoReflect.Descriptor instead.
 func (*RenameProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RenameProfileRequest) GetName() string {
@@ -2492,7 +2816,7 @@ type RenameProfileResponse struct {
 
 func (x *RenameProfileResponse) Reset() {
 	*x = RenameProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2504,7 +2828,7 @@ func (x *RenameProfileResponse) String() string {
 func (*RenameProfileResponse) ProtoMessage() {}
 
 func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[35]
+	mi := &file_flox_v1_profiles_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2517,7 +2841,7 @@ func (x *RenameProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameProfileResponse.ProtoReflect.Descriptor instead.
 func (*RenameProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RenameProfileResponse) GetProfile() *Profile {
@@ -2538,7 +2862,7 @@ type SetProfileRetentionRequest struct {
 
 func (x *SetProfileRetentionRequest) Reset() {
 	*x = SetProfileRetentionRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2550,7 +2874,7 @@ func (x *SetProfileRetentionRequest) String() string {
 func (*SetProfileRetentionRequest) ProtoMessage() {}
 
 func (x *SetProfileRetentionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[36]
+	mi := &file_flox_v1_profiles_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2563,7 +2887,7 @@ func (x *SetProfileRetentionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProfileRetentionRequest.ProtoReflect.Descriptor instead.
 func (*SetProfileRetentionRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *SetProfileRetentionRequest) GetName() string {
@@ -2596,7 +2920,7 @@ type SetProfileRetentionResponse struct {
 
 func (x *SetProfileRetentionResponse) Reset() {
 	*x = SetProfileRetentionResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2608,7 +2932,7 @@ func (x *SetProfileRetentionResponse) String() string {
 func (*SetProfileRetentionResponse) ProtoMessage() {}
 
 func (x *SetProfileRetentionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[37]
+	mi := &file_flox_v1_profiles_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2621,7 +2945,7 @@ func (x *SetProfileRetentionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetProfileRetentionResponse.ProtoReflect.Descriptor instead.
 func (*SetProfileRetentionResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *SetProfileRetentionResponse) GetProfile() *Profile {
@@ -2629,6 +2953,110 @@ func (x *SetProfileRetentionResponse) GetProfile() *Profile {
 		return x.Profile
 	}
 	return nil
+}
+
+type SetProfileScheduleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Schedule      *ProfileSchedule       `protobuf:"bytes,2,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetProfileScheduleRequest) Reset() {
+	*x = SetProfileScheduleRequest{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetProfileScheduleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetProfileScheduleRequest) ProtoMessage() {}
+
+func (x *SetProfileScheduleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetProfileScheduleRequest.ProtoReflect.Descriptor instead.
+func (*SetProfileScheduleRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *SetProfileScheduleRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetProfileScheduleRequest) GetSchedule() *ProfileSchedule {
+	if x != nil {
+		return x.Schedule
+	}
+	return nil
+}
+
+type SetProfileScheduleResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       *Profile               `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	NextRunUnixMs int64                  `protobuf:"varint,2,opt,name=next_run_unix_ms,json=nextRunUnixMs,proto3" json:"next_run_unix_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetProfileScheduleResponse) Reset() {
+	*x = SetProfileScheduleResponse{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetProfileScheduleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetProfileScheduleResponse) ProtoMessage() {}
+
+func (x *SetProfileScheduleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetProfileScheduleResponse.ProtoReflect.Descriptor instead.
+func (*SetProfileScheduleResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *SetProfileScheduleResponse) GetProfile() *Profile {
+	if x != nil {
+		return x.Profile
+	}
+	return nil
+}
+
+func (x *SetProfileScheduleResponse) GetNextRunUnixMs() int64 {
+	if x != nil {
+		return x.NextRunUnixMs
+	}
+	return 0
 }
 
 type TagProfileRequest struct {
@@ -2642,7 +3070,7 @@ type TagProfileRequest struct {
 
 func (x *TagProfileRequest) Reset() {
 	*x = TagProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[38]
+	mi := &file_flox_v1_profiles_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2654,7 +3082,7 @@ func (x *TagProfileRequest) String() string {
 func (*TagProfileRequest) ProtoMessage() {}
 
 func (x *TagProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[38]
+	mi := &file_flox_v1_profiles_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2667,7 +3095,7 @@ func (x *TagProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagProfileRequest.ProtoReflect.Descriptor instead.
 func (*TagProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *TagProfileRequest) GetName() string {
@@ -2700,7 +3128,7 @@ type TagProfileResponse struct {
 
 func (x *TagProfileResponse) Reset() {
 	*x = TagProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[39]
+	mi := &file_flox_v1_profiles_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +3140,7 @@ func (x *TagProfileResponse) String() string {
 func (*TagProfileResponse) ProtoMessage() {}
 
 func (x *TagProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[39]
+	mi := &file_flox_v1_profiles_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +3153,7 @@ func (x *TagProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagProfileResponse.ProtoReflect.Descriptor instead.
 func (*TagProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *TagProfileResponse) GetProfile() *Profile {
@@ -2746,7 +3174,7 @@ type AssignProfileRequest struct {
 
 func (x *AssignProfileRequest) Reset() {
 	*x = AssignProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	mi := &file_flox_v1_profiles_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2758,7 +3186,7 @@ func (x *AssignProfileRequest) String() string {
 func (*AssignProfileRequest) ProtoMessage() {}
 
 func (x *AssignProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[40]
+	mi := &file_flox_v1_profiles_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2771,7 +3199,7 @@ func (x *AssignProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignProfileRequest.ProtoReflect.Descriptor instead.
 func (*AssignProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AssignProfileRequest) GetName() string {
@@ -2804,7 +3232,7 @@ type AssignProfileResponse struct {
 
 func (x *AssignProfileResponse) Reset() {
 	*x = AssignProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[41]
+	mi := &file_flox_v1_profiles_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2816,7 +3244,7 @@ func (x *AssignProfileResponse) String() string {
 func (*AssignProfileResponse) ProtoMessage() {}
 
 func (x *AssignProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[41]
+	mi := &file_flox_v1_profiles_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2829,7 +3257,7 @@ func (x *AssignProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AssignProfileResponse.ProtoReflect.Descriptor instead.
 func (*AssignProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AssignProfileResponse) GetProfile() *Profile {
@@ -2849,7 +3277,7 @@ type GrantProfileRequest struct {
 
 func (x *GrantProfileRequest) Reset() {
 	*x = GrantProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[42]
+	mi := &file_flox_v1_profiles_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2861,7 +3289,7 @@ func (x *GrantProfileRequest) String() string {
 func (*GrantProfileRequest) ProtoMessage() {}
 
 func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[42]
+	mi := &file_flox_v1_profiles_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2874,7 +3302,7 @@ func (x *GrantProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileRequest.ProtoReflect.Descriptor instead.
 func (*GrantProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GrantProfileRequest) GetName() string {
@@ -2900,7 +3328,7 @@ type GrantProfileResponse struct {
 
 func (x *GrantProfileResponse) Reset() {
 	*x = GrantProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[43]
+	mi := &file_flox_v1_profiles_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2912,7 +3340,7 @@ func (x *GrantProfileResponse) String() string {
 func (*GrantProfileResponse) ProtoMessage() {}
 
 func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[43]
+	mi := &file_flox_v1_profiles_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2925,7 +3353,7 @@ func (x *GrantProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GrantProfileResponse.ProtoReflect.Descriptor instead.
 func (*GrantProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GrantProfileResponse) GetProfile() *Profile {
@@ -2950,7 +3378,7 @@ type WatchProfilesRequest struct {
 
 func (x *WatchProfilesRequest) Reset() {
 	*x = WatchProfilesRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[44]
+	mi := &file_flox_v1_profiles_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3390,7 @@ func (x *WatchProfilesRequest) String() string {
 func (*WatchProfilesRequest) ProtoMessage() {}
 
 func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[44]
+	mi := &file_flox_v1_profiles_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3403,7 @@ func (x *WatchProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProfilesRequest.ProtoReflect.Descriptor instead.
 func (*WatchProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *WatchProfilesRequest) GetAfterIndex() uint64 {
@@ -3028,7 +3456,7 @@ type ProfilesEvent struct {
 
 func (x *ProfilesEvent) Reset() {
 	*x = ProfilesEvent{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[45]
+	mi := &file_flox_v1_profiles_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3468,7 @@ func (x *ProfilesEvent) String() string {
 func (*ProfilesEvent) ProtoMessage() {}
 
 func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[45]
+	mi := &file_flox_v1_profiles_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3481,7 @@ func (x *ProfilesEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfilesEvent.ProtoReflect.Descriptor instead.
 func (*ProfilesEvent) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ProfilesEvent) GetIndex() uint64 {
@@ -3123,7 +3551,7 @@ type ProfileNews struct {
 
 func (x *ProfileNews) Reset() {
 	*x = ProfileNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[46]
+	mi := &file_flox_v1_profiles_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3135,7 +3563,7 @@ func (x *ProfileNews) String() string {
 func (*ProfileNews) ProtoMessage() {}
 
 func (x *ProfileNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[46]
+	mi := &file_flox_v1_profiles_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3148,7 +3576,7 @@ func (x *ProfileNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProfileNews.ProtoReflect.Descriptor instead.
 func (*ProfileNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ProfileNews) GetName() string {
@@ -3224,7 +3652,7 @@ type GenerationNews struct {
 
 func (x *GenerationNews) Reset() {
 	*x = GenerationNews{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[47]
+	mi := &file_flox_v1_profiles_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3236,7 +3664,7 @@ func (x *GenerationNews) String() string {
 func (*GenerationNews) ProtoMessage() {}
 
 func (x *GenerationNews) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[47]
+	mi := &file_flox_v1_profiles_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3249,7 +3677,7 @@ func (x *GenerationNews) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerationNews.ProtoReflect.Descriptor instead.
 func (*GenerationNews) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GenerationNews) GetNumber() uint64 {
@@ -3276,7 +3704,7 @@ type FindProfileRequest struct {
 
 func (x *FindProfileRequest) Reset() {
 	*x = FindProfileRequest{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[48]
+	mi := &file_flox_v1_profiles_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3288,7 +3716,7 @@ func (x *FindProfileRequest) String() string {
 func (*FindProfileRequest) ProtoMessage() {}
 
 func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[48]
+	mi := &file_flox_v1_profiles_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3301,7 +3729,7 @@ func (x *FindProfileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileRequest.ProtoReflect.Descriptor instead.
 func (*FindProfileRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{48}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *FindProfileRequest) GetName() string {
@@ -3329,7 +3757,7 @@ type FindProfileResponse struct {
 
 func (x *FindProfileResponse) Reset() {
 	*x = FindProfileResponse{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[49]
+	mi := &file_flox_v1_profiles_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3341,7 +3769,7 @@ func (x *FindProfileResponse) String() string {
 func (*FindProfileResponse) ProtoMessage() {}
 
 func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[49]
+	mi := &file_flox_v1_profiles_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3354,7 +3782,7 @@ func (x *FindProfileResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindProfileResponse.ProtoReflect.Descriptor instead.
 func (*FindProfileResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{49}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *FindProfileResponse) GetOwner() string {
@@ -3393,7 +3821,7 @@ type ToldProfiles struct {
 
 func (x *ToldProfiles) Reset() {
 	*x = ToldProfiles{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[50]
+	mi := &file_flox_v1_profiles_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3405,7 +3833,7 @@ func (x *ToldProfiles) String() string {
 func (*ToldProfiles) ProtoMessage() {}
 
 func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[50]
+	mi := &file_flox_v1_profiles_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3418,7 +3846,7 @@ func (x *ToldProfiles) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfiles.ProtoReflect.Descriptor instead.
 func (*ToldProfiles) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{50}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ToldProfiles) GetInvite() []byte {
@@ -3473,7 +3901,7 @@ type ToldProfile struct {
 
 func (x *ToldProfile) Reset() {
 	*x = ToldProfile{}
-	mi := &file_flox_v1_profiles_proto_msgTypes[51]
+	mi := &file_flox_v1_profiles_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3485,7 +3913,7 @@ func (x *ToldProfile) String() string {
 func (*ToldProfile) ProtoMessage() {}
 
 func (x *ToldProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_profiles_proto_msgTypes[51]
+	mi := &file_flox_v1_profiles_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3498,7 +3926,7 @@ func (x *ToldProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ToldProfile.ProtoReflect.Descriptor instead.
 func (*ToldProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{51}
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ToldProfile) GetNews() *ProfileNews {
@@ -3519,7 +3947,7 @@ var File_flox_v1_profiles_proto protoreflect.FileDescriptor
 
 const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\n" +
-	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\x93\x04\n" +
+	"\x16flox/v1/profiles.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xed\x04\n" +
 	"\x0fProfilesCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\x12-\n" +
@@ -3533,12 +3961,14 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x03tag\x18\n" +
 	" \x01(\v2\x16.flox.v1.TagGenerationH\x00R\x03tag\x12\x16\n" +
 	"\x05prune\x18\v \x01(\tH\x00R\x05prune\x120\n" +
-	"\x06assign\x18\f \x01(\v2\x16.flox.v1.AssignProfileH\x00R\x06assignB\t\n" +
+	"\x06assign\x18\f \x01(\v2\x16.flox.v1.AssignProfileH\x00R\x06assign\x122\n" +
+	"\bschedule\x18\r \x01(\v2\x14.flox.v1.SetScheduleH\x00R\bschedule\x12$\n" +
+	"\x03run\x18\x0e \x01(\v2\x10.flox.v1.NoteRunH\x00R\x03runB\t\n" +
 	"\acommand\":\n" +
 	"\n" +
 	"NewProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\asystems\x18\x02 \x03(\tR\asystems\"\xf5\x01\n" +
+	"\asystems\x18\x02 \x03(\tR\asystems\"\x93\x02\n" +
 	"\rNewGeneration\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x12\n" +
 	"\x04live\x18\x02 \x01(\x04R\x04live\x12\"\n" +
@@ -3547,7 +3977,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\fenvironments\x18\x05 \x03(\v2\x14.flox.v1.EnvironmentR\fenvironments\x12\x12\n" +
 	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06reason\x18\a \x01(\tR\x06reason\x12\x18\n" +
-	"\acreated\x18\b \x01(\x04R\acreated\"\x80\x01\n" +
+	"\acreated\x18\b \x01(\x04R\acreated\x12\x1c\n" +
+	"\tautomatic\x18\t \x01(\bR\tautomatic\"\x80\x01\n" +
 	"\x0eLiveGeneration\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x12\n" +
 	"\x04live\x18\x02 \x01(\x04R\x04live\x12\x0e\n" +
@@ -3573,10 +4004,17 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\rAssignProfile\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12,\n" +
 	"\x03add\x18\x02 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\x03add\x12.\n" +
-	"\x04drop\x18\x03 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\x04drop\"Q\n" +
+	"\x04drop\x18\x03 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\x04drop\"]\n" +
+	"\vSetSchedule\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x124\n" +
+	"\bschedule\x18\x02 \x01(\v2\x18.flox.v1.ProfileScheduleR\bschedule\"d\n" +
+	"\aNoteRun\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x18\n" +
+	"\acreated\x18\x02 \x01(\x04R\acreated\x12%\n" +
+	"\x03run\x18\x03 \x01(\v2\x13.flox.v1.ProfileRunR\x03run\"Q\n" +
 	"\rProfilesReply\x12\x14\n" +
 	"\x05moved\x18\x01 \x01(\bR\x05moved\x12*\n" +
-	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\xc4\x04\n" +
+	"\aprofile\x18\x02 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"\xfa\x04\n" +
 	"\aProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\asystems\x18\x02 \x03(\tR\asystems\x12\x12\n" +
@@ -3598,7 +4036,24 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04days\x18\x10 \x01(\rR\x04days\x12'\n" +
 	"\x04tags\x18\x11 \x03(\v2\x13.flox.v1.ProfileTagR\x04tags\x12\x14\n" +
 	"\x05older\x18\x12 \x01(\rR\x05older\x126\n" +
-	"\bassigned\x18\x13 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\bassigned\"@\n" +
+	"\bassigned\x18\x13 \x03(\v2\x1a.flox.v1.ProfileAssignmentR\bassigned\x124\n" +
+	"\bschedule\x18\x14 \x01(\v2\x18.flox.v1.ProfileScheduleR\bschedule\"\x8a\x01\n" +
+	"\x0fProfileSchedule\x12#\n" +
+	"\revery_minutes\x18\x01 \x01(\rR\feveryMinutes\x12 \n" +
+	"\tat_minute\x18\x02 \x01(\rH\x00R\batMinute\x88\x01\x01\x12\"\n" +
+	"\rsince_unix_ms\x18\x03 \x01(\x03R\vsinceUnixMsB\f\n" +
+	"\n" +
+	"_at_minute\"\x9e\x01\n" +
+	"\n" +
+	"ProfileRun\x12\x1e\n" +
+	"\vdue_unix_ms\x18\x01 \x01(\x03R\tdueUnixMs\x12 \n" +
+	"\ftime_unix_ms\x18\x02 \x01(\x03R\n" +
+	"timeUnixMs\x12\x16\n" +
+	"\x06result\x18\x03 \x01(\tR\x06result\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x05 \x01(\x04R\n" +
+	"generation\"@\n" +
 	"\n" +
 	"ProfileTag\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
@@ -3673,12 +4128,14 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
-	"generation\"v\n" +
+	"generation\"\xcf\x01\n" +
 	"\x13ShowProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x123\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\v2\x13.flox.v1.GenerationR\n" +
-	"generation\"Y\n" +
+	"generation\x12.\n" +
+	"\blast_run\x18\x03 \x01(\v2\x13.flox.v1.ProfileRunR\alastRun\x12'\n" +
+	"\x10next_run_unix_ms\x18\x04 \x01(\x03R\rnextRunUnixMs\"Y\n" +
 	"\x15ProfileHistoryRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x16\n" +
@@ -3686,7 +4143,7 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x16ProfileHistoryResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x12-\n" +
 	"\x06events\x18\x02 \x03(\v2\x15.flox.v1.ProfileEventR\x06events\x12\x12\n" +
-	"\x04more\x18\x03 \x01(\bR\x04more\"\xbf\x01\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\"\xdd\x01\n" +
 	"\x14ChangeProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06parent\x18\x02 \x01(\x04R\x06parent\x12\"\n" +
@@ -3694,7 +4151,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04drop\x18\x04 \x03(\tR\x04drop\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12\x17\n" +
-	"\adry_run\x18\a \x01(\bR\x06dryRun\"\xd7\x01\n" +
+	"\adry_run\x18\a \x01(\bR\x06dryRun\x12\x1c\n" +
+	"\tautomatic\x18\b \x01(\bR\tautomatic\"\xd7\x01\n" +
 	"\x15ChangeProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x123\n" +
 	"\n" +
@@ -3720,7 +4178,13 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04keep\x18\x02 \x01(\rR\x04keep\x12\x12\n" +
 	"\x04days\x18\x03 \x01(\rR\x04days\"I\n" +
 	"\x1bSetProfileRetentionResponse\x12*\n" +
-	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"Y\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\"e\n" +
+	"\x19SetProfileScheduleRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
+	"\bschedule\x18\x02 \x01(\v2\x18.flox.v1.ProfileScheduleR\bschedule\"q\n" +
+	"\x1aSetProfileScheduleResponse\x12*\n" +
+	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x12'\n" +
+	"\x10next_run_unix_ms\x18\x02 \x01(\x03R\rnextRunUnixMs\"Y\n" +
 	"\x11TagProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03tag\x18\x02 \x01(\tR\x03tag\x12\x1e\n" +
@@ -3802,7 +4266,7 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_flox_v1_profiles_proto_goTypes = []any{
 	(*ProfilesCommand)(nil),             // 0: flox.v1.ProfilesCommand
 	(*NewProfile)(nil),                  // 1: flox.v1.NewProfile
@@ -3813,53 +4277,59 @@ var file_flox_v1_profiles_proto_goTypes = []any{
 	(*SetRetention)(nil),                // 6: flox.v1.SetRetention
 	(*TagGeneration)(nil),               // 7: flox.v1.TagGeneration
 	(*AssignProfile)(nil),               // 8: flox.v1.AssignProfile
-	(*ProfilesReply)(nil),               // 9: flox.v1.ProfilesReply
-	(*Profile)(nil),                     // 10: flox.v1.Profile
-	(*ProfileTag)(nil),                  // 11: flox.v1.ProfileTag
-	(*ProfileAssignment)(nil),           // 12: flox.v1.ProfileAssignment
-	(*ProfileGrant)(nil),                // 13: flox.v1.ProfileGrant
-	(*Package)(nil),                     // 14: flox.v1.Package
-	(*PackagePaths)(nil),                // 15: flox.v1.PackagePaths
-	(*Environment)(nil),                 // 16: flox.v1.Environment
-	(*Generation)(nil),                  // 17: flox.v1.Generation
-	(*PackageRecord)(nil),               // 18: flox.v1.PackageRecord
-	(*ProfileEvent)(nil),                // 19: flox.v1.ProfileEvent
-	(*CreateProfileRequest)(nil),        // 20: flox.v1.CreateProfileRequest
-	(*CreateProfileResponse)(nil),       // 21: flox.v1.CreateProfileResponse
-	(*DeleteProfileRequest)(nil),        // 22: flox.v1.DeleteProfileRequest
-	(*DeleteProfileResponse)(nil),       // 23: flox.v1.DeleteProfileResponse
-	(*ListProfilesRequest)(nil),         // 24: flox.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),        // 25: flox.v1.ListProfilesResponse
-	(*ShowProfileRequest)(nil),          // 26: flox.v1.ShowProfileRequest
-	(*ShowProfileResponse)(nil),         // 27: flox.v1.ShowProfileResponse
-	(*ProfileHistoryRequest)(nil),       // 28: flox.v1.ProfileHistoryRequest
-	(*ProfileHistoryResponse)(nil),      // 29: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileRequest)(nil),        // 30: flox.v1.ChangeProfileRequest
-	(*ChangeProfileResponse)(nil),       // 31: flox.v1.ChangeProfileResponse
-	(*RollbackProfileRequest)(nil),      // 32: flox.v1.RollbackProfileRequest
-	(*RollbackProfileResponse)(nil),     // 33: flox.v1.RollbackProfileResponse
-	(*RenameProfileRequest)(nil),        // 34: flox.v1.RenameProfileRequest
-	(*RenameProfileResponse)(nil),       // 35: flox.v1.RenameProfileResponse
-	(*SetProfileRetentionRequest)(nil),  // 36: flox.v1.SetProfileRetentionRequest
-	(*SetProfileRetentionResponse)(nil), // 37: flox.v1.SetProfileRetentionResponse
-	(*TagProfileRequest)(nil),           // 38: flox.v1.TagProfileRequest
-	(*TagProfileResponse)(nil),          // 39: flox.v1.TagProfileResponse
-	(*AssignProfileRequest)(nil),        // 40: flox.v1.AssignProfileRequest
-	(*AssignProfileResponse)(nil),       // 41: flox.v1.AssignProfileResponse
-	(*GrantProfileRequest)(nil),         // 42: flox.v1.GrantProfileRequest
-	(*GrantProfileResponse)(nil),        // 43: flox.v1.GrantProfileResponse
-	(*WatchProfilesRequest)(nil),        // 44: flox.v1.WatchProfilesRequest
-	(*ProfilesEvent)(nil),               // 45: flox.v1.ProfilesEvent
-	(*ProfileNews)(nil),                 // 46: flox.v1.ProfileNews
-	(*GenerationNews)(nil),              // 47: flox.v1.GenerationNews
-	(*FindProfileRequest)(nil),          // 48: flox.v1.FindProfileRequest
-	(*FindProfileResponse)(nil),         // 49: flox.v1.FindProfileResponse
-	(*ToldProfiles)(nil),                // 50: flox.v1.ToldProfiles
-	(*ToldProfile)(nil),                 // 51: flox.v1.ToldProfile
-	(*Actor)(nil),                       // 52: flox.v1.Actor
+	(*SetSchedule)(nil),                 // 9: flox.v1.SetSchedule
+	(*NoteRun)(nil),                     // 10: flox.v1.NoteRun
+	(*ProfilesReply)(nil),               // 11: flox.v1.ProfilesReply
+	(*Profile)(nil),                     // 12: flox.v1.Profile
+	(*ProfileSchedule)(nil),             // 13: flox.v1.ProfileSchedule
+	(*ProfileRun)(nil),                  // 14: flox.v1.ProfileRun
+	(*ProfileTag)(nil),                  // 15: flox.v1.ProfileTag
+	(*ProfileAssignment)(nil),           // 16: flox.v1.ProfileAssignment
+	(*ProfileGrant)(nil),                // 17: flox.v1.ProfileGrant
+	(*Package)(nil),                     // 18: flox.v1.Package
+	(*PackagePaths)(nil),                // 19: flox.v1.PackagePaths
+	(*Environment)(nil),                 // 20: flox.v1.Environment
+	(*Generation)(nil),                  // 21: flox.v1.Generation
+	(*PackageRecord)(nil),               // 22: flox.v1.PackageRecord
+	(*ProfileEvent)(nil),                // 23: flox.v1.ProfileEvent
+	(*CreateProfileRequest)(nil),        // 24: flox.v1.CreateProfileRequest
+	(*CreateProfileResponse)(nil),       // 25: flox.v1.CreateProfileResponse
+	(*DeleteProfileRequest)(nil),        // 26: flox.v1.DeleteProfileRequest
+	(*DeleteProfileResponse)(nil),       // 27: flox.v1.DeleteProfileResponse
+	(*ListProfilesRequest)(nil),         // 28: flox.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),        // 29: flox.v1.ListProfilesResponse
+	(*ShowProfileRequest)(nil),          // 30: flox.v1.ShowProfileRequest
+	(*ShowProfileResponse)(nil),         // 31: flox.v1.ShowProfileResponse
+	(*ProfileHistoryRequest)(nil),       // 32: flox.v1.ProfileHistoryRequest
+	(*ProfileHistoryResponse)(nil),      // 33: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileRequest)(nil),        // 34: flox.v1.ChangeProfileRequest
+	(*ChangeProfileResponse)(nil),       // 35: flox.v1.ChangeProfileResponse
+	(*RollbackProfileRequest)(nil),      // 36: flox.v1.RollbackProfileRequest
+	(*RollbackProfileResponse)(nil),     // 37: flox.v1.RollbackProfileResponse
+	(*RenameProfileRequest)(nil),        // 38: flox.v1.RenameProfileRequest
+	(*RenameProfileResponse)(nil),       // 39: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionRequest)(nil),  // 40: flox.v1.SetProfileRetentionRequest
+	(*SetProfileRetentionResponse)(nil), // 41: flox.v1.SetProfileRetentionResponse
+	(*SetProfileScheduleRequest)(nil),   // 42: flox.v1.SetProfileScheduleRequest
+	(*SetProfileScheduleResponse)(nil),  // 43: flox.v1.SetProfileScheduleResponse
+	(*TagProfileRequest)(nil),           // 44: flox.v1.TagProfileRequest
+	(*TagProfileResponse)(nil),          // 45: flox.v1.TagProfileResponse
+	(*AssignProfileRequest)(nil),        // 46: flox.v1.AssignProfileRequest
+	(*AssignProfileResponse)(nil),       // 47: flox.v1.AssignProfileResponse
+	(*GrantProfileRequest)(nil),         // 48: flox.v1.GrantProfileRequest
+	(*GrantProfileResponse)(nil),        // 49: flox.v1.GrantProfileResponse
+	(*WatchProfilesRequest)(nil),        // 50: flox.v1.WatchProfilesRequest
+	(*ProfilesEvent)(nil),               // 51: flox.v1.ProfilesEvent
+	(*ProfileNews)(nil),                 // 52: flox.v1.ProfileNews
+	(*GenerationNews)(nil),              // 53: flox.v1.GenerationNews
+	(*FindProfileRequest)(nil),          // 54: flox.v1.FindProfileRequest
+	(*FindProfileResponse)(nil),         // 55: flox.v1.FindProfileResponse
+	(*ToldProfiles)(nil),                // 56: flox.v1.ToldProfiles
+	(*ToldProfile)(nil),                 // 57: flox.v1.ToldProfile
+	(*Actor)(nil),                       // 58: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	52, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	58, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
@@ -3868,52 +4338,60 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	6,  // 6: flox.v1.ProfilesCommand.retention:type_name -> flox.v1.SetRetention
 	7,  // 7: flox.v1.ProfilesCommand.tag:type_name -> flox.v1.TagGeneration
 	8,  // 8: flox.v1.ProfilesCommand.assign:type_name -> flox.v1.AssignProfile
-	14, // 9: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
-	16, // 10: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
-	13, // 11: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
-	12, // 12: flox.v1.AssignProfile.add:type_name -> flox.v1.ProfileAssignment
-	12, // 13: flox.v1.AssignProfile.drop:type_name -> flox.v1.ProfileAssignment
-	10, // 14: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
-	13, // 15: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
-	11, // 16: flox.v1.Profile.tags:type_name -> flox.v1.ProfileTag
-	12, // 17: flox.v1.Profile.assigned:type_name -> flox.v1.ProfileAssignment
-	15, // 18: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	52, // 19: flox.v1.Generation.actor:type_name -> flox.v1.Actor
-	14, // 20: flox.v1.Generation.packages:type_name -> flox.v1.Package
-	16, // 21: flox.v1.Generation.environments:type_name -> flox.v1.Environment
-	14, // 22: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	52, // 23: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
-	10, // 24: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
-	10, // 25: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
-	10, // 26: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
-	17, // 27: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
-	10, // 28: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
-	19, // 29: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
-	14, // 30: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
-	10, // 31: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
-	17, // 32: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
-	17, // 33: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
-	10, // 34: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
-	10, // 35: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
-	10, // 36: flox.v1.SetProfileRetentionResponse.profile:type_name -> flox.v1.Profile
-	10, // 37: flox.v1.TagProfileResponse.profile:type_name -> flox.v1.Profile
-	10, // 38: flox.v1.AssignProfileResponse.profile:type_name -> flox.v1.Profile
-	13, // 39: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
-	10, // 40: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
-	46, // 41: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
-	47, // 42: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
-	47, // 43: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
-	16, // 44: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
-	46, // 45: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
-	47, // 46: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
-	51, // 47: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
-	46, // 48: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
-	47, // 49: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
-	50, // [50:50] is the sub-list for method output_type
-	50, // [50:50] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	9,  // 9: flox.v1.ProfilesCommand.schedule:type_name -> flox.v1.SetSchedule
+	10, // 10: flox.v1.ProfilesCommand.run:type_name -> flox.v1.NoteRun
+	18, // 11: flox.v1.NewGeneration.set:type_name -> flox.v1.Package
+	20, // 12: flox.v1.NewGeneration.environments:type_name -> flox.v1.Environment
+	17, // 13: flox.v1.SetGrants.grants:type_name -> flox.v1.ProfileGrant
+	16, // 14: flox.v1.AssignProfile.add:type_name -> flox.v1.ProfileAssignment
+	16, // 15: flox.v1.AssignProfile.drop:type_name -> flox.v1.ProfileAssignment
+	13, // 16: flox.v1.SetSchedule.schedule:type_name -> flox.v1.ProfileSchedule
+	14, // 17: flox.v1.NoteRun.run:type_name -> flox.v1.ProfileRun
+	12, // 18: flox.v1.ProfilesReply.profile:type_name -> flox.v1.Profile
+	17, // 19: flox.v1.Profile.grants:type_name -> flox.v1.ProfileGrant
+	15, // 20: flox.v1.Profile.tags:type_name -> flox.v1.ProfileTag
+	16, // 21: flox.v1.Profile.assigned:type_name -> flox.v1.ProfileAssignment
+	13, // 22: flox.v1.Profile.schedule:type_name -> flox.v1.ProfileSchedule
+	19, // 23: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
+	58, // 24: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	18, // 25: flox.v1.Generation.packages:type_name -> flox.v1.Package
+	20, // 26: flox.v1.Generation.environments:type_name -> flox.v1.Environment
+	18, // 27: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
+	58, // 28: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	12, // 29: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
+	12, // 30: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
+	12, // 31: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
+	21, // 32: flox.v1.ShowProfileResponse.generation:type_name -> flox.v1.Generation
+	14, // 33: flox.v1.ShowProfileResponse.last_run:type_name -> flox.v1.ProfileRun
+	12, // 34: flox.v1.ProfileHistoryResponse.profile:type_name -> flox.v1.Profile
+	23, // 35: flox.v1.ProfileHistoryResponse.events:type_name -> flox.v1.ProfileEvent
+	18, // 36: flox.v1.ChangeProfileRequest.set:type_name -> flox.v1.Package
+	12, // 37: flox.v1.ChangeProfileResponse.profile:type_name -> flox.v1.Profile
+	21, // 38: flox.v1.ChangeProfileResponse.generation:type_name -> flox.v1.Generation
+	21, // 39: flox.v1.ChangeProfileResponse.before:type_name -> flox.v1.Generation
+	12, // 40: flox.v1.RollbackProfileResponse.profile:type_name -> flox.v1.Profile
+	12, // 41: flox.v1.RenameProfileResponse.profile:type_name -> flox.v1.Profile
+	12, // 42: flox.v1.SetProfileRetentionResponse.profile:type_name -> flox.v1.Profile
+	13, // 43: flox.v1.SetProfileScheduleRequest.schedule:type_name -> flox.v1.ProfileSchedule
+	12, // 44: flox.v1.SetProfileScheduleResponse.profile:type_name -> flox.v1.Profile
+	12, // 45: flox.v1.TagProfileResponse.profile:type_name -> flox.v1.Profile
+	12, // 46: flox.v1.AssignProfileResponse.profile:type_name -> flox.v1.Profile
+	17, // 47: flox.v1.GrantProfileRequest.grants:type_name -> flox.v1.ProfileGrant
+	12, // 48: flox.v1.GrantProfileResponse.profile:type_name -> flox.v1.Profile
+	52, // 49: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
+	53, // 50: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
+	53, // 51: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
+	20, // 52: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
+	52, // 53: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
+	53, // 54: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
+	57, // 55: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
+	52, // 56: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
+	53, // 57: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
+	58, // [58:58] is the sub-list for method output_type
+	58, // [58:58] is the sub-list for method input_type
+	58, // [58:58] is the sub-list for extension type_name
+	58, // [58:58] is the sub-list for extension extendee
+	0,  // [0:58] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -3933,14 +4411,17 @@ func file_flox_v1_profiles_proto_init() {
 		(*ProfilesCommand_Tag)(nil),
 		(*ProfilesCommand_Prune)(nil),
 		(*ProfilesCommand_Assign)(nil),
+		(*ProfilesCommand_Schedule)(nil),
+		(*ProfilesCommand_Run)(nil),
 	}
+	file_flox_v1_profiles_proto_msgTypes[13].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   52,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

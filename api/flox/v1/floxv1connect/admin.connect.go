@@ -92,6 +92,9 @@ const (
 	// AdminSetProfileRetentionProcedure is the fully-qualified name of the Admin's SetProfileRetention
 	// RPC.
 	AdminSetProfileRetentionProcedure = "/flox.v1.Admin/SetProfileRetention"
+	// AdminSetProfileScheduleProcedure is the fully-qualified name of the Admin's SetProfileSchedule
+	// RPC.
+	AdminSetProfileScheduleProcedure = "/flox.v1.Admin/SetProfileSchedule"
 	// AdminTagProfileProcedure is the fully-qualified name of the Admin's TagProfile RPC.
 	AdminTagProfileProcedure = "/flox.v1.Admin/TagProfile"
 	// AdminAssignProfileProcedure is the fully-qualified name of the Admin's AssignProfile RPC.
@@ -177,6 +180,7 @@ type AdminClient interface {
 	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
 	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
 	SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error)
+	SetProfileSchedule(context.Context, *connect.Request[v1.SetProfileScheduleRequest]) (*connect.Response[v1.SetProfileScheduleResponse], error)
 	TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error)
 	AssignProfile(context.Context, *connect.Request[v1.AssignProfileRequest]) (*connect.Response[v1.AssignProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
@@ -368,6 +372,12 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("SetProfileRetention")),
 			connect.WithClientOptions(opts...),
 		),
+		setProfileSchedule: connect.NewClient[v1.SetProfileScheduleRequest, v1.SetProfileScheduleResponse](
+			httpClient,
+			baseURL+AdminSetProfileScheduleProcedure,
+			connect.WithSchema(adminMethods.ByName("SetProfileSchedule")),
+			connect.WithClientOptions(opts...),
+		),
 		tagProfile: connect.NewClient[v1.TagProfileRequest, v1.TagProfileResponse](
 			httpClient,
 			baseURL+AdminTagProfileProcedure,
@@ -513,6 +523,7 @@ type adminClient struct {
 	deleteProfile       *connect.Client[v1.DeleteProfileRequest, v1.DeleteProfileResponse]
 	renameProfile       *connect.Client[v1.RenameProfileRequest, v1.RenameProfileResponse]
 	setProfileRetention *connect.Client[v1.SetProfileRetentionRequest, v1.SetProfileRetentionResponse]
+	setProfileSchedule  *connect.Client[v1.SetProfileScheduleRequest, v1.SetProfileScheduleResponse]
 	tagProfile          *connect.Client[v1.TagProfileRequest, v1.TagProfileResponse]
 	assignProfile       *connect.Client[v1.AssignProfileRequest, v1.AssignProfileResponse]
 	listProfiles        *connect.Client[v1.ListProfilesRequest, v1.ListProfilesResponse]
@@ -664,6 +675,11 @@ func (c *adminClient) SetProfileRetention(ctx context.Context, req *connect.Requ
 	return c.setProfileRetention.CallUnary(ctx, req)
 }
 
+// SetProfileSchedule calls flox.v1.Admin.SetProfileSchedule.
+func (c *adminClient) SetProfileSchedule(ctx context.Context, req *connect.Request[v1.SetProfileScheduleRequest]) (*connect.Response[v1.SetProfileScheduleResponse], error) {
+	return c.setProfileSchedule.CallUnary(ctx, req)
+}
+
 // TagProfile calls flox.v1.Admin.TagProfile.
 func (c *adminClient) TagProfile(ctx context.Context, req *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error) {
 	return c.tagProfile.CallUnary(ctx, req)
@@ -794,6 +810,7 @@ type AdminHandler interface {
 	DeleteProfile(context.Context, *connect.Request[v1.DeleteProfileRequest]) (*connect.Response[v1.DeleteProfileResponse], error)
 	RenameProfile(context.Context, *connect.Request[v1.RenameProfileRequest]) (*connect.Response[v1.RenameProfileResponse], error)
 	SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error)
+	SetProfileSchedule(context.Context, *connect.Request[v1.SetProfileScheduleRequest]) (*connect.Response[v1.SetProfileScheduleResponse], error)
 	TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error)
 	AssignProfile(context.Context, *connect.Request[v1.AssignProfileRequest]) (*connect.Response[v1.AssignProfileResponse], error)
 	ListProfiles(context.Context, *connect.Request[v1.ListProfilesRequest]) (*connect.Response[v1.ListProfilesResponse], error)
@@ -981,6 +998,12 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("SetProfileRetention")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminSetProfileScheduleHandler := connect.NewUnaryHandler(
+		AdminSetProfileScheduleProcedure,
+		svc.SetProfileSchedule,
+		connect.WithSchema(adminMethods.ByName("SetProfileSchedule")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminTagProfileHandler := connect.NewUnaryHandler(
 		AdminTagProfileProcedure,
 		svc.TagProfile,
@@ -1149,6 +1172,8 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminRenameProfileHandler.ServeHTTP(w, r)
 		case AdminSetProfileRetentionProcedure:
 			adminSetProfileRetentionHandler.ServeHTTP(w, r)
+		case AdminSetProfileScheduleProcedure:
+			adminSetProfileScheduleHandler.ServeHTTP(w, r)
 		case AdminTagProfileProcedure:
 			adminTagProfileHandler.ServeHTTP(w, r)
 		case AdminAssignProfileProcedure:
@@ -1298,6 +1323,10 @@ func (UnimplementedAdminHandler) RenameProfile(context.Context, *connect.Request
 
 func (UnimplementedAdminHandler) SetProfileRetention(context.Context, *connect.Request[v1.SetProfileRetentionRequest]) (*connect.Response[v1.SetProfileRetentionResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SetProfileRetention is not implemented"))
+}
+
+func (UnimplementedAdminHandler) SetProfileSchedule(context.Context, *connect.Request[v1.SetProfileScheduleRequest]) (*connect.Response[v1.SetProfileScheduleResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SetProfileSchedule is not implemented"))
 }
 
 func (UnimplementedAdminHandler) TagProfile(context.Context, *connect.Request[v1.TagProfileRequest]) (*connect.Response[v1.TagProfileResponse], error) {

@@ -1,0 +1,211 @@
+package storehouse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
+	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/p2p"
+	"github.com/floxctl/flox/profile"
+	"github.com/floxctl/flox/profile/upgrade"
+	cluster "github.com/floxctl/flox/raft"
+)
+
+const (
+	// upgradeEvery is how often the leader looks for profiles that are due.
+	upgradeEvery = time.Minute
+	// upgradeWait bounds one upgrade, with all that is built for it.
+	upgradeWait = time.Hour
+	// reasonSchedule is why a generation was made that nobody asked for.
+	reasonSchedule = "schedule"
+)
+
+// setSchedule says when a profile is upgraded by itself.
+func (p *profiles) setSchedule(ctx context.Context, who person, q *floxv1.SetProfileScheduleRequest) (*floxv1.SetProfileScheduleResponse, error) {
+	reply, err := p.propose(ctx, who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Schedule{Schedule: &floxv1.SetSchedule{
+		Profile: q.GetName(), Schedule: q.GetSchedule(),
+	}}})
+	out := &floxv1.SetProfileScheduleResponse{Profile: reply.GetProfile()}
+	if err == nil {
+		err = p.view(ctx, cluster.Local, func(r *cluster.Reader) (err error) {
+			_, out.NextRunUnixMs, err = runsOf(r, out.GetProfile())
+			return err
+		})
+	}
+	return out, err
+}
+
+// runsOf gives what the last upgrade of a profile by schedule came to, and when the next
+// one is due.
+func runsOf(r *cluster.Reader, p *floxv1.Profile) (last *floxv1.ProfileRun, next int64, err error) {
+	if last, err = profile.LastRun(r, p.GetName()); err != nil {
+		return nil, 0, err
+	}
+	if at := upgrade.Next(p, last, time.Now()); !at.IsZero() {
+		next = at.UnixMilli()
+	}
+	return last, next, nil
+}
+
+// upgradeLoop upgrades on the leader what schedules say, until ctx ends.
+func (p *profiles) upgradeLoop(ctx context.Context) error {
+	return p.asLeader(ctx, upgradeEvery, "upgrade profiles that have a schedule", p.upgradeDue)
+}
+
+// dueProfile is one that is to be upgraded.
+type dueProfile struct {
+	*floxv1.Profile
+	at time.Time
+}
+
+// upgradeDue upgrades the profiles whose schedules say so at a time, one after another.
+func (p *profiles) upgradeDue(ctx context.Context, now time.Time) error {
+	var due []dueProfile
+	err := p.view(ctx, cluster.Local, func(r *cluster.Reader) error {
+		var bad error
+		err := profile.List(r, "", "", func(of *floxv1.Profile) bool {
+			if of.GetSchedule().GetEveryMinutes() == 0 {
+				return true
+			}
+			var last *floxv1.ProfileRun
+			if last, bad = profile.LastRun(r, of.GetName()); bad != nil {
+				return false
+			}
+			if at := upgrade.Next(of, last, now); !at.After(now) {
+				due = append(due, dueProfile{of, at})
+			}
+			return ctx.Err() == nil
+		})
+		return errors.Join(err, bad)
+	})
+	for _, of := range due {
+		if ctx.Err() != nil || p.s.node.Status().State != "leader" {
+			break // whoever leads now goes on
+		}
+		if failed := p.upgradeOne(ctx, of); failed != nil {
+			err = errors.Join(err, fmt.Errorf("profile %s: %w", of.GetName(), failed))
+		}
+	}
+	return err
+}
+
+// upgradeOne upgrades a profile, and notes what that came to. What it gives is to be
+// tried again: somebody changed the profile in this moment, or the server stops.
+func (p *profiles) upgradeOne(ctx context.Context, of dueProfile) error {
+	run, err := p.upgrade(ctx, of.Profile)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.Is(err, flox.ErrBusy):
+		return err
+	case err != nil:
+		p.s.cfg.Log.Warn("a profile that was due could not be upgraded", "profile", of.GetName(), "error", err)
+		run = &floxv1.ProfileRun{Result: profile.RunFailed, Detail: err.Error(), Generation: of.GetLive()}
+	}
+	run.DueUnixMs, run.Detail = of.at.UnixMilli(), profile.Cut(run.GetDetail())
+	_, err = p.propose(ctx, p.asItself(), &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Run{Run: &floxv1.NoteRun{
+		Profile: of.GetName(), Created: of.GetCreatedIndex(), Run: run,
+	}}})
+	if errors.Is(err, flox.ErrNotFound) {
+		return nil // it was deleted or renamed meanwhile
+	}
+	return err
+}
+
+// upgrade brings a profile to what its channels have, all of it or nothing.
+func (p *profiles) upgrade(ctx context.Context, of *floxv1.Profile) (*floxv1.ProfileRun, error) {
+	ctx, cancel := context.WithTimeout(ctx, upgradeWait)
+	defer cancel()
+	var now *floxv1.Generation
+	err := p.view(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
+		seen := of
+		if of, err = profile.Find(r, seen.GetName()); err != nil {
+			return err
+		}
+		if of.GetCreatedIndex() != seen.GetCreatedIndex() || !proto.Equal(of.GetSchedule(), seen.GetSchedule()) {
+			return fmt.Errorf("it has another schedule now: %w", flox.ErrBusy)
+		}
+		now, err = live(r, of)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	run := &floxv1.ProfileRun{Result: profile.RunUnchanged, Generation: of.GetLive()}
+	if of.GetHeld() {
+		run.Result = profile.RunHeld
+		return run, nil
+	}
+	q := &floxv1.ChangeProfileRequest{Name: of.GetName(), Parent: of.GetLive(), Kind: "upgrade", Reason: reasonSchedule, Automatic: true}
+	for _, was := range now.GetPackages() {
+		if !upgrade.Looks(was) {
+			continue
+		}
+		is, err := p.s.channels.made(ctx, was.GetSource(), upgrade.Systems(was))
+		if err != nil {
+			return nil, err
+		}
+		q.Set = append(q.Set, upgrade.InPlaceOf(was, is))
+	}
+	if len(q.GetSet()) == 0 {
+		return run, nil
+	}
+	out, err := p.change(ctx, p.asItself(), q)
+	if err != nil {
+		return nil, err
+	}
+	if run.Generation = out.GetGeneration().GetNumber(); run.GetGeneration() != out.GetBefore().GetNumber() {
+		run.Result, run.Detail = profile.RunUpgraded, profile.Describe(out.GetBefore().GetPackages(), out.GetGeneration().GetPackages())
+	}
+	return run, nil
+}
+
+// made makes a package valid for some systems, and gives it as a member of a profile. Where
+// this server builds nothing, others are asked.
+func (c *channels) made(ctx context.Context, word string, systems []string) (*floxv1.Package, error) {
+	q := &floxv1.BuildPackageRequest{Name: word, Systems: systems}
+	var found []*floxv1.CataloguePackage
+	err := c.build(ctx, c.s.machineName(), q, func(m *floxv1.BuildPackageProgress) { found = m.GetPackages() })
+	if errors.Is(err, errNoBuilder) {
+		others, _, _ := c.s.servers.others()
+		for _, id := range others {
+			all, failed := c.madeBy(ctx, id, q)
+			if failed == nil || !errors.Is(failed, flox.ErrUnreachable) {
+				found, err = all, failed
+				break
+			}
+		}
+	}
+	if err == nil && len(found) == 0 {
+		err = fmt.Errorf("the server that made it does not say what: %w", flox.ErrUnreachable)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("package %s: %w", word, err)
+	}
+	return upgrade.Package(word, found), nil
+}
+
+// madeBy has another server make a package. ErrUnreachable if it builds nothing either.
+func (c *channels) madeBy(ctx context.Context, id p2p.PeerID, q *floxv1.BuildPackageRequest) (found []*floxv1.CataloguePackage, err error) {
+	by, err := forWhom(c.s.actor())
+	if err != nil {
+		return nil, err
+	}
+	req := connect.NewRequest(q)
+	req.Header().Set(actorHeader, by)
+	stream, err := c.s.servers.admin(id).BuildPackage(ctx, req)
+	if err != nil {
+		return nil, api.FromConnect(err)
+	}
+	for stream.Receive() {
+		found = stream.Msg().GetPackages()
+	}
+	return found, errors.Join(api.FromConnect(stream.Err()), stream.Close())
+}
