@@ -84,6 +84,6 @@ func Next(p *floxv1.Profile, last *floxv1.ProfileRun, now time.Time) time.Time {
 // spread is a number that is another one for each profile, and the same on every server.
 func spread(p *floxv1.Profile) uint64 {
 	h := fnv.New64a()
-	fmt.Fprintf(h, "%s\n%d", strings.ToLower(p.GetName()), p.GetCreatedIndex()) //nolint:errcheck // it never fails
+	fmt.Fprintf(h, "%s\n%d", strings.ToLower(p.GetName()), p.GetCreatedIndex())
 	return h.Sum64()
 }
