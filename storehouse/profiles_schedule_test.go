@@ -154,7 +154,7 @@ func TestAutomaticChangesAreRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := s.profiles.change(within(t), s.profiles.asItself(), &floxv1.ChangeProfileRequest{
-		Name: "alice/x", Set: []*floxv1.Package{asPackage("tool", "3", tool)}, Kind: "upgrade", Automatic: true,
+		Name: "alice/x", Set: []*floxv1.Package{asPackage("tool", "3", makeTool(t, "absent"))}, Kind: "upgrade", Automatic: true,
 	})
 	if !errors.Is(err, flox.ErrDenied) || !strings.Contains(err.Error(), "rolled it back") {
 		t.Errorf("got %v", err)
