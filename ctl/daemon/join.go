@@ -356,8 +356,8 @@ func (j *join) run(ctx context.Context) error {
 	}
 	if hooks := newShellHooks(&j.placed); hooks != nil && !j.isServer() && !j.noShells && os.Geteuid() == 0 {
 		var err error
-		if facts.Shells, _, err = hooks.install(); err != nil {
-			return err
+		if facts.Shells, _, err = hooks.install(); err != nil { // it is a member all the same
+			fmt.Fprintf(j.errOut, "%v: new shells do not all find profiles; to leave them alone: --no-shells\n", err)
 		}
 	}
 	if !j.json {

@@ -1,6 +1,8 @@
 package daemon
 
 import (
+	"bytes"
+	"log/slog"
 	"os"
 	"os/exec"
 	"os/user"
@@ -128,6 +130,28 @@ func TestShellHooksAreTakenBack(t *testing.T) {
 			t.Errorf("it is %q, %v", b, err)
 		}
 	}
+}
+
+// Where the files cannot all be written up goes on, and takes back those that were.
+func TestUpGoesOnWithoutShells(t *testing.T) {
+	s := &shellHooks{root: t.TempDir(), list: filepath.Join(t.TempDir(), "list")}
+	if err := os.MkdirAll(filepath.Join(s.root, fishHook), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	u := &up{log: slog.New(slog.NewTextHandler(&log, nil))}
+	undo := u.hookShells(s)
+	if !strings.Contains(log.String(), "new shells do not all find profiles") {
+		t.Errorf("it says %q", log.String())
+	}
+	if _, err := os.Lstat(filepath.Join(s.root, profileHook)); err != nil {
+		t.Errorf("what can be written is not: %v", err)
+	}
+	undo()
+	if _, err := os.Lstat(filepath.Join(s.root, profileHook)); !os.IsNotExist(err) {
+		t.Errorf("it is still there: %v", err)
+	}
+	u.hookShells(nil)()
 }
 
 // An agent that mounts no profiles changes no shell.

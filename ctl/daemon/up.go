@@ -165,11 +165,7 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 	if err := u.joinAgent(ctx); err != nil {
 		return err
 	}
-	undo, err := u.hookShells()
-	if err != nil {
-		return err
-	}
-	defer undo()
+	defer u.hookShells(newShellHooks(u.cfg))()
 	ctx, cancel := context.WithCancel(ctx)
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -184,22 +180,24 @@ func (u *up) runAgent(ctx context.Context, storehouseReady <-chan struct{}) erro
 }
 
 // hookShells has shells find profiles until undo is called. What floxd join did before
-// stays.
-func (u *up) hookShells() (undo func(), err error) {
-	hooks := newShellHooks(u.cfg)
+// stays. Where /etc cannot be written there are profiles all the same.
+func (u *up) hookShells(hooks *shellHooks) (undo func()) {
 	if hooks == nil {
-		return func() {}, nil
+		return func() {}
 	}
 	files, wrote, err := hooks.install()
+	if err != nil {
+		u.log.Warn("new shells do not all find profiles", "error", err)
+	}
 	u.shells = strings.Join(files, ", ")
 	if !wrote {
-		return func() {}, err
+		return func() {}
 	}
 	return func() {
 		if err := hooks.remove(); err != nil {
 			u.log.Warn("shells still look for profiles", "error", err)
 		}
-	}, err
+	}
 }
 
 // joinAgent makes the agent here a member, as any other machine becomes one. Who
