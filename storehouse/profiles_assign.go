@@ -33,14 +33,11 @@ func (a *admin) AssignProfile(ctx context.Context, req *connect.Request[floxv1.A
 		c.Add = append(c.Add, to)
 	}
 	for _, word := range req.Msg.GetDrop() {
-		to, err := a.assignment(ctx, word)
-		if errors.Is(err, flox.ErrNotFound) { // a machine that is no member any more
-			to, err = a.assignedTo(ctx, req.Msg.GetName(), word, err)
-		}
+		to, err := a.assigned(ctx, req.Msg.GetName(), word)
 		if err != nil {
 			return nil, api.ToConnect(err)
 		}
-		c.Drop = append(c.Drop, to)
+		c.Drop = append(c.Drop, to...)
 	}
 	reply, err := a.s.profiles.propose(ctx, person{who, true}, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Assign{Assign: c}})
 	if err == nil {
@@ -66,23 +63,24 @@ func (a *admin) assignment(ctx context.Context, word string) (*floxv1.ProfileAss
 	return &floxv1.ProfileAssignment{Peer: m.GetPeer(), Machine: m.GetName()}, err
 }
 
-// assignedTo gives the assignment of a profile to a machine as it was called then; lacks if
-// there is none.
-func (a *admin) assignedTo(ctx context.Context, name, word string, lacks error) (to *floxv1.ProfileAssignment, err error) {
+// assigned reads what assignment does, but of a machine as a profile is assigned to it: it
+// may be no member any more, or have another name now, or another machine may have its name.
+func (a *admin) assigned(ctx context.Context, name, word string) (all []*floxv1.ProfileAssignment, err error) {
+	to, lacks := a.assignment(ctx, word)
+	if lacks != nil && !errors.Is(lacks, flox.ErrNotFound) || to.GetLabel() != "" {
+		return []*floxv1.ProfileAssignment{to}, lacks
+	}
 	err = a.s.profiles.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 		p, err := profile.Find(r, name)
-		if err != nil {
-			return err
-		}
 		for _, is := range p.GetAssigned() {
-			if is.GetLabel() == "" && (is.GetPeer() == word || strings.EqualFold(is.GetMachine(), word)) {
-				to = is
+			if is.GetLabel() == "" && (is.GetPeer() == word || strings.EqualFold(is.GetMachine(), word) || lacks == nil && is.GetPeer() == to.GetPeer()) {
+				all = append(all, is)
 			}
 		}
-		if to == nil {
-			return lacks
-		}
-		return nil
+		return err
 	})
-	return to, err
+	if err == nil && len(all) == 0 {
+		return []*floxv1.ProfileAssignment{to}, lacks
+	}
+	return all, err
 }

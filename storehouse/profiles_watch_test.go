@@ -197,6 +197,15 @@ func TestMachinesHearOfTheProfilesOfTheirUsers(t *testing.T) {
 		t.Error("told all anew, and its labels are the same")
 	}
 	w.end()
+	// One that had the machine's name before, and is no member any more.
+	propose(&floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Assign{Assign: &floxv1.AssignProfile{
+		Profile: "acme/secret", Add: []*floxv1.ProfileAssignment{{Peer: "former", Machine: "laptop"}},
+	}}})
+	assign(&floxv1.AssignProfileRequest{Name: "acme/secret", Add: []string{"laptop"}})
+	assign(&floxv1.AssignProfileRequest{Name: "acme/secret", Drop: []string{"laptop"}})
+	if now, err := operator.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: "acme/secret"})); err != nil || len(now.Msg.GetProfile().GetAssigned()) != 2 {
+		t.Errorf("assigned to %v, %v; want two labels", now, err)
+	}
 	label(&floxv1.ChangeMachine{DropLabels: []string{"site"}})
 	w.begin("acme/public")
 	w.until(map[string]uint64{"alice/default": 0})
