@@ -224,7 +224,7 @@ func (*slowLeader) AddSampleWithLabels(key []string, _ float32, labels []metrics
 	}
 }
 
-// slowDown makes the leaders of this test slow.
+// slowDown makes all leaders slow until the test ends, which must not be parallel.
 func slowDown(t *testing.T) {
 	t.Helper()
 	set := func(sink metrics.MetricSink) {
@@ -239,7 +239,6 @@ func slowDown(t *testing.T) {
 // A server that is away stays a member until another one came for it, and goes
 // then, one for one, also if that one answers sooner than the leader counts its vote.
 func TestDeadServerIsReplaced(t *testing.T) {
-	t.Parallel()
 	slowDown(t)
 	told := make(chan string, 8) // of whoever leads
 	c := newCluster(t, func(cfg *Config) {
