@@ -35,7 +35,9 @@ func newInviteCmd(g *globals) *cobra.Command {
 		Short: "Make, list and cancel the invites that machines join with",
 		Long: `Make an invite: one line of text that a machine joins with, once, within an hour,
 unless --uses and --ttl say otherwise. It is a secret: whoever has it joins. The
-machine gets the role, labels and user of the invite, whatever it says itself.
+machine gets the role and labels of the invite, and its user, whatever it says itself.
+Without --user it speaks for the user it names, and so may change the profiles that this
+user owns and that new shells find: give --user to machines of people you do not trust.
 
 --lan lets machines of the storehouse's own network (private addresses of a subnet
 that the asked server is on) join without a secret for that long;
