@@ -67,13 +67,7 @@ func likeRealPath(i, n int) string {
 func fillReal(t *testing.T, cfg Config, n int) {
 	t.Helper()
 	s, stop := start(t, cfg)
-	frozen, err := s.node.Freeze(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	id := string(s.id.peer)
-	built := filepath.Join(t.TempDir(), "built")
-	state, err := cluster.BuildState(built, nil, func(put func(key, value []byte) error) error {
+	rebuild(t, cfg, s, stop, func(frozen *cluster.State, put func(key, value []byte) error) error {
 		left := []func() error{func() error { return putInfos(put, n) }, func() error { return putReferrers(put, n) }}
 		places := [][]byte{stateKey(infoKey), stateKey(referrerKey)}
 		return frozen.Each(context.Background(), func(key, value []byte) error {
@@ -91,6 +85,17 @@ func fillReal(t *testing.T, cfg Config, n int) {
 			return put(key, value)
 		})
 	})
+}
+
+// rebuild stops a server and gives it the state that load makes of its own.
+func rebuild(t *testing.T, cfg Config, s *Server, stop func(), load func(frozen *cluster.State, put func(key, value []byte) error) error) {
+	t.Helper()
+	frozen, err := s.node.Freeze(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, built := string(s.id.peer), filepath.Join(t.TempDir(), "built")
+	state, err := cluster.BuildState(built, nil, func(put func(key, value []byte) error) error { return load(frozen, put) })
 	if err := errors.Join(err, frozen.Close()); err != nil {
 		t.Fatal(err)
 	}

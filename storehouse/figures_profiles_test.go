@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -75,24 +73,11 @@ func fillProfiles(t *testing.T, cfg Config, n int) {
 	t.Helper()
 	s, stop := start(t, cfg)
 	fillOne(t, s)
-	frozen, err := s.node.Freeze(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	id, built := string(s.id.peer), filepath.Join(t.TempDir(), "built")
-	state, err := cluster.BuildState(built, nil, func(put func(key, value []byte) error) error {
+	rebuild(t, cfg, s, stop, func(frozen *cluster.State, put func(key, value []byte) error) error {
 		c := &copies{n: n, put: put}
 		err := frozen.Each(context.Background(), c.record)
 		return errors.Join(err, c.flush())
 	})
-	if err := errors.Join(err, frozen.Close()); err != nil {
-		t.Fatal(err)
-	}
-	stop()
-	log := filepath.Join(cfg.StateDir, "raft")
-	if err := errors.Join(os.RemoveAll(log), state.Found(log, id), state.Close(), os.RemoveAll(built)); err != nil {
-		t.Fatal(err)
-	}
 }
 
 // copies writes the records of one profile for n of them, in the order of their keys.
