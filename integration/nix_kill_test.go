@@ -53,6 +53,9 @@ func beginNix(t *testing.T, h *netns.Host, args ...string) *client {
 	return c
 }
 
+// ended reports whether it has, without a wait; done has its outcome.
+func (c *client) ended() bool { return len(c.done) > 0 }
+
 // said is what it has printed.
 func (c *client) said() string {
 	b, err := os.ReadFile(c.out)
@@ -131,6 +134,17 @@ const (
 	uploadBegun = 4 << 20
 )
 
+// arriving tells whether an upload has begun, from the size of where it arrives. That
+// may become smaller as well: what was deleted before is swept at any time.
+func arriving(size func() int64) func() bool {
+	least := size()
+	return func() bool {
+		now := size()
+		least = min(least, now)
+		return now-least > uploadBegun
+	}
+}
+
 // uploadWay prepares a source in a directory and gives the command that adds it.
 type uploadWay func(dir string, s source) []string
 
@@ -164,9 +178,9 @@ func cutUpload(t *testing.T, a *hosts.Agent, dir string, seed byte, way uploadWa
 		seed++
 		command := way(dir, s)
 		staged := filepath.Join(a.State(), "staged", "content")
-		before := sizeBelow(staged)
+		begun := arriving(func() int64 { return sizeBelow(staged) })
 		c := beginNix(t, a.Host, command...)
-		eventually(t, "the upload has begun", func() bool { return sizeBelow(staged)-before > uploadBegun })
+		eventually(t, "the upload has begun", func() bool { return begun() || c.ended() })
 		kill(c)
 		if err := <-c.done; err != nil {
 			return s, command
@@ -282,10 +296,10 @@ func (h *house) uploadCut(r *readers) {
 		s := newSource(t, dir, 40+seed, largeLeft)
 		expr := fmt.Sprintf(`derivation { name = "needs"; system = "x86_64-linux"; builder = "/bin/sh"; src = builtins.path { path = %s; name = %q; }; }`, s.file, filepath.Base(s.file))
 		build := []string{"nix-build", "--no-out-link", "-E", expr}
-		before := stored()
+		begun := arriving(stored)
 		_, leader := h.leader()
 		c := beginNix(t, r.agents[0].Host, build...)
-		h.eventually("the upload has begun", func() bool { return stored()-before > uploadBegun })
+		h.eventually("the upload has begun", func() bool { return begun() || c.ended() })
 		leader.Kill()
 		there := do(t, r.agents[1].Host, "sha256sum", s.path)
 		if there.code == 0 && !strings.Contains(there.out, s.sum) || there.code != 0 && !strings.Contains(there.out, "No such file") {
