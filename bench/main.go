@@ -22,13 +22,14 @@ type Row = scenario.Row
 
 // benchmarks are what `make bench BENCH=name` names.
 var benchmarks = map[string]func(context.Context) ([]Row, error){
-	"cluster":  clusterBench,
-	"content":  contentBench,
-	"daemon":   daemonBench,
-	"demo":     demoBench,
-	"fuse":     fuseBench,
-	"profiles": profilesBench,
-	"swarm":    swarmBench,
+	"buildfarm": buildfarmBench,
+	"cluster":   clusterBench,
+	"content":   contentBench,
+	"daemon":    daemonBench,
+	"demo":      demoBench,
+	"fuse":      fuseBench,
+	"profiles":  profilesBench,
+	"swarm":     swarmBench,
 }
 
 func main() {
