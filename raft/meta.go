@@ -25,17 +25,58 @@ func checkMeta(path string) (err error) {
 		}
 		defer db.Close()
 		return db.View(func(tx *bbolt.Tx) error {
-			return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error { return walk(b) })
+			if err := checkPages(tx); err != nil {
+				return err
+			}
+			return walk(tx, tx.Cursor().Bucket())
 		})
 	})
 }
 
-// walk touches everything in a bucket.
-func walk(b *bbolt.Bucket) error {
+// checkPages compares what each page says of its length with that of the file: bbolt
+// would count to it, through up to 4,294,967,295 pages, when it frees the page. And
+// the list of free pages must be on a page that is not free.
+func checkPages(tx *bbolt.Tx) error {
+	pages, lists := int(tx.Size())/tx.DB().Info().PageSize, 0
+	for id := 0; id < pages; id++ {
+		p, err := tx.Page(id)
+		if err != nil {
+			return err
+		}
+		if p.Type == "freelist" {
+			lists++
+		}
+		if p.Type == "free" {
+			continue // nobody looks into it
+		}
+		if p.OverflowCount >= pages-id {
+			return fmt.Errorf("page %d of %d says that %d follow: %w", id, pages, p.OverflowCount, flox.ErrCorrupt)
+		}
+		id += p.OverflowCount
+	}
+	if lists == 0 {
+		return fmt.Errorf("every page is free: %w", flox.ErrCorrupt)
+	}
+	return nil
+}
+
+// walk touches everything in a bucket, which is not on a page that may be written over.
+// Tx.Check of bbolt does more, in a goroutine of its own, where a fault of the mapped
+// file ends the process.
+func walk(tx *bbolt.Tx, b *bbolt.Bucket) error {
+	if root := int(b.Root()); root > 0 { // else it is inside its parent's page
+		p, err := tx.Page(root)
+		if err != nil {
+			return err
+		}
+		if p == nil || p.Type == "free" {
+			return fmt.Errorf("page %d is in use and free: %w", root, flox.ErrCorrupt)
+		}
+	}
 	return b.ForEach(func(k, v []byte) error {
 		if v == nil {
 			if inner := b.Bucket(k); inner != nil {
-				return walk(inner)
+				return walk(tx, inner)
 			}
 			return fmt.Errorf("key %x without a value: %w", k, flox.ErrCorrupt)
 		}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -362,6 +363,17 @@ func TestGarbage(t *testing.T) {
 		"log is noise": func(d string) error {
 			return os.WriteFile(filepath.Join(d, "log", "wal-meta.db"), bytes.Repeat([]byte{0xa5}, 1<<16), 0o600)
 		},
+		// Bbolt would free as many pages as it says, and then write over one that is in use.
+		"log has a page without an end": func(d string) error {
+			return spoilPages(d, leafPage, func(page []byte) { page[15] ^= 0x80 })
+		},
+		"log has a page in use that is free": func(d string) error {
+			return spoilPages(d, freePage, func(page []byte) {
+				binary.LittleEndian.PutUint16(page[10:], 2)
+				binary.LittleEndian.PutUint64(page[16:], 2)
+				binary.LittleEndian.PutUint64(page[24:], 4)
+			})
+		},
 		"log is gone": func(d string) error { return os.RemoveAll(filepath.Join(d, "log")) },
 		"state pointer": func(d string) error {
 			return os.WriteFile(filepath.Join(d, "state", "current"), []byte("seven"), 0o600)
@@ -392,6 +404,28 @@ func TestGarbage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What the head of a page of bbolt says that it is: number (8 bytes), kind and entries
+// (2 each), how many pages follow (4).
+const (
+	leafPage = 0x02
+	freePage = 0x10
+)
+
+// spoilPages changes the pages of a kind in the log's bbolt file.
+func spoilPages(dir string, kind uint16, spoil func(page []byte)) error {
+	file := filepath.Join(dir, "log", "wal-meta.db")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	for page := range slices.Chunk(b, os.Getpagesize()) {
+		if binary.LittleEndian.Uint16(page[8:]) == kind {
+			spoil(page)
+		}
+	}
+	return os.WriteFile(file, b, 0o600)
 }
 
 func spoilFiles(pattern string) error {
