@@ -45,7 +45,7 @@ type farmFigure struct {
 	target    float64
 }
 
-const schedulePkg = "./buildfarm/schedule"
+const schedulePkg, queuePkg = "./buildfarm/schedule", "./buildfarm/queue"
 
 var farmFigures = []farmFigure{
 	{"Makespan", schedulePkg, 8, "of-least", "10,000 builds on 200 workers: time / the least there can be, mean of 8 graphs", "%", false, 110},
@@ -55,6 +55,9 @@ var farmFigures = []farmFigure{
 	{"Queue", schedulePkg, 3, "enqueued/s", "scheduler: builds taken in, 100,000 in all", "/s", true, 5000},
 	{"Queue", schedulePkg, 3, "decision-p50-ms", "scheduler: decision with 100,000 builds, p50", "ms", false, 0},
 	{"Queue", schedulePkg, 3, "decision-p99-ms", "scheduler: decision with 100,000 builds, p99", "ms", false, 5},
+	{"Queue", queuePkg, 1, "enqueued/s", "queue: builds taken into the log, 100,000 in all, 1,000 with a command", "/s", true, 5000},
+	{"Queue", queuePkg, 1, "command-p50-ms", "queue: a lease or the end of one with 100,000 builds, p50", "ms", false, 0},
+	{"Queue", queuePkg, 1, "command-p99-ms", "queue: a lease or the end of one with 100,000 builds, p99", "ms", false, 0},
 }
 
 // buildfarmBench measures the queue of builds and who builds what. The workers are simulated.

@@ -25,7 +25,7 @@ import (
 
 // goldenEnv names a new fixture to be written, as in
 //
-//	FLOX_GOLDEN=level7 go test -run TestOpensStatesOfOlderPrograms ./storehouse
+//	FLOX_GOLDEN=level8 go test -run TestOpensStatesOfOlderPrograms ./storehouse
 //
 // One is made and committed before each release, and whenever level rises. Those
 // that are there stay as they are for ever: a change that does not open one breaks
@@ -123,12 +123,14 @@ func writeGolden(t *testing.T, file string) {
 	if _, err := s.channels.propose(within(t), adminPerson(), published); err != nil {
 		t.Fatal(err)
 	}
+	enqueueGolden(t, s)
 	if err := s.node.Snapshot(within(t)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.channels.propose(within(t), adminPerson(), published); err != nil {
 		t.Fatal(err)
 	}
+	finishGolden(t, s)
 	if _, err := s.profiles.rollback(within(t), alice(), &floxv1.RollbackProfileRequest{Name: goldenProfile}); err != nil {
 		t.Fatal(err)
 	}
@@ -228,6 +230,9 @@ func TestOpensStatesOfOlderPrograms(t *testing.T) {
 					}
 					if file >= "testdata/level6" {
 						checkGoldenRenamed(t, s)
+					}
+					if file >= "testdata/level7" {
+						checkGoldenQueue(t, s)
 					}
 					stop()
 				}

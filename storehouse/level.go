@@ -11,7 +11,8 @@ package storehouse
 //	4  MembersCommand.seen
 //	5  ProfilesCommand, ChannelsCommand
 //	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic
-const level = 6
+//	7  QueueCommand
+const level = 7
 
 // Levels of commands and changes.
 const (

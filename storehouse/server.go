@@ -19,6 +19,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/buildfarm/queue"
 	"github.com/floxctl/flox/content/pack"
 	"github.com/floxctl/flox/content/pack/bucket"
 	"github.com/floxctl/flox/members"
@@ -158,7 +159,7 @@ func (s *Server) open() (err error) {
 func processors(touchEvery time.Duration) map[uint32]cluster.Processor {
 	return map[uint32]cluster.Processor{
 		pathsKind: paths{touchEvery: touchEvery}, tracesKind: traces{}, members.Kind: members.Processor{}, upstreamsKind: upstreamFacts{},
-		profile.Kind: profile.Processor{}, channel.Kind: channel.Processor{},
+		profile.Kind: profile.Processor{}, channel.Kind: channel.Processor{}, queue.Kind: queue.Processor{},
 	}
 }
 
