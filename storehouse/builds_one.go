@@ -242,10 +242,10 @@ func (m *making) compareWith(ctx context.Context) error {
 func (m *making) take(ctx context.Context, _ string, info *flox.PathInfo, nar func(io.Writer) error) error {
 	ctx = Essential(ctx)
 	info.Deriver = m.node.path
-	r, w := io.Pipe()
-	go func() { w.CloseWithError(nar(w)) }()
-	_, _, err := m.s.Publish(ctx, info, r, m.publisher())
-	_ = r.CloseWithError(errors.New("not read to the end")) // ends the writer
+	err := piped(nar, func(r io.Reader) error {
+		_, _, err := m.s.Publish(ctx, info, r, m.publisher())
+		return err
+	})
 	if errors.Is(err, errDiffers) {
 		return nil
 	}
@@ -306,10 +306,11 @@ func (m *making) keepLog(ctx context.Context, log *os.File, r *buildfarm.Result)
 	if err != nil {
 		return nil, err
 	}
-	pr, pw := io.Pipe()
-	go func() { pw.CloseWithError(nix.DumpPath(ctx, pw, file)) }()
-	info, _, err := m.s.PublishSource(Essential(ctx), name, pr, m.publisher())
-	_ = pr.CloseWithError(errors.New("not read to the end")) // ends the writer
+	var info *flox.PathInfo
+	err = piped(func(w io.Writer) error { return nix.DumpPath(ctx, w, file) }, func(r io.Reader) (err error) {
+		info, _, err = m.s.PublishSource(Essential(ctx), name, r, m.publisher())
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

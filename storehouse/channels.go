@@ -10,8 +10,6 @@ import (
 	"strings"
 	"sync"
 
-	"google.golang.org/protobuf/proto"
-
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/buildfarm"
@@ -90,26 +88,14 @@ func (c *channels) evaluator(ctx context.Context, tell func(doing string)) (e ex
 
 // view calls f with the channels as of now.
 func (c *channels) view(ctx context.Context, how cluster.Consistency, f func(r *cluster.Reader) error) error {
-	r, err := c.s.view(ctx, channel.Kind, how)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(r), r.Close())
+	return c.s.viewing(ctx, channel.Kind, how, f)
 }
 
 // propose puts a command about channels into the log.
 func (c *channels) propose(ctx context.Context, who person, m *floxv1.ChannelsCommand) (*floxv1.ChannelsReply, error) {
 	m.Actor, m.Admin = who.Actor, who.admin
-	b, err := proto.Marshal(m)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := enterAt(ctx, c.s.node.NewSession(), channel.Level, channel.Kind, b)
-	if err != nil {
-		return nil, err
-	}
 	reply := &floxv1.ChannelsReply{}
-	return reply, proto.Unmarshal(answer, reply)
+	return reply, c.s.proposed(ctx, channel.Level, channel.Kind, m, reply)
 }
 
 // publish evaluates an expression and makes a version of a channel of it. What is so
@@ -246,10 +232,8 @@ func (c *channels) store(ctx context.Context, entries []channel.Entry) (flox.Sto
 	if err := channel.Write(&text, entries); err != nil {
 		return "", err
 	}
-	nar, w := io.Pipe()
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
+	var info *flox.PathInfo
+	err := piped(func(w io.Writer) error {
 		n := nix.NewNarWriter(w)
 		err := n.Entry(nix.NarEntry{Kind: flox.Regular, Size: uint64(text.Len())}) //nolint:gosec // not negative
 		if err == nil {
@@ -258,11 +242,11 @@ func (c *channels) store(ctx context.Context, entries []channel.Entry) (flox.Sto
 		if err == nil {
 			err = n.Close()
 		}
-		_ = w.CloseWithError(err) // gives none
-	}()
-	info, _, err := c.s.PublishSource(ctx, catalogueName, nar, "channels")
-	err = errors.Join(err, nar.Close()) // ends the writer
-	<-written
+		return err
+	}, func(nar io.Reader) (err error) {
+		info, _, err = c.s.PublishSource(ctx, catalogueName, nar, "channels")
+		return err
+	})
 	if err != nil {
 		return "", fmt.Errorf("catalogue: %w", err)
 	}
@@ -287,23 +271,18 @@ func (c *channels) catalogue(ctx context.Context, name string) (*channel.Catalog
 	if err != nil {
 		return nil, fmt.Errorf("catalogue %s: %w", name, err)
 	}
-	r, w := io.Pipe()
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		_ = w.CloseWithError(c.s.writeNar(ctx, w, info)) // gives none
-	}()
-	nar := nix.NewNarReader(r)
 	var is *channel.Catalogue
-	e, err := nar.Next()
-	if err == nil && e.Kind != flox.Regular {
-		err = fmt.Errorf("it is no file: %w", flox.ErrCorrupt)
-	}
-	if err == nil {
-		is, err = channel.Read(nar)
-	}
-	err = errors.Join(err, r.Close())
-	<-written
+	err = piped(func(w io.Writer) error { return c.s.writeNar(ctx, w, info) }, func(r io.Reader) error {
+		nar := nix.NewNarReader(r)
+		e, err := nar.Next()
+		if err == nil && e.Kind != flox.Regular {
+			err = fmt.Errorf("it is no file: %w", flox.ErrCorrupt)
+		}
+		if err == nil {
+			is, err = channel.Read(nar)
+		}
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("catalogue %s: %w", name, err)
 	}

@@ -206,16 +206,10 @@ func (c *channels) instantiate(ctx context.Context, f *found, doing func(string)
 	defer leave()
 	x := &buildfarm.Expression{Source: flox.StorePath(f.version.GetSource()), File: f.version.GetFile(), System: f.pkg.GetSystem()}
 	a, err := e.Instantiate(ctx, x, f.pkg.GetAttr(), buildSource{c.s}, func(ctx context.Context, info *flox.PathInfo, nar func(io.Writer) error) error {
-		r, w := io.Pipe()
-		written := make(chan struct{})
-		go func() {
-			defer close(written)
-			_ = w.CloseWithError(nar(w)) // gives none
-		}()
-		_, _, err := c.s.Publish(ctx, info, r, "channel "+f.pkg.GetChannel())
-		err = errors.Join(err, r.Close()) // ends the writer of what is valid already
-		<-written
-		return err
+		return piped(nar, func(r io.Reader) error {
+			_, _, err := c.s.Publish(ctx, info, r, "channel "+f.pkg.GetChannel())
+			return err
+		})
 	})
 	if err == nil && string(a.Drv) != f.pkg.GetDrv() {
 		err = fmt.Errorf("%s of channel %s, version %d, is %s now, and was %s in the catalogue: publish the channel anew: %w",

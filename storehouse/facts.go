@@ -26,11 +26,7 @@ const (
 
 // read calls f with the facts as of now.
 func (s *Server) read(ctx context.Context, c cluster.Consistency, f func(*cluster.Reader) error) error {
-	r, err := s.view(ctx, pathsKind, c)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(r), r.Close())
+	return s.viewing(ctx, pathsKind, c, f)
 }
 
 // readAged calls f with facts that are at most maxAge old (milliseconds), if this

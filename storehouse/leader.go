@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/floxctl/flox"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -41,6 +43,28 @@ func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (
 	defer done()
 	r, err := s.node.View(limited, kind, c)
 	return r, s.disagreed(ctx, limited, readWait, err)
+}
+
+// viewing calls f with the facts of a kind.
+func (s *Server) viewing(ctx context.Context, kind uint32, c cluster.Consistency, f func(r *cluster.Reader) error) error {
+	r, err := s.view(ctx, kind, c)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(r), r.Close())
+}
+
+// proposed puts a command of a level into the log, and reads what is answered.
+func (s *Server) proposed(ctx context.Context, level, kind uint32, command, reply proto.Message) error {
+	b, err := proto.Marshal(command)
+	if err != nil {
+		return err
+	}
+	answer, err := enterAt(ctx, s.node.NewSession(), level, kind, b)
+	if err != nil {
+		return err
+	}
+	return proto.Unmarshal(answer, reply)
 }
 
 // enter puts a command into the log. It waits for a majority only so long.

@@ -108,26 +108,14 @@ func (w person) may(p *floxv1.Profile, role string) error {
 
 // view calls f with the profiles as of now.
 func (p *profiles) view(ctx context.Context, c cluster.Consistency, f func(r *cluster.Reader) error) error {
-	r, err := p.s.view(ctx, profile.Kind, c)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(r), r.Close())
+	return p.s.viewing(ctx, profile.Kind, c, f)
 }
 
 // propose puts a command about profiles into the log.
 func (p *profiles) propose(ctx context.Context, who person, c *floxv1.ProfilesCommand) (*floxv1.ProfilesReply, error) {
 	c.Actor, c.Admin = who.Actor, who.admin
-	b, err := proto.Marshal(c)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := enterAt(ctx, p.s.node.NewSession(), profile.Level(c), profile.Kind, b)
-	if err != nil {
-		return nil, err
-	}
 	reply := &floxv1.ProfilesReply{}
-	return reply, proto.Unmarshal(answer, reply)
+	return reply, p.s.proposed(ctx, profile.Level(c), profile.Kind, c, reply)
 }
 
 // change makes a new generation of a profile, all of it for all its systems or nothing.
@@ -388,15 +376,11 @@ func (p *profiles) environment(ctx context.Context, system string, packages []*f
 	if err != nil {
 		return "", err
 	}
-	nar, w := io.Pipe()
-	written := make(chan struct{})
-	go func() {
-		defer close(written)
-		_ = w.CloseWithError(made.WriteNAR(w)) // gives none
-	}()
-	valid, _, err := p.s.Publish(ctx, &info, nar, "profiles")
-	err = errors.Join(err, nar.Close()) // ends the writer of a NAR that is not read to its end
-	<-written
+	var valid *flox.PathInfo
+	err = piped(made.WriteNAR, func(nar io.Reader) (err error) {
+		valid, _, err = p.s.Publish(ctx, &info, nar, "profiles")
+		return err
+	})
 	if err != nil {
 		return "", err
 	}

@@ -50,6 +50,20 @@ func (s *Server) Publish(ctx context.Context, info *flox.PathInfo, nar io.Reader
 	return s.validate(ctx, info, got, "", publisher)
 }
 
+// piped calls read with what write writes, such as a NAR, and waits for both to end. A
+// failure of write is what read reads last; nothing else is told of it.
+func piped(write func(io.Writer) error, read func(io.Reader) error) error {
+	r, w := io.Pipe()
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		_ = w.CloseWithError(write(w)) // gives none
+	}()
+	err := errors.Join(read(r), r.Close()) // which ends a writer that is not read to its end
+	<-written
+	return err
+}
+
 // PublishSource takes in a NAR without path info, as `nix-store --add` does: the
 // path is named by the NAR's hash and has no references.
 func (s *Server) PublishSource(ctx context.Context, name string, nar io.Reader, publisher string) (valid *flox.PathInfo, wasValid bool, err error) {

@@ -78,11 +78,7 @@ func (r *roster) notify(f func()) {
 
 // view gives the members' state as this server has it, or as of now.
 func (s *Server) viewMembers(ctx context.Context, c cluster.Consistency, f func(*cluster.Reader) error) error {
-	r, err := s.view(ctx, members.Kind, c)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f(r), r.Close())
+	return s.viewing(ctx, members.Kind, c, f)
 }
 
 // refresh brings the roster up to date with the state here.

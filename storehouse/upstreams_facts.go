@@ -169,14 +169,6 @@ func (s *Server) knowUpstreams(ctx context.Context) error {
 
 // proposeUpstream puts an upstreams command into the log.
 func (s *Server) proposeUpstream(ctx context.Context, c *floxv1.UpstreamsCommand) (*floxv1.UpstreamsReply, error) {
-	b, err := proto.Marshal(c)
-	if err != nil {
-		return nil, err
-	}
-	answer, err := enterAt(ctx, s.node.NewSession(), upstreamsLevel, upstreamsKind, b)
-	if err != nil {
-		return nil, err
-	}
 	reply := &floxv1.UpstreamsReply{}
-	return reply, proto.Unmarshal(answer, reply)
+	return reply, s.proposed(ctx, upstreamsLevel, upstreamsKind, c, reply)
 }
