@@ -14,23 +14,26 @@ import (
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/profile/tarball"
 )
 
 func newChannelCmd(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "channel",
-		Short: "Give packages names: publish, list and delete channels",
+		Short: "Give packages names: publish, track, list and delete channels",
 		Long: `A channel is a named catalogue of packages, made by evaluating a Nix expression in the
 storehouse. What is in one can be found (floxctl search) and installed by name (floxctl
 install NAME); each publication makes a version of it, and earlier ones stay installable
-(NAME@VERSION), up to 100.
+(NAME@VERSION), up to 100. Of still earlier ones, what somebody had made is made again of its
+derivation, which is kept. A channel can follow a tarball that others publish, such as nixpkgs
+(floxctl channel track).
 
 ` + cli.ExitCodes,
 		Example: "  floxctl channel publish nixexprs ./nixexprs",
 		Args:    cli.Args(0, 0, ""),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newChannelPublishCmd(g), newChannelListCmd(g), newChannelShowCmd(g), newChannelPublishersCmd(g), newChannelDeleteCmd(g))
+	cmd.AddCommand(newChannelPublishCmd(g), newChannelTrackCmd(g), newChannelUntrackCmd(g), newChannelListCmd(g), newChannelShowCmd(g), newChannelPublishersCmd(g), newChannelDeleteCmd(g))
 	return cmd
 }
 
@@ -201,10 +204,11 @@ type channelFacts struct {
 	CreatedAt  *string        `json:"createdAt"`
 	CreatedBy  string         `json:"createdBy"`
 	Versions   []versionFacts `json:"versions"` // newest first; in a list, that alone
+	Tracking   *trackingFacts `json:"tracking"` // null = nothing
 }
 
 func channelOf(c *floxv1.Channel, versions ...*floxv1.ChannelVersion) channelFacts {
-	f := channelFacts{c.GetName(), append([]string{}, c.GetPublishers()...), stampMs(c.GetCreatedUnixMs()), c.GetCreatedBy(), nil}
+	f := channelFacts{c.GetName(), append([]string{}, c.GetPublishers()...), stampMs(c.GetCreatedUnixMs()), c.GetCreatedBy(), nil, nil}
 	for _, v := range versions {
 		f.Versions = append(f.Versions, versionOf(v))
 	}
@@ -215,25 +219,38 @@ func tellChannels(out *output, all []*floxv1.ChannelState) error {
 	if out.json {
 		facts := make([]channelFacts, len(all))
 		for i, s := range all {
-			facts[i] = channelOf(s.GetChannel(), s.GetNewest())
+			facts[i] = stateFacts(s)
 		}
 		return out.printJSON(struct {
 			Channels []channelFacts `json:"channels"`
 		}{facts})
 	}
 	if len(all) == 0 {
-		out.printf("No channel. To make one: floxctl channel publish NAME DIR\n")
+		out.printf("No channel. To make one: floxctl channel publish NAME DIR, or for nixpkgs\n  floxctl channel track nixpkgs %s\n", tarball.Nixpkgs)
 		return nil
 	}
 	rows := [][]string{{"CHANNEL", "VERSION", "PACKAGES", "PUBLISHED", "SYSTEMS"}}
 	for _, s := range all {
 		v := s.GetNewest()
-		rows = append(rows, []string{
-			clean(s.GetChannel().GetName()), fmt.Sprint(v.GetNumber()), fmt.Sprint(v.GetPackages() - v.GetFailed()),
-			ago(v.GetTimeUnixMs(), time.Now()) + " ago", clean(strings.Join(v.GetSystems(), ", ")),
-		})
+		row := []string{clean(s.GetChannel().GetName()), "-", "-", "-", clean(strings.Join(s.GetTracking().GetSystems(), ", "))}
+		if v != nil {
+			row = []string{
+				row[0], fmt.Sprint(v.GetNumber()), fmt.Sprint(v.GetPackages() - v.GetFailed()),
+				ago(v.GetTimeUnixMs(), time.Now()) + " ago", clean(strings.Join(v.GetSystems(), ", ")),
+			}
+		}
+		rows = append(rows, row)
 	}
 	out.table(rows, map[int]bool{1: true, 2: true})
+	for _, s := range all {
+		if t := s.GetTracking(); t != nil {
+			how := "not fetched yet"
+			if last := t.GetLast(); last != nil {
+				how = clean(last.GetResult()) + " " + ago(last.GetTimeUnixMs(), time.Now()) + " ago"
+			}
+			out.printf("%s tracks %s: %s, next %s\n", clean(s.GetChannel().GetName()), clean(t.GetUrl()), how, until(s.GetNextFetchUnixMs()))
+		}
+	}
 	return nil
 }
 
@@ -241,7 +258,7 @@ func newChannelShowCmd(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:     "show NAME",
 		Short:   "Show the versions of a channel",
-		Long:    "Show the versions of a channel, the newest first: who published them, when, and what\nwas evaluated.\n\n" + cli.ExitCodes,
+		Long:    "Show the versions of a channel, the newest first: who published them, when, and what\nwas evaluated; and what it tracks, how the last fetch went and when the next one is.\n\n" + cli.ExitCodes,
 		Example: "  floxctl channel show nixexprs",
 		Args:    cli.Args(1, 1, "NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -251,7 +268,9 @@ func newChannelShowCmd(g *globals) *cobra.Command {
 			}
 			out, m := g.printer(cmd), resp.Msg
 			if out.json {
-				return out.printJSON(channelOf(m.GetChannel(), m.GetVersions()...))
+				facts := channelOf(m.GetChannel(), m.GetVersions()...)
+				facts.Tracking = trackingOf(m.GetTracking(), m.GetNextFetchUnixMs())
+				return out.printJSON(facts)
 			}
 			rows := [][]string{{"VERSION", "PUBLISHED", "WHO", "PACKAGES", "SOURCE", ""}}
 			for _, v := range m.GetVersions() {
@@ -264,6 +283,7 @@ func newChannelShowCmd(g *globals) *cobra.Command {
 			if p := m.GetChannel().GetPublishers(); len(p) > 0 {
 				out.printf("Publishers beside admins: %s\n", clean(strings.Join(p, ", ")))
 			}
+			tellTracking(out, m.GetTracking(), m.GetNextFetchUnixMs())
 			return nil
 		},
 	}

@@ -140,6 +140,14 @@ func (s *scriptedAdmin) PublishChannel(_ context.Context, r *connect.Request[flo
 	return stream[floxv1.PublishChannelRequest](s.scripted, "PublishChannel", r, out)
 }
 
+func (s *scriptedAdmin) TrackChannel(_ context.Context, r *connect.Request[floxv1.TrackChannelRequest], out *connect.ServerStream[floxv1.TrackChannelProgress]) error {
+	return stream[floxv1.TrackChannelRequest](s.scripted, "TrackChannel", r, out)
+}
+
+func (s *scriptedAdmin) UntrackChannel(_ context.Context, r *connect.Request[floxv1.UntrackChannelRequest]) (*connect.Response[floxv1.UntrackChannelResponse], error) {
+	return unary[floxv1.UntrackChannelRequest, floxv1.UntrackChannelResponse](s.scripted, "UntrackChannel", r)
+}
+
 func (s *scriptedAdmin) BuildPackage(_ context.Context, r *connect.Request[floxv1.BuildPackageRequest], out *connect.ServerStream[floxv1.BuildPackageProgress]) error {
 	return stream[floxv1.BuildPackageRequest](s.scripted, "BuildPackage", r, out)
 }

@@ -11,6 +11,7 @@ import (
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/profile/tarball"
 	"github.com/floxctl/flox/profile/upgrade"
 )
 
@@ -69,7 +70,7 @@ func tellFound(out *output, q *floxv1.SearchPackagesRequest, m *floxv1.SearchPac
 	}
 	switch {
 	case m.GetChannels() == 0:
-		return cli.Explain(flox.ErrNotFound, "there is no channel, where packages have names: make one with floxctl channel publish NAME DIR")
+		return cli.Explain(flox.ErrNotFound, "there is no channel, where packages have names: make one with floxctl channel publish NAME DIR, or have nixpkgs with floxctl channel track nixpkgs %s", tarball.Nixpkgs)
 	case len(m.GetPackages()) == 0:
 		return cli.Explain(flox.ErrNotFound, "no package for %q in %d channels; for all systems: --all-systems", clean(q.GetTerm()), m.GetChannels())
 	}
@@ -117,6 +118,12 @@ func fromChannel(ctx context.Context, g *globals, says *output, i *installable, 
 	}
 	if len(found) == 0 {
 		return nil, fmt.Errorf("%s: the storehouse ended before it was made; try again: %w", i.name, flox.ErrUnreachable)
+	}
+	for _, p := range found {
+		if p.GetDropped() && !says.json {
+			says.printf("%s %s for %s: the channel keeps no version any more that has it; it is made of its derivation, which is kept from version %d.\n",
+				clean(p.GetName()), clean(p.GetVersion()), clean(p.GetSystem()), p.GetVersionNumber())
+		}
 	}
 	return upgrade.Package(i.name, found), nil
 }

@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -69,7 +71,7 @@ func (l *lab) names(t *testing.T, house *hosts.Storehouse, a *hosts.Agent) {
 		do(t, house.Host, l.programs.Floxctl, "channel", "publish", "nixexprs", source).want(t, code, said...)
 	}
 	floxctl := func(args ...string) result { t.Helper(); return l.ctl(t, a, args...) }
-	floxctl("install", "hi").want(t, 3, "there is no channel")
+	floxctl("install", "hi").want(t, 3, "there is no channel", "floxctl channel track nixpkgs https://channels.nixos.org/")
 	floxctl("search", "hi").want(t, 3, "floxctl channel publish")
 	publish("1.0", 0, "Left out: nosy for x86_64-linux", "forbidden in restricted mode", "version 1, 1 packages")
 	floxctl("search", "says").want(t, 0, "nixexprs.hi", "1.0", "Says hi")
@@ -89,6 +91,44 @@ func (l *lab) names(t *testing.T, house *hosts.Storehouse, a *hosts.Agent) {
 	floxctl("install", "nixexprs.hi@1.0").want(t, 0, "~ hi: 2.0 -> 1.0")
 	floxctl("upgrade").want(t, 0, "is so already")
 	floxctl("channel", "show", "nixexprs").want(t, 0, "root on")
+	l.tracks(t, house, a)
+}
+
+// tracks: what is published as a tarball is fetched by the storehouse, and installed by
+// name; each new one is a version of the channel.
+func (l *lab) tracks(t *testing.T, house *hosts.Storehouse, a *hosts.Agent) {
+	t.Helper()
+	web := openDir(t)
+	publish := func(version string) {
+		t.Helper()
+		dir := filepath.Join(openDir(t), "nixos-1")
+		must(t, os.MkdirAll(filepath.Join(dir, "bin"), 0o755))
+		must(t, os.WriteFile(filepath.Join(dir, "bin", "hello"), []byte("#!/bin/sh\necho hello "+version+"\n"), 0o755)) //nolint:gosec // another user runs it
+		must(t, os.WriteFile(filepath.Join(dir, "default.nix"), []byte(`{ system ? builtins.currentSystem }: {
+			hello = derivation { name = "hello-`+version+`"; inherit system; builder = "builtin:buildenv"; manifest = "none"; derivations = [ "true" 5 1 ./. ]; };
+		}`), 0o644)) //nolint:gosec // another user reads it
+		must(t, exec.CommandContext(t.Context(), "tar", "-C", filepath.Dir(dir), "-cJf", filepath.Join(web, "nixexprs.tar.xz"), "nixos-1").Run())
+	}
+	serveWeb(t, a.Host, web, ":8083")
+	url := "http://" + netip.AddrPortFrom(a.Host.Addr(), 8083).String() + "/nixexprs.tar.xz"
+	track := func() result {
+		t.Helper()
+		return do(t, house.Host, l.programs.Floxctl, "channel", "track", "followed", url)
+	}
+	floxctl := func(args ...string) result { t.Helper(); return l.ctl(t, a, args...) }
+	floxctl("channel", "track", "followed", url).want(t, 5, "channel.track")
+	track().want(t, 4, "404 Not Found", "It is tracked all the same")
+	floxctl("channel", "show", "followed").want(t, 0, "failed 1 time in a row", "404 Not Found")
+	publish("1.0")
+	track().want(t, 0, "Channel followed: version 1, 1 packages", "every 1 d")
+	floxctl("install", "followed.hello").want(t, 0, "+ hello 1.0")
+	do(t, a.Host, environmentOf(t, floxctl("list", "--json"))+"/bin/hello").want(t, 0, "hello 1.0")
+	track().want(t, 0, "is so already, in version 1")
+	publish("2.0")
+	track().want(t, 0, "version 2, 1 packages")
+	floxctl("upgrade").want(t, 0, "~ hello: 1.0 -> 2.0")
+	floxctl("channel", "list").want(t, 0, "followed tracks "+url+": published")
+	do(t, house.Host, l.programs.Floxctl, "channel", "untrack", "followed").want(t, 0, "tracks nothing any more")
 }
 
 // environmentOf is the environment that `floxctl list --json` shows, in the store.

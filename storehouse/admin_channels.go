@@ -2,6 +2,7 @@ package storehouse
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"connectrpc.com/connect"
@@ -17,6 +18,8 @@ const (
 	actionPublish    = "channel.publish"
 	actionDelete     = "channel.delete"
 	actionPublishers = "channel.publishers"
+	actionTrack      = "channel.track"
+	actionUntrack    = "channel.untrack"
 )
 
 // sending calls f with a function that sends messages, until this server ends or nobody
@@ -39,24 +42,70 @@ func (a *admin) PublishChannel(ctx context.Context, req *connect.Request[floxv1.
 		return api.ToConnect(err)
 	}
 	return sending(ctx, a, stream, func(ctx context.Context, send func(*floxv1.PublishChannelProgress)) error {
-		var end *floxv1.PublishChannelProgress
-		err := a.s.channels.publish(ctx, who, req.Msg, func(p *floxv1.PublishChannelProgress) {
-			if end = p; p.GetVersion() == nil {
-				send(p)
-			}
-		})
+		return a.s.channels.publishNoted(ctx, who, req.Msg, send)
+	})
+}
+
+// publishNoted is publish that the audit log has.
+func (c *channels) publishNoted(ctx context.Context, who person, q *floxv1.PublishChannelRequest, tell func(*floxv1.PublishChannelProgress)) error {
+	var end *floxv1.PublishChannelProgress
+	err := c.publish(ctx, who, q, func(p *floxv1.PublishChannelProgress) {
+		if end = p; p.GetVersion() == nil {
+			tell(p)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if ch := end.GetChannel(); ch != nil { // else it was so already
+		v := end.GetVersion()
+		if err := c.s.note(ctx, who.Actor, actionPublish, ch.GetName(), fmt.Sprintf("version %d, %d packages, of %s", v.GetNumber(), v.GetPackages(), v.GetSource())); err != nil {
+			return err
+		}
+	}
+	tell(end)
+	return nil
+}
+
+// TrackChannel is floxv1connect.AdminHandler. The server that leads fetches, and tells of it.
+func (a *admin) TrackChannel(ctx context.Context, req *connect.Request[floxv1.TrackChannelRequest], stream *connect.ServerStream[floxv1.TrackChannelProgress]) error {
+	who, err := a.may(ctx, req, adminOnly, actionTrack)
+	if err != nil {
+		return api.ToConnect(err)
+	}
+	return sending(ctx, a, stream, func(ctx context.Context, send func(*floxv1.TrackChannelProgress)) error {
+		leader, err := a.leader(ctx, req.Header().Get(actorHeader) != "")
 		if err != nil {
 			return err
 		}
-		if c := end.GetChannel(); c != nil { // else it was so already
-			v := end.GetVersion()
-			if err := a.s.note(ctx, who.Actor, actionPublish, c.GetName(), fmt.Sprintf("version %d, %d packages, of %s", v.GetNumber(), v.GetPackages(), v.GetSource())); err != nil {
-				return err
-			}
+		if leader == nil {
+			return a.s.channels.track(ctx, person{who, true}, req.Msg, send)
 		}
-		send(end)
-		return nil
+		by, err := forWhom(who)
+		if err != nil {
+			return err
+		}
+		there := connect.NewRequest(req.Msg)
+		there.Header().Set(actorHeader, by)
+		told, err := leader.TrackChannel(ctx, there)
+		if err != nil {
+			return api.FromConnect(err)
+		}
+		for told.Receive() {
+			send(told.Msg())
+		}
+		return errors.Join(api.FromConnect(told.Err()), told.Close())
 	})
+}
+
+// UntrackChannel is floxv1connect.AdminHandler.
+func (a *admin) UntrackChannel(ctx context.Context, req *connect.Request[floxv1.UntrackChannelRequest]) (*connect.Response[floxv1.UntrackChannelResponse], error) {
+	who, err := a.may(ctx, req, adminOnly, actionUntrack)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	was, err := a.s.channels.untrack(ctx, person{who, true}, req.Msg.GetChannel())
+	return answer(&floxv1.UntrackChannelResponse{Tracking: was}, err)
 }
 
 // ListChannels is floxv1connect.AdminHandler.
@@ -64,7 +113,7 @@ func (a *admin) ListChannels(ctx context.Context, req *connect.Request[floxv1.Li
 	if _, err := a.person(ctx, req); err != nil {
 		return nil, api.ToConnect(err)
 	}
-	states, err := a.s.channels.newest(ctx, "")
+	states, err := a.s.channels.list(ctx)
 	return answer(&floxv1.ListChannelsResponse{Channels: states}, err)
 }
 
@@ -75,7 +124,9 @@ func (a *admin) ShowChannel(ctx context.Context, req *connect.Request[floxv1.Sho
 	}
 	out := &floxv1.ShowChannelResponse{}
 	err := a.s.channels.view(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
-		if out.Channel, err = channel.Find(r, req.Msg.GetChannel()); err == nil {
+		s, err := stateOf(r, req.Msg.GetChannel())
+		if err == nil {
+			out.Channel, out.Tracking, out.NextFetchUnixMs = s.GetChannel(), s.GetTracking(), s.GetNextFetchUnixMs()
 			out.Versions, err = channel.Versions(r, out.GetChannel().GetName())
 		}
 		return err

@@ -36,6 +36,7 @@ const (
 // channels publishes channels, and finds and builds what they have.
 type channels struct {
 	s          *Server
+	fetching   fetching
 	evaluating chan struct{} // one evaluation at a time: each takes a processor and much memory
 	reading    chan struct{} // one catalogue at a time
 
@@ -51,7 +52,7 @@ type readCatalogue struct {
 }
 
 func newChannels(s *Server) *channels {
-	return &channels{s: s, evaluating: make(chan struct{}, 1), reading: make(chan struct{}, 1), here: map[string]*readCatalogue{}}
+	return &channels{s: s, fetching: fetching{turn: make(chan struct{}, 1)}, evaluating: make(chan struct{}, 1), reading: make(chan struct{}, 1), here: map[string]*readCatalogue{}}
 }
 
 // expressions is a worker that evaluates Nix expressions. It is buildfarm.Builder.
@@ -95,7 +96,7 @@ func (c *channels) view(ctx context.Context, how cluster.Consistency, f func(r *
 func (c *channels) propose(ctx context.Context, who person, m *floxv1.ChannelsCommand) (*floxv1.ChannelsReply, error) {
 	m.Actor, m.Admin = who.Actor, who.admin
 	reply := &floxv1.ChannelsReply{}
-	return reply, c.s.proposed(ctx, channel.Level, channel.Kind, m, reply)
+	return reply, c.s.proposed(ctx, channel.Level(m), channel.Kind, m, reply)
 }
 
 // publish evaluates an expression and makes a version of a channel of it. What is so
@@ -386,7 +387,8 @@ func packageOf(name string, v *floxv1.ChannelVersion, e *channel.Entry) *floxv1.
 	return p
 }
 
-// roots implements rootSource: what is evaluated and catalogues of kept versions stay.
+// roots implements rootSource: what is evaluated and catalogues of kept versions stay, and
+// what packages were made of.
 func (c *channels) roots(ctx context.Context, _ *cluster.Reader, yield func(root) bool) error {
 	return c.view(ctx, cluster.Local, func(r *cluster.Reader) error {
 		all, err := channel.List(r)
@@ -404,6 +406,10 @@ func (c *channels) roots(ctx context.Context, _ *cluster.Reader, yield func(root
 						return nil
 					}
 				}
+			}
+			var more bool
+			if more, err = derivationRoots(r, ch.GetName(), yield); !more {
+				return err
 			}
 		}
 		return err

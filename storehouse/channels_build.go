@@ -11,6 +11,7 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/buildfarm"
 	"github.com/floxctl/flox/profile/channel"
+	"github.com/floxctl/flox/profile/tarball"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -31,7 +32,7 @@ func (c *channels) find(ctx context.Context, word, system string) (*found, error
 		return nil, err
 	}
 	if len(states) == 0 {
-		return nil, fmt.Errorf("package %s: there is no channel, where packages have names: make one with floxctl channel publish NAME DIR, or name a store path or FILE#ATTR: %w", word, flox.ErrNotFound)
+		return nil, c.noChannel(ctx, word)
 	}
 	byName := map[string]*floxv1.ChannelState{}
 	for _, s := range states {
@@ -66,6 +67,20 @@ func (c *channels) find(ctx context.Context, word, system string) (*found, error
 	return nil, fmt.Errorf("package %s is in the channels %s and %s: say %s.%s: %w", word, all[0].pkg.GetChannel(), all[1].pkg.GetChannel(), all[0].pkg.GetChannel(), word, flox.ErrBadInput)
 }
 
+// noChannel says that no package has a name yet, and what to do.
+func (c *channels) noChannel(ctx context.Context, word string) error {
+	all, err := c.list(ctx)
+	switch {
+	case err != nil:
+		return err
+	case len(all) > 0:
+		name := all[0].GetChannel().GetName()
+		return fmt.Errorf("package %s: channel %s was not fetched yet, and there is no other; see: floxctl channel show %s: %w", word, name, name, flox.ErrNotFound)
+	}
+	return fmt.Errorf("package %s: there is no channel, where packages have names: make one with floxctl channel publish NAME DIR, have nixpkgs with floxctl channel track nixpkgs %s, or name a store path or FILE#ATTR: %w",
+		word, tarball.Nixpkgs, flox.ErrNotFound)
+}
+
 func isUnknown(err error) bool {
 	unknown := (*channel.UnknownError)(nil)
 	return errors.As(err, &unknown)
@@ -94,8 +109,11 @@ func (c *channels) findIn(ctx context.Context, s *floxv1.ChannelState, name, ver
 		return f, first
 	}
 	var older []*floxv1.ChannelVersion
+	var kept *found
 	err := c.view(ctx, cluster.Local, func(r *cluster.Reader) (err error) {
-		older, err = channel.Versions(r, s.GetChannel().GetName())
+		if older, err = channel.Versions(r, s.GetChannel().GetName()); err == nil {
+			kept, first = c.findKept(r, s.GetChannel(), name, version, system, first)
+		}
 		return err
 	})
 	if err != nil {
@@ -108,6 +126,9 @@ func (c *channels) findIn(ctx context.Context, s *floxv1.ChannelState, name, ver
 		if f, err = look(v); err == nil || !errors.Is(err, flox.ErrNotFound) {
 			return f, err
 		}
+	}
+	if kept != nil {
+		return kept, nil
 	}
 	return nil, first
 }
@@ -152,19 +173,27 @@ func (c *channels) buildOne(ctx context.Context, asked string, f *found, tell fu
 		here = here && valid
 	}
 	if here {
+		c.keepDerivation(ctx, f)
 		return nil
 	}
 	doing := func(words string) { tell(&floxv1.BuildPackageProgress{Doing: words}) }
 	drv := flox.StorePath(f.pkg.GetDrv())
 	if valid, err := c.s.isValid(ctx, drv); err != nil {
 		return err
+	} else if !valid && f.pkg.GetDropped() {
+		return fmt.Errorf("package %s of channel %s: version %d of the channel is not kept any more, and the derivation %s is not in the storehouse: %w",
+			wordsOf(f.pkg), f.pkg.GetChannel(), f.pkg.GetVersionNumber(), drv, flox.ErrNotFound)
 	} else if !valid {
 		doing("evaluates " + f.pkg.GetAttr() + " for " + f.pkg.GetSystem())
 		if err := c.instantiate(ctx, f, doing); err != nil {
 			return err
 		}
 	}
-	doing("makes " + strings.TrimSpace(f.pkg.GetName()+" "+f.pkg.GetVersion()) + " for " + f.pkg.GetSystem())
+	again := ""
+	if f.pkg.GetDropped() {
+		again = " again, of its derivation"
+	}
+	doing("makes " + wordsOf(f.pkg) + " for " + f.pkg.GetSystem() + again)
 	rpc := &buildsRPC{builds: c.s.builds}
 	var out *floxv1.BuildOutcome
 	err := rpc.serve(ctx, asked, &floxv1.BuildRequest{Paths: []*floxv1.DerivedPath{{Path: string(drv), Outputs: f.pkg.GetOutputs()}}}, func(e *floxv1.BuildEvent) error {
@@ -189,6 +218,7 @@ func (c *channels) buildOne(ctx context.Context, asked string, f *found, tell fu
 	for i, output := range f.pkg.GetOutputs() {
 		f.pkg.Paths[i] = paths[output]
 	}
+	c.keepDerivation(ctx, f)
 	return nil
 }
 

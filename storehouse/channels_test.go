@@ -67,7 +67,7 @@ func TestChannelsNamePackages(t *testing.T) {
 	f := newFarm(t, evaluator(t), "", 1)
 	s := f.Server
 	_, err := s.channels.find(within(t), "hello", linux)
-	if !errors.Is(err, flox.ErrNotFound) || !strings.Contains(err.Error(), "floxctl channel publish") {
+	if !errors.Is(err, flox.ErrNotFound) || !strings.Contains(err.Error(), "floxctl channel publish") || !strings.Contains(err.Error(), "floxctl channel track nixpkgs https://") {
 		t.Errorf("without a channel: %v", err)
 	}
 	one := expressionOf(t, s, tools("2.1"))
@@ -140,7 +140,7 @@ func TestChannelsNamePackages(t *testing.T) {
 		}
 		return names
 	}
-	if names := rooted(); !slices.Equal(names, []string{"Tools 2", "Tools 2", "Tools 1", "Tools 1"}) {
+	if names := rooted(); !slices.Equal(names, []string{"Tools 2", "Tools 2", "Tools 1", "Tools 1", "Tools hello 2.1"}) {
 		t.Errorf("roots %v", names)
 	}
 	admin := operatorOf(t, s)

@@ -20,6 +20,7 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/members"
+	"github.com/floxctl/flox/profile/channel"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -41,6 +42,7 @@ const (
 	goldenBase, goldenTop, goldenDrv, goldenBehind = "golden-base", "golden-top", "golden.drv", "golden-behind"
 	goldenProfile, goldenChannel                   = "alice/golden", "golden"
 	goldenRenamed, goldenFormer                    = "alice/newer", "alice/older" // from level 6 on
+	goldenTracked                                  = "http://127.0.0.1:9/golden"  // from level 7 on: nobody answers
 	goldenUpstream                                 = "http://cache.golden.invalid"
 	goldenRealisation                              = "sha256:0000000000000000000000000000000000000000000000000000000000000001!out"
 )
@@ -124,6 +126,17 @@ func writeGolden(t *testing.T, file string) {
 		t.Fatal(err)
 	}
 	enqueueGolden(t, s)
+	tracked := &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Track{Track: &floxv1.ChannelTracking{
+		Channel: goldenChannel, Url: goldenTracked, EveryMinutes: 60, Systems: []string{linux},
+	}}}
+	kept := &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Keep{Keep: &floxv1.KeepDerivation{
+		Channel: goldenChannel, Kept: &floxv1.KeptDerivation{Package: &floxv1.CataloguePackage{Attr: "old", Name: "old", Version: "1", System: linux, Drv: string(drv.info.Path)}},
+	}}}
+	for _, c := range []*floxv1.ChannelsCommand{tracked, kept} {
+		if _, err := s.channels.propose(within(t), adminPerson(), c); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if err := s.node.Snapshot(within(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -232,6 +245,7 @@ func TestOpensStatesOfOlderPrograms(t *testing.T) {
 						checkGoldenRenamed(t, s)
 					}
 					if file >= "testdata/level7" {
+						checkGoldenTracked(t, s)
 						checkGoldenQueue(t, s)
 					}
 					stop()
@@ -315,6 +329,26 @@ func checkGoldenRenamed(t *testing.T, s *Server) {
 	}
 	if _, err := admin.ShowProfile(within(t), connect.NewRequest(&floxv1.ShowProfileRequest{Name: goldenFormer})); err == nil || !strings.Contains(err.Error(), "renamed to "+goldenRenamed) {
 		t.Errorf("by its old name: %v", err)
+	}
+}
+
+// checkGoldenTracked checks what fixtures have of channels from level 7 on.
+func checkGoldenTracked(t *testing.T, s *Server) {
+	t.Helper()
+	_, _, drv, _ := goldenPaths(t)
+	at, err := operatorOf(t, s).ShowChannel(within(t), connect.NewRequest(&floxv1.ShowChannelRequest{Channel: goldenChannel}))
+	if err != nil || at.Msg.GetTracking().GetUrl() != goldenTracked || at.Msg.GetTracking().GetEveryMinutes() != 60 {
+		t.Errorf("what the channel tracks: %v, %v", at, err)
+	}
+	err = s.channels.view(within(t), cluster.Linearizable, func(r *cluster.Reader) error {
+		kept, err := channel.Kept(r, goldenChannel)
+		if len(kept) != 1 || kept[0].GetPackage().GetDrv() != string(drv.info.Path) {
+			t.Errorf("kept derivations %v", kept)
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 

@@ -45,6 +45,34 @@ func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (
 	return r, s.disagreed(ctx, limited, readWait, err)
 }
 
+// itself is on whose behalf a server changes profiles and channels by itself.
+func (s *Server) itself() person { return person{s.actor(), true} }
+
+// asLeader does something again and again on the leader, every so often and whenever wake
+// rings (nil = never), until ctx ends.
+func (s *Server) asLeader(ctx context.Context, every time.Duration, wake *bell, what string, do func(ctx context.Context, now time.Time) error) error {
+	if wake == nil {
+		wake = &bell{}
+	}
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for rung := wake.wait(); ; {
+		select {
+		case <-tick.C:
+		case <-rung:
+			rung = wake.wait() // before it is done: what comes meanwhile is not missed
+		case <-ctx.Done():
+			return nil
+		}
+		if s.node.Status().State != "leader" {
+			continue
+		}
+		if err := do(ctx, time.Now()); err != nil && ctx.Err() == nil {
+			s.cfg.Log.Warn("not all was done that is due, trying again later", "what", what, "error", err)
+		}
+	}
+}
+
 // viewing calls f with the facts of a kind.
 func (s *Server) viewing(ctx context.Context, kind uint32, c cluster.Consistency, f func(r *cluster.Reader) error) error {
 	r, err := s.view(ctx, kind, c)

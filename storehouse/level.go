@@ -11,7 +11,7 @@ package storehouse
 //	4  MembersCommand.seen
 //	5  ProfilesCommand, ChannelsCommand
 //	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic
-//	7  QueueCommand
+//	7  QueueCommand; ChannelsCommand.track, fetched, keep
 const level = 7
 
 // Levels of commands and changes.

@@ -15,9 +15,6 @@ import (
 // pruneEvery is how often the leader looks for generations that are not kept any more.
 const pruneEvery = 10 * time.Minute
 
-// asItself is on whose behalf a server changes profiles by itself.
-func (p *profiles) asItself() person { return person{p.s.actor(), true} }
-
 // retain says what of a profile is kept, and drops the rest at once.
 func (p *profiles) retain(ctx context.Context, who person, q *floxv1.SetProfileRetentionRequest) (*floxv1.SetProfileRetentionResponse, error) {
 	reply, err := p.propose(freeing(ctx), who, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Retention{Retention: &floxv1.SetRetention{
@@ -48,7 +45,7 @@ func (p *profiles) pruneAll(ctx context.Context, now time.Time) error {
 		return errors.Join(err, bad)
 	})
 	for _, name := range due {
-		if _, failed := p.prune(ctx, p.asItself(), name); failed != nil && !errors.Is(failed, flox.ErrNotFound) {
+		if _, failed := p.prune(ctx, p.s.itself(), name); failed != nil && !errors.Is(failed, flox.ErrNotFound) {
 			err = errors.Join(err, fmt.Errorf("profile %s: %w", name, failed))
 		}
 	}
@@ -57,24 +54,5 @@ func (p *profiles) pruneAll(ctx context.Context, now time.Time) error {
 
 // pruneLoop drops on the leader what retentions do not keep, until ctx ends.
 func (p *profiles) pruneLoop(ctx context.Context) error {
-	return p.asLeader(ctx, pruneEvery, "drop generations that are not kept any more", p.pruneAll)
-}
-
-// asLeader does something again and again on the leader, until ctx ends.
-func (p *profiles) asLeader(ctx context.Context, every time.Duration, what string, do func(ctx context.Context, now time.Time) error) error {
-	tick := time.NewTicker(every)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil
-		}
-		if p.s.node.Status().State != "leader" {
-			continue
-		}
-		if err := do(ctx, time.Now()); err != nil && ctx.Err() == nil {
-			p.s.cfg.Log.Warn("not all was done that is due for profiles, trying again later", "what", what, "error", err)
-		}
-	}
+	return p.s.asLeader(ctx, pruneEvery, nil, "drop generations that are not kept any more", p.pruneAll)
 }

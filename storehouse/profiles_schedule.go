@@ -56,7 +56,7 @@ func runsOf(r *cluster.Reader, p *floxv1.Profile) (last *floxv1.ProfileRun, next
 
 // upgradeLoop upgrades on the leader what schedules say, until ctx ends.
 func (p *profiles) upgradeLoop(ctx context.Context) error {
-	return p.asLeader(ctx, upgradeEvery, "upgrade profiles that have a schedule", p.upgradeDue)
+	return p.s.asLeader(ctx, upgradeEvery, nil, "upgrade profiles that have a schedule", p.upgradeDue)
 }
 
 // dueProfile is one that is to be upgraded.
@@ -110,7 +110,7 @@ func (p *profiles) upgradeOne(ctx context.Context, of dueProfile) error {
 		run = &floxv1.ProfileRun{Result: profile.RunFailed, Detail: err.Error(), Generation: of.GetLive()}
 	}
 	run.DueUnixMs, run.Detail = of.at.UnixMilli(), profile.Cut(run.GetDetail())
-	_, err = p.propose(ctx, p.asItself(), &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Run{Run: &floxv1.NoteRun{
+	_, err = p.propose(ctx, p.s.itself(), &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Run{Run: &floxv1.NoteRun{
 		Profile: of.GetName(), Created: of.GetCreatedIndex(), Run: run,
 	}}})
 	if errors.Is(err, flox.ErrNotFound) {
@@ -157,7 +157,7 @@ func (p *profiles) upgrade(ctx context.Context, of *floxv1.Profile) (*floxv1.Pro
 	if len(q.GetSet()) == 0 {
 		return run, nil
 	}
-	out, err := p.change(ctx, p.asItself(), q)
+	out, err := p.change(ctx, p.s.itself(), q)
 	if err != nil {
 		return nil, err
 	}

@@ -153,7 +153,7 @@ func TestAutomaticChangesAreRefused(t *testing.T) {
 	if _, err := s.profiles.rollback(within(t), alice(), &floxv1.RollbackProfileRequest{Name: "alice/x"}); err != nil {
 		t.Fatal(err)
 	}
-	_, err := s.profiles.change(within(t), s.profiles.asItself(), &floxv1.ChangeProfileRequest{
+	_, err := s.profiles.change(within(t), s.itself(), &floxv1.ChangeProfileRequest{
 		Name: "alice/x", Set: []*floxv1.Package{asPackage("tool", "3", makeTool(t, "absent"))}, Kind: "upgrade", Automatic: true,
 	})
 	if !errors.Is(err, flox.ErrDenied) || !strings.Contains(err.Error(), "rolled it back") {
@@ -162,7 +162,7 @@ func TestAutomaticChangesAreRefused(t *testing.T) {
 	// The leader goes on after what failed, until it is stopped.
 	ctx, stop := context.WithCancel(within(t))
 	calls := 0
-	err = s.profiles.asLeader(ctx, time.Millisecond, "count", func(context.Context, time.Time) error {
+	err = s.asLeader(ctx, time.Millisecond, nil, "count", func(context.Context, time.Time) error {
 		if calls++; calls >= 3 {
 			stop()
 		}

@@ -187,7 +187,7 @@ func (c *Catalogue) Find(name, version, system string) (*Entry, error) {
 			systems = append(systems, e.System)
 			continue
 		}
-		if version != "" && e.Version != version && !strings.HasPrefix(e.Version, version+".") {
+		if !hasVersion(e.Version, version) {
 			versions = append(versions, e.Version)
 			continue
 		}

@@ -21,8 +21,14 @@ import (
 // Kind is the kind of ChannelsCommand in the log. Kinds are never reused.
 const Kind = 7
 
-// Level is the level of ChannelsCommand; see the storehouse.
-const Level = 5
+// Level is the level of a ChannelsCommand; see the storehouse.
+func Level(c *floxv1.ChannelsCommand) uint32 {
+	switch c.GetCommand().(type) {
+	case *floxv1.ChannelsCommand_Track, *floxv1.ChannelsCommand_Fetched, *floxv1.ChannelsCommand_Keep:
+		return 7
+	}
+	return 5
+}
 
 // Bounds of what is kept. They are part of the state machine.
 const (
@@ -30,16 +36,22 @@ const (
 	maxVersions   = 100 // of one channel; then the oldest goes
 	maxSystems    = 16
 	maxPublishers = 64
-	maxText       = 512 // bytes of a file name, a reason, a user
+	maxTracked    = 64
+	maxKept       = 2000 // derivations of one channel; then the oldest goes
+	maxText       = 512  // bytes of a file name, a reason, a user
 )
 
 // The keys of the state. NAME is folded, numbers are big-endian.
 //
 //	'c' NAME            Channel
 //	'v' NAME 0 NUMBER   ChannelVersion
+//	't' NAME            ChannelTracking; the channel may have no version yet
+//	'd' NAME 0 INDEX    KeptDerivation
 const (
-	channelKey = 'c'
-	versionKey = 'v'
+	channelKey  = 'c'
+	versionKey  = 'v'
+	trackingKey = 't'
+	keptKey     = 'd'
 )
 
 const processorName = "channels"

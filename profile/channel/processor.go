@@ -13,17 +13,22 @@ import (
 )
 
 // Processor applies ChannelsCommands. All state is in the transaction.
-type Processor struct{}
+type Processor struct {
+	maxKept int // 0 = the constant; another in tests
+}
 
 var _ raft.Processor = Processor{}
 
 // Apply is raft.Processor.
-func (Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+func (p Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
 	c := &floxv1.ChannelsCommand{}
 	if err := raft.DecodeCommand(processorName, command, c); err != nil {
 		return nil, err
 	}
-	a := &applying{tx: tx, at: at, index: index, actor: c.GetActor(), admin: c.GetAdmin(), reply: &floxv1.ChannelsReply{}}
+	if p.maxKept == 0 {
+		p.maxKept = maxKept
+	}
+	a := &applying{Processor: p, tx: tx, at: at, index: index, actor: c.GetActor(), admin: c.GetAdmin(), reply: &floxv1.ChannelsReply{}}
 	var err error
 	switch c := c.GetCommand().(type) {
 	case *floxv1.ChannelsCommand_Publish:
@@ -32,6 +37,12 @@ func (Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) 
 		err = a.remove(c.Delete)
 	case *floxv1.ChannelsCommand_Publishers:
 		err = a.publishers(c.Publishers)
+	case *floxv1.ChannelsCommand_Track:
+		err = a.track(c.Track)
+	case *floxv1.ChannelsCommand_Fetched:
+		err = a.fetched(c.Fetched)
+	case *floxv1.ChannelsCommand_Keep:
+		err = a.keep(c.Keep)
 	default:
 		err = fmt.Errorf("%s: no command inside: %w", processorName, raft.ErrUnknownCommand)
 	}
@@ -43,6 +54,7 @@ func (Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) 
 
 // applying is one command under way.
 type applying struct {
+	Processor
 	tx    *raft.Tx
 	at    time.Time
 	index uint64
@@ -108,16 +120,23 @@ func checkVersion(name string, v *floxv1.ChannelVersion) error {
 			return fmt.Errorf("channel %s: %w", name, err)
 		}
 	}
-	if n := len(v.GetSystems()); n == 0 || n > maxSystems {
-		return fmt.Errorf("channel %s: %d systems, want 1 to %d, such as x86_64-linux: %w", name, n, maxSystems, flox.ErrBadInput)
-	}
-	for _, s := range v.GetSystems() {
-		if err := CheckSystem(s); err != nil {
-			return fmt.Errorf("channel %s: %w", name, err)
-		}
+	if err := checkSystems(v.GetSystems()); err != nil {
+		return fmt.Errorf("channel %s: %w", name, err)
 	}
 	if len(v.GetFile()) > maxText || len(v.GetReason()) > maxText {
 		return fmt.Errorf("channel %s: a file name or reason of more than %d bytes: %w", name, maxText, flox.ErrBadInput)
+	}
+	return nil
+}
+
+func checkSystems(systems []string) error {
+	if n := len(systems); n == 0 || n > maxSystems {
+		return fmt.Errorf("%d systems, want 1 to %d, such as x86_64-linux: %w", n, maxSystems, flox.ErrBadInput)
+	}
+	for _, s := range systems {
+		if err := CheckSystem(s); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -130,20 +149,23 @@ func CheckSystem(s string) error {
 	return nil
 }
 
-// remove forgets a channel with all its versions. What was installed from it stays.
+// remove forgets a channel with all its versions, and what it tracks. What was installed
+// from it stays.
 func (a *applying) remove(name string) error {
 	c, err := Find(a.tx, name)
 	if err == nil && !a.admin {
 		err = fmt.Errorf("channel %s: only an admin of the storehouse deletes channels: %w", c.GetName(), flox.ErrDenied)
 	}
 	if err == nil {
-		err = a.tx.DeleteRange(versionKeyOf(name, 0), versionKeyOf(name, math.MaxUint64))
+		err = errors.Join(
+			a.tx.DeleteRange(versionKeyOf(name, 0), versionKeyOf(name, math.MaxUint64)), a.tx.DeleteRange(keptKeyOf(name, 0), keptKeyOf(name, math.MaxUint64)),
+			a.tx.Delete(trackingKeyOf(name)), a.tx.Delete(keyOf(name)),
+		)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		a.reply.Channel = c
 	}
-	a.reply.Channel = c
-	return a.tx.Delete(keyOf(name))
+	return err
 }
 
 func (a *applying) publishers(s *floxv1.SetPublishers) error {

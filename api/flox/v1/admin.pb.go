@@ -3763,7 +3763,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xd0\x1a\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xf2\x1b\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3806,7 +3806,9 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\fListChannels\x12\x1c.flox.v1.ListChannelsRequest\x1a\x1d.flox.v1.ListChannelsResponse\x12H\n" +
 	"\vShowChannel\x12\x1b.flox.v1.ShowChannelRequest\x1a\x1c.flox.v1.ShowChannelResponse\x12N\n" +
 	"\rDeleteChannel\x12\x1d.flox.v1.DeleteChannelRequest\x1a\x1e.flox.v1.DeleteChannelResponse\x12N\n" +
-	"\rSetPublishers\x12\x1d.flox.v1.SetPublishersRequest\x1a\x1e.flox.v1.SetPublishersResponse\x12Q\n" +
+	"\rSetPublishers\x12\x1d.flox.v1.SetPublishersRequest\x1a\x1e.flox.v1.SetPublishersResponse\x12M\n" +
+	"\fTrackChannel\x12\x1c.flox.v1.TrackChannelRequest\x1a\x1d.flox.v1.TrackChannelProgress0\x01\x12Q\n" +
+	"\x0eUntrackChannel\x12\x1e.flox.v1.UntrackChannelRequest\x1a\x1f.flox.v1.UntrackChannelResponse\x12Q\n" +
 	"\x0eSearchPackages\x12\x1e.flox.v1.SearchPackagesRequest\x1a\x1f.flox.v1.SearchPackagesResponse\x12M\n" +
 	"\fBuildPackage\x12\x1c.flox.v1.BuildPackageRequest\x1a\x1d.flox.v1.BuildPackageProgress0\x01\x12?\n" +
 	"\bListKeys\x12\x18.flox.v1.ListKeysRequest\x1a\x19.flox.v1.ListKeysResponse\x12B\n" +
@@ -3924,32 +3926,36 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*ShowChannelRequest)(nil),          // 86: flox.v1.ShowChannelRequest
 	(*DeleteChannelRequest)(nil),        // 87: flox.v1.DeleteChannelRequest
 	(*SetPublishersRequest)(nil),        // 88: flox.v1.SetPublishersRequest
-	(*SearchPackagesRequest)(nil),       // 89: flox.v1.SearchPackagesRequest
-	(*BuildPackageRequest)(nil),         // 90: flox.v1.BuildPackageRequest
-	(*AddUpstreamResponse)(nil),         // 91: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),       // 92: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),        // 93: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),      // 94: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),       // 95: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),       // 96: flox.v1.DeleteProfileResponse
-	(*RenameProfileResponse)(nil),       // 97: flox.v1.RenameProfileResponse
-	(*SetProfileRetentionResponse)(nil), // 98: flox.v1.SetProfileRetentionResponse
-	(*SetProfileScheduleResponse)(nil),  // 99: flox.v1.SetProfileScheduleResponse
-	(*TagProfileResponse)(nil),          // 100: flox.v1.TagProfileResponse
-	(*AssignProfileResponse)(nil),       // 101: flox.v1.AssignProfileResponse
-	(*ListProfilesResponse)(nil),        // 102: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),         // 103: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),      // 104: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),       // 105: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil),     // 106: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),        // 107: flox.v1.GrantProfileResponse
-	(*PublishChannelProgress)(nil),      // 108: flox.v1.PublishChannelProgress
-	(*ListChannelsResponse)(nil),        // 109: flox.v1.ListChannelsResponse
-	(*ShowChannelResponse)(nil),         // 110: flox.v1.ShowChannelResponse
-	(*DeleteChannelResponse)(nil),       // 111: flox.v1.DeleteChannelResponse
-	(*SetPublishersResponse)(nil),       // 112: flox.v1.SetPublishersResponse
-	(*SearchPackagesResponse)(nil),      // 113: flox.v1.SearchPackagesResponse
-	(*BuildPackageProgress)(nil),        // 114: flox.v1.BuildPackageProgress
+	(*TrackChannelRequest)(nil),         // 89: flox.v1.TrackChannelRequest
+	(*UntrackChannelRequest)(nil),       // 90: flox.v1.UntrackChannelRequest
+	(*SearchPackagesRequest)(nil),       // 91: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),         // 92: flox.v1.BuildPackageRequest
+	(*AddUpstreamResponse)(nil),         // 93: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),       // 94: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),        // 95: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),      // 96: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),       // 97: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),       // 98: flox.v1.DeleteProfileResponse
+	(*RenameProfileResponse)(nil),       // 99: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionResponse)(nil), // 100: flox.v1.SetProfileRetentionResponse
+	(*SetProfileScheduleResponse)(nil),  // 101: flox.v1.SetProfileScheduleResponse
+	(*TagProfileResponse)(nil),          // 102: flox.v1.TagProfileResponse
+	(*AssignProfileResponse)(nil),       // 103: flox.v1.AssignProfileResponse
+	(*ListProfilesResponse)(nil),        // 104: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),         // 105: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),      // 106: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),       // 107: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil),     // 108: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),        // 109: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),      // 110: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),        // 111: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),         // 112: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),       // 113: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),       // 114: flox.v1.SetPublishersResponse
+	(*TrackChannelProgress)(nil),        // 115: flox.v1.TrackChannelProgress
+	(*UntrackChannelResponse)(nil),      // 116: flox.v1.UntrackChannelResponse
+	(*SearchPackagesResponse)(nil),      // 117: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),        // 118: flox.v1.BuildPackageProgress
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
 	60,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
@@ -4012,70 +4018,74 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	86,  // 57: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
 	87,  // 58: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
 	88,  // 59: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
-	89,  // 60: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
-	90,  // 61: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
-	42,  // 62: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	45,  // 63: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	47,  // 64: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	49,  // 65: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	53,  // 66: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	57,  // 67: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	59,  // 68: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	55,  // 69: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	51,  // 70: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,   // 71: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,   // 72: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,   // 73: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,   // 74: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12,  // 75: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14,  // 76: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16,  // 77: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18,  // 78: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22,  // 79: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24,  // 80: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26,  // 81: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28,  // 82: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	31,  // 83: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	33,  // 84: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	36,  // 85: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	39,  // 86: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	41,  // 87: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,   // 88: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	91,  // 89: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	92,  // 90: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	93,  // 91: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	94,  // 92: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	95,  // 93: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	96,  // 94: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	97,  // 95: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
-	98,  // 96: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
-	99,  // 97: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
-	100, // 98: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
-	101, // 99: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
-	102, // 100: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	103, // 101: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	104, // 102: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	105, // 103: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	106, // 104: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	107, // 105: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	108, // 106: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
-	109, // 107: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
-	110, // 108: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
-	111, // 109: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
-	112, // 110: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
-	113, // 111: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
-	114, // 112: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
-	43,  // 113: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	46,  // 114: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	48,  // 115: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	50,  // 116: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	54,  // 117: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	58,  // 118: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	31,  // 119: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	56,  // 120: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	52,  // 121: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	71,  // [71:122] is the sub-list for method output_type
-	20,  // [20:71] is the sub-list for method input_type
+	89,  // 60: flox.v1.Admin.TrackChannel:input_type -> flox.v1.TrackChannelRequest
+	90,  // 61: flox.v1.Admin.UntrackChannel:input_type -> flox.v1.UntrackChannelRequest
+	91,  // 62: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	92,  // 63: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	42,  // 64: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	45,  // 65: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	47,  // 66: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	49,  // 67: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	53,  // 68: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	57,  // 69: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	59,  // 70: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	55,  // 71: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	51,  // 72: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	3,   // 73: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 74: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 75: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 76: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 77: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 78: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 79: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 80: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 81: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 82: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 83: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 84: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	31,  // 85: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	33,  // 86: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	36,  // 87: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	39,  // 88: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	41,  // 89: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 90: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	93,  // 91: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	94,  // 92: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	95,  // 93: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	96,  // 94: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	97,  // 95: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	98,  // 96: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	99,  // 97: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
+	100, // 98: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
+	101, // 99: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
+	102, // 100: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
+	103, // 101: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
+	104, // 102: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	105, // 103: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	106, // 104: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	107, // 105: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	108, // 106: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	109, // 107: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	110, // 108: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	111, // 109: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	112, // 110: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	113, // 111: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	114, // 112: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	115, // 113: flox.v1.Admin.TrackChannel:output_type -> flox.v1.TrackChannelProgress
+	116, // 114: flox.v1.Admin.UntrackChannel:output_type -> flox.v1.UntrackChannelResponse
+	117, // 115: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	118, // 116: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	43,  // 117: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	46,  // 118: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	48,  // 119: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	50,  // 120: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	54,  // 121: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	58,  // 122: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	31,  // 123: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	56,  // 124: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	52,  // 125: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	73,  // [73:126] is the sub-list for method output_type
+	20,  // [20:73] is the sub-list for method input_type
 	20,  // [20:20] is the sub-list for extension type_name
 	20,  // [20:20] is the sub-list for extension extendee
 	0,   // [0:20] is the sub-list for field type_name

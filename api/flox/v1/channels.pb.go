@@ -33,6 +33,9 @@ type ChannelsCommand struct {
 	//	*ChannelsCommand_Publish
 	//	*ChannelsCommand_Delete
 	//	*ChannelsCommand_Publishers
+	//	*ChannelsCommand_Track
+	//	*ChannelsCommand_Fetched
+	//	*ChannelsCommand_Keep
 	Command       isChannelsCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -116,6 +119,33 @@ func (x *ChannelsCommand) GetPublishers() *SetPublishers {
 	return nil
 }
 
+func (x *ChannelsCommand) GetTrack() *ChannelTracking {
+	if x != nil {
+		if x, ok := x.Command.(*ChannelsCommand_Track); ok {
+			return x.Track
+		}
+	}
+	return nil
+}
+
+func (x *ChannelsCommand) GetFetched() *NoteFetch {
+	if x != nil {
+		if x, ok := x.Command.(*ChannelsCommand_Fetched); ok {
+			return x.Fetched
+		}
+	}
+	return nil
+}
+
+func (x *ChannelsCommand) GetKeep() *KeepDerivation {
+	if x != nil {
+		if x, ok := x.Command.(*ChannelsCommand_Keep); ok {
+			return x.Keep
+		}
+	}
+	return nil
+}
+
 type isChannelsCommand_Command interface {
 	isChannelsCommand_Command()
 }
@@ -132,11 +162,29 @@ type ChannelsCommand_Publishers struct {
 	Publishers *SetPublishers `protobuf:"bytes,5,opt,name=publishers,proto3,oneof"`
 }
 
+type ChannelsCommand_Track struct {
+	Track *ChannelTracking `protobuf:"bytes,6,opt,name=track,proto3,oneof"` // level 7; without a URL: no more
+}
+
+type ChannelsCommand_Fetched struct {
+	Fetched *NoteFetch `protobuf:"bytes,7,opt,name=fetched,proto3,oneof"` // level 7
+}
+
+type ChannelsCommand_Keep struct {
+	Keep *KeepDerivation `protobuf:"bytes,8,opt,name=keep,proto3,oneof"` // level 7
+}
+
 func (*ChannelsCommand_Publish) isChannelsCommand_Command() {}
 
 func (*ChannelsCommand_Delete) isChannelsCommand_Command() {}
 
 func (*ChannelsCommand_Publishers) isChannelsCommand_Command() {}
+
+func (*ChannelsCommand_Track) isChannelsCommand_Command() {}
+
+func (*ChannelsCommand_Fetched) isChannelsCommand_Command() {}
+
+func (*ChannelsCommand_Keep) isChannelsCommand_Command() {}
 
 // NewChannelVersion makes a version of a channel, and the channel if it is the first.
 type NewChannelVersion struct {
@@ -251,17 +299,133 @@ func (x *SetPublishers) GetDrop() []string {
 	return nil
 }
 
+// NoteFetch is what the storehouse says that fetching a tracked channel came to.
+type NoteFetch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Tracking      uint64                 `protobuf:"varint,2,opt,name=tracking,proto3" json:"tracking,omitempty"`
+	Fetch         *ChannelFetch          `protobuf:"bytes,3,opt,name=fetch,proto3" json:"fetch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NoteFetch) Reset() {
+	*x = NoteFetch{}
+	mi := &file_flox_v1_channels_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NoteFetch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NoteFetch) ProtoMessage() {}
+
+func (x *NoteFetch) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NoteFetch.ProtoReflect.Descriptor instead.
+func (*NoteFetch) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *NoteFetch) GetChannel() string {
+	if x != nil {
+		return x.Channel
+	}
+	return ""
+}
+
+func (x *NoteFetch) GetTracking() uint64 {
+	if x != nil {
+		return x.Tracking
+	}
+	return 0
+}
+
+func (x *NoteFetch) GetFetch() *ChannelFetch {
+	if x != nil {
+		return x.Fetch
+	}
+	return nil
+}
+
+// KeepDerivation is what the storehouse says that a package was made of, so that this stays.
+type KeepDerivation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Kept          *KeptDerivation        `protobuf:"bytes,2,opt,name=kept,proto3" json:"kept,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepDerivation) Reset() {
+	*x = KeepDerivation{}
+	mi := &file_flox_v1_channels_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepDerivation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepDerivation) ProtoMessage() {}
+
+func (x *KeepDerivation) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepDerivation.ProtoReflect.Descriptor instead.
+func (*KeepDerivation) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *KeepDerivation) GetChannel() string {
+	if x != nil {
+		return x.Channel
+	}
+	return ""
+}
+
+func (x *KeepDerivation) GetKept() *KeptDerivation {
+	if x != nil {
+		return x.Kept
+	}
+	return nil
+}
+
 type ChannelsReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Channel       *Channel               `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
 	Version       *ChannelVersion        `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Tracking      *ChannelTracking       `protobuf:"bytes,3,opt,name=tracking,proto3" json:"tracking,omitempty"`
+	Moved         bool                   `protobuf:"varint,4,opt,name=moved,proto3" json:"moved,omitempty"` // nothing was done: the channel is tracked in another way, or not any more
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ChannelsReply) Reset() {
 	*x = ChannelsReply{}
-	mi := &file_flox_v1_channels_proto_msgTypes[3]
+	mi := &file_flox_v1_channels_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -273,7 +437,7 @@ func (x *ChannelsReply) String() string {
 func (*ChannelsReply) ProtoMessage() {}
 
 func (x *ChannelsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[3]
+	mi := &file_flox_v1_channels_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -286,7 +450,7 @@ func (x *ChannelsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelsReply.ProtoReflect.Descriptor instead.
 func (*ChannelsReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{3}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ChannelsReply) GetChannel() *Channel {
@@ -301,6 +465,20 @@ func (x *ChannelsReply) GetVersion() *ChannelVersion {
 		return x.Version
 	}
 	return nil
+}
+
+func (x *ChannelsReply) GetTracking() *ChannelTracking {
+	if x != nil {
+		return x.Tracking
+	}
+	return nil
+}
+
+func (x *ChannelsReply) GetMoved() bool {
+	if x != nil {
+		return x.Moved
+	}
+	return false
 }
 
 type Channel struct {
@@ -318,7 +496,7 @@ type Channel struct {
 
 func (x *Channel) Reset() {
 	*x = Channel{}
-	mi := &file_flox_v1_channels_proto_msgTypes[4]
+	mi := &file_flox_v1_channels_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -330,7 +508,7 @@ func (x *Channel) String() string {
 func (*Channel) ProtoMessage() {}
 
 func (x *Channel) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[4]
+	mi := &file_flox_v1_channels_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -343,7 +521,7 @@ func (x *Channel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Channel.ProtoReflect.Descriptor instead.
 func (*Channel) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{4}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Channel) GetName() string {
@@ -415,7 +593,7 @@ type ChannelVersion struct {
 
 func (x *ChannelVersion) Reset() {
 	*x = ChannelVersion{}
-	mi := &file_flox_v1_channels_proto_msgTypes[5]
+	mi := &file_flox_v1_channels_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -427,7 +605,7 @@ func (x *ChannelVersion) String() string {
 func (*ChannelVersion) ProtoMessage() {}
 
 func (x *ChannelVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[5]
+	mi := &file_flox_v1_channels_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -440,7 +618,7 @@ func (x *ChannelVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelVersion.ProtoReflect.Descriptor instead.
 func (*ChannelVersion) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{5}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ChannelVersion) GetNumber() uint64 {
@@ -520,6 +698,262 @@ func (x *ChannelVersion) GetReason() string {
 	return ""
 }
 
+// ChannelTracking has a channel follow a published tarball of Nix expressions.
+type ChannelTracking struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"` // which may have no version yet
+	Url           string                 `protobuf:"bytes,2,opt,name=url,proto3" json:"url,omitempty"`
+	EveryMinutes  uint32                 `protobuf:"varint,3,opt,name=every_minutes,json=everyMinutes,proto3" json:"every_minutes,omitempty"` // how often it is fetched
+	Systems       []string               `protobuf:"bytes,4,rep,name=systems,proto3" json:"systems,omitempty"`
+	Index         uint64                 `protobuf:"varint,5,opt,name=index,proto3" json:"index,omitempty"` // of the log: when that was said
+	SinceUnixMs   int64                  `protobuf:"varint,6,opt,name=since_unix_ms,json=sinceUnixMs,proto3" json:"since_unix_ms,omitempty"`
+	Actor         *Actor                 `protobuf:"bytes,7,opt,name=actor,proto3" json:"actor,omitempty"`
+	Last          *ChannelFetch          `protobuf:"bytes,8,opt,name=last,proto3" json:"last,omitempty"` // none = it was not tried yet
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChannelTracking) Reset() {
+	*x = ChannelTracking{}
+	mi := &file_flox_v1_channels_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChannelTracking) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChannelTracking) ProtoMessage() {}
+
+func (x *ChannelTracking) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChannelTracking.ProtoReflect.Descriptor instead.
+func (*ChannelTracking) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ChannelTracking) GetChannel() string {
+	if x != nil {
+		return x.Channel
+	}
+	return ""
+}
+
+func (x *ChannelTracking) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *ChannelTracking) GetEveryMinutes() uint32 {
+	if x != nil {
+		return x.EveryMinutes
+	}
+	return 0
+}
+
+func (x *ChannelTracking) GetSystems() []string {
+	if x != nil {
+		return x.Systems
+	}
+	return nil
+}
+
+func (x *ChannelTracking) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ChannelTracking) GetSinceUnixMs() int64 {
+	if x != nil {
+		return x.SinceUnixMs
+	}
+	return 0
+}
+
+func (x *ChannelTracking) GetActor() *Actor {
+	if x != nil {
+		return x.Actor
+	}
+	return nil
+}
+
+func (x *ChannelTracking) GetLast() *ChannelFetch {
+	if x != nil {
+		return x.Last
+	}
+	return nil
+}
+
+// ChannelFetch is what the last fetch of a tracked channel came to.
+type ChannelFetch struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TimeUnixMs    int64                  `protobuf:"varint,1,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
+	Result        string                 `protobuf:"bytes,2,opt,name=result,proto3" json:"result,omitempty"`                                 // published, unchanged, failed
+	Detail        string                 `protobuf:"bytes,3,opt,name=detail,proto3" json:"detail,omitempty"`                                 // where it was fetched from at last, or why it failed
+	Failures      uint32                 `protobuf:"varint,4,opt,name=failures,proto3" json:"failures,omitempty"`                            // in a row
+	Etag          string                 `protobuf:"bytes,5,opt,name=etag,proto3" json:"etag,omitempty"`                                     // this and the next two are of what was published last
+	LastModified  string                 `protobuf:"bytes,6,opt,name=last_modified,json=lastModified,proto3" json:"last_modified,omitempty"` // as the server wrote it
+	Source        string                 `protobuf:"bytes,7,opt,name=source,proto3" json:"source,omitempty"`                                 // base name
+	Version       uint64                 `protobuf:"varint,8,opt,name=version,proto3" json:"version,omitempty"`                              // number of the channel's newest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChannelFetch) Reset() {
+	*x = ChannelFetch{}
+	mi := &file_flox_v1_channels_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChannelFetch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChannelFetch) ProtoMessage() {}
+
+func (x *ChannelFetch) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChannelFetch.ProtoReflect.Descriptor instead.
+func (*ChannelFetch) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ChannelFetch) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
+}
+
+func (x *ChannelFetch) GetResult() string {
+	if x != nil {
+		return x.Result
+	}
+	return ""
+}
+
+func (x *ChannelFetch) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *ChannelFetch) GetFailures() uint32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *ChannelFetch) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+func (x *ChannelFetch) GetLastModified() string {
+	if x != nil {
+		return x.LastModified
+	}
+	return ""
+}
+
+func (x *ChannelFetch) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *ChannelFetch) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+// KeptDerivation is of a package that was made, and stays when its version of the channel
+// goes.
+type KeptDerivation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Package       *CataloguePackage      `protobuf:"bytes,1,opt,name=package,proto3" json:"package,omitempty"` // its drv stays
+	Index         uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`    // of the log
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptDerivation) Reset() {
+	*x = KeptDerivation{}
+	mi := &file_flox_v1_channels_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptDerivation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptDerivation) ProtoMessage() {}
+
+func (x *KeptDerivation) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptDerivation.ProtoReflect.Descriptor instead.
+func (*KeptDerivation) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *KeptDerivation) GetPackage() *CataloguePackage {
+	if x != nil {
+		return x.Package
+	}
+	return nil
+}
+
+func (x *KeptDerivation) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
 // CataloguePackage is an entry of a catalogue for one system.
 type CataloguePackage struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -534,13 +968,14 @@ type CataloguePackage struct {
 	Outputs       []string               `protobuf:"bytes,9,rep,name=outputs,proto3" json:"outputs,omitempty"` // to be installed
 	Paths         []string               `protobuf:"bytes,10,rep,name=paths,proto3" json:"paths,omitempty"`    // of outputs; "" = known when it is built
 	Priority      uint32                 `protobuf:"varint,11,opt,name=priority,proto3" json:"priority,omitempty"`
+	Dropped       bool                   `protobuf:"varint,12,opt,name=dropped,proto3" json:"dropped,omitempty"` // that version is not kept any more: it is made of its derivation, which is
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CataloguePackage) Reset() {
 	*x = CataloguePackage{}
-	mi := &file_flox_v1_channels_proto_msgTypes[6]
+	mi := &file_flox_v1_channels_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +987,7 @@ func (x *CataloguePackage) String() string {
 func (*CataloguePackage) ProtoMessage() {}
 
 func (x *CataloguePackage) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[6]
+	mi := &file_flox_v1_channels_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +1000,7 @@ func (x *CataloguePackage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CataloguePackage.ProtoReflect.Descriptor instead.
 func (*CataloguePackage) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{6}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CataloguePackage) GetChannel() string {
@@ -645,6 +1080,13 @@ func (x *CataloguePackage) GetPriority() uint32 {
 	return 0
 }
 
+func (x *CataloguePackage) GetDropped() bool {
+	if x != nil {
+		return x.Dropped
+	}
+	return false
+}
+
 type PublishChannelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
@@ -658,7 +1100,7 @@ type PublishChannelRequest struct {
 
 func (x *PublishChannelRequest) Reset() {
 	*x = PublishChannelRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[7]
+	mi := &file_flox_v1_channels_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +1112,7 @@ func (x *PublishChannelRequest) String() string {
 func (*PublishChannelRequest) ProtoMessage() {}
 
 func (x *PublishChannelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[7]
+	mi := &file_flox_v1_channels_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +1125,7 @@ func (x *PublishChannelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishChannelRequest.ProtoReflect.Descriptor instead.
 func (*PublishChannelRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PublishChannelRequest) GetChannel() string {
@@ -735,7 +1177,7 @@ type PublishChannelProgress struct {
 
 func (x *PublishChannelProgress) Reset() {
 	*x = PublishChannelProgress{}
-	mi := &file_flox_v1_channels_proto_msgTypes[8]
+	mi := &file_flox_v1_channels_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +1189,7 @@ func (x *PublishChannelProgress) String() string {
 func (*PublishChannelProgress) ProtoMessage() {}
 
 func (x *PublishChannelProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[8]
+	mi := &file_flox_v1_channels_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +1202,7 @@ func (x *PublishChannelProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishChannelProgress.ProtoReflect.Descriptor instead.
 func (*PublishChannelProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PublishChannelProgress) GetDoing() string {
@@ -813,7 +1255,7 @@ type ListChannelsRequest struct {
 
 func (x *ListChannelsRequest) Reset() {
 	*x = ListChannelsRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[9]
+	mi := &file_flox_v1_channels_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +1267,7 @@ func (x *ListChannelsRequest) String() string {
 func (*ListChannelsRequest) ProtoMessage() {}
 
 func (x *ListChannelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[9]
+	mi := &file_flox_v1_channels_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +1280,7 @@ func (x *ListChannelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChannelsRequest.ProtoReflect.Descriptor instead.
 func (*ListChannelsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{14}
 }
 
 type ListChannelsResponse struct {
@@ -850,7 +1292,7 @@ type ListChannelsResponse struct {
 
 func (x *ListChannelsResponse) Reset() {
 	*x = ListChannelsResponse{}
-	mi := &file_flox_v1_channels_proto_msgTypes[10]
+	mi := &file_flox_v1_channels_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +1304,7 @@ func (x *ListChannelsResponse) String() string {
 func (*ListChannelsResponse) ProtoMessage() {}
 
 func (x *ListChannelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[10]
+	mi := &file_flox_v1_channels_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +1317,7 @@ func (x *ListChannelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChannelsResponse.ProtoReflect.Descriptor instead.
 func (*ListChannelsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListChannelsResponse) GetChannels() []*ChannelState {
@@ -886,16 +1328,18 @@ func (x *ListChannelsResponse) GetChannels() []*ChannelState {
 }
 
 type ChannelState struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Channel       *Channel               `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
-	Newest        *ChannelVersion        `protobuf:"bytes,2,opt,name=newest,proto3" json:"newest,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Channel         *Channel               `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Newest          *ChannelVersion        `protobuf:"bytes,2,opt,name=newest,proto3" json:"newest,omitempty"`                                               // none = it is tracked, and was not fetched yet
+	Tracking        *ChannelTracking       `protobuf:"bytes,3,opt,name=tracking,proto3" json:"tracking,omitempty"`                                           // none = it is not tracked
+	NextFetchUnixMs int64                  `protobuf:"varint,4,opt,name=next_fetch_unix_ms,json=nextFetchUnixMs,proto3" json:"next_fetch_unix_ms,omitempty"` // in the past: it is due; 0 = never
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ChannelState) Reset() {
 	*x = ChannelState{}
-	mi := &file_flox_v1_channels_proto_msgTypes[11]
+	mi := &file_flox_v1_channels_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +1351,7 @@ func (x *ChannelState) String() string {
 func (*ChannelState) ProtoMessage() {}
 
 func (x *ChannelState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[11]
+	mi := &file_flox_v1_channels_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +1364,7 @@ func (x *ChannelState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChannelState.ProtoReflect.Descriptor instead.
 func (*ChannelState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ChannelState) GetChannel() *Channel {
@@ -937,6 +1381,20 @@ func (x *ChannelState) GetNewest() *ChannelVersion {
 	return nil
 }
 
+func (x *ChannelState) GetTracking() *ChannelTracking {
+	if x != nil {
+		return x.Tracking
+	}
+	return nil
+}
+
+func (x *ChannelState) GetNextFetchUnixMs() int64 {
+	if x != nil {
+		return x.NextFetchUnixMs
+	}
+	return 0
+}
+
 type ShowChannelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
@@ -946,7 +1404,7 @@ type ShowChannelRequest struct {
 
 func (x *ShowChannelRequest) Reset() {
 	*x = ShowChannelRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[12]
+	mi := &file_flox_v1_channels_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1416,7 @@ func (x *ShowChannelRequest) String() string {
 func (*ShowChannelRequest) ProtoMessage() {}
 
 func (x *ShowChannelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[12]
+	mi := &file_flox_v1_channels_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1429,7 @@ func (x *ShowChannelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowChannelRequest.ProtoReflect.Descriptor instead.
 func (*ShowChannelRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ShowChannelRequest) GetChannel() string {
@@ -982,16 +1440,18 @@ func (x *ShowChannelRequest) GetChannel() string {
 }
 
 type ShowChannelResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Channel       *Channel               `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
-	Versions      []*ChannelVersion      `protobuf:"bytes,2,rep,name=versions,proto3" json:"versions,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Channel         *Channel               `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Versions        []*ChannelVersion      `protobuf:"bytes,2,rep,name=versions,proto3" json:"versions,omitempty"` // newest first
+	Tracking        *ChannelTracking       `protobuf:"bytes,3,opt,name=tracking,proto3" json:"tracking,omitempty"` // this and the next as in ChannelState
+	NextFetchUnixMs int64                  `protobuf:"varint,4,opt,name=next_fetch_unix_ms,json=nextFetchUnixMs,proto3" json:"next_fetch_unix_ms,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ShowChannelResponse) Reset() {
 	*x = ShowChannelResponse{}
-	mi := &file_flox_v1_channels_proto_msgTypes[13]
+	mi := &file_flox_v1_channels_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1463,7 @@ func (x *ShowChannelResponse) String() string {
 func (*ShowChannelResponse) ProtoMessage() {}
 
 func (x *ShowChannelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[13]
+	mi := &file_flox_v1_channels_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1476,7 @@ func (x *ShowChannelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowChannelResponse.ProtoReflect.Descriptor instead.
 func (*ShowChannelResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ShowChannelResponse) GetChannel() *Channel {
@@ -1033,6 +1493,252 @@ func (x *ShowChannelResponse) GetVersions() []*ChannelVersion {
 	return nil
 }
 
+func (x *ShowChannelResponse) GetTracking() *ChannelTracking {
+	if x != nil {
+		return x.Tracking
+	}
+	return nil
+}
+
+func (x *ShowChannelResponse) GetNextFetchUnixMs() int64 {
+	if x != nil {
+		return x.NextFetchUnixMs
+	}
+	return 0
+}
+
+type TrackChannelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	Url           string                 `protobuf:"bytes,2,opt,name=url,proto3" json:"url,omitempty"`
+	EveryMinutes  uint32                 `protobuf:"varint,3,opt,name=every_minutes,json=everyMinutes,proto3" json:"every_minutes,omitempty"`
+	Systems       []string               `protobuf:"bytes,4,rep,name=systems,proto3" json:"systems,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrackChannelRequest) Reset() {
+	*x = TrackChannelRequest{}
+	mi := &file_flox_v1_channels_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrackChannelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrackChannelRequest) ProtoMessage() {}
+
+func (x *TrackChannelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrackChannelRequest.ProtoReflect.Descriptor instead.
+func (*TrackChannelRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *TrackChannelRequest) GetChannel() string {
+	if x != nil {
+		return x.Channel
+	}
+	return ""
+}
+
+func (x *TrackChannelRequest) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *TrackChannelRequest) GetEveryMinutes() uint32 {
+	if x != nil {
+		return x.EveryMinutes
+	}
+	return 0
+}
+
+func (x *TrackChannelRequest) GetSystems() []string {
+	if x != nil {
+		return x.Systems
+	}
+	return nil
+}
+
+type TrackChannelProgress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Doing         string                 `protobuf:"bytes,1,opt,name=doing,proto3" json:"doing,omitempty"` // in words
+	Done          uint64                 `protobuf:"varint,2,opt,name=done,proto3" json:"done,omitempty"`  // packages of a system; bytes
+	All           uint64                 `protobuf:"varint,3,opt,name=all,proto3" json:"all,omitempty"`    // 0 = not known
+	Bytes         bool                   `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	State         *ChannelState          `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"` // at the end
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrackChannelProgress) Reset() {
+	*x = TrackChannelProgress{}
+	mi := &file_flox_v1_channels_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrackChannelProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrackChannelProgress) ProtoMessage() {}
+
+func (x *TrackChannelProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrackChannelProgress.ProtoReflect.Descriptor instead.
+func (*TrackChannelProgress) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *TrackChannelProgress) GetDoing() string {
+	if x != nil {
+		return x.Doing
+	}
+	return ""
+}
+
+func (x *TrackChannelProgress) GetDone() uint64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *TrackChannelProgress) GetAll() uint64 {
+	if x != nil {
+		return x.All
+	}
+	return 0
+}
+
+func (x *TrackChannelProgress) GetBytes() bool {
+	if x != nil {
+		return x.Bytes
+	}
+	return false
+}
+
+func (x *TrackChannelProgress) GetState() *ChannelState {
+	if x != nil {
+		return x.State
+	}
+	return nil
+}
+
+type UntrackChannelRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UntrackChannelRequest) Reset() {
+	*x = UntrackChannelRequest{}
+	mi := &file_flox_v1_channels_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UntrackChannelRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UntrackChannelRequest) ProtoMessage() {}
+
+func (x *UntrackChannelRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UntrackChannelRequest.ProtoReflect.Descriptor instead.
+func (*UntrackChannelRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *UntrackChannelRequest) GetChannel() string {
+	if x != nil {
+		return x.Channel
+	}
+	return ""
+}
+
+type UntrackChannelResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tracking      *ChannelTracking       `protobuf:"bytes,1,opt,name=tracking,proto3" json:"tracking,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UntrackChannelResponse) Reset() {
+	*x = UntrackChannelResponse{}
+	mi := &file_flox_v1_channels_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UntrackChannelResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UntrackChannelResponse) ProtoMessage() {}
+
+func (x *UntrackChannelResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_channels_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UntrackChannelResponse.ProtoReflect.Descriptor instead.
+func (*UntrackChannelResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *UntrackChannelResponse) GetTracking() *ChannelTracking {
+	if x != nil {
+		return x.Tracking
+	}
+	return nil
+}
+
 type DeleteChannelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Channel       string                 `protobuf:"bytes,1,opt,name=channel,proto3" json:"channel,omitempty"`
@@ -1042,7 +1748,7 @@ type DeleteChannelRequest struct {
 
 func (x *DeleteChannelRequest) Reset() {
 	*x = DeleteChannelRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[14]
+	mi := &file_flox_v1_channels_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1054,7 +1760,7 @@ func (x *DeleteChannelRequest) String() string {
 func (*DeleteChannelRequest) ProtoMessage() {}
 
 func (x *DeleteChannelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[14]
+	mi := &file_flox_v1_channels_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1067,7 +1773,7 @@ func (x *DeleteChannelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteChannelRequest.ProtoReflect.Descriptor instead.
 func (*DeleteChannelRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DeleteChannelRequest) GetChannel() string {
@@ -1085,7 +1791,7 @@ type DeleteChannelResponse struct {
 
 func (x *DeleteChannelResponse) Reset() {
 	*x = DeleteChannelResponse{}
-	mi := &file_flox_v1_channels_proto_msgTypes[15]
+	mi := &file_flox_v1_channels_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1803,7 @@ func (x *DeleteChannelResponse) String() string {
 func (*DeleteChannelResponse) ProtoMessage() {}
 
 func (x *DeleteChannelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[15]
+	mi := &file_flox_v1_channels_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1816,7 @@ func (x *DeleteChannelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteChannelResponse.ProtoReflect.Descriptor instead.
 func (*DeleteChannelResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{24}
 }
 
 type SetPublishersRequest struct {
@@ -1124,7 +1830,7 @@ type SetPublishersRequest struct {
 
 func (x *SetPublishersRequest) Reset() {
 	*x = SetPublishersRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[16]
+	mi := &file_flox_v1_channels_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1842,7 @@ func (x *SetPublishersRequest) String() string {
 func (*SetPublishersRequest) ProtoMessage() {}
 
 func (x *SetPublishersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[16]
+	mi := &file_flox_v1_channels_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1855,7 @@ func (x *SetPublishersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPublishersRequest.ProtoReflect.Descriptor instead.
 func (*SetPublishersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SetPublishersRequest) GetChannel() string {
@@ -1182,7 +1888,7 @@ type SetPublishersResponse struct {
 
 func (x *SetPublishersResponse) Reset() {
 	*x = SetPublishersResponse{}
-	mi := &file_flox_v1_channels_proto_msgTypes[17]
+	mi := &file_flox_v1_channels_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1900,7 @@ func (x *SetPublishersResponse) String() string {
 func (*SetPublishersResponse) ProtoMessage() {}
 
 func (x *SetPublishersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[17]
+	mi := &file_flox_v1_channels_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1913,7 @@ func (x *SetPublishersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPublishersResponse.ProtoReflect.Descriptor instead.
 func (*SetPublishersResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SetPublishersResponse) GetChannel() *Channel {
@@ -1229,7 +1935,7 @@ type SearchPackagesRequest struct {
 
 func (x *SearchPackagesRequest) Reset() {
 	*x = SearchPackagesRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[18]
+	mi := &file_flox_v1_channels_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1947,7 @@ func (x *SearchPackagesRequest) String() string {
 func (*SearchPackagesRequest) ProtoMessage() {}
 
 func (x *SearchPackagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[18]
+	mi := &file_flox_v1_channels_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1960,7 @@ func (x *SearchPackagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SearchPackagesRequest.ProtoReflect.Descriptor instead.
 func (*SearchPackagesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SearchPackagesRequest) GetTerm() string {
@@ -1296,7 +2002,7 @@ type SearchPackagesResponse struct {
 
 func (x *SearchPackagesResponse) Reset() {
 	*x = SearchPackagesResponse{}
-	mi := &file_flox_v1_channels_proto_msgTypes[19]
+	mi := &file_flox_v1_channels_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1308,7 +2014,7 @@ func (x *SearchPackagesResponse) String() string {
 func (*SearchPackagesResponse) ProtoMessage() {}
 
 func (x *SearchPackagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[19]
+	mi := &file_flox_v1_channels_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1321,7 +2027,7 @@ func (x *SearchPackagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SearchPackagesResponse.ProtoReflect.Descriptor instead.
 func (*SearchPackagesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SearchPackagesResponse) GetPackages() []*CataloguePackage {
@@ -1356,7 +2062,7 @@ type BuildPackageRequest struct {
 
 func (x *BuildPackageRequest) Reset() {
 	*x = BuildPackageRequest{}
-	mi := &file_flox_v1_channels_proto_msgTypes[20]
+	mi := &file_flox_v1_channels_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +2074,7 @@ func (x *BuildPackageRequest) String() string {
 func (*BuildPackageRequest) ProtoMessage() {}
 
 func (x *BuildPackageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[20]
+	mi := &file_flox_v1_channels_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +2087,7 @@ func (x *BuildPackageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildPackageRequest.ProtoReflect.Descriptor instead.
 func (*BuildPackageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *BuildPackageRequest) GetName() string {
@@ -1416,7 +2122,7 @@ type BuildPackageProgress struct {
 
 func (x *BuildPackageProgress) Reset() {
 	*x = BuildPackageProgress{}
-	mi := &file_flox_v1_channels_proto_msgTypes[21]
+	mi := &file_flox_v1_channels_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +2134,7 @@ func (x *BuildPackageProgress) String() string {
 func (*BuildPackageProgress) ProtoMessage() {}
 
 func (x *BuildPackageProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_channels_proto_msgTypes[21]
+	mi := &file_flox_v1_channels_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +2147,7 @@ func (x *BuildPackageProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BuildPackageProgress.ProtoReflect.Descriptor instead.
 func (*BuildPackageProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_channels_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_channels_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *BuildPackageProgress) GetDoing() string {
@@ -1469,7 +2175,7 @@ var File_flox_v1_channels_proto protoreflect.FileDescriptor
 
 const file_flox_v1_channels_proto_rawDesc = "" +
 	"\n" +
-	"\x16flox/v1/channels.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xe4\x01\n" +
+	"\x16flox/v1/channels.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xf5\x02\n" +
 	"\x0fChannelsCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\x126\n" +
@@ -1477,7 +2183,10 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"\x06delete\x18\x04 \x01(\tH\x00R\x06delete\x128\n" +
 	"\n" +
 	"publishers\x18\x05 \x01(\v2\x16.flox.v1.SetPublishersH\x00R\n" +
-	"publishersB\t\n" +
+	"publishers\x120\n" +
+	"\x05track\x18\x06 \x01(\v2\x18.flox.v1.ChannelTrackingH\x00R\x05track\x12.\n" +
+	"\afetched\x18\a \x01(\v2\x12.flox.v1.NoteFetchH\x00R\afetched\x12-\n" +
+	"\x04keep\x18\b \x01(\v2\x17.flox.v1.KeepDerivationH\x00R\x04keepB\t\n" +
 	"\acommand\"`\n" +
 	"\x11NewChannelVersion\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x121\n" +
@@ -1486,9 +2195,18 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x12\x10\n" +
 	"\x03add\x18\x02 \x03(\tR\x03add\x12\x12\n" +
 	"\x04drop\x18\x03 \x03(\tR\x04drop\"n\n" +
+	"\tNoteFetch\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\x12\x1a\n" +
+	"\btracking\x18\x02 \x01(\x04R\btracking\x12+\n" +
+	"\x05fetch\x18\x03 \x01(\v2\x15.flox.v1.ChannelFetchR\x05fetch\"W\n" +
+	"\x0eKeepDerivation\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\x12+\n" +
+	"\x04kept\x18\x02 \x01(\v2\x17.flox.v1.KeptDerivationR\x04kept\"\xba\x01\n" +
 	"\rChannelsReply\x12*\n" +
 	"\achannel\x18\x01 \x01(\v2\x10.flox.v1.ChannelR\achannel\x121\n" +
-	"\aversion\x18\x02 \x01(\v2\x17.flox.v1.ChannelVersionR\aversion\"\xd6\x01\n" +
+	"\aversion\x18\x02 \x01(\v2\x17.flox.v1.ChannelVersionR\aversion\x124\n" +
+	"\btracking\x18\x03 \x01(\v2\x18.flox.v1.ChannelTrackingR\btracking\x12\x14\n" +
+	"\x05moved\x18\x04 \x01(\bR\x05moved\"\xd6\x01\n" +
 	"\aChannel\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\x04R\x04last\x12\x14\n" +
@@ -1513,7 +2231,29 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"\bpackages\x18\t \x01(\rR\bpackages\x12\x16\n" +
 	"\x06failed\x18\n" +
 	" \x01(\rR\x06failed\x12\x16\n" +
-	"\x06reason\x18\v \x01(\tR\x06reason\"\xad\x02\n" +
+	"\x06reason\x18\v \x01(\tR\x06reason\"\x87\x02\n" +
+	"\x0fChannelTracking\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\x12\x10\n" +
+	"\x03url\x18\x02 \x01(\tR\x03url\x12#\n" +
+	"\revery_minutes\x18\x03 \x01(\rR\feveryMinutes\x12\x18\n" +
+	"\asystems\x18\x04 \x03(\tR\asystems\x12\x14\n" +
+	"\x05index\x18\x05 \x01(\x04R\x05index\x12\"\n" +
+	"\rsince_unix_ms\x18\x06 \x01(\x03R\vsinceUnixMs\x12$\n" +
+	"\x05actor\x18\a \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12)\n" +
+	"\x04last\x18\b \x01(\v2\x15.flox.v1.ChannelFetchR\x04last\"\xe7\x01\n" +
+	"\fChannelFetch\x12 \n" +
+	"\ftime_unix_ms\x18\x01 \x01(\x03R\n" +
+	"timeUnixMs\x12\x16\n" +
+	"\x06result\x18\x02 \x01(\tR\x06result\x12\x16\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\x12\x1a\n" +
+	"\bfailures\x18\x04 \x01(\rR\bfailures\x12\x12\n" +
+	"\x04etag\x18\x05 \x01(\tR\x04etag\x12#\n" +
+	"\rlast_modified\x18\x06 \x01(\tR\flastModified\x12\x16\n" +
+	"\x06source\x18\a \x01(\tR\x06source\x12\x18\n" +
+	"\aversion\x18\b \x01(\x04R\aversion\"[\n" +
+	"\x0eKeptDerivation\x123\n" +
+	"\apackage\x18\x01 \x01(\v2\x19.flox.v1.CataloguePackageR\apackage\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\"\xc7\x02\n" +
 	"\x10CataloguePackage\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x12%\n" +
 	"\x0eversion_number\x18\x02 \x01(\x04R\rversionNumber\x12\x12\n" +
@@ -1526,7 +2266,8 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"\aoutputs\x18\t \x03(\tR\aoutputs\x12\x14\n" +
 	"\x05paths\x18\n" +
 	" \x03(\tR\x05paths\x12\x1a\n" +
-	"\bpriority\x18\v \x01(\rR\bpriority\"\x8f\x01\n" +
+	"\bpriority\x18\v \x01(\rR\bpriority\x12\x18\n" +
+	"\adropped\x18\f \x01(\bR\adropped\"\x8f\x01\n" +
 	"\x15PublishChannelRequest\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
@@ -1542,15 +2283,34 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"\bfailures\x18\x06 \x03(\tR\bfailures\"\x15\n" +
 	"\x13ListChannelsRequest\"I\n" +
 	"\x14ListChannelsResponse\x121\n" +
-	"\bchannels\x18\x01 \x03(\v2\x15.flox.v1.ChannelStateR\bchannels\"k\n" +
+	"\bchannels\x18\x01 \x03(\v2\x15.flox.v1.ChannelStateR\bchannels\"\xce\x01\n" +
 	"\fChannelState\x12*\n" +
 	"\achannel\x18\x01 \x01(\v2\x10.flox.v1.ChannelR\achannel\x12/\n" +
-	"\x06newest\x18\x02 \x01(\v2\x17.flox.v1.ChannelVersionR\x06newest\".\n" +
+	"\x06newest\x18\x02 \x01(\v2\x17.flox.v1.ChannelVersionR\x06newest\x124\n" +
+	"\btracking\x18\x03 \x01(\v2\x18.flox.v1.ChannelTrackingR\btracking\x12+\n" +
+	"\x12next_fetch_unix_ms\x18\x04 \x01(\x03R\x0fnextFetchUnixMs\".\n" +
 	"\x12ShowChannelRequest\x12\x18\n" +
-	"\achannel\x18\x01 \x01(\tR\achannel\"v\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\"\xd9\x01\n" +
 	"\x13ShowChannelResponse\x12*\n" +
 	"\achannel\x18\x01 \x01(\v2\x10.flox.v1.ChannelR\achannel\x123\n" +
-	"\bversions\x18\x02 \x03(\v2\x17.flox.v1.ChannelVersionR\bversions\"0\n" +
+	"\bversions\x18\x02 \x03(\v2\x17.flox.v1.ChannelVersionR\bversions\x124\n" +
+	"\btracking\x18\x03 \x01(\v2\x18.flox.v1.ChannelTrackingR\btracking\x12+\n" +
+	"\x12next_fetch_unix_ms\x18\x04 \x01(\x03R\x0fnextFetchUnixMs\"\x80\x01\n" +
+	"\x13TrackChannelRequest\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\x12\x10\n" +
+	"\x03url\x18\x02 \x01(\tR\x03url\x12#\n" +
+	"\revery_minutes\x18\x03 \x01(\rR\feveryMinutes\x12\x18\n" +
+	"\asystems\x18\x04 \x03(\tR\asystems\"\x95\x01\n" +
+	"\x14TrackChannelProgress\x12\x14\n" +
+	"\x05doing\x18\x01 \x01(\tR\x05doing\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\x04R\x04done\x12\x10\n" +
+	"\x03all\x18\x03 \x01(\x04R\x03all\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\bR\x05bytes\x12+\n" +
+	"\x05state\x18\x05 \x01(\v2\x15.flox.v1.ChannelStateR\x05state\"1\n" +
+	"\x15UntrackChannelRequest\x12\x18\n" +
+	"\achannel\x18\x01 \x01(\tR\achannel\"N\n" +
+	"\x16UntrackChannelResponse\x124\n" +
+	"\btracking\x18\x01 \x01(\v2\x18.flox.v1.ChannelTrackingR\btracking\"0\n" +
 	"\x14DeleteChannelRequest\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\"\x17\n" +
 	"\x15DeleteChannelResponse\"V\n" +
@@ -1590,55 +2350,77 @@ func file_flox_v1_channels_proto_rawDescGZIP() []byte {
 	return file_flox_v1_channels_proto_rawDescData
 }
 
-var file_flox_v1_channels_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_flox_v1_channels_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_flox_v1_channels_proto_goTypes = []any{
 	(*ChannelsCommand)(nil),        // 0: flox.v1.ChannelsCommand
 	(*NewChannelVersion)(nil),      // 1: flox.v1.NewChannelVersion
 	(*SetPublishers)(nil),          // 2: flox.v1.SetPublishers
-	(*ChannelsReply)(nil),          // 3: flox.v1.ChannelsReply
-	(*Channel)(nil),                // 4: flox.v1.Channel
-	(*ChannelVersion)(nil),         // 5: flox.v1.ChannelVersion
-	(*CataloguePackage)(nil),       // 6: flox.v1.CataloguePackage
-	(*PublishChannelRequest)(nil),  // 7: flox.v1.PublishChannelRequest
-	(*PublishChannelProgress)(nil), // 8: flox.v1.PublishChannelProgress
-	(*ListChannelsRequest)(nil),    // 9: flox.v1.ListChannelsRequest
-	(*ListChannelsResponse)(nil),   // 10: flox.v1.ListChannelsResponse
-	(*ChannelState)(nil),           // 11: flox.v1.ChannelState
-	(*ShowChannelRequest)(nil),     // 12: flox.v1.ShowChannelRequest
-	(*ShowChannelResponse)(nil),    // 13: flox.v1.ShowChannelResponse
-	(*DeleteChannelRequest)(nil),   // 14: flox.v1.DeleteChannelRequest
-	(*DeleteChannelResponse)(nil),  // 15: flox.v1.DeleteChannelResponse
-	(*SetPublishersRequest)(nil),   // 16: flox.v1.SetPublishersRequest
-	(*SetPublishersResponse)(nil),  // 17: flox.v1.SetPublishersResponse
-	(*SearchPackagesRequest)(nil),  // 18: flox.v1.SearchPackagesRequest
-	(*SearchPackagesResponse)(nil), // 19: flox.v1.SearchPackagesResponse
-	(*BuildPackageRequest)(nil),    // 20: flox.v1.BuildPackageRequest
-	(*BuildPackageProgress)(nil),   // 21: flox.v1.BuildPackageProgress
-	(*Actor)(nil),                  // 22: flox.v1.Actor
+	(*NoteFetch)(nil),              // 3: flox.v1.NoteFetch
+	(*KeepDerivation)(nil),         // 4: flox.v1.KeepDerivation
+	(*ChannelsReply)(nil),          // 5: flox.v1.ChannelsReply
+	(*Channel)(nil),                // 6: flox.v1.Channel
+	(*ChannelVersion)(nil),         // 7: flox.v1.ChannelVersion
+	(*ChannelTracking)(nil),        // 8: flox.v1.ChannelTracking
+	(*ChannelFetch)(nil),           // 9: flox.v1.ChannelFetch
+	(*KeptDerivation)(nil),         // 10: flox.v1.KeptDerivation
+	(*CataloguePackage)(nil),       // 11: flox.v1.CataloguePackage
+	(*PublishChannelRequest)(nil),  // 12: flox.v1.PublishChannelRequest
+	(*PublishChannelProgress)(nil), // 13: flox.v1.PublishChannelProgress
+	(*ListChannelsRequest)(nil),    // 14: flox.v1.ListChannelsRequest
+	(*ListChannelsResponse)(nil),   // 15: flox.v1.ListChannelsResponse
+	(*ChannelState)(nil),           // 16: flox.v1.ChannelState
+	(*ShowChannelRequest)(nil),     // 17: flox.v1.ShowChannelRequest
+	(*ShowChannelResponse)(nil),    // 18: flox.v1.ShowChannelResponse
+	(*TrackChannelRequest)(nil),    // 19: flox.v1.TrackChannelRequest
+	(*TrackChannelProgress)(nil),   // 20: flox.v1.TrackChannelProgress
+	(*UntrackChannelRequest)(nil),  // 21: flox.v1.UntrackChannelRequest
+	(*UntrackChannelResponse)(nil), // 22: flox.v1.UntrackChannelResponse
+	(*DeleteChannelRequest)(nil),   // 23: flox.v1.DeleteChannelRequest
+	(*DeleteChannelResponse)(nil),  // 24: flox.v1.DeleteChannelResponse
+	(*SetPublishersRequest)(nil),   // 25: flox.v1.SetPublishersRequest
+	(*SetPublishersResponse)(nil),  // 26: flox.v1.SetPublishersResponse
+	(*SearchPackagesRequest)(nil),  // 27: flox.v1.SearchPackagesRequest
+	(*SearchPackagesResponse)(nil), // 28: flox.v1.SearchPackagesResponse
+	(*BuildPackageRequest)(nil),    // 29: flox.v1.BuildPackageRequest
+	(*BuildPackageProgress)(nil),   // 30: flox.v1.BuildPackageProgress
+	(*Actor)(nil),                  // 31: flox.v1.Actor
 }
 var file_flox_v1_channels_proto_depIdxs = []int32{
-	22, // 0: flox.v1.ChannelsCommand.actor:type_name -> flox.v1.Actor
+	31, // 0: flox.v1.ChannelsCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ChannelsCommand.publish:type_name -> flox.v1.NewChannelVersion
 	2,  // 2: flox.v1.ChannelsCommand.publishers:type_name -> flox.v1.SetPublishers
-	5,  // 3: flox.v1.NewChannelVersion.version:type_name -> flox.v1.ChannelVersion
-	4,  // 4: flox.v1.ChannelsReply.channel:type_name -> flox.v1.Channel
-	5,  // 5: flox.v1.ChannelsReply.version:type_name -> flox.v1.ChannelVersion
-	22, // 6: flox.v1.ChannelVersion.actor:type_name -> flox.v1.Actor
-	4,  // 7: flox.v1.PublishChannelProgress.channel:type_name -> flox.v1.Channel
-	5,  // 8: flox.v1.PublishChannelProgress.version:type_name -> flox.v1.ChannelVersion
-	11, // 9: flox.v1.ListChannelsResponse.channels:type_name -> flox.v1.ChannelState
-	4,  // 10: flox.v1.ChannelState.channel:type_name -> flox.v1.Channel
-	5,  // 11: flox.v1.ChannelState.newest:type_name -> flox.v1.ChannelVersion
-	4,  // 12: flox.v1.ShowChannelResponse.channel:type_name -> flox.v1.Channel
-	5,  // 13: flox.v1.ShowChannelResponse.versions:type_name -> flox.v1.ChannelVersion
-	4,  // 14: flox.v1.SetPublishersResponse.channel:type_name -> flox.v1.Channel
-	6,  // 15: flox.v1.SearchPackagesResponse.packages:type_name -> flox.v1.CataloguePackage
-	6,  // 16: flox.v1.BuildPackageProgress.packages:type_name -> flox.v1.CataloguePackage
-	17, // [17:17] is the sub-list for method output_type
-	17, // [17:17] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	8,  // 3: flox.v1.ChannelsCommand.track:type_name -> flox.v1.ChannelTracking
+	3,  // 4: flox.v1.ChannelsCommand.fetched:type_name -> flox.v1.NoteFetch
+	4,  // 5: flox.v1.ChannelsCommand.keep:type_name -> flox.v1.KeepDerivation
+	7,  // 6: flox.v1.NewChannelVersion.version:type_name -> flox.v1.ChannelVersion
+	9,  // 7: flox.v1.NoteFetch.fetch:type_name -> flox.v1.ChannelFetch
+	10, // 8: flox.v1.KeepDerivation.kept:type_name -> flox.v1.KeptDerivation
+	6,  // 9: flox.v1.ChannelsReply.channel:type_name -> flox.v1.Channel
+	7,  // 10: flox.v1.ChannelsReply.version:type_name -> flox.v1.ChannelVersion
+	8,  // 11: flox.v1.ChannelsReply.tracking:type_name -> flox.v1.ChannelTracking
+	31, // 12: flox.v1.ChannelVersion.actor:type_name -> flox.v1.Actor
+	31, // 13: flox.v1.ChannelTracking.actor:type_name -> flox.v1.Actor
+	9,  // 14: flox.v1.ChannelTracking.last:type_name -> flox.v1.ChannelFetch
+	11, // 15: flox.v1.KeptDerivation.package:type_name -> flox.v1.CataloguePackage
+	6,  // 16: flox.v1.PublishChannelProgress.channel:type_name -> flox.v1.Channel
+	7,  // 17: flox.v1.PublishChannelProgress.version:type_name -> flox.v1.ChannelVersion
+	16, // 18: flox.v1.ListChannelsResponse.channels:type_name -> flox.v1.ChannelState
+	6,  // 19: flox.v1.ChannelState.channel:type_name -> flox.v1.Channel
+	7,  // 20: flox.v1.ChannelState.newest:type_name -> flox.v1.ChannelVersion
+	8,  // 21: flox.v1.ChannelState.tracking:type_name -> flox.v1.ChannelTracking
+	6,  // 22: flox.v1.ShowChannelResponse.channel:type_name -> flox.v1.Channel
+	7,  // 23: flox.v1.ShowChannelResponse.versions:type_name -> flox.v1.ChannelVersion
+	8,  // 24: flox.v1.ShowChannelResponse.tracking:type_name -> flox.v1.ChannelTracking
+	16, // 25: flox.v1.TrackChannelProgress.state:type_name -> flox.v1.ChannelState
+	8,  // 26: flox.v1.UntrackChannelResponse.tracking:type_name -> flox.v1.ChannelTracking
+	6,  // 27: flox.v1.SetPublishersResponse.channel:type_name -> flox.v1.Channel
+	11, // 28: flox.v1.SearchPackagesResponse.packages:type_name -> flox.v1.CataloguePackage
+	11, // 29: flox.v1.BuildPackageProgress.packages:type_name -> flox.v1.CataloguePackage
+	30, // [30:30] is the sub-list for method output_type
+	30, // [30:30] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_channels_proto_init() }
@@ -1651,6 +2433,9 @@ func file_flox_v1_channels_proto_init() {
 		(*ChannelsCommand_Publish)(nil),
 		(*ChannelsCommand_Delete)(nil),
 		(*ChannelsCommand_Publishers)(nil),
+		(*ChannelsCommand_Track)(nil),
+		(*ChannelsCommand_Fetched)(nil),
+		(*ChannelsCommand_Keep)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1658,7 +2443,7 @@ func file_flox_v1_channels_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_channels_proto_rawDesc), len(file_flox_v1_channels_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -121,6 +121,10 @@ const (
 	AdminDeleteChannelProcedure = "/flox.v1.Admin/DeleteChannel"
 	// AdminSetPublishersProcedure is the fully-qualified name of the Admin's SetPublishers RPC.
 	AdminSetPublishersProcedure = "/flox.v1.Admin/SetPublishers"
+	// AdminTrackChannelProcedure is the fully-qualified name of the Admin's TrackChannel RPC.
+	AdminTrackChannelProcedure = "/flox.v1.Admin/TrackChannel"
+	// AdminUntrackChannelProcedure is the fully-qualified name of the Admin's UntrackChannel RPC.
+	AdminUntrackChannelProcedure = "/flox.v1.Admin/UntrackChannel"
 	// AdminSearchPackagesProcedure is the fully-qualified name of the Admin's SearchPackages RPC.
 	AdminSearchPackagesProcedure = "/flox.v1.Admin/SearchPackages"
 	// AdminBuildPackageProcedure is the fully-qualified name of the Admin's BuildPackage RPC.
@@ -190,12 +194,15 @@ type AdminClient interface {
 	RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error)
 	GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error)
 	// Channels. PublishChannel evaluates a Nix expression that is a store path; BuildPackage
-	// makes the outputs of a package valid, from upstreams or by building them.
+	// makes the outputs of a package valid, from upstreams or by building them. TrackChannel
+	// tells of the first fetch, which goes on when nobody listens.
 	PublishChannel(context.Context, *connect.Request[v1.PublishChannelRequest]) (*connect.ServerStreamForClient[v1.PublishChannelProgress], error)
 	ListChannels(context.Context, *connect.Request[v1.ListChannelsRequest]) (*connect.Response[v1.ListChannelsResponse], error)
 	ShowChannel(context.Context, *connect.Request[v1.ShowChannelRequest]) (*connect.Response[v1.ShowChannelResponse], error)
 	DeleteChannel(context.Context, *connect.Request[v1.DeleteChannelRequest]) (*connect.Response[v1.DeleteChannelResponse], error)
 	SetPublishers(context.Context, *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error)
+	TrackChannel(context.Context, *connect.Request[v1.TrackChannelRequest]) (*connect.ServerStreamForClient[v1.TrackChannelProgress], error)
+	UntrackChannel(context.Context, *connect.Request[v1.UntrackChannelRequest]) (*connect.Response[v1.UntrackChannelResponse], error)
 	SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error)
 	BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest]) (*connect.ServerStreamForClient[v1.BuildPackageProgress], error)
 	// Keys and backups.
@@ -456,6 +463,18 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("SetPublishers")),
 			connect.WithClientOptions(opts...),
 		),
+		trackChannel: connect.NewClient[v1.TrackChannelRequest, v1.TrackChannelProgress](
+			httpClient,
+			baseURL+AdminTrackChannelProcedure,
+			connect.WithSchema(adminMethods.ByName("TrackChannel")),
+			connect.WithClientOptions(opts...),
+		),
+		untrackChannel: connect.NewClient[v1.UntrackChannelRequest, v1.UntrackChannelResponse](
+			httpClient,
+			baseURL+AdminUntrackChannelProcedure,
+			connect.WithSchema(adminMethods.ByName("UntrackChannel")),
+			connect.WithClientOptions(opts...),
+		),
 		searchPackages: connect.NewClient[v1.SearchPackagesRequest, v1.SearchPackagesResponse](
 			httpClient,
 			baseURL+AdminSearchPackagesProcedure,
@@ -537,6 +556,8 @@ type adminClient struct {
 	showChannel         *connect.Client[v1.ShowChannelRequest, v1.ShowChannelResponse]
 	deleteChannel       *connect.Client[v1.DeleteChannelRequest, v1.DeleteChannelResponse]
 	setPublishers       *connect.Client[v1.SetPublishersRequest, v1.SetPublishersResponse]
+	trackChannel        *connect.Client[v1.TrackChannelRequest, v1.TrackChannelProgress]
+	untrackChannel      *connect.Client[v1.UntrackChannelRequest, v1.UntrackChannelResponse]
 	searchPackages      *connect.Client[v1.SearchPackagesRequest, v1.SearchPackagesResponse]
 	buildPackage        *connect.Client[v1.BuildPackageRequest, v1.BuildPackageProgress]
 	listKeys            *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
@@ -745,6 +766,16 @@ func (c *adminClient) SetPublishers(ctx context.Context, req *connect.Request[v1
 	return c.setPublishers.CallUnary(ctx, req)
 }
 
+// TrackChannel calls flox.v1.Admin.TrackChannel.
+func (c *adminClient) TrackChannel(ctx context.Context, req *connect.Request[v1.TrackChannelRequest]) (*connect.ServerStreamForClient[v1.TrackChannelProgress], error) {
+	return c.trackChannel.CallServerStream(ctx, req)
+}
+
+// UntrackChannel calls flox.v1.Admin.UntrackChannel.
+func (c *adminClient) UntrackChannel(ctx context.Context, req *connect.Request[v1.UntrackChannelRequest]) (*connect.Response[v1.UntrackChannelResponse], error) {
+	return c.untrackChannel.CallUnary(ctx, req)
+}
+
 // SearchPackages calls flox.v1.Admin.SearchPackages.
 func (c *adminClient) SearchPackages(ctx context.Context, req *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error) {
 	return c.searchPackages.CallUnary(ctx, req)
@@ -820,12 +851,15 @@ type AdminHandler interface {
 	RollbackProfile(context.Context, *connect.Request[v1.RollbackProfileRequest]) (*connect.Response[v1.RollbackProfileResponse], error)
 	GrantProfile(context.Context, *connect.Request[v1.GrantProfileRequest]) (*connect.Response[v1.GrantProfileResponse], error)
 	// Channels. PublishChannel evaluates a Nix expression that is a store path; BuildPackage
-	// makes the outputs of a package valid, from upstreams or by building them.
+	// makes the outputs of a package valid, from upstreams or by building them. TrackChannel
+	// tells of the first fetch, which goes on when nobody listens.
 	PublishChannel(context.Context, *connect.Request[v1.PublishChannelRequest], *connect.ServerStream[v1.PublishChannelProgress]) error
 	ListChannels(context.Context, *connect.Request[v1.ListChannelsRequest]) (*connect.Response[v1.ListChannelsResponse], error)
 	ShowChannel(context.Context, *connect.Request[v1.ShowChannelRequest]) (*connect.Response[v1.ShowChannelResponse], error)
 	DeleteChannel(context.Context, *connect.Request[v1.DeleteChannelRequest]) (*connect.Response[v1.DeleteChannelResponse], error)
 	SetPublishers(context.Context, *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error)
+	TrackChannel(context.Context, *connect.Request[v1.TrackChannelRequest], *connect.ServerStream[v1.TrackChannelProgress]) error
+	UntrackChannel(context.Context, *connect.Request[v1.UntrackChannelRequest]) (*connect.Response[v1.UntrackChannelResponse], error)
 	SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error)
 	BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest], *connect.ServerStream[v1.BuildPackageProgress]) error
 	// Keys and backups.
@@ -1082,6 +1116,18 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("SetPublishers")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminTrackChannelHandler := connect.NewServerStreamHandler(
+		AdminTrackChannelProcedure,
+		svc.TrackChannel,
+		connect.WithSchema(adminMethods.ByName("TrackChannel")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminUntrackChannelHandler := connect.NewUnaryHandler(
+		AdminUntrackChannelProcedure,
+		svc.UntrackChannel,
+		connect.WithSchema(adminMethods.ByName("UntrackChannel")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminSearchPackagesHandler := connect.NewUnaryHandler(
 		AdminSearchPackagesProcedure,
 		svc.SearchPackages,
@@ -1200,6 +1246,10 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminDeleteChannelHandler.ServeHTTP(w, r)
 		case AdminSetPublishersProcedure:
 			adminSetPublishersHandler.ServeHTTP(w, r)
+		case AdminTrackChannelProcedure:
+			adminTrackChannelHandler.ServeHTTP(w, r)
+		case AdminUntrackChannelProcedure:
+			adminUntrackChannelHandler.ServeHTTP(w, r)
 		case AdminSearchPackagesProcedure:
 			adminSearchPackagesHandler.ServeHTTP(w, r)
 		case AdminBuildPackageProcedure:
@@ -1379,6 +1429,14 @@ func (UnimplementedAdminHandler) DeleteChannel(context.Context, *connect.Request
 
 func (UnimplementedAdminHandler) SetPublishers(context.Context, *connect.Request[v1.SetPublishersRequest]) (*connect.Response[v1.SetPublishersResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SetPublishers is not implemented"))
+}
+
+func (UnimplementedAdminHandler) TrackChannel(context.Context, *connect.Request[v1.TrackChannelRequest], *connect.ServerStream[v1.TrackChannelProgress]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.TrackChannel is not implemented"))
+}
+
+func (UnimplementedAdminHandler) UntrackChannel(context.Context, *connect.Request[v1.UntrackChannelRequest]) (*connect.Response[v1.UntrackChannelResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.UntrackChannel is not implemented"))
 }
 
 func (UnimplementedAdminHandler) SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error) {
