@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/raft"
 
@@ -54,7 +55,7 @@ func (editor) Apply(tx *Tx, command []byte, at time.Time, index uint64) ([]byte,
 // newMachine gives a state machine with nothing around it.
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	s, err := openState(filepath.Join(t.TempDir(), "state"), 1<<20, slog.New(slog.DiscardHandler))
+	s, err := openState(vfs.Default, filepath.Join(t.TempDir(), "state"), 1<<20, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

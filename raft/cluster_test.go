@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 	"golang.org/x/sync/errgroup"
 
@@ -402,7 +403,7 @@ func TestSnapshotStore(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "state", "current"), []byte("2\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openState(filepath.Join(dir, "state"), 1<<20, n.cfg.Log); !errors.Is(err, flox.ErrCorrupt) {
+	if _, err := openState(vfs.Default, filepath.Join(dir, "state"), 1<<20, n.cfg.Log); !errors.Is(err, flox.ErrCorrupt) {
 		t.Errorf("state that is not there: %v", err)
 	}
 	if err := errors.Join(os.Remove(filepath.Join(dir, "state", "current")), os.Mkdir(filepath.Join(dir, "snapshots", ".tmp-9"), 0o700)); err != nil {

@@ -10,11 +10,13 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 	wal "github.com/hashicorp/raft-wal"
 	"golang.org/x/sync/semaphore"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/ballast"
 )
 
 // Node is one server's part in a replicated log.
@@ -23,6 +25,7 @@ type Node struct {
 	machine   *machine
 	log       *logStore
 	snapshots *snapshots
+	spare     *ballast.Ballast // room for the state on a full disk
 
 	raft     atomic.Pointer[raft.Raft] // set while Run runs
 	slots    chan struct{}             // bounds what waits on raft
@@ -89,7 +92,8 @@ func (n *Node) open() error {
 	if n.snapshots, err = openSnapshots(filepath.Join(n.cfg.Dir, "snapshots"), n.cfg.Log); err != nil {
 		return err
 	}
-	state, err := openState(filepath.Join(n.cfg.Dir, "state"), n.cfg.CacheBytes, n.cfg.Log)
+	spare := ballast.New(filepath.Join(n.cfg.Dir, "ballast"), "the state in "+n.cfg.Dir, int64(min(2*stateTable, n.cfg.ReserveBytes/4)), n.cfg.Log) //nolint:gosec // small
+	state, err := openState(spare.FS(vfs.Default), filepath.Join(n.cfg.Dir, "state"), n.cfg.CacheBytes, n.cfg.Log)
 	if err != nil {
 		return err
 	}
@@ -103,7 +107,12 @@ func (n *Node) open() error {
 	}
 	n.log = &logStore{WAL: w, snapshots: n.snapshots}
 	n.closers = append(n.closers, n.log.Close)
-	return n.reconcile()
+	if err := n.reconcile(); err != nil {
+		return err
+	}
+	n.spare = spare
+	n.spare.Set()
+	return nil
 }
 
 // openLog opens the log. The libraries below may panic on a file that is none of theirs.

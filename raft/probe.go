@@ -71,6 +71,7 @@ func (n *Node) look(ctx context.Context, r *raft.Raft) {
 		case <-ctx.Done():
 			return
 		}
+		n.spare.Tend()
 		servers := r.GetConfiguration().Configuration().Servers
 		n.probes.keep(servers)
 		n.greetAll(ctx, servers)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/raft"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
@@ -670,5 +671,68 @@ func TestNoHeartbeatAfterTheEnd(t *testing.T) {
 	handle(raft.RPC{})
 	if count != 1 {
 		t.Errorf("%d heartbeats handled, want 1", count)
+	}
+}
+
+// A server that is killed while its disk has no room at all starts again, twice, and can
+// be read; Pebble by itself would try to write its files for ever.
+func TestStartOnADiskThatIsFullToTheLastByte(t *testing.T) {
+	t.Parallel()
+	disk := t.TempDir()
+	if err := unix.Mount("tmpfs", disk, "tmpfs", 0, "size=256m"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip("needs root: ", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(disk, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	cfg := Config{Dir: filepath.Join(disk, "a"), ID: "a", Bootstrap: true, ReserveBytes: 16 << 20}
+	n, stop := start(t, cfg)
+	if err := n.Ready(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		add(t, n, "x", ProposeOptions{})
+	}
+	dead := filepath.Join(disk, "dead") // what a kill leaves
+	if err := errors.Join(os.CopyFS(dead, os.DirFS(cfg.Dir)), stop(), os.RemoveAll(cfg.Dir)); err != nil {
+		t.Fatal(err)
+	}
+	free, err := freeBytes(disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(disk, "filler"), make([]byte, free), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Dir = dead
+	for range 2 {
+		n, stop := start(t, cfg)
+		if err := n.Ready(within(t)); err != nil {
+			t.Fatal(err)
+		}
+		if got := count(t, n, Linearizable, "x"); got != 20 {
+			t.Errorf("%d of 20 are there", got)
+		}
+		if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{}); !errors.Is(err, flox.ErrFull) {
+			t.Errorf("a command on a full disk: %v, want ErrFull", err)
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(filepath.Join(disk, "filler")); err != nil {
+		t.Fatal(err)
+	}
+	n, _ = start(t, cfg)
+	if err := n.Ready(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if got := add(t, n, "x", ProposeOptions{}); got != 21 {
+		t.Errorf("%d, want 21", got)
 	}
 }

@@ -70,6 +70,7 @@ func (d *database) release() error {
 type state struct {
 	dir   string
 	cache int64
+	fs    vfs.FS
 	log   *slog.Logger
 
 	rotten atomic.Pointer[func(error)] // told when the files turn out to be damaged
@@ -87,10 +88,10 @@ func (s *state) rot(dir string, err error) {
 	}
 }
 
-// openState opens the state in dir, making an empty one if there is none. What
-// an interrupted restore left is removed.
-func openState(dir string, cache int64, log *slog.Logger) (*state, error) {
-	s := &state{dir: dir, cache: cache, log: log}
+// openState opens the state in dir of a file system, making an empty one if there is
+// none. What an interrupted restore left is removed.
+func openState(fs vfs.FS, dir string, cache int64, log *slog.Logger) (*state, error) {
+	s := &state{dir: dir, cache: cache, fs: fs, log: log}
 	if err := makeDir(dir); err != nil {
 		return nil, err
 	}
@@ -142,6 +143,9 @@ func (s *state) removeOthers(all bool) error {
 	return nil
 }
 
+// stateTable is how much of the state is in memory before it is written, in bytes.
+const stateTable = 16 << 20
+
 // openDB opens one database. A panic of Pebble on a damaged file is an error.
 func (s *state) openDB(dir string) (*database, error) {
 	d := &database{dir: dir, refs: 1}
@@ -150,9 +154,9 @@ func (s *state) openDB(dir string) (*database, error) {
 	opts := &pebble.Options{
 		Cache:              cache,
 		FormatMajorVersion: stateFormat,
-		MemTableSize:       16 << 20,
+		MemTableSize:       stateTable,
 		Logger:             pebbleLog{s.log, func(err error) { d.broken.Store(true); s.rot(dir, err) }},
-		FS:                 vfs.Default, // without the watch for slow disks, whose goroutine outlives a failed Open
+		FS:                 s.fs, // one is named, without the watch for slow disks, whose goroutine outlives a failed Open
 	}
 	// Pebble's own answer to a damaged file ends the process.
 	opts.EventListener = &pebble.EventListener{DataCorruption: func(i pebble.DataCorruptionInfo) {

@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
-	"golang.org/x/sys/unix"
 )
 
 // vitalFS watches what Pebble writes. Without its log, manifest and markers it does not go on when a write
@@ -102,14 +101,4 @@ func (f *vitalFile) SyncData() error { return f.fs.check(f.name, f.File.SyncData
 func (f *vitalFile) SyncTo(length int64) (bool, error) {
 	full, err := f.File.SyncTo(length)
 	return full, f.fs.check(f.name, err)
-}
-
-// disk gives the size of the disk a file of that name is on, and what is free of it for us, in bytes.
-func disk(file string) (total, free int64, err error) {
-	var st unix.Statfs_t
-	dir := filepath.Dir(file)
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, 0, fmt.Errorf("statfs %s: %w", dir, err)
-	}
-	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil //nolint:gosec // of one disk
 }

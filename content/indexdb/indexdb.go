@@ -22,6 +22,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/ballast"
 )
 
 // Config configures a DB. All fields but FS are needed.
@@ -55,7 +56,7 @@ type DB struct {
 	db      *pebble.DB // valid when ready is closed; nil: it could not be opened, and is broken
 	ready   chan struct{}
 	passing atomic.Bool           // Pebble is told of errors: it opens or closes
-	low     atomic.Bool           // there is no ballast
+	ballast *ballast.Ballast      // what is set aside for noting what is gone, which makes room
 	once    sync.Once             // of broken
 	cause   atomic.Pointer[error] // why it must not be written any more
 	broken  chan struct{}         // closed behind cause
@@ -70,11 +71,12 @@ func Open(cfg Config) (*DB, error) {
 	if d.cfg.FS == nil {
 		d.cfg.FS = vfs.Default
 	}
-	total, _, err := disk(cfg.Ballast)
+	total, _, err := ballast.Disk(filepath.Dir(cfg.Ballast))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", cfg.Name, err)
 	}
 	d.size = min(max(total/64, 1<<20), cfg.Most)
+	d.ballast = ballast.New(cfg.Ballast, cfg.Name, d.size, cfg.Log)
 	if _, err := os.Lstat(d.damaged()); err == nil {
 		return nil, fmt.Errorf("open %s: it could be read and not be opened for writing: %w", cfg.Dir, flox.ErrCorrupt)
 	}
@@ -90,7 +92,7 @@ func Open(cfg Config) (*DB, error) {
 		}
 		return nil, fmt.Errorf("open %s: %w", cfg.Dir, Full(err))
 	}
-	d.setBallast()
+	d.ballast.Set()
 	return d, nil
 }
 
@@ -98,7 +100,7 @@ func Open(cfg Config) (*DB, error) {
 func (d *DB) openToWrite() (*pebble.DB, error) {
 	db, err := d.open(false)
 	if isFull(err) {
-		d.dropBallast()
+		d.ballast.Drop()
 		db, err = d.open(false)
 	}
 	return db, err
@@ -117,7 +119,7 @@ func (d *DB) prepare() {
 		return
 	}
 	d.db = db
-	d.setBallast()
+	d.ballast.Set()
 	close(d.ready)
 	d.early.end() // nobody reads it who comes from here on
 }
@@ -135,7 +137,7 @@ func (d *DB) open(readOnly bool) (*pebble.DB, error) {
 	opts := d.cfg.Options // a copy
 	at := &attempt{DB: d, full: make(chan error, 1)}
 	at.opening.Store(true)
-	opts.FS = &vitalFS{FS: vfs.OnDiskFull(d.cfg.FS, d.dropBallast), of: at}
+	opts.FS = &vitalFS{FS: d.ballast.FS(d.cfg.FS), of: at}
 	opts.Logger = pebbleLog{d}
 	opts.EventListener = &pebble.EventListener{FlushEnd: func(i pebble.FlushInfo) { at.flushed(i.Err) }}
 	opts.MemTableSize = uint64(d.size / 4) //nolint:gosec // positive
@@ -255,7 +257,7 @@ func (d *DB) Broken() error {
 
 // Low says that the disk was full and the ballast is gone. What is written then
 // should make room.
-func (d *DB) Low() bool { return d.low.Load() }
+func (d *DB) Low() bool { return d.ballast.Low() }
 
 // Room is nil unless the disk was full and has no more room than half of the ballast now, or
 // the database is broken: ErrFull.
@@ -263,7 +265,7 @@ func (d *DB) Room() error {
 	if err := d.Broken(); err != nil || !d.Low() {
 		return err
 	}
-	if _, free, err := disk(d.cfg.Ballast); err == nil && free < d.size/2 {
+	if _, free, err := ballast.Disk(filepath.Dir(d.cfg.Ballast)); err == nil && free < d.size/2 {
 		return fmt.Errorf("%s: %d bytes are free on the disk of %s: %w", d.cfg.Name, free, d.cfg.Dir, flox.ErrFull)
 	}
 	return nil
@@ -277,36 +279,15 @@ func (d *DB) Tend() error {
 	if cause == nil && !d.Low() {
 		return nil
 	}
-	_, free, err := disk(d.cfg.Ballast)
+	_, free, err := ballast.Disk(filepath.Dir(d.cfg.Ballast))
 	switch {
 	case err != nil: // the next time
 	case cause != nil && (free > 4*d.size || errors.Is(cause, flox.ErrCorrupt)):
 		return fmt.Errorf("%s must be opened anew: %w", d.cfg.Dir, cause)
 	case cause == nil && free > 2*d.size:
-		d.setBallast()
+		d.ballast.Set()
 	}
 	return nil
-}
-
-// setBallast sets room aside that the database gets when the disk is full, because
-// making room takes some: what is gone must be noted first.
-func (d *DB) setBallast() {
-	f, err := os.OpenFile(d.cfg.Ballast, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err == nil {
-		err = errors.Join(syscall.Fallocate(int(f.Fd()), 0, 0, d.size), f.Close()) //nolint:gosec // a descriptor
-	}
-	if err != nil {
-		d.cfg.Log.Warn("no ballast", "of", d.cfg.Name, "size", d.size, "err", err)
-	}
-	d.low.Store(err != nil)
-}
-
-// dropBallast is called by whoever finds the disk full.
-func (d *DB) dropBallast() {
-	d.low.Store(true)
-	if err := os.Truncate(d.cfg.Ballast, 0); err != nil && !errors.Is(err, os.ErrNotExist) {
-		d.cfg.Log.Warn("drop the ballast", "of", d.cfg.Name, "err", err)
-	}
 }
 
 // lockFile locks the directory once for all attempts.

@@ -69,6 +69,44 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
+// A store whose process is killed while its disk has no room at all opens again, twice,
+// and can be read; Pebble by itself would try to write its files for ever.
+func TestOpenOnADiskThatIsFullToTheLastByte(t *testing.T) {
+	dir := smallDisk(t, "64m")
+	cfg := Config{Dir: filepath.Join(dir, "store"), PackSize: 1 << 20, Reserve: 16 << 20}
+	s, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, s, 0, 400)
+	dead := filepath.Join(dir, "dead") // what a kill leaves
+	if err := errors.Join(os.CopyFS(dead, os.DirFS(cfg.Dir)), s.Close(), os.RemoveAll(cfg.Dir)); err != nil {
+		t.Fatal(err)
+	}
+	filler(t, filepath.Join(dir, "filler"), 0)
+	cfg.Dir = dead
+	for range 2 {
+		s, err := Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantBlocks(t, s, 0, 400)
+		if id, b := block(401); !errors.Is(s.Put(t.Context(), id, b), flox.ErrFull) {
+			t.Error("a block was taken in")
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "filler")); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, cfg)
+	put(t, s, 400, 500)
+	wantBlocks(t, s, 0, 500)
+	noBadBlocks(t, s)
+}
+
 // smallDisk mounts a file system of its own.
 func smallDisk(t *testing.T, size string) string {
 	t.Helper()

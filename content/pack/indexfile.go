@@ -181,13 +181,13 @@ func removeOldIndexes(dir, inUse string) error {
 	return errors.Join(errs...)
 }
 
-// openIndex opens the index in dir.
-func openIndex(dir string, log *slog.Logger, found func(error)) (*index, error) {
+// openIndex opens the index in dir of a file system.
+func openIndex(fs vfs.FS, dir string, log *slog.Logger, found func(error)) (*index, error) {
 	x := &index{packs: make(map[uint32]packState), remote: make(map[uint32]remotePack), db: &indexDB{dir: dir, log: log, found: found}}
 	opts := &pebble.Options{
-		// Named, so that Pebble does not watch it with a goroutine that a failed Open
-		// leaves behind.
-		FS:                 vfs.Default,
+		// One is named, so that Pebble does not watch it with a goroutine that a failed
+		// Open leaves behind.
+		FS:                 fs,
 		DisableWAL:         true,
 		FormatMajorVersion: pebble.FormatNewest,
 		Logger:             indexLog{x.db},

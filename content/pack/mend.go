@@ -88,7 +88,7 @@ func (s *Store) loadIndex() error {
 		return err
 	}
 	path := filepath.Join(s.cfg.Dir, name)
-	x, err := openIndex(path, s.log, s.foundRot)
+	x, err := openIndex(s.indexFS, path, s.log, s.foundRot)
 	_, noteErr := os.Stat(filepath.Join(s.cfg.Dir, damagedName))
 	var l lost
 	if err == nil && noteErr != nil && !x.rotten() {
@@ -114,7 +114,7 @@ func (s *Store) loadIndex() error {
 	if err == nil {
 		clear(s.sizes)
 		s.lastID = 0
-		s.index, err = openIndex(fresh, s.log, s.foundRot)
+		s.index, err = openIndex(s.indexFS, fresh, s.log, s.foundRot)
 	}
 	if err == nil {
 		err = s.recover(&l)
@@ -202,7 +202,7 @@ func (s *Store) mend(ctx context.Context) (err error) {
 	if err != nil {
 		return fmt.Errorf("index: %w", err)
 	}
-	next, err := openIndex(fresh, s.log, s.foundRot)
+	next, err := openIndex(s.indexFS, fresh, s.log, s.foundRot)
 	if err != nil {
 		return err
 	}

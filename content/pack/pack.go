@@ -17,11 +17,13 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/ballast"
 )
 
 // Config of a Store. The zero value of every field but Dir means the default.
@@ -83,7 +85,10 @@ type Store struct {
 	log   *slog.Logger
 	lock  *os.File
 	index *index
-	files *files
+	// ballast is for the index on a full disk; indexFS gives it up.
+	ballast *ballast.Ballast
+	indexFS vfs.FS
+	files   *files
 	// remote is nil without a bucket.
 	remote *remote
 	enc    *zstd.Encoder // nil = store plain
@@ -140,6 +145,10 @@ type sealed struct {
 	synced int64 // how much of it is durable
 }
 
+// maxBallast is enough for two tables of the index (MemTableSize), in bytes: what it
+// has in memory when it is opened after a crash, and a little for its own files.
+const maxBallast = 16 << 20
+
 // Open opens or creates the store in cfg.Dir, drops the torn tail of a write
 // that never ended, and brings the index up to the packs. Errors: ErrBusy,
 // ErrBadInput for a wrong Config, ErrFull.
@@ -158,6 +167,8 @@ func Open(cfg Config) (s *Store, err error) {
 		checked: checkSpace,
 	}
 	s.files = newFiles(s.packPath)
+	s.ballast = ballast.New(filepath.Join(cfg.Dir, "ballast"), "the index of "+cfg.Dir, min(maxBallast, cfg.Reserve/4), cfg.Log)
+	s.indexFS = s.ballast.FS(vfs.Default)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.release())
@@ -176,6 +187,7 @@ func Open(cfg Config) (s *Store, err error) {
 	if err := s.loadIndex(); err != nil {
 		return s, diskError(err, "open "+cfg.Dir)
 	}
+	s.ballast.Set()
 	if s.remote != nil {
 		return s, s.openRemote()
 	}

@@ -176,6 +176,7 @@ func (s *Store) room(n int64) error {
 		return fmt.Errorf("block store %s: %d bytes are free on its disk, of which %d stay so; free space or delete paths: %w", s.cfg.Dir, free, s.cfg.Reserve, flox.ErrFull)
 	}
 	s.checked = 0
+	s.ballast.Tend()
 	return nil
 }
 
