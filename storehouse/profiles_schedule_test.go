@@ -195,4 +195,10 @@ func TestUpgradesAreBuiltElsewhere(t *testing.T) {
 	if _, err := h.servers[0].channels.made(within(t), "fails", []string{linux}); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), "could not be made") {
 		t.Errorf("what fails there: %v", err)
 	}
+	// And evaluate what a channel that it fetched tracks.
+	q := &floxv1.PublishChannelRequest{Channel: "tools", Source: expressionOf(t, h.servers[0], tools("2.2")), Systems: []string{linux}, Reason: "fetched"}
+	end, err := h.servers[0].channels.published(within(t), q, func(*floxv1.PublishChannelProgress) {})
+	if v := end.GetVersion(); err != nil || v.GetNumber() != 2 || v.GetActor().GetMachine() != h.servers[0].machineName() || v.GetReason() != "fetched" {
+		t.Errorf("evaluated there: %v, %v", end, err)
+	}
 }
