@@ -276,16 +276,13 @@ func (d *DB) Room() error {
 // damaged (ErrCorrupt, too). It is let go of only by the end of the process, which must start anew.
 func (d *DB) Tend() error {
 	cause := d.Broken()
-	if cause == nil && !d.Low() {
+	if cause == nil {
+		d.ballast.Tend()
 		return nil
 	}
 	_, free, err := ballast.Disk(filepath.Dir(d.cfg.Ballast))
-	switch {
-	case err != nil: // the next time
-	case cause != nil && (free > 4*d.size || errors.Is(cause, flox.ErrCorrupt)):
+	if err == nil && free > 4*d.size || errors.Is(cause, flox.ErrCorrupt) {
 		return fmt.Errorf("%s must be opened anew: %w", d.cfg.Dir, cause)
-	case cause == nil && free > 2*d.size:
-		d.ballast.Set()
 	}
 	return nil
 }

@@ -9,9 +9,8 @@ import (
 	"os"
 	"slices"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/ballast"
 )
 
 // Swept is what a Sweep did.
@@ -225,11 +224,11 @@ func (s *Store) fits(id uint32) (bool, error) {
 
 // free gives the bytes that are free on the store's disk.
 func (s *Store) free() (int64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.cfg.Dir, &st); err != nil {
+	_, free, err := ballast.Disk(s.cfg.Dir)
+	if err != nil {
 		return 0, fmt.Errorf("block store %s: free space: %w", s.cfg.Dir, err)
 	}
-	return int64(st.Bavail) * st.Bsize, nil
+	return free, nil
 }
 
 // sparse lists the full, durable packs of which less than half is used, the
