@@ -388,8 +388,8 @@ func (c *simClient) changePackages(subject simSubject, seen simProfile, a profil
 	c.mu.Lock()
 	c.changes[a.tag] = change
 	c.mu.Unlock()
+	a.edit = change.edit
 	for range simProfileTries {
-		a.edit = simEdit(edit)
 		ask, cmd := p.command(subject, seen, a)
 		said, ok := c.put(subject, ask, cmd).(profilesSaid)
 		if !ok {
@@ -409,12 +409,20 @@ func (c *simClient) changePackages(subject simSubject, seen simProfile, a profil
 		if len(profile.Conflicts(p.packages(base), p.packages(is), set, drop)) > 0 {
 			return
 		}
-		for i, what := range []byte(change.edit) {
-			if what == 'x' && is[i] == '0' {
-				edit[i] = '-' // both dropped it
-			}
+		a.edit = change.edit.over(is)
+	}
+}
+
+// over is an edit that leaves out what is dropped in it and gone already. What comes
+// back after that is dropped by the next try: each begins with the whole edit.
+func (e simEdit) over(is simSet) simEdit {
+	b := []byte(e)
+	for i, what := range b {
+		if what == 'x' && is[i] == '0' {
+			b[i] = '-'
 		}
 	}
+	return simEdit(b)
 }
 
 // profilesAgree looks that every change that was acknowledged is in its profile's
