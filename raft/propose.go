@@ -12,6 +12,7 @@ import (
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content/ballast"
 )
 
 const (
@@ -93,7 +94,7 @@ const freeingShare = 8
 
 // room refuses commands that would take what is kept free of the disk.
 func (n *Node) room(freeing bool) error {
-	free, err := freeBytes(n.cfg.Dir)
+	_, free, err := ballast.Disk(n.cfg.Dir)
 	if err != nil {
 		return err
 	}
@@ -101,7 +102,7 @@ func (n *Node) room(freeing bool) error {
 	if freeing {
 		keep /= freeingShare
 	}
-	if free < keep {
+	if uint64(free) < keep { //nolint:gosec // not negative
 		return fmt.Errorf("%s has %d MiB free and %d MiB are kept for the log: make room on that disk: %w", n.cfg.Dir, free>>20, keep>>20, flox.ErrFull)
 	}
 	return nil

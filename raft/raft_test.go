@@ -22,6 +22,7 @@ import (
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/content/ballast"
 )
 
 func TestMain(m *testing.M) {
@@ -330,11 +331,11 @@ func TestProposeRefuses(t *testing.T) {
 	if got := count(t, n, Linearizable, "x"); got != 0 {
 		t.Error("reads must go on when the disk is full")
 	}
-	free, err := freeBytes(n.cfg.Dir)
+	_, free, err := ballast.Disk(n.cfg.Dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.cfg.ReserveBytes = 4 * free
+	n.cfg.ReserveBytes = 4 * uint64(free) //nolint:gosec // of a disk
 	if _, _, err := n.Propose(within(t), testKind, []byte("add x"), ProposeOptions{}); !errors.Is(err, flox.ErrFull) {
 		t.Errorf("what is kept for the log: %v, want ErrFull", err)
 	}
@@ -702,7 +703,7 @@ func TestStartOnADiskThatIsFullToTheLastByte(t *testing.T) {
 	if err := errors.Join(os.CopyFS(dead, os.DirFS(cfg.Dir)), stop(), os.RemoveAll(cfg.Dir)); err != nil {
 		t.Fatal(err)
 	}
-	free, err := freeBytes(disk)
+	_, free, err := ballast.Disk(disk)
 	if err != nil {
 		t.Fatal(err)
 	}

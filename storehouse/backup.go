@@ -17,6 +17,7 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/ballast"
 	"github.com/floxctl/flox/members"
 	cluster "github.com/floxctl/flox/raft"
 	"github.com/floxctl/flox/storehouse/backup"
@@ -155,11 +156,11 @@ func (b *backingUp) run(ctx context.Context) (err error) {
 
 // roomForIndex refuses to fill this server's own disk.
 func (b *backingUp) roomForIndex() error {
-	free, err := freeBytes(b.cfg.StateDir)
+	_, free, err := ballast.Disk(b.cfg.StateDir)
 	if err != nil {
 		return err
 	}
-	if need := b.packs.Stat().Blocks*backupIndexBytes + b.cfg.ReserveBytes; free < need {
+	if need := b.packs.Stat().Blocks*backupIndexBytes + b.cfg.ReserveBytes; uint64(free) < need { //nolint:gosec // not negative
 		return fmt.Errorf("%s has %d bytes free, and the list of what the backup has takes up to %d: free some space: %w", b.cfg.StateDir, free, need, flox.ErrFull)
 	}
 	return nil

@@ -87,15 +87,6 @@ func backupDirectory(dir string, create bool) error {
 	return nil
 }
 
-// freeBytes is what an ordinary user may still write to a directory's disk.
-func freeBytes(dir string) (uint64, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return 0, fmt.Errorf("disk of %s: %w", dir, err)
-	}
-	return st.Bavail * uint64(st.Bsize), nil //nolint:gosec // a size
-}
-
 // backupKeys is what is encrypted in a backup, as JSON: all that a storehouse cannot
 // be itself without, so that even without the facts its keys are not lost.
 type backupKeys struct {

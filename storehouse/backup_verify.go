@@ -15,6 +15,7 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
+	"github.com/floxctl/flox/content/ballast"
 	"github.com/floxctl/flox/members"
 	cluster "github.com/floxctl/flox/raft"
 	"github.com/floxctl/flox/storehouse/backup"
@@ -159,8 +160,8 @@ func (v *verifying) openKeys(ctx context.Context) error {
 
 // openFacts makes a state of the facts, in a directory of its own.
 func (v *verifying) openFacts(ctx context.Context) error {
-	free, err := freeBytes(v.opts.Dir)
-	if err == nil && free < 2*v.m.FactsBytes {
+	_, free, err := ballast.Disk(v.opts.Dir)
+	if err == nil && uint64(free) < 2*v.m.FactsBytes { //nolint:gosec // not negative
 		err = fmt.Errorf("%s has %d bytes free, the facts of the backup take up to %d: free some space: %w", v.opts.Dir, free, 2*v.m.FactsBytes, flox.ErrFull)
 	}
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"golang.org/x/sys/unix"
@@ -29,9 +30,20 @@ func New(file, of string, size int64, log *slog.Logger) *Ballast {
 	return &Ballast{file: file, of: of, size: size, log: log}
 }
 
+// pause is between two tries on a disk that is full though the ballast is gone: Pebble
+// tries again at once, for as long as it is full.
+const pause = 500 * time.Millisecond
+
 // FS gives a file system that drops the ballast when the disk of fs is full, and tries
-// again once then.
-func (b *Ballast) FS(fs vfs.FS) vfs.FS { return vfs.OnDiskFull(fs, b.Drop) }
+// again once then, after half a second if the ballast had gone before.
+func (b *Ballast) FS(fs vfs.FS) vfs.FS {
+	return vfs.OnDiskFull(fs, func() {
+		if b.Low() {
+			time.Sleep(pause) // no context: what Pebble asks of a file has none
+		}
+		b.Drop()
+	})
+}
 
 // Low says that the ballast is gone: the disk was full.
 func (b *Ballast) Low() bool { return b.low.Load() }
