@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -21,6 +24,8 @@ import (
 const (
 	// upgradeEvery is how often the leader looks for profiles that are due.
 	upgradeEvery = time.Minute
+	// upgradesAtOnce is how many profiles are upgraded at once.
+	upgradesAtOnce = 4
 	// upgradeWait bounds one upgrade, with all that is built for it.
 	upgradeWait = time.Hour
 	// reasonSchedule is why a generation was made that nobody asked for.
@@ -54,9 +59,25 @@ func runsOf(r *cluster.Reader, p *floxv1.Profile) (last *floxv1.ProfileRun, next
 	return last, next, nil
 }
 
+// upgrades are what this server upgrades now because of schedules.
+type upgrades struct {
+	p     *profiles
+	slots chan struct{}
+	all   sync.WaitGroup
+
+	mu      sync.Mutex
+	running map[string]bool // folded names; at most upgradesAtOnce
+}
+
+func newUpgrades(p *profiles) *upgrades {
+	return &upgrades{p: p, slots: make(chan struct{}, upgradesAtOnce), running: map[string]bool{}}
+}
+
 // upgradeLoop upgrades on the leader what schedules say, until ctx ends.
 func (p *profiles) upgradeLoop(ctx context.Context) error {
-	return p.s.asLeader(ctx, upgradeEvery, nil, "upgrade profiles that have a schedule", p.upgradeDue)
+	u := newUpgrades(p)
+	defer u.all.Wait()
+	return p.s.asLeader(ctx, upgradeEvery, nil, "upgrade profiles that have a schedule", u.begin)
 }
 
 // dueProfile is one that is to be upgraded.
@@ -65,13 +86,54 @@ type dueProfile struct {
 	at time.Time
 }
 
-// upgradeDue upgrades the profiles whose schedules say so at a time, one after another.
-func (p *profiles) upgradeDue(ctx context.Context, now time.Time) error {
-	var due []dueProfile
-	err := p.view(ctx, cluster.Local, func(r *cluster.Reader) error {
+// begin begins to upgrade the profiles whose schedules say so at a time, who waits longest
+// first, and gives once the last of them has begun: one that takes long, or hangs, keeps
+// the others waiting only if as many do as may run at once.
+func (u *upgrades) begin(ctx context.Context, now time.Time) error {
+	due, err := u.due(ctx, now)
+	slices.SortStableFunc(due, func(x, y dueProfile) int { return x.at.Compare(y.at) })
+	for _, of := range due {
+		select {
+		case u.slots <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if ctx.Err() != nil || u.p.s.node.Status().State != "leader" {
+			<-u.slots
+			break // whoever leads now goes on
+		}
+		u.run(ctx, of)
+	}
+	return err
+}
+
+// run upgrades a profile beside others, in the slot that its caller took.
+func (u *upgrades) run(ctx context.Context, of dueProfile) {
+	name := profile.Folded(of.GetName())
+	u.mu.Lock()
+	u.running[name] = true
+	u.mu.Unlock()
+	u.all.Go(func() {
+		err := u.p.upgradeOne(ctx, of)
+		u.mu.Lock()
+		delete(u.running, name)
+		u.mu.Unlock()
+		<-u.slots
+		if err != nil && ctx.Err() == nil {
+			u.p.s.cfg.Log.Warn("a profile that is due is upgraded later", "profile", of.GetName(), "error", err)
+		}
+	})
+}
+
+// due gives the profiles that are due at a time and are not being upgraded.
+func (u *upgrades) due(ctx context.Context, now time.Time) (due []dueProfile, err error) {
+	u.mu.Lock()
+	running := maps.Clone(u.running) // before the facts are read: what has ended by then is noted there
+	u.mu.Unlock()
+	err = u.p.view(ctx, cluster.Local, func(r *cluster.Reader) error {
 		var bad error
 		err := profile.List(r, "", "", func(of *floxv1.Profile) bool {
-			if of.GetSchedule().GetEveryMinutes() == 0 {
+			if of.GetSchedule().GetEveryMinutes() == 0 || running[profile.Folded(of.GetName())] {
 				return true
 			}
 			var last *floxv1.ProfileRun
@@ -85,15 +147,7 @@ func (p *profiles) upgradeDue(ctx context.Context, now time.Time) error {
 		})
 		return errors.Join(err, bad)
 	})
-	for _, of := range due {
-		if ctx.Err() != nil || p.s.node.Status().State != "leader" {
-			break // whoever leads now goes on
-		}
-		if failed := p.upgradeOne(ctx, of); failed != nil {
-			err = errors.Join(err, fmt.Errorf("profile %s: %w", of.GetName(), failed))
-		}
-	}
-	return err
+	return due, err
 }
 
 // upgradeOne upgrades a profile, and notes what that came to. What it gives is to be

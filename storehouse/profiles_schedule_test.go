@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -91,11 +92,13 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.channel("2.2")
+	u := newUpgrades(s.profiles)
 	upgradeAt := func(later time.Duration) {
 		t.Helper()
-		if err := s.profiles.upgradeDue(within(t), time.Now().Add(later)); err != nil {
+		if err := u.begin(within(t), time.Now().Add(later)); err != nil {
 			t.Fatal(err)
 		}
+		u.all.Wait()
 	}
 	upgradeAt(0)
 	h.has("alice/x", 1, "2.1", "", "") // not due yet
@@ -134,6 +137,42 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 	upgradeAt(75 * time.Hour)
 	h.has("alice/back", 5, "2.3", profile.RunUpgraded, "") // a person changed it
 	h.has("alice/x", 3, "2.3", profile.RunUpgraded, "")
+	h.channel("2.4")
+	h.hangs(u, time.Now().Add(100*time.Hour), "alice/x", "alice/back")
+}
+
+// hangs has the first of two profiles that is due hang in the middle of its upgrade: the
+// other one is upgraded all the same, and the first is not begun again.
+func (h *scheduledHouse) hangs(u *upgrades, now time.Time, first, second string) {
+	h.t.Helper()
+	due, err := u.due(within(h.t), now)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	at := map[string]time.Time{}
+	for _, of := range due {
+		at[of.GetName()] = of.at
+	}
+	if at[second].Before(at[first]) {
+		first, second = second, first
+	}
+	leave, err := h.profiles.enter(within(h.t), first)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	leave = sync.OnceFunc(leave)
+	defer leave()
+	if err := u.begin(within(h.t), now); err != nil {
+		h.t.Fatal(err)
+	}
+	eventually(h.t, "the other profile is upgraded", func() bool { return h.show(second).GetGeneration().GetPackages()[0].GetVersion() == "2.4" })
+	again, err := u.due(within(h.t), now)
+	if err != nil || slices.ContainsFunc(again, func(of dueProfile) bool { return of.GetName() == first }) {
+		h.t.Errorf("%s is being upgraded, and due are %v, %v", first, again, err)
+	}
+	leave()
+	u.all.Wait()
+	h.has(first, h.show(first).GetProfile().GetLive(), "2.4", profile.RunUpgraded, "")
 }
 
 func asHeld(p *floxv1.Package) *floxv1.Package {
