@@ -36,8 +36,13 @@ func newInviteCmd(g *globals) *cobra.Command {
 		Long: `Make an invite: one line of text that a machine joins with, once, within an hour,
 unless --uses and --ttl say otherwise. It is a secret: whoever has it joins. The
 machine gets the role and labels of the invite, and its user, whatever it says itself.
-Without --user it speaks for the user it names, and so may change the profiles that this
-user owns and that new shells find: give --user to machines of people you do not trust.
+
+--user says for whom the machine speaks: whose profiles new shells find there and its
+commands change (USER/...), and with which rights: member, publisher (uploads) or admin.
+Without it, that is who ran the join (sudo: who ran sudo), as a member, if the name is
+free: no other machine speaks for it, and no profile is its or gives it a role; never
+root. Else the machine joins all the same, and speaks for nobody until an admin says
+floxctl machine user; profiles that are assigned to it are there anyway.
 
 --lan lets machines of the storehouse's own network (private addresses of a subnet
 that the asked server is on) join without a secret for that long;
@@ -47,12 +52,12 @@ agree: for another office, whose line may be slow or cut. The label voter says s
 floxctl machine label SERVER voter=true or voter=false changes it later.
 --ephemeral agents (CI, containers) are forgotten an hour after they were seen last,
 and nobody counts on them: they keep nothing for the DHT and build for nobody.
---user gives a person rights there: member, publisher (uploads) or admin.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl invite --role agent                       one machine, within an hour
   floxctl invite --role agent --uses 50 --ttl 2d --label site=berlin
   floxctl invite --role agent --user alice:admin
+  floxctl invite --role agent --uses 20 --user root   servers that root alone uses
   floxctl invite --role server --non-voter --label site=lisbon
   floxctl invite --lan 10m                          agents, whoever is in this network
   floxctl invite list`,
@@ -72,7 +77,7 @@ and nobody counts on them: they keep nothing for the DHT and build for nobody.
 	f.StringArrayVar(&opts.labels, "label", nil, "label of whoever joins, `KEY=VALUE`; may be repeated")
 	f.BoolVar(&opts.ephemeral, "ephemeral", false, "forget the machine an hour after it was seen last")
 	f.BoolVar(&opts.nonVoter, "non-voter", false, "of a server: it follows and answers, and never votes or leads; label voter=false")
-	f.StringVar(&opts.user, "user", "", "who may use the machine and how, `NAME[:member|publisher|admin]`")
+	f.StringVar(&opts.user, "user", "", "for whom the machine speaks and with which rights, `NAME[:member|publisher|admin]`")
 	f.StringVar(&opts.lan, "lan", "", "no secret: the local network may join for this `TIME`")
 	cmd.AddCommand(newInviteListCmd(g), newInviteCancelCmd(g))
 	return cmd

@@ -31,7 +31,7 @@ func (o *operator) labels() {
 		by(follower, "machine.change Laptop"), by(leader, "machine.change Laptop"), by(leader, "machine.change Laptop"),
 		by(third, "machine.change LAPTOP"), by(third, "machine.change Lapwing"))
 	for _, s := range o.servers {
-		if m := asks[machineTold](o, s, "machine", "show", "LAPWING"); m.Name != "Lapwing" || len(m.Users) != 2 || m.Labels["site"] != "Berlin" {
+		if m := asks[machineTold](o, s, "machine", "show", "LAPWING"); m.Name != "Lapwing" || len(m.Users) != 1 || m.Labels["site"] != "Berlin" {
 			o.t.Errorf("%s knows %+v", s.Host.Name, m)
 		}
 		o.ctl(s, "machine", "show", "laptop").want(o.t, 3, `"laptop"`)

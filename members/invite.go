@@ -138,6 +138,9 @@ func (a *applying) redeem(c *floxv1.Redeem) error {
 		return refuse(fmt.Errorf("this machine is a member as %s; take it out with floxctl leave before it becomes %s: %w", was.GetRole(), inv.GetRole(), flox.ErrDenied))
 	}
 	m := a.joining(c, inv)
+	if err := a.claim(m, inv, c.GetUser(), was); err != nil {
+		return err
+	}
 	if err := a.store(m, was); err != nil {
 		if errors.Is(err, flox.ErrBadInput) || errors.Is(err, flox.ErrBusy) || errors.Is(err, flox.ErrFull) {
 			return refuse(err)
@@ -152,7 +155,7 @@ func (a *applying) redeem(c *floxv1.Redeem) error {
 	} else {
 		err = a.put(textKey(inviteKey, inv.GetId()), inv)
 	}
-	return errors.Join(err, a.note("machine.join", m.GetName(), m.GetRole()+" "+m.GetPeer()+" with invite "+inv.GetId(), false))
+	return errors.Join(err, a.note("machine.join", m.GetName(), m.GetRole()+" "+m.GetPeer()+" with invite "+inv.GetId()+a.notClaimed(c.GetUser()), false))
 }
 
 // joining is the record of a machine that joins: what it may be comes from the
@@ -166,11 +169,8 @@ func (a *applying) joining(c *floxv1.Redeem, inv *floxv1.InviteRecord) *floxv1.M
 	if by := inv.GetBy(); by.GetUser() != "" {
 		m.JoinedBy += " of " + by.GetUser()
 	}
-	switch {
-	case inv.GetUser() != nil:
+	if inv.GetUser() != nil {
 		m.Users = []*floxv1.UserGrant{inv.GetUser()}
-	case c.GetUser() != "":
-		m.Users = []*floxv1.UserGrant{{Name: c.GetUser(), Role: Member}}
 	}
 	if m.Role == Server {
 		m.Addrs, m.RaftAddress, m.SealKey, m.HttpUrl = asked.GetAddrs(), asked.GetRaftAddress(), asked.GetSealKey(), asked.GetHttpUrl()

@@ -35,10 +35,10 @@ func Assigned(p *floxv1.Profile, peer string, labels []string) bool {
 
 // assign has machines show a profile, or no more.
 func (a *applying) assign(c *floxv1.AssignProfile) error {
-	p, err := Find(a.tx, c.GetProfile())
-	if err == nil && !a.admin {
-		err = fmt.Errorf("profile %s: only an admin of the storehouse assigns profiles to machines: an admin can do it, or make you one with floxctl machine user: %w", p.GetName(), flox.ErrDenied)
+	if !a.admin {
+		return fmt.Errorf("profile %s: only an admin of the storehouse assigns profiles to machines: an admin can do it, or make you one with floxctl machine user: %w", short(c.GetProfile()), flox.ErrDenied)
 	}
+	p, err := Find(a.tx, c.GetProfile())
 	if err != nil {
 		return err
 	}

@@ -101,7 +101,7 @@ func (a *applying) apply(c *floxv1.ProfilesCommand) error {
 
 // profile reads a profile for somebody who has at least a role in it.
 func (a *applying) profile(name, role string) (*floxv1.Profile, error) {
-	p, err := Find(a.tx, name)
+	p, err := FindFor(a.tx, name, func(p *floxv1.Profile) bool { return a.admin || Role(p, a.actor.GetUser()) != "" })
 	if err == nil && !a.admin {
 		err = May(p, a.actor.GetUser(), role)
 	}

@@ -24,7 +24,7 @@ func Find(g getter, name string) (*floxv1.Profile, error) {
 		} else if now != "" {
 			return nil, &RenamedError{Name: name, Now: now}
 		}
-		return nil, fmt.Errorf("there is no profile %s; see: floxctl profile list: %w", name, flox.ErrNotFound)
+		return nil, noProfile(name)
 	}
 	return p, err
 }

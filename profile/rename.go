@@ -24,6 +24,23 @@ func (e *RenamedError) Error() string {
 // Unwrap is what errors.Is asks for.
 func (e *RenamedError) Unwrap() error { return flox.ErrNotFound }
 
+// FindFor is Find for somebody who sees some profiles only: of those alone it is told that
+// they have another name now.
+func FindFor(g getter, name string, sees func(*floxv1.Profile) bool) (*floxv1.Profile, error) {
+	p, err := Find(g, name)
+	if renamed := (*RenamedError)(nil); errors.As(err, &renamed) {
+		if now, gone := Find(g, renamed.Now); gone != nil || !sees(now) {
+			err = noProfile(name)
+		}
+	}
+	return p, err
+}
+
+// noProfile says that there is none.
+func noProfile(name string) error {
+	return fmt.Errorf("there is no profile %s; see: floxctl profile list: %w", name, flox.ErrNotFound)
+}
+
 // renamed gives the name of the profile that had a folded name; "" = none had.
 func renamed(g getter, name string) (string, error) {
 	b, err := g.Get(textKey(renamedKey, name))

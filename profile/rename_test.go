@@ -62,6 +62,9 @@ func TestRename(t *testing.T) {
 	if _, err := l.apply("alice", change(seen, pkgs(pkg("fd", "1")))); err == nil || !strings.Contains(err.Error(), "it was renamed to Alice/Build") {
 		t.Errorf("a change by the old name: %v", err)
 	}
+	if _, err := l.apply("mallory", change(seen, pkgs(pkg("fd", "1")))); !errors.Is(err, flox.ErrNotFound) || strings.Contains(err.Error(), "Build") {
+		t.Errorf("who may not read it hears %v", err)
+	}
 	if p = l.must("alice", change(p, pkgs(pkg("fd", "1")))); p.GetLive() != 4 {
 		t.Errorf("a change by the new one: %v", p)
 	}

@@ -79,15 +79,15 @@ func (a *applying) schedule(c *floxv1.SetSchedule) error {
 // ran notes what an upgrade came to, beside the profile: nothing that is shown on machines
 // changed, and watchers are told nothing.
 func (a *applying) ran(c *floxv1.NoteRun) error {
+	if !a.admin {
+		return fmt.Errorf("profile %s: only the storehouse says what its upgrades came to: %w", short(c.GetProfile()), flox.ErrDenied)
+	}
 	p, err := Find(a.tx, c.GetProfile())
 	if err != nil {
 		return err
 	}
 	run := c.GetRun()
-	switch {
-	case !a.admin:
-		return fmt.Errorf("profile %s: only the storehouse says what its upgrades came to: %w", p.GetName(), flox.ErrDenied)
-	case len(run.GetDetail()) > maxText || len(run.GetResult()) > maxText:
+	if len(run.GetDetail()) > maxText || len(run.GetResult()) > maxText {
 		return fmt.Errorf("profile %s: an upgrade that is described in %d bytes, want at most %d: %w", p.GetName(), len(run.GetDetail()), maxText, flox.ErrBadInput)
 	}
 	a.reply.Profile = p

@@ -85,8 +85,8 @@ func (a *admin) mayAs(ctx context.Context, peer string, header http.Header, need
 	if need < adminOnly {
 		role = members.Member
 	}
-	err := fmt.Errorf("%s needs the role %s in the storehouse, which %q does not have on %s: an admin can give it with floxctl machine user: %w",
-		action, role, person, nameOr(m.GetName(), peer), flox.ErrDenied)
+	err := fmt.Errorf("%s needs the role %s in the storehouse, which %q does not have on %s: an admin can give it with floxctl machine user %s %s:%s: %w",
+		action, role, person, nameOr(m.GetName(), peer), nameOr(m.GetName(), peer), nameOr(person, "USER"), role, flox.ErrDenied)
 	if !ok {
 		err = fmt.Errorf("%s: this machine (%s) is not in the member list: join it with an invite: %w", action, peer, flox.ErrDenied)
 	}

@@ -79,7 +79,7 @@ func (a *admin) TrackChannel(ctx context.Context, req *connect.Request[floxv1.Tr
 			return err
 		}
 		if leader == nil {
-			return a.s.channels.track(ctx, person{who, true}, req.Msg, send)
+			return a.s.channels.track(ctx, person{Actor: who, admin: true}, req.Msg, send)
 		}
 		by, err := forWhom(who)
 		if err != nil {
@@ -104,7 +104,7 @@ func (a *admin) UntrackChannel(ctx context.Context, req *connect.Request[floxv1.
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
-	was, err := a.s.channels.untrack(ctx, person{who, true}, req.Msg.GetChannel())
+	was, err := a.s.channels.untrack(ctx, person{Actor: who, admin: true}, req.Msg.GetChannel())
 	return answer(&floxv1.UntrackChannelResponse{Tracking: was}, err)
 }
 

@@ -1,6 +1,7 @@
 package storehouse
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 
@@ -36,11 +37,33 @@ func (a *admin) person(ctx context.Context, call connect.AnyRequest) (person, er
 	if err != nil {
 		return person{}, err
 	}
+	return person{Actor: who, admin: a.rights(ctx, call, who) >= adminOnly}, nil
+}
+
+// rights are members.Rights of whom a call is for.
+func (a *admin) rights(ctx context.Context, call connect.AnyRequest, who *floxv1.Actor) int {
 	_, local := ctx.Value(socketKey{}).(int)
 	// A server that acts on its own behalf, and on no person's.
 	itself := call.Header().Get(actorHeader) != "" && who.GetUser() == "" && who.GetPeer() == call.Peer().Addr
+	if local || itself {
+		return adminOnly
+	}
 	m, _ := a.s.roster.machine(p2p.PeerID(who.GetPeer()))
-	return person{who, local || itself || members.Rights(members.UserRole(m, who.GetUser())) >= adminOnly}, nil
+	return members.Rights(members.UserRole(m, who.GetUser()))
+}
+
+// reader is person for what changes nothing: somebody for whom the machine may not speak
+// is nobody, who reads what everybody may and what is assigned to the machine.
+func (a *admin) reader(ctx context.Context, call connect.AnyRequest) (person, error) {
+	who, err := a.may(ctx, call, anyMember, actionProfile)
+	if err != nil {
+		return person{}, err
+	}
+	rights := a.rights(ctx, call, who)
+	if rights < memberOnly && !a.s.cfg.OpenMembership {
+		who = &floxv1.Actor{Peer: who.GetPeer(), Machine: who.GetMachine()}
+	}
+	return person{who, rights >= adminOnly, a.s.sightOf(p2p.PeerID(who.GetPeer()))}, nil
 }
 
 // CreateProfile is floxv1connect.AdminHandler.
@@ -124,7 +147,7 @@ func (a *admin) GrantProfile(ctx context.Context, req *connect.Request[floxv1.Gr
 
 // ListProfiles is floxv1connect.AdminHandler.
 func (a *admin) ListProfiles(ctx context.Context, req *connect.Request[floxv1.ListProfilesRequest]) (*connect.Response[floxv1.ListProfilesResponse], error) {
-	who, err := a.person(ctx, req)
+	who, err := a.reader(ctx, req)
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
@@ -135,7 +158,7 @@ func (a *admin) ListProfiles(ctx context.Context, req *connect.Request[floxv1.Li
 	out := &floxv1.ListProfilesResponse{}
 	err = a.s.profiles.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
 		return profile.List(r, req.Msg.GetOwner(), req.Msg.GetAfter(), func(p *floxv1.Profile) bool {
-			if who.may(p, profile.Reader) != nil {
+			if !who.sees(p) {
 				return true
 			}
 			if out.More = len(out.Profiles) == limit; !out.More {
@@ -181,14 +204,17 @@ func (a *admin) ProfileHistory(ctx context.Context, req *connect.Request[floxv1.
 
 // readProfile calls f with a profile that the caller may read.
 func (a *admin) readProfile(ctx context.Context, call connect.AnyRequest, name string, f func(r *cluster.Reader, p *floxv1.Profile) error) error {
-	who, err := a.person(ctx, call)
+	who, err := a.reader(ctx, call)
 	if err != nil {
 		return err
 	}
 	return a.s.profiles.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
-		p, err := profile.Find(r, name)
-		if err == nil {
-			err = who.may(p, profile.Reader)
+		p, err := profile.FindFor(r, name, who.sees)
+		if err == nil && !who.sees(p) {
+			if who.GetUser() == "" { // it needs a machine that speaks for the caller first
+				_, err = a.person(ctx, call)
+			}
+			err = cmp.Or(err, who.may(p, profile.Reader))
 		}
 		if err != nil {
 			return err
@@ -220,7 +246,7 @@ func (p *profiles) rollback(ctx context.Context, who person, q *floxv1.RollbackP
 	out := &floxv1.RollbackProfileResponse{}
 	to := q.GetTo()
 	err := p.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
-		at, err := profile.Find(r, q.GetName())
+		at, err := profile.FindFor(r, q.GetName(), who.sees)
 		if err != nil {
 			return err
 		}

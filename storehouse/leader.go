@@ -46,7 +46,7 @@ func (s *Server) view(ctx context.Context, kind uint32, c cluster.Consistency) (
 }
 
 // itself is on whose behalf a server changes profiles and channels by itself.
-func (s *Server) itself() person { return person{s.actor(), true} }
+func (s *Server) itself() person { return person{Actor: s.actor(), admin: true} }
 
 // asLeader does something again and again on the leader, every so often and whenever wake
 // rings (nil = never), until ctx ends.

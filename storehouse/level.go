@@ -10,14 +10,18 @@ package storehouse
 //	3  UpstreamsCommand; PathsCommand.build
 //	4  MembersCommand.seen
 //	5  ProfilesCommand, ChannelsCommand
-//	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic
+//	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic;
+//	   MembersCommand.level: for whom machines speak that join
 //	7  QueueCommand; ChannelsCommand.track, fetched, keep
 const level = 7
 
 // Levels of commands and changes.
 const (
-	membersLevel = 2 // of the newest MembersCommand
+	membersLevel = 6 // of the newest MembersCommand; see membersLevels
 	retireLevel  = 2 // of keys that retire
 	buildsLevel  = 3 // of commands about builds
 	seenLevel    = 4 // of when machines were seen
 )
+
+// membersLevels are those at which a MembersCommand applies otherwise, newest first.
+var membersLevels = []uint32{membersLevel, 2, 0}

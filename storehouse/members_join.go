@@ -18,6 +18,7 @@ import (
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/members"
 	"github.com/floxctl/flox/p2p"
+	"github.com/floxctl/flox/profile"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -191,9 +192,18 @@ func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.Joi
 		return nil, err
 	}
 	asked.Peer = string(g.peer)
+	user, unclaimed := req.GetUser(), ""
+	if inv.GetUser() == nil {
+		if unclaimed, err = j.profilesOf(ctx, g.peer, user); err != nil {
+			return nil, err
+		}
+		if unclaimed != "" {
+			user = ""
+		}
+	}
 	reply, err := j.proposeMembers(ctx, &floxv1.MembersCommand{
 		Actor:   &floxv1.Actor{Peer: string(g.peer), Machine: asked.GetName(), User: req.GetUser()},
-		Command: &floxv1.MembersCommand_Redeem{Redeem: &floxv1.Redeem{Invite: inv.GetId(), Machine: asked, User: req.GetUser()}},
+		Command: &floxv1.MembersCommand_Redeem{Redeem: &floxv1.Redeem{Invite: inv.GetId(), Machine: asked, User: user}},
 	})
 	if err != nil {
 		return nil, err
@@ -204,7 +214,35 @@ func (j joining) join(ctx context.Context, req *floxv1.JoinRequest) (*floxv1.Joi
 		}
 		return nil, refusedJoin(reply.GetRefused())
 	}
-	return j.welcome(ctx, reply.GetMachine())
+	resp, err := j.welcome(ctx, reply.GetMachine())
+	if err == nil {
+		resp.Unclaimed = nameOr(reply.GetUnclaimed(), unclaimed)
+	}
+	return resp, err
+}
+
+// profilesOf says which profile gives something to a user that a machine says it speaks
+// for when it joins: that takes an admin's word. "" = none does, or the machine spoke for
+// the user before.
+func (j joining) profilesOf(ctx context.Context, peer p2p.PeerID, user string) (unclaimed string, err error) {
+	m, _ := j.roster.machine(peer)
+	if user == "" || members.UserRole(m, user) != "" {
+		return "", nil
+	}
+	err = j.profiles.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
+		return profile.List(r, "", "", func(p *floxv1.Profile) bool {
+			if owner, _, _ := strings.Cut(p.GetName(), "/"); profile.Folded(owner) == profile.Folded(user) {
+				unclaimed = user + " has profiles already"
+			}
+			for _, g := range p.GetGrants() {
+				if profile.Folded(g.GetUser()) == profile.Folded(user) {
+					unclaimed = user + " has a role in a profile already"
+				}
+			}
+			return unclaimed == ""
+		})
+	})
+	return unclaimed, err
 }
 
 // revokedJoin says of a key that was revoked what happened and what to do on that

@@ -96,6 +96,13 @@ func (p *profiles) enter(ctx context.Context, name string) (leave func(), err er
 type person struct {
 	*floxv1.Actor
 	admin bool
+	sight sight // of the machine, of who only reads
+}
+
+// sees reports whether a profile may be read: by the person, or by whoever uses a machine
+// to which it is assigned.
+func (w person) sees(p *floxv1.Profile) bool {
+	return w.admin || profile.Role(p, w.GetUser()) != "" || w.sight.assigned(p)
 }
 
 // may refuses somebody who has not at least a role in a profile.
@@ -153,7 +160,7 @@ type planned struct {
 func (p *profiles) plan(ctx context.Context, who person, q *floxv1.ChangeProfileRequest) (out planned, err error) {
 	out = planned{ChangeProfileResponse: &floxv1.ChangeProfileResponse{}, drop: q.GetDrop()}
 	err = p.view(ctx, cluster.Linearizable, func(r *cluster.Reader) error {
-		if out.Profile, err = profile.Find(r, q.GetName()); err != nil {
+		if out.Profile, err = profile.FindFor(r, q.GetName(), who.sees); err != nil {
 			return err
 		}
 		if err := who.may(out.Profile, profile.Writer); err != nil {

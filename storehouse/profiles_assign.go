@@ -39,7 +39,7 @@ func (a *admin) AssignProfile(ctx context.Context, req *connect.Request[floxv1.A
 		}
 		c.Drop = append(c.Drop, to...)
 	}
-	reply, err := a.s.profiles.propose(ctx, person{who, true}, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Assign{Assign: c}})
+	reply, err := a.s.profiles.propose(ctx, person{Actor: who, admin: true}, &floxv1.ProfilesCommand{Command: &floxv1.ProfilesCommand_Assign{Assign: c}})
 	if err == nil {
 		words := append(prefixed("+", req.Msg.GetAdd()), prefixed("-", req.Msg.GetDrop())...)
 		err = a.s.note(ctx, who, actionAssign, reply.GetProfile().GetName(), strings.Join(words, ", "))

@@ -188,13 +188,16 @@ func (s *Server) enterMembers(ctx context.Context, c *floxv1.MembersCommand) ([]
 // proposeMembers puts a members command into the log. Refused redemptions are
 // answers.
 func (s *Server) proposeMembers(ctx context.Context, c *floxv1.MembersCommand) (*floxv1.MembersReply, error) {
-	c.Level = membersLevel
 	if c.GetMakeInvite() == nil && c.GetRedeem() == nil {
 		ctx = freeing(ctx)
 	}
-	answer, err := s.enterMembers(ctx, c)
-	if errors.Is(err, cluster.ErrLevel) { // until the last server is upgraded
-		c.Level = 0
+	var answer []byte
+	err := error(cluster.ErrLevel)
+	for _, level := range membersLevels { // older ones until the last server is upgraded
+		if !errors.Is(err, cluster.ErrLevel) {
+			break
+		}
+		c.Level = level
 		answer, err = s.enterMembers(ctx, c)
 	}
 	if err != nil {

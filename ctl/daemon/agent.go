@@ -169,6 +169,9 @@ func takeInvite(ctx context.Context, cfg *Config, who account, log *slog.Logger)
 		return err
 	}
 	log.Info("this machine is a member of the storehouse", "storehouse", joined.Storehouse, "name", joined.Name, "peer", joined.Peer, "before", joined.Already)
+	if joined.Unclaimed != "" {
+		log.Warn("profiles of who starts this are not this machine's", "user", person(), "because", joined.Unclaimed, "an admin changes it with", userWords(joined.Name))
+	}
 	return nil
 }
 

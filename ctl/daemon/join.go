@@ -427,6 +427,9 @@ func (j *join) tell(facts *joinedFacts) error {
 	if j.isServer() {
 		fmt.Fprintf(j.out, "Consensus   %s\n", j.cfg.Storehouse.advertised())
 	}
+	if m.Unclaimed != "" && !j.isServer() {
+		fmt.Fprintf(j.out, "Profiles    of %s are not this machine's: %s. An admin of the storehouse makes them its: %s\n", person(), m.Unclaimed, userWords(m.Name))
+	}
 	if m.Role == entry.RoleWorker {
 		fmt.Fprintf(j.out, "A worker runs an agent; what builds on it comes with a later release.\n")
 	}
@@ -448,6 +451,9 @@ func (j *join) tell(facts *joinedFacts) error {
 	}
 	return err
 }
+
+// userWords is the command by which a machine speaks for who runs this.
+func userWords(machine string) string { return "floxctl machine user " + machine + " " + person() }
 
 // startWords is the command that runs a part of floxd as a file configures it.
 func startWords(part string, file *configFile) []string {

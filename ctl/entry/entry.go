@@ -78,6 +78,9 @@ type Joined struct {
 	Already bool `json:"already"`
 	// Unconfirmed says that no server could be asked whether it still is.
 	Unconfirmed bool `json:"unconfirmed"`
+	// Unclaimed says why the machine does not speak for who runs this; "" = it does, or
+	// was not asked anew.
+	Unclaimed string `json:"unclaimed,omitempty"`
 }
 
 // Serve reads a step from in, does it, and writes what it gave to out, for a
@@ -233,7 +236,7 @@ func (s *Step) Join(ctx context.Context) (*Joined, error) {
 		}
 	}
 	out := s.joined(p, told, m)
-	out.Machines, out.Already = len(resp.GetMembers()), already || p.before != nil
+	out.Machines, out.Already, out.Unclaimed = len(resp.GetMembers()), already || p.before != nil, resp.GetUnclaimed()
 	return out, nil
 }
 

@@ -350,7 +350,7 @@ type InviteRecord struct {
 	ExpiresUnixMs int64                  `protobuf:"varint,5,opt,name=expires_unix_ms,json=expiresUnixMs,proto3" json:"expires_unix_ms,omitempty"`
 	Labels        []*Label               `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty"`
 	Ephemeral     bool                   `protobuf:"varint,7,opt,name=ephemeral,proto3" json:"ephemeral,omitempty"`
-	User          *UserGrant             `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"` // unset = whoever redeems it, as a member
+	User          *UserGrant             `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"` // unset = whom who redeems it says, as a member, if nobody has that name yet
 	Lan           bool                   `protobuf:"varint,9,opt,name=lan,proto3" json:"lan,omitempty"`  // no secret: open to the LAN until it expires
 	By            *Actor                 `protobuf:"bytes,10,opt,name=by,proto3" json:"by,omitempty"`
 	MadeUnixMs    int64                  `protobuf:"varint,11,opt,name=made_unix_ms,json=madeUnixMs,proto3" json:"made_unix_ms,omitempty"`
@@ -578,7 +578,8 @@ type MembersCommand struct {
 	Command isMembersCommand_Command `protobuf_oneof:"command"`
 	// Level of the cluster when it was proposed: what came with it applies. 2: an invite
 	// that is used up stays until it expires, a key that is no member's can be revoked,
-	// and the oldest revocation makes room for a new one.
+	// and the oldest revocation makes room for a new one. 6: who joins with an invite that
+	// names no user speaks for the one it says only if no other machine does, and never root.
 	Level         uint32 `protobuf:"varint,11,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1684,6 +1685,7 @@ type MembersReply struct {
 	Removed []string               `protobuf:"bytes,3,rep,name=removed,proto3" json:"removed,omitempty"` // peers that are no members any more
 	// Why a Redeem was refused, in words; the refusal itself is in the audit log.
 	Refused       string `protobuf:"bytes,4,opt,name=refused,proto3" json:"refused,omitempty"`
+	Unclaimed     string `protobuf:"bytes,5,opt,name=unclaimed,proto3" json:"unclaimed,omitempty"` // why a machine that joined does not speak for the user it said, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1742,6 +1744,13 @@ func (x *MembersReply) GetRemoved() []string {
 func (x *MembersReply) GetRefused() string {
 	if x != nil {
 		return x.Refused
+	}
+	return ""
+}
+
+func (x *MembersReply) GetUnclaimed() string {
+	if x != nil {
+		return x.Unclaimed
 	}
 	return ""
 }
@@ -2599,6 +2608,7 @@ type JoinResponse struct {
 	Invite        []byte                 `protobuf:"bytes,1,opt,name=invite,proto3" json:"invite,omitempty"` // the JSON an agent keeps (api.Invite): secret, servers, trust list, store directory
 	Machine       *Machine               `protobuf:"bytes,2,opt,name=machine,proto3" json:"machine,omitempty"`
 	Members       []*Member              `protobuf:"bytes,3,rep,name=members,proto3" json:"members,omitempty"`
+	Unclaimed     string                 `protobuf:"bytes,4,opt,name=unclaimed,proto3" json:"unclaimed,omitempty"` // why the machine does not speak for the user it said, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2652,6 +2662,13 @@ func (x *JoinResponse) GetMembers() []*Member {
 		return x.Members
 	}
 	return nil
+}
+
+func (x *JoinResponse) GetUnclaimed() string {
+	if x != nil {
+		return x.Unclaimed
+	}
+	return ""
 }
 
 var File_flox_v1_members_proto protoreflect.FileDescriptor
@@ -2793,12 +2810,13 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\vSwarmRetire\x12\x16\n" +
 	"\x06secret\x18\x01 \x01(\fR\x06secret\x12\x1c\n" +
 	"\n" +
-	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\"\x84\x01\n" +
+	"at_unix_ms\x18\x02 \x01(\x03R\batUnixMs\"\xa2\x01\n" +
 	"\fMembersReply\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12*\n" +
 	"\amachine\x18\x02 \x01(\v2\x10.flox.v1.MachineR\amachine\x12\x18\n" +
 	"\aremoved\x18\x03 \x03(\tR\aremoved\x12\x18\n" +
-	"\arefused\x18\x04 \x01(\tR\arefused\";\n" +
+	"\arefused\x18\x04 \x01(\tR\arefused\x12\x1c\n" +
+	"\tunclaimed\x18\x05 \x01(\tR\tunclaimed\";\n" +
 	"\rMembersChange\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05peers\x18\x02 \x03(\tR\x05peers\"k\n" +
@@ -2854,11 +2872,12 @@ const file_flox_v1_members_proto_rawDesc = "" +
 	"\amachine\x18\x01 \x01(\v2\x10.flox.v1.MachineR\amachine\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x12\x14\n" +
-	"\x05level\x18\x04 \x01(\rR\x05level\"}\n" +
+	"\x05level\x18\x04 \x01(\rR\x05level\"\x9b\x01\n" +
 	"\fJoinResponse\x12\x16\n" +
 	"\x06invite\x18\x01 \x01(\fR\x06invite\x12*\n" +
 	"\amachine\x18\x02 \x01(\v2\x10.flox.v1.MachineR\amachine\x12)\n" +
-	"\amembers\x18\x03 \x03(\v2\x0f.flox.v1.MemberR\amembers2\x93\x02\n" +
+	"\amembers\x18\x03 \x03(\v2\x0f.flox.v1.MemberR\amembers\x12\x1c\n" +
+	"\tunclaimed\x18\x04 \x01(\tR\tunclaimed2\x93\x02\n" +
 	"\n" +
 	"Membership\x12E\n" +
 	"\fWatchMembers\x12\x1c.flox.v1.WatchMembersRequest\x1a\x15.flox.v1.MembersEvent0\x01\x12E\n" +
