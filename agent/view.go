@@ -8,7 +8,6 @@ import (
 	"maps"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -134,9 +133,6 @@ func (p viewed) generation(number uint64) *floxv1.GenerationNews {
 	return nil
 }
 
-// fixedName is the name of a generation's link.
-func (p viewed) fixedName(number uint64) string { return fmt.Sprintf("%s@%d", p.name, number) }
-
 // environmentFor is a generation's for a system.
 func environmentFor(g *floxv1.GenerationNews, system string) (flox.StorePath, bool) {
 	for _, e := range g.GetEnvironments() {
@@ -147,20 +143,6 @@ func environmentFor(g *floxv1.GenerationNews, system string) (flox.StorePath, bo
 	return "", false
 }
 
-// splitLink takes NAME@NUMBER apart; false: it is no name of a link.
-func splitLink(link string) (name string, number uint64, ok bool) {
-	name, text, fixed := strings.Cut(link, "@")
-	if fixed {
-		n, err := strconv.ParseUint(text, 10, 63)
-		if err != nil || n == 0 || strconv.FormatUint(n, 10) != text {
-			return "", 0, false
-		}
-		number = n
-	}
-	_, _, err := shared.Split("x/" + name)
-	return name, number, err == nil
-}
-
 // Known implements fuse.Links.
 func (v *view) Known(yield func(owner, name string) bool) {
 	for _, p := range v.now.Load().profiles {
@@ -169,6 +151,11 @@ func (v *view) Known(yield func(owner, name string) bool) {
 		}
 		for _, g := range p.generations() {
 			if !yield(p.owner, p.fixedName(g.GetNumber())) {
+				return
+			}
+		}
+		for _, t := range p.GetNews().GetTags() {
+			if !yield(p.owner, p.tagName(t.GetName())) {
 				return
 			}
 		}
@@ -215,11 +202,11 @@ func (v *view) Owner(ctx context.Context, owner string) (string, error) {
 
 // Link implements fuse.Links.
 func (v *view) Link(ctx context.Context, owner, link string) (spelling, target string, err error) {
-	name, number, ok := splitLink(link)
+	to, ok := splitLink(link)
 	if !ok {
 		return "", "", fmt.Errorf("%q is no name of a profile: %w", link, flox.ErrNotFound)
 	}
-	p, err := v.lookUp(ctx, owner+"/"+name, number)
+	p, number, err := v.resolve(ctx, owner, to)
 	if err != nil {
 		return "", "", err
 	}
@@ -227,8 +214,13 @@ func (v *view) Link(ctx context.Context, owner, link string) (spelling, target s
 	if !ok {
 		return "", "", fmt.Errorf("profile %s/%s has nothing for %s: %w", owner, link, v.system, flox.ErrNotFound)
 	}
-	if spelling = p.name; number > 0 {
+	switch {
+	case to.tag != "":
+		spelling = p.tagName(p.tag(to.tag).GetName())
+	case number > 0:
 		spelling = p.fixedName(number)
+	default:
+		spelling = p.name
 	}
 	return spelling, v.dir.Join(path), nil
 }
@@ -260,9 +252,14 @@ func (v *view) lookUp(ctx context.Context, full string, number uint64) (viewed, 
 
 // Target implements fuse.Links.
 func (v *view) Target(owner, link string) (string, error) {
-	name, number, ok := splitLink(link)
+	to, ok := splitLink(link)
 	s := v.now.Load()
-	p, known := s.profiles[shared.Folded(owner+"/"+name)]
+	p, known := s.profiles[shared.Folded(owner+"/"+to.profile)]
+	number := to.number
+	if known && to.tag != "" {
+		number = p.tag(to.tag).GetGeneration()
+		ok = number > 0
+	}
 	if !ok || !known && s.own(owner) {
 		return "", fmt.Errorf("profile %s/%s: %w", owner, link, flox.ErrNotFound)
 	}
@@ -406,7 +403,8 @@ func (s *viewState) put(n *floxv1.ProfileNews) error {
 			}
 		}
 		next.ToldProfile.Older = slices.DeleteFunc(slices.Clone(next.GetOlder()), func(g *floxv1.GenerationNews) bool {
-			return g.GetNumber() < n.GetFirst() && !slices.Contains(n.GetTagged(), g.GetNumber()) // it was dropped
+			tagged := slices.ContainsFunc(n.GetTags(), func(t *floxv1.ProfileTag) bool { return t.GetGeneration() == g.GetNumber() })
+			return g.GetNumber() < n.GetFirst() && !tagged // it was dropped
 		})
 	}
 	s.profiles[key] = next
@@ -452,6 +450,12 @@ func (s *viewState) different(was *viewState) (links [][2]string) {
 		for _, g := range p.generations() {
 			if !still || !proto.Equal(n.generation(g.GetNumber()), g) {
 				links = append(links, [2]string{p.owner, p.fixedName(g.GetNumber())})
+			}
+		}
+		for _, t := range p.GetNews().GetTags() {
+			number := t.GetGeneration()
+			if !still || n.tag(t.GetName()).GetGeneration() != number || !proto.Equal(n.generation(number), p.generation(number)) {
+				links = append(links, [2]string{p.owner, p.tagName(t.GetName())})
 			}
 		}
 	}

@@ -199,28 +199,32 @@ func (c *control) ShownProfiles(ctx context.Context, req *connect.Request[floxv1
 	out := &floxv1.ShownProfilesResponse{Connected: v.connected.Load(), System: v.system}
 	out.Dir = c.a.linksDir()
 	if name := req.Msg.GetName(); name != "" {
-		if _, _, err := shared.Split(name); err != nil {
-			return nil, api.ToConnect(err)
+		owner, link, _ := strings.Cut(name, "/")
+		to, ok := splitLink(link)
+		if _, _, err := shared.Split(owner + "/" + to.profile); err != nil || !ok {
+			return nil, api.ToConnect(fmt.Errorf("profile %.200q: want OWNER/NAME, OWNER/NAME@GENERATION or OWNER/NAME@TAG: %w", name, flox.ErrBadInput))
 		}
-		p, err := v.lookUp(ctx, name, 0)
+		p, number, err := v.resolve(ctx, owner, to)
 		if err != nil {
 			return nil, api.ToConnect(err)
 		}
-		out.Profiles = append(out.Profiles, c.shown(p))
+		out.Profiles = append(out.Profiles, c.shown(p, number))
 		return connect.NewResponse(out), nil
 	}
 	s := v.now.Load()
 	for _, key := range slices.Sorted(maps.Keys(s.profiles)) {
 		if p := s.profiles[key]; p.GetNews().GetListed() {
-			out.Profiles = append(out.Profiles, c.shown(p))
+			out.Profiles = append(out.Profiles, c.shown(p, 0))
 		}
 	}
 	return connect.NewResponse(out), nil
 }
 
-func (c *control) shown(p viewed) *floxv1.ShownProfile {
-	out := &floxv1.ShownProfile{Name: p.GetNews().GetName(), Generation: p.GetNews().GetLive().GetNumber(), Before: p.GetNews().GetBefore().GetNumber()}
-	if path, ok := environmentFor(p.GetNews().GetLive(), c.a.view.system); ok {
+// shown tells of a profile and one of its generations, 0 = the one that lives.
+func (c *control) shown(p viewed, number uint64) *floxv1.ShownProfile {
+	g := p.generation(number)
+	out := &floxv1.ShownProfile{Name: p.GetNews().GetName(), Generation: g.GetNumber(), Before: p.GetNews().GetBefore().GetNumber()}
+	if path, ok := environmentFor(g, c.a.view.system); ok {
 		out.Path = c.a.cfg.StoreDir.Join(path)
 	}
 	return out

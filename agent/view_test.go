@@ -249,7 +249,7 @@ func TestDroppedGenerationsAreForgotten(t *testing.T) {
 	}
 	r.leads(t, "anna/default@1", 1, nil)
 	now := news("anna/default", 5, 15, true)
-	now.First, now.Tagged = 5, []uint64{2}
+	now.First, now.Tags = 5, []*floxv1.ProfileTag{{Name: "kept", Generation: 2}}
 	r.take(t, &floxv1.ProfilesEvent{Index: 15, Put: []*floxv1.ProfileNews{now}})
 	if !slices.Equal(r.shown, []string{"anna/default@1", "anna/default@3"}) {
 		t.Errorf("the kernel was told of %q", r.shown)
@@ -259,4 +259,41 @@ func TestDroppedGenerationsAreForgotten(t *testing.T) {
 	r.connected.Store(true)
 	r.leads(t, "anna/default@1", 0, flox.ErrNotFound)
 	r.leads(t, "anna/default@3", 0, flox.ErrNotFound)
+}
+
+// A tag is a link to the generation that has it, and moves with it, also where nobody can
+// be asked.
+func TestTagsAreLinks(t *testing.T) {
+	r := newViewRig(t, t.TempDir(), "x86_64-linux")
+	told := news("Alice/x", 5, 50, true)
+	told.Tags = []*floxv1.ProfileTag{{Name: "Stable", Generation: 4}, {Name: "v1", Generation: 2}}
+	r.take(t, &floxv1.ProfilesEvent{Index: 50, Reset_: true, Users: []string{"alice"}, Put: []*floxv1.ProfileNews{told}})
+	r.leads(t, "alice/X@stable", 4, nil)
+	if spelling, _, err := r.Link(t.Context(), "alice", "X@STABLE"); err != nil || spelling != "x@Stable" {
+		t.Errorf("it is spelled %q, %v", spelling, err)
+	}
+	r.leads(t, "alice/x@none", 0, flox.ErrNotFound)
+	r.leads(t, "alice/x@-", 0, flox.ErrNotFound)
+	// What is not known here is asked for, once.
+	r.connected.Store(true)
+	r.there["Alice/x@2"] = &floxv1.FindProfileResponse{Owner: "Alice", Profile: told, Generation: generationNews(2)}
+	r.leads(t, "Alice/x@v1", 2, nil)
+	r.connected.Store(false)
+	r.leads(t, "Alice/x@v1", 2, nil)
+	known := map[string]bool{}
+	r.Known(func(owner, name string) bool { known[owner+"/"+name] = true; return true })
+	if !known["Alice/x@Stable"] || !known["Alice/x@v1"] {
+		t.Errorf("the next process forgets none of %v", known)
+	}
+	moved := news("Alice/x", 5, 51, true)
+	moved.Tags = []*floxv1.ProfileTag{{Name: "stable", Generation: 5}}
+	r.take(t, &floxv1.ProfilesEvent{Index: 51, Put: []*floxv1.ProfileNews{moved}})
+	if d := cmp.Diff([]string{"Alice/x@Stable", "Alice/x@v1"}, r.shown); d != "" {
+		t.Errorf("links that lead elsewhere: -want +got\n%s", d)
+	}
+	r.leads(t, "alice/x@stable", 5, nil)
+	r.leads(t, "alice/x@v1", 0, flox.ErrNotFound)
+	if _, err := r.Target("Alice", "x@v1"); !errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("a tag that is no more: %v", err)
+	}
 }

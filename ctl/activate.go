@@ -38,13 +38,15 @@ terminal, prints the commands for a shell to evaluate.
 
 The generation that lives now stays in use, whatever becomes of the profile: a session
 never changes under who works in it, as long as the profile keeps the generation
-(floxctl profile retention). With --live it follows the profile. Nobody is asked
+(floxctl profile retention). With -p OWNER/NAME@41 or @TAG it is that generation; a tag
+that moves moves no session. With --live it follows the profile. Nobody is asked
 for a profile that this machine shows (ls /flox), so that it works without a network.
 floxctl status says in a session whether a newer generation lives. For direnv see:
 floxctl direnv --help.
 
 ` + cli.ExitCodes,
 		Example: `  floxctl activate -p acme/ci -- make test
+  floxctl activate -p acme/ci@stable -- make test
   eval "$(floxctl activate -p acme/ci)"`,
 	}
 	opts.register(cmd)
@@ -104,6 +106,9 @@ func (f *profileFlag) shown(ctx context.Context) (p *floxv1.ShownProfile, dir st
 
 // activation is what a session gets of the profile as it is now.
 func (o *activateOptions) activation(ctx context.Context) (*activation, error) {
+	if o.live && strings.Contains(o.profile, "@") {
+		return nil, cli.Usage("--live follows what lives, and -p %s is one generation: leave out one of them", o.profile)
+	}
 	p, dir, err := o.shown(ctx)
 	if err != nil {
 		return nil, err

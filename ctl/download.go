@@ -30,8 +30,8 @@ func newDownloadCmd(g *globals) *cobra.Command {
 		Long: `Fetch store paths whole, with everything they refer to, so that they work
 without a network. PATH is a store path, its base name, or a link to one. One that is
 not valid the storehouse substitutes first, if an upstream has it. With -p it is the
-generation of a profile that lives now, for this machine; floxctl status says what is
-ready to go offline.
+generation of a profile that lives now (OWNER/NAME@41, @TAG: another one), for this
+machine; floxctl status says what is ready to go offline.
 
 Ctrl-C stops it at any time; what has arrived stays, and the same command goes on
 from there.

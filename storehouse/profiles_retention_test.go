@@ -81,7 +81,7 @@ func TestRetentionLetsGoOfPaths(t *testing.T) {
 			return err
 		}
 		n, err := newsOf(r, p, sight{})
-		if n.GetFirst() != p.GetFirst() || p.GetFirst() != 6 || !slices.Equal(n.GetTagged(), []uint64{1}) {
+		if n.GetFirst() != p.GetFirst() || p.GetFirst() != 6 || len(n.GetTags()) != 1 || n.GetTags()[0].GetGeneration() != 1 {
 			t.Errorf("machines are told %v of %v", n, p)
 		}
 		return err

@@ -216,10 +216,7 @@ func (w *profileWatch) all(r *cluster.Reader, sight sight, e *floxv1.ProfilesEve
 
 // newsOf says where a profile is.
 func newsOf(r *cluster.Reader, p *floxv1.Profile, sight sight) (*floxv1.ProfileNews, error) {
-	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst(), Assigned: sight.assigned(p)}
-	for _, t := range p.GetTags() {
-		n.Tagged = append(n.Tagged, t.GetGeneration())
-	}
+	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst(), Assigned: sight.assigned(p), Tags: p.GetTags()}
 	if p.GetLive() == 0 {
 		return n, nil
 	}
@@ -315,13 +312,8 @@ func findProfile(r *cluster.Reader, sight sight, q *floxv1.FindProfileRequest, o
 		}
 		return err
 	}
-	p, err := profile.Find(r, q.GetName())
-	hidden := err == nil && !sight.sees(p)
-	if renamed := (*profile.RenamedError)(nil); errors.As(err, &renamed) {
-		p, found := profile.Find(r, renamed.Now)
-		hidden = found != nil || !sight.sees(p)
-	}
-	if hidden {
+	p, err := profile.FindFor(r, q.GetName(), sight.sees)
+	if err == nil && !sight.sees(p) {
 		err = fmt.Errorf("there is no profile %s that this machine may see: %w", q.GetName(), flox.ErrNotFound)
 	}
 	if err != nil {

@@ -2253,6 +2253,7 @@ func (x *AddResponse) GetWasValid() bool {
 	return false
 }
 
+// OWNER/NAME, looked up if it is not known, also with @GENERATION or @TAG; "" = those that are listed
 type ShownProfilesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -2368,7 +2369,7 @@ func (x *ShownProfilesResponse) GetSystem() string {
 type ShownProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"` // that lives; 0 = none
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"` // that lives, or that was asked for; 0 = none
 	Before        uint64                 `protobuf:"varint,3,opt,name=before,proto3" json:"before,omitempty"`         // that a rollback leads to and that is here, too; 0 = none
 	Path          string                 `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`              // absolute store path of the environment; "" = there is none for this system
 	unknownFields protoimpl.UnknownFields

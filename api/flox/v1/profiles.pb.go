@@ -3544,7 +3544,7 @@ type ProfileNews struct {
 	Before        *GenerationNews        `protobuf:"bytes,6,opt,name=before,proto3" json:"before,omitempty"`                                       // what that was made on, if it is kept
 	Assigned      bool                   `protobuf:"varint,7,opt,name=assigned,proto3" json:"assigned,omitempty"`                                  // to this machine: it is on everybody's PATH there
 	First         uint64                 `protobuf:"varint,8,opt,name=first,proto3" json:"first,omitempty"`                                        // of others, those from here on are kept
-	Tagged        []uint64               `protobuf:"varint,9,rep,packed,name=tagged,proto3" json:"tagged,omitempty"`                               // and these; in any order
+	Tags          []*ProfileTag          `protobuf:"bytes,10,rep,name=tags,proto3" json:"tags,omitempty"`                                          // and these
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3635,9 +3635,9 @@ func (x *ProfileNews) GetFirst() uint64 {
 	return 0
 }
 
-func (x *ProfileNews) GetTagged() []uint64 {
+func (x *ProfileNews) GetTags() []*ProfileTag {
 	if x != nil {
-		return x.Tagged
+		return x.Tags
 	}
 	return nil
 }
@@ -4218,7 +4218,7 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12\x14\n" +
 	"\x05users\x18\x06 \x03(\tR\x05users\x12\x16\n" +
-	"\x06labels\x18\a \x03(\tR\x06labels\"\xae\x02\n" +
+	"\x06labels\x18\a \x03(\tR\x06labels\"\xc5\x02\n" +
 	"\vProfileNews\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
 	"\x0fcreated_unix_ms\x18\x02 \x01(\x03R\rcreatedUnixMs\x12#\n" +
@@ -4227,8 +4227,10 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04live\x18\x05 \x01(\v2\x17.flox.v1.GenerationNewsR\x04live\x12/\n" +
 	"\x06before\x18\x06 \x01(\v2\x17.flox.v1.GenerationNewsR\x06before\x12\x1a\n" +
 	"\bassigned\x18\a \x01(\bR\bassigned\x12\x14\n" +
-	"\x05first\x18\b \x01(\x04R\x05first\x12\x16\n" +
-	"\x06tagged\x18\t \x03(\x04R\x06tagged\"b\n" +
+	"\x05first\x18\b \x01(\x04R\x05first\x12'\n" +
+	"\x04tags\x18\n" +
+	" \x03(\v2\x13.flox.v1.ProfileTagR\x04tagsJ\x04\b\t\x10\n" +
+	"\"b\n" +
 	"\x0eGenerationNews\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x128\n" +
 	"\fenvironments\x18\x02 \x03(\v2\x14.flox.v1.EnvironmentR\fenvironments\"H\n" +
@@ -4381,17 +4383,18 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	52, // 49: flox.v1.ProfilesEvent.put:type_name -> flox.v1.ProfileNews
 	53, // 50: flox.v1.ProfileNews.live:type_name -> flox.v1.GenerationNews
 	53, // 51: flox.v1.ProfileNews.before:type_name -> flox.v1.GenerationNews
-	20, // 52: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
-	52, // 53: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
-	53, // 54: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
-	57, // 55: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
-	52, // 56: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
-	53, // 57: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
-	58, // [58:58] is the sub-list for method output_type
-	58, // [58:58] is the sub-list for method input_type
-	58, // [58:58] is the sub-list for extension type_name
-	58, // [58:58] is the sub-list for extension extendee
-	0,  // [0:58] is the sub-list for field type_name
+	15, // 52: flox.v1.ProfileNews.tags:type_name -> flox.v1.ProfileTag
+	20, // 53: flox.v1.GenerationNews.environments:type_name -> flox.v1.Environment
+	52, // 54: flox.v1.FindProfileResponse.profile:type_name -> flox.v1.ProfileNews
+	53, // 55: flox.v1.FindProfileResponse.generation:type_name -> flox.v1.GenerationNews
+	57, // 56: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
+	52, // 57: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
+	53, // 58: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
+	59, // [59:59] is the sub-list for method output_type
+	59, // [59:59] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
