@@ -120,7 +120,7 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 	if err := l.copyTo(t.Context(), house, l.world.Ripgrep.Path); err != nil {
 		t.Fatal(err)
 	}
-	invite := says(t, s3, floxctl, "invite", "--role", "agent", "--json").Invite
+	invite := says(t, s3, floxctl, "invite", "--role", "agent", "--user", "root", "--json").Invite
 	const nixConf = "# mine\nmax-jobs = 3"
 	do(t, user, "sh", "-c", "mkdir -p /etc/nix && printf '"+nixConf+"' >/etc/nix/nix.conf").want(t, 0)
 	joined := says(t, user, floxctl, "join", invite, "--name", "laptop", "--json")

@@ -12,12 +12,17 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/integration/hosts"
 	"github.com/floxctl/flox/integration/netns"
+	"github.com/floxctl/flox/members"
 )
 
 // invite has a server make an invite.
 func (h *house) invite(server int, role string, labels ...*floxv1.Label) string {
 	h.t.Helper()
-	made, err := h.servers[server].Admin().MakeInvite(h.t.Context(), connect.NewRequest(&floxv1.MakeInviteRequest{Role: role, Labels: labels}))
+	req := &floxv1.MakeInviteRequest{Role: role, Labels: labels}
+	if role == members.Agent {
+		req.User = &floxv1.UserGrant{Name: "root", Role: members.Member} // as whom the tests ask
+	}
+	made, err := h.servers[server].Admin().MakeInvite(h.t.Context(), connect.NewRequest(req))
 	must(h.t, err)
 	return made.Msg.GetInvite()
 }
