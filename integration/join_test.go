@@ -120,7 +120,7 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 	if err := l.copyTo(t.Context(), house, l.world.Ripgrep.Path); err != nil {
 		t.Fatal(err)
 	}
-	invite := says(t, s3, floxctl, "invite", "--role", "agent", "--user", "root", "--json").Invite
+	invite := says(t, s3, floxctl, "invite", "--role", "agent", "--user", "root", "--label", "site=berlin", "--json").Invite
 	const nixConf = "# mine\nmax-jobs = 3"
 	do(t, user, "sh", "-c", "mkdir -p /etc/nix && printf '"+nixConf+"' >/etc/nix/nix.conf").want(t, 0)
 	joined := says(t, user, floxctl, "join", invite, "--name", "laptop", "--json")
@@ -137,6 +137,7 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 	eventually(t, "new shells find the user's profile", func() bool {
 		return strings.Contains(do(t, user, "bash", "-lc", "echo $PATH").out, "/flox/root/default/bin:")
 	})
+	l.assignedIsFound(t, s2, user, "site=berlin")
 
 	do(t, user, floxctl, "leave").want(t, 2, "--yes")
 	do(t, user, floxctl, "leave", "--yes", "--purge").want(t, 0, "has left acme as agent")
@@ -168,6 +169,31 @@ func TestMachinesJoinAndLeave(t *testing.T) {
 	if !slices.Contains(names, "s1") || slices.Contains(names, "s2") || slices.Contains(names, "s3") {
 		t.Errorf("after two have left, the machines are %v", names)
 	}
+}
+
+// assignedIsFound has an operator put a profile on machines with a label: new login shells
+// of everybody find its programs on such a machine, and run them, until it is taken back.
+func (l *lab) assignedIsFound(t *testing.T, operator, user *netns.Host, label string) {
+	t.Helper()
+	const profile = "acme/base"
+	ctl := func(args ...string) { t.Helper(); do(t, operator, l.programs.Floxctl, args...).want(t, 0) }
+	ctl("profile", "create", profile)
+	ctl("install", "-p", profile, l.world.StoreDir.Join(l.world.Ripgrep.Path))
+	shell := func(who ...string) string {
+		sh := append(who, "env", "-i", "HOME=/", "PATH=/usr/bin:/bin", "sh", "-lc", "command -v rg; rg --version")
+		return do(t, user, sh[0], sh[1:]...).out
+	}
+	if got := shell(); strings.Contains(got, "ripgrep ") {
+		t.Errorf("before it is assigned a shell says %s", got)
+	}
+	ctl("profile", "assign", profile, "--to", label)
+	for _, who := range [][]string{nil, {"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"}} {
+		eventually(t, fmt.Sprintf("new login shells of %q find what is assigned", who), func() bool {
+			return strings.HasPrefix(shell(who...), "/flox/"+profile+"/bin/rg\nripgrep ")
+		})
+	}
+	ctl("profile", "unassign", profile, "--from", label)
+	eventually(t, "new login shells find it no more", func() bool { return !strings.Contains(shell(), "ripgrep ") })
 }
 
 // TestJoinOnTheLAN: without an invite a machine finds the storehouse of its LAN,

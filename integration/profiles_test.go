@@ -50,6 +50,7 @@ func TestProfiles(t *testing.T) {
 		do   func()
 	}{
 		{"OneVersion", u.oneVersion},
+		{"Tag", u.tag},
 		{"Cut", u.cut},
 		{"Systems", u.systems},
 	} {
@@ -205,6 +206,30 @@ func (u *upgrades) history(generations uint64) {
 	if next != 0 {
 		u.t.Errorf("the history ends at generation %d", next)
 	}
+}
+
+// tag runs what a tag is at on the second machine, by its path and by a command, and again
+// once it moved.
+func (u *upgrades) tag() {
+	a, b := u.r.agents[0], u.r.agents[1]
+	for _, back := range []uint64{1, 2} {
+		number := u.last.Generation - back
+		_, err := a.Ctl(u.t.Context(), "profile", "tag", fmt.Sprint(number), "stable")
+		must(u.t, err)
+		want := fmt.Sprintf("tool %d\n", (back+1)%2)
+		eventually(u.t, "the tag is there on the other machine", func() bool {
+			out, err := u.r.run(u.t.Context(), 1, live+"@stable/bin/tool")
+			return err == nil && string(out) == want
+		})
+		for _, command := range []string{"run", "activate"} {
+			out, err := b.Ctl(u.t.Context(), command, "-p", ownProfile+"@stable", "--", "tool")
+			if err != nil || string(out) != want {
+				u.t.Errorf("%s of generation %d says %q, %v", command, number, out, err)
+			}
+		}
+	}
+	_, err := a.Ctl(u.t.Context(), "profile", "tag", "--drop", "stable")
+	must(u.t, err)
 }
 
 // cut unplugs the second machine, restarts what serves there, and runs what lives and what
