@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/raft"
 
 	"github.com/floxctl/flox"
@@ -120,7 +121,7 @@ func BuildState(dir string, log *slog.Logger, load func(put func(key, value []by
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("build state: %w", err)
 	}
-	db, err := (&state{dir: dir, cache: 64 << 20, log: log}).openDB(filepath.Join(dir, "db"))
+	db, err := (&state{dir: dir, cache: 64 << 20, fs: vfs.Default, log: log}).openDB(filepath.Join(dir, "db"))
 	if err != nil {
 		return nil, err
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/versionlog"
 )
 
 // stateFormat is the Pebble format this program writes. It is raised by hand,
@@ -156,7 +157,7 @@ func (s *state) openDB(dir string) (*database, error) {
 		FormatMajorVersion: stateFormat,
 		MemTableSize:       stateTable,
 		Logger:             pebbleLog{s.log, func(err error) { d.broken.Store(true); s.rot(dir, err) }},
-		FS:                 s.fs, // one is named, without the watch for slow disks, whose goroutine outlives a failed Open
+		FS:                 versionlog.FS(s.fs), // one is named, without the watch for slow disks, whose goroutine outlives a failed Open
 	}
 	// Pebble's own answer to a damaged file ends the process.
 	opts.EventListener = &pebble.EventListener{DataCorruption: func(i pebble.DataCorruptionInfo) {
@@ -165,10 +166,13 @@ func (s *state) openDB(dir string) (*database, error) {
 	for i := range opts.Levels {
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
-	err := guarded(func() (err error) {
-		d.DB, err = pebble.Open(dir, opts)
-		return err
-	})
+	err := versionlog.Check(s.fs, dir)
+	if err == nil {
+		err = guarded(func() (err error) {
+			d.DB, err = pebble.Open(dir, opts)
+			return err
+		})
+	}
 	if err != nil {
 		kind := flox.ErrCorrupt
 		if isFull(err) {

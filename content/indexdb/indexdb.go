@@ -23,6 +23,7 @@ import (
 
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/content/ballast"
+	"github.com/floxctl/flox/content/versionlog"
 )
 
 // Config configures a DB. All fields but FS are needed.
@@ -87,7 +88,7 @@ func Open(cfg Config) (*DB, error) {
 	defer close(d.ready) // there is none yet, or it is damaged
 	if d.db, err = d.openToWrite(); err != nil {
 		_ = d.unlock()
-		if pebble.IsCorruptionError(err) {
+		if isCorrupt(err) {
 			return nil, fmt.Errorf("open %s: %w: %w", cfg.Dir, flox.ErrCorrupt, err)
 		}
 		return nil, fmt.Errorf("open %s: %w", cfg.Dir, Full(err))
@@ -109,7 +110,7 @@ func (d *DB) openToWrite() (*pebble.DB, error) {
 // prepare makes a database that can be read one that can be written.
 func (d *DB) prepare() {
 	db, err := d.openToWrite()
-	if pebble.IsCorruptionError(err) {
+	if isCorrupt(err) {
 		// The next process hears of it before it reads, and does what it does of damage.
 		err = errors.Join(fmt.Errorf("%w: %w", flox.ErrCorrupt, err), os.WriteFile(d.damaged(), nil, 0o600))
 	}
@@ -127,8 +128,12 @@ func (d *DB) prepare() {
 // damaged is a file that says that the database is.
 func (d *DB) damaged() string { return filepath.Join(d.cfg.Dir, "damaged") }
 
+func isCorrupt(err error) bool {
+	return pebble.IsCorruptionError(err) || errors.Is(err, flox.ErrCorrupt)
+}
+
 func isFull(err error) bool {
-	return err != nil && !pebble.IsCorruptionError(err) && errors.Is(Full(err), flox.ErrFull)
+	return err != nil && !isCorrupt(err) && errors.Is(Full(err), flox.ErrFull)
 }
 
 // open is one attempt. That the disk is full may be heard of while Pebble is at it: it would
@@ -137,7 +142,7 @@ func (d *DB) open(readOnly bool) (*pebble.DB, error) {
 	opts := d.cfg.Options // a copy
 	at := &attempt{DB: d, full: make(chan error, 1)}
 	at.opening.Store(true)
-	opts.FS = &vitalFS{FS: d.ballast.FS(d.cfg.FS), of: at}
+	opts.FS = &vitalFS{FS: versionlog.FS(d.ballast.FS(d.cfg.FS)), of: at}
 	opts.Logger = pebbleLog{d}
 	opts.EventListener = &pebble.EventListener{FlushEnd: func(i pebble.FlushInfo) { at.flushed(i.Err) }}
 	opts.MemTableSize = uint64(d.size / 4) //nolint:gosec // positive
@@ -164,6 +169,9 @@ func (d *DB) open(readOnly bool) (*pebble.DB, error) {
 
 func (d *DB) start(opts *pebble.Options) (db *pebble.DB, err error) {
 	defer recoverFatal(&err)
+	if err := versionlog.Check(d.cfg.FS, d.cfg.Dir); err != nil {
+		return nil, err
+	}
 	return pebble.Open(d.cfg.Dir, opts)
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/content/versionlog"
 )
 
 // index is the Pebble side of a Store. Writers are serialized by the Store. Its
@@ -187,7 +188,7 @@ func openIndex(fs vfs.FS, dir string, log *slog.Logger, found func(error)) (*ind
 	opts := &pebble.Options{
 		// One is named, so that Pebble does not watch it with a goroutine that a failed
 		// Open leaves behind.
-		FS:                 fs,
+		FS:                 versionlog.FS(fs),
 		DisableWAL:         true,
 		FormatMajorVersion: pebble.FormatNewest,
 		Logger:             indexLog{x.db},
@@ -205,7 +206,11 @@ func openIndex(fs vfs.FS, dir string, log *slog.Logger, found func(error)) (*ind
 	for i := range opts.Levels {
 		opts.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
 	}
-	db, err := pebble.Open(dir, opts)
+	err := versionlog.Check(fs, dir)
+	var db *pebble.DB
+	if err == nil {
+		db, err = pebble.Open(dir, opts)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("index %s: %w", dir, err)
 	}
