@@ -169,7 +169,7 @@ func profileOf(p *floxv1.Profile) sharedProfileFacts {
 	return sharedProfileFacts{
 		p.GetName(), p.GetSystems(), p.GetLive(), p.GetLast(), p.GetHeld(), roles,
 		stampMs(p.GetCreatedUnixMs()), p.GetCreatedBy(), stampMs(p.GetChangedUnixMs()),
-		p.GetKeep(), p.GetDays(), tags, assignmentsOf(p), append([]string{}, p.GetFormerly()...), scheduleOf(p.GetSchedule()),
+		p.GetKeep(), p.GetDays(), tags, assignmentsOf(p), append([]string{}, p.GetFormerly()...), scheduleOf(p),
 	}
 }
 

@@ -18,12 +18,13 @@ func newProfileScheduleCmd(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "schedule [on|off] [-p OWNER/NAME] [--at HH:MM] [--every TIME]",
 		Short: "Say when the storehouse upgrades a profile by itself",
-		Long: `Say when the storehouse upgrades a profile by itself, as floxctl upgrade does: on is once
-a day, at a time of day that each profile has for itself; --at is once a day at that time
-(UTC); --every is that often, such as 7d or 12h. Packages that are held (floxctl hold) stay
-as they are, and so does a profile that was rolled back, until a person changes it. off
-leaves upgrades to people, as it is for a profile of which nothing else was said. Owners of
-the profile say it; without options it is shown.
+		Long: `Say when the storehouse upgrades a profile by itself, as floxctl upgrade does: what came by
+name from a channel. on is once a day, at a time of day that each profile has for itself;
+that is the default. --at is once a day at that time (UTC); --every is that often, such as
+7d or 12h; off leaves upgrades to people. Packages that are held (floxctl hold) stay as they
+are, and so does a profile that was rolled back, until a person changes it. What cannot be
+made stays as it is and the others are upgraded; what stayed and why is shown here.
+Owners of the profile say it; without options it is shown.
 
 ` + cli.ExitCodes,
 		Example: "  floxctl profile schedule on -p acme/ci\n  floxctl profile schedule -p acme/ci --every 7d --at 03:00",
@@ -111,14 +112,16 @@ func runSchedule(ctx context.Context, f *profileFlag, out *output, s *floxv1.Pro
 // scheduleFacts is a schedule as JSON.
 type scheduleFacts struct {
 	EveryMinutes uint32  `json:"everyMinutes"`
-	At           *string `json:"at"` // of the day, UTC; null = a time of the profile's own
+	At           *string `json:"at"`      // of the day, UTC; null = a time of the profile's own
+	Default      bool    `json:"default"` // nobody said anything of it
 }
 
-func scheduleOf(s *floxv1.ProfileSchedule) *scheduleFacts {
+func scheduleOf(p *floxv1.Profile) *scheduleFacts {
+	s := upgrade.Of(p)
 	if s.GetEveryMinutes() == 0 {
 		return nil
 	}
-	facts := &scheduleFacts{EveryMinutes: s.GetEveryMinutes()}
+	facts := &scheduleFacts{EveryMinutes: s.GetEveryMinutes(), Default: p.GetSchedule() == nil}
 	if s.AtMinute != nil {
 		at := upgrade.Clock(s.GetAtMinute())
 		facts.At = &at

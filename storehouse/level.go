@@ -21,6 +21,8 @@ const (
 	retireLevel  = 2 // of keys that retire
 	buildsLevel  = 3 // of commands about builds
 	seenLevel    = 4 // of when machines were seen
+	// schedulesLevel is that of upgrades by themselves.
+	schedulesLevel = 6
 )
 
 // membersLevels are those at which a MembersCommand applies otherwise, newest first.

@@ -3,19 +3,13 @@ package storehouse
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
-	"connectrpc.com/connect"
-	"google.golang.org/protobuf/proto"
-
 	"github.com/floxctl/flox"
-	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
-	"github.com/floxctl/flox/p2p"
 	"github.com/floxctl/flox/profile"
 	"github.com/floxctl/flox/profile/upgrade"
 	cluster "github.com/floxctl/flox/raft"
@@ -26,8 +20,10 @@ const (
 	upgradeEvery = time.Minute
 	// upgradesAtOnce is how many profiles are upgraded at once.
 	upgradesAtOnce = 4
-	// upgradeWait bounds one upgrade, with all that is built for it.
+	// upgradeWait bounds what is made for one upgrade; what is not made by then is left out.
 	upgradeWait = time.Hour
+	// packagesAtOnce is how many packages of one profile are made at once.
+	packagesAtOnce = 4
 	// reasonSchedule is why a generation was made that nobody asked for.
 	reasonSchedule = "schedule"
 )
@@ -90,6 +86,9 @@ type dueProfile struct {
 // first, and gives once the last of them has begun: one that takes long, or hangs, keeps
 // the others waiting only if as many do as may run at once.
 func (u *upgrades) begin(ctx context.Context, now time.Time) error {
+	if u.p.s.node.Status().Level < schedulesLevel {
+		return nil // a server is too old to take any of it
+	}
 	due, err := u.due(ctx, now)
 	slices.SortStableFunc(due, func(x, y dueProfile) int { return x.at.Compare(y.at) })
 	for _, of := range due {
@@ -133,7 +132,7 @@ func (u *upgrades) due(ctx context.Context, now time.Time) (due []dueProfile, er
 	err = u.p.view(ctx, cluster.Local, func(r *cluster.Reader) error {
 		var bad error
 		err := profile.List(r, "", "", func(of *floxv1.Profile) bool {
-			if of.GetSchedule().GetEveryMinutes() == 0 || running[profile.Folded(of.GetName())] {
+			if upgrade.Of(of).GetEveryMinutes() == 0 || running[profile.Folded(of.GetName())] {
 				return true
 			}
 			var last *floxv1.ProfileRun
@@ -171,95 +170,4 @@ func (p *profiles) upgradeOne(ctx context.Context, of dueProfile) error {
 		return nil // it was deleted or renamed meanwhile
 	}
 	return err
-}
-
-// upgrade brings a profile to what its channels have, all of it or nothing.
-func (p *profiles) upgrade(ctx context.Context, of *floxv1.Profile) (*floxv1.ProfileRun, error) {
-	ctx, cancel := context.WithTimeout(ctx, upgradeWait)
-	defer cancel()
-	var now *floxv1.Generation
-	err := p.view(ctx, cluster.Linearizable, func(r *cluster.Reader) (err error) {
-		seen := of
-		if of, err = profile.Find(r, seen.GetName()); err != nil {
-			return err
-		}
-		if of.GetCreatedIndex() != seen.GetCreatedIndex() || !proto.Equal(of.GetSchedule(), seen.GetSchedule()) {
-			return fmt.Errorf("it has another schedule now: %w", flox.ErrBusy)
-		}
-		now, err = live(r, of)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	run := &floxv1.ProfileRun{Result: profile.RunUnchanged, Generation: of.GetLive()}
-	if of.GetHeld() {
-		run.Result = profile.RunHeld
-		return run, nil
-	}
-	q := &floxv1.ChangeProfileRequest{Name: of.GetName(), Parent: of.GetLive(), Kind: "upgrade", Reason: reasonSchedule, Automatic: true}
-	for _, was := range now.GetPackages() {
-		if !upgrade.Looks(was) {
-			continue
-		}
-		is, err := p.s.channels.made(ctx, was.GetSource(), upgrade.Systems(was))
-		if err != nil {
-			return nil, err
-		}
-		q.Set = append(q.Set, upgrade.InPlaceOf(was, is))
-	}
-	if len(q.GetSet()) == 0 {
-		return run, nil
-	}
-	out, err := p.change(ctx, p.s.itself(), q)
-	if err != nil {
-		return nil, err
-	}
-	if run.Generation = out.GetGeneration().GetNumber(); run.GetGeneration() != out.GetBefore().GetNumber() {
-		run.Result, run.Detail = profile.RunUpgraded, profile.Describe(out.GetBefore().GetPackages(), out.GetGeneration().GetPackages())
-	}
-	return run, nil
-}
-
-// made makes a package valid for some systems, and gives it as a member of a profile. Where
-// this server builds nothing, others are asked.
-func (c *channels) made(ctx context.Context, word string, systems []string) (*floxv1.Package, error) {
-	q := &floxv1.BuildPackageRequest{Name: word, Systems: systems}
-	var found []*floxv1.CataloguePackage
-	err := c.build(ctx, c.s.machineName(), q, func(m *floxv1.BuildPackageProgress) { found = m.GetPackages() })
-	if errors.Is(err, errNoBuilder) {
-		others, _, _ := c.s.servers.others()
-		for _, id := range others {
-			all, failed := c.madeBy(ctx, id, q)
-			if failed == nil || !errors.Is(failed, flox.ErrUnreachable) {
-				found, err = all, failed
-				break
-			}
-		}
-	}
-	if err == nil && len(found) == 0 {
-		err = fmt.Errorf("the server that made it does not say what: %w", flox.ErrUnreachable)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("package %s: %w", word, err)
-	}
-	return upgrade.Package(word, found), nil
-}
-
-// madeBy has another server make a package. ErrUnreachable if it builds nothing either.
-func (c *channels) madeBy(ctx context.Context, id p2p.PeerID, q *floxv1.BuildPackageRequest) (found []*floxv1.CataloguePackage, err error) {
-	by, err := forWhom(c.s.actor())
-	if err != nil {
-		return nil, err
-	}
-	req := connect.NewRequest(q)
-	req.Header().Set(actorHeader, by)
-	stream, err := c.s.servers.admin(id).BuildPackage(ctx, req)
-	if err != nil {
-		return nil, api.FromConnect(err)
-	}
-	for stream.Receive() {
-		found = stream.Msg().GetPackages()
-	}
-	return found, errors.Join(api.FromConnect(stream.Err()), stream.Close())
 }

@@ -34,16 +34,14 @@ func (h *scheduledHouse) channel(version string) {
 	}
 }
 
-// profile makes a profile with a package of the channel, upgraded every so many minutes.
+// profile makes a profile with a package of the channel, upgraded every so many minutes; 0 =
+// never.
 func (h *scheduledHouse) profile(name string, every uint32, set *floxv1.Package) {
 	h.t.Helper()
 	newProfile(h.t, h.Server, name)
 	install(h.t, h.Server, name, set)
-	if every == 0 {
-		return
-	}
 	out, err := h.admin.SetProfileSchedule(within(h.t), connect.NewRequest(&floxv1.SetProfileScheduleRequest{Name: name, Schedule: &floxv1.ProfileSchedule{EveryMinutes: every}}))
-	if err != nil || out.Msg.GetNextRunUnixMs() <= time.Now().UnixMilli() {
+	if err != nil || every > 0 && out.Msg.GetNextRunUnixMs() <= time.Now().UnixMilli() || every == 0 && out.Msg.GetNextRunUnixMs() != 0 {
 		h.t.Fatal(out, err)
 	}
 }
@@ -92,6 +90,11 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.channel("2.2")
+	newProfile(t, s, "alice/usual")
+	install(t, s, "alice/usual", hello)
+	if at := h.show("alice/usual"); at.GetProfile().GetSchedule() != nil || at.GetNextRunUnixMs() <= time.Now().UnixMilli() || at.GetNextRunUnixMs() > time.Now().Add(24*time.Hour).UnixMilli() {
+		t.Errorf("of a profile of which nobody said anything: %v", at)
+	}
 	u := newUpgrades(s.profiles)
 	upgradeAt := func(later time.Duration) {
 		t.Helper()
@@ -103,6 +106,8 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 	upgradeAt(0)
 	h.has("alice/x", 1, "2.1", "", "") // not due yet
 	before := s.node.Applied()
+	upgradeAt(time.Until(time.UnixMilli(h.show("alice/usual").GetNextRunUnixMs())) + time.Minute)
+	h.has("alice/usual", 2, "2.2", profile.RunUpgraded, "hello 2.1 -> 2.2")
 	upgradeAt(25 * time.Hour)
 	h.has("alice/x", 2, "2.2", profile.RunUpgraded, "hello 2.1 -> 2.2")
 	h.has("alice/people", 1, "2.1", "", "")
@@ -113,7 +118,7 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 	}
 	if err := s.profiles.view(within(t), cluster.Local, func(r *cluster.Reader) error {
 		names, _, err := profile.Changes(r, before)
-		if !slices.Equal(names, []string{"alice/x"}) {
+		if slices.Sort(names); !slices.Equal(names, []string{"alice/usual", "alice/x"}) {
 			t.Errorf("machines are told of %v", names)
 		}
 		return err
@@ -137,8 +142,53 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 	upgradeAt(75 * time.Hour)
 	h.has("alice/back", 5, "2.3", profile.RunUpgraded, "") // a person changed it
 	h.has("alice/x", 3, "2.3", profile.RunUpgraded, "")
+	h.partly(upgradeAt, hello)
 	h.channel("2.4")
-	h.hangs(u, time.Now().Add(100*time.Hour), "alice/x", "alice/back")
+	h.hangs(u, time.Now().Add(175*time.Hour), "alice/x", "alice/back")
+}
+
+// partly has upgrades of which some packages cannot be made, or do not go together: the
+// others are upgraded, and what is left is said.
+func (h *scheduledHouse) partly(upgradeAt func(later time.Duration), hello *floxv1.Package) {
+	h.t.Helper()
+	jq, err := h.channels.made(within(h.t), "jq", []string{linux})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.profile("alice/partly", upgrade.Daily, hello)
+	install(h.t, h.Server, "alice/partly", jq)
+	publishAs := func(version, jq string) {
+		h.t.Helper()
+		files := tools(version)
+		files["default.nix"] = strings.Replace(files["default.nix"], `tool "jq-1.7" "echo jq >$out"`, jq, 1)
+		if _, err := publishChannel(h.t, h.Server, adminPerson(), "tools", expressionOf(h.t, h.Server, files)); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	is := func(result string, want ...string) {
+		h.t.Helper()
+		at, have := h.show("alice/partly"), []string(nil)
+		for _, p := range at.GetGeneration().GetPackages() {
+			have = append(have, p.GetName()+" "+p.GetVersion())
+		}
+		if !slices.Equal(have, want) || at.GetLastRun().GetResult() != result || !strings.Contains(at.GetLastRun().GetDetail(), "left as they are: jq; jq: ") {
+			h.t.Errorf("%v: %s, want %q of %v", have, at.GetLastRun(), result, want)
+		}
+	}
+	publishAs("2.3.1", `tool "jq-1.8" "exit 3"`)
+	upgradeAt(100 * time.Hour)
+	is(profile.RunUpgraded, "hello 2.3.1", "jq 1.7")
+	if reason := h.show("alice/partly").GetGeneration().GetReason(); !strings.HasPrefix(reason, "schedule; left as they are: jq; jq: ") {
+		h.t.Errorf("the reason is %q", reason)
+	}
+	upgradeAt(125 * time.Hour)
+	is(profile.RunFailed, "hello 2.3.1", "jq 1.7")
+	other := makeTool(h.t, "other")
+	publish(h.t, h.Server, other)
+	install(h.t, h.Server, "alice/partly", asPackage("other", "1", other))
+	publishAs("2.3.2", `tool "jq-1.9" "mkdir -p $out/bin; echo jq >$out/bin/other"`)
+	upgradeAt(150 * time.Hour)
+	is(profile.RunUpgraded, "hello 2.3.2", "jq 1.7", "other 1")
 }
 
 // hangs has the first of two profiles that is due hang in the middle of its upgrade: the

@@ -194,7 +194,7 @@ func (b *builder) propagate(ctx context.Context, at *place, abs, who string) err
 		name = path.Clean(name)
 		by := who
 		if !strings.Contains(by, " (") {
-			by = name[len(b.dir)+1:] + " (propagated by " + who + ")"
+			by = name[len(b.dir)+1:] + propagatedBy(who)
 		} else {
 			by = name[len(b.dir)+1:] + by[strings.Index(by, " ("):]
 		}

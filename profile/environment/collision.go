@@ -2,6 +2,7 @@ package environment
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/floxctl/flox"
@@ -26,6 +27,18 @@ type CollisionError struct {
 	Collisions []Collision // the first MaxReported
 	Total      int
 }
+
+// Has reports whether a package is one of those, or propagates one.
+func (e *CollisionError) Has(name string) bool {
+	return slices.ContainsFunc(e.Collisions, func(c Collision) bool {
+		return slices.ContainsFunc([]string{c.First, c.Second}, func(who string) bool {
+			return who == name || strings.HasSuffix(who, propagatedBy(name))
+		})
+	})
+}
+
+// propagatedBy ends the name of what a package propagates.
+func propagatedBy(who string) string { return " (propagated by " + who + ")" }
 
 // Unwrap makes it a flox.ErrBadInput.
 func (*CollisionError) Unwrap() error { return flox.ErrBadInput }

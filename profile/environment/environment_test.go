@@ -154,6 +154,13 @@ func TestCollisionsNameBothSidesAndTheWayOut(t *testing.T) {
 	if len(err.Error()) > 10_000 {
 		t.Errorf("a message of %d bytes", len(err.Error()))
 	}
+	if !c.Has("a") || !c.Has("b") || c.Has("c") {
+		t.Errorf("has a: %v, b: %v, c: %v", c.Has("a"), c.Has("b"), c.Has("c"))
+	}
+	c = &CollisionError{Collisions: []Collision{{First: "b", Second: string(name("c")) + propagatedBy("a")}}}
+	if !c.Has("a") || !c.Has("b") || c.Has("c") || c.Has("xa") {
+		t.Errorf("of what a propagates: a: %v, b: %v, c: %v", c.Has("a"), c.Has("b"), c.Has("c"))
+	}
 }
 
 func TestKindsCollideWhateverThePriority(t *testing.T) {

@@ -3,7 +3,6 @@ package upgrade
 import (
 	"fmt"
 	"hash/fnv"
-	"strings"
 	"time"
 
 	"github.com/floxctl/flox"
@@ -16,6 +15,20 @@ const (
 	minEvery = 60
 	maxEvery = 366 * Daily
 )
+
+// firstWithin is how long after its time a profile of whose schedule nobody said anything
+// is upgraded for the first time; later it waits for the next one: a storehouse whose
+// program learns of schedules does not upgrade all it has at once.
+const firstWithin = time.Hour
+
+// Of gives the schedule of a profile: daily, at a time of its own, if nobody ever said
+// when, or that it is never.
+func Of(p *floxv1.Profile) *floxv1.ProfileSchedule {
+	if s := p.GetSchedule(); s != nil {
+		return s
+	}
+	return &floxv1.ProfileSchedule{EveryMinutes: Daily, SinceUnixMs: p.GetCreatedUnixMs()}
+}
 
 // Check refuses what is no schedule. ErrBadInput.
 func Check(s *floxv1.ProfileSchedule) error {
@@ -31,10 +44,14 @@ func Check(s *floxv1.ProfileSchedule) error {
 	return nil
 }
 
-// Describe says a schedule in words: "every 7 d at 03:00 UTC", "never".
+// Describe says a schedule in words: "every 7 d at 03:00 UTC", "never"; nil is
+// "daily (default)".
 func Describe(s *floxv1.ProfileSchedule) string {
 	every := s.GetEveryMinutes()
-	if every == 0 {
+	switch {
+	case s == nil:
+		return "daily (default)"
+	case every == 0:
 		return "never"
 	}
 	words := "every"
@@ -61,7 +78,7 @@ func Clock(minute uint32) string { return fmt.Sprintf("%02d:%02d", minute/60, mi
 // last, nil if nothing. Where the schedule names no time of the day, the profile has one of
 // its own, so that not all are due at once.
 func Next(p *floxv1.Profile, last *floxv1.ProfileRun, now time.Time) time.Time {
-	s := p.GetSchedule()
+	s := Of(p)
 	every := int64(s.GetEveryMinutes()) * 60
 	if every == 0 {
 		return time.Time{}
@@ -75,15 +92,17 @@ func Next(p *floxv1.Profile, last *floxv1.ProfileRun, now time.Time) time.Time {
 	latest := now.Unix() - (n%every+every)%every
 	due := time.Unix(latest, 0)
 	done := last.GetDueUnixMs() >= due.UnixMilli() && last.GetDueUnixMs() <= now.UnixMilli() // one that is to come was of a wrong clock
-	if done || due.UnixMilli() <= s.GetSinceUnixMs() {
+	late := p.GetSchedule() == nil && last == nil && now.Sub(due) > firstWithin
+	if done || late || due.UnixMilli() <= s.GetSinceUnixMs() {
 		due = time.Unix(latest+every, 0)
 	}
 	return due
 }
 
-// spread is a number that is another one for each profile, and the same on every server.
+// spread is a number that is another one for each profile, whatever its name becomes, and
+// the same on every server.
 func spread(p *floxv1.Profile) uint64 {
 	h := fnv.New64a()
-	fmt.Fprintf(h, "%s\n%d", strings.ToLower(p.GetName()), p.GetCreatedIndex())
+	fmt.Fprintf(h, "profile %d", p.GetCreatedIndex())
 	return h.Sum64()
 }

@@ -2,7 +2,6 @@ package upgrade
 
 import (
 	"errors"
-	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -68,7 +67,7 @@ func TestSchedules(t *testing.T) {
 			t.Errorf("%v is %q, want %q", s, got, c.words)
 		}
 	}
-	if err := Check(nil); err != nil || Describe(nil) != "never" {
+	if err := Check(nil); err != nil || Describe(nil) != "daily (default)" {
 		t.Errorf("none: %v, %q", err, Describe(nil))
 	}
 }
@@ -78,26 +77,29 @@ func TestSchedules(t *testing.T) {
 func TestTimesOfTheDay(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
-	next := func(name string, s *floxv1.ProfileSchedule) time.Time {
+	next := func(index uint64, s *floxv1.ProfileSchedule) time.Time {
 		s.SinceUnixMs = now.UnixMilli()
-		return Next(&floxv1.Profile{Name: name, CreatedIndex: 7, Schedule: s}, nil, now).UTC()
+		at := Next(&floxv1.Profile{Name: "alice/x", CreatedIndex: index, Schedule: s}, nil, now).UTC()
+		if renamed := Next(&floxv1.Profile{Name: "alice/y", CreatedIndex: index, Schedule: s}, nil, now); !renamed.Equal(at) {
+			t.Errorf("%v: at %v, and with another name at %v", s, at, renamed)
+		}
+		return at
 	}
 	for at, want := range map[uint32]time.Time{
 		185: time.Date(2026, 3, 2, 3, 5, 0, 0, time.UTC), 721: time.Date(2026, 3, 1, 12, 1, 0, 0, time.UTC), 720: time.Date(2026, 3, 2, 12, 0, 0, 0, time.UTC),
 	} {
-		if got := next("alice/x", &floxv1.ProfileSchedule{EveryMinutes: Daily, AtMinute: minute(at)}); !got.Equal(want) {
+		if got := next(7, &floxv1.ProfileSchedule{EveryMinutes: Daily, AtMinute: minute(at)}); !got.Equal(want) {
 			t.Errorf("at %s: %v, want %v", Clock(at), got, want)
 		}
 	}
 	weekdays, hours := map[time.Weekday]int{}, map[int]int{}
-	for i := range 1000 {
-		name := fmt.Sprint("alice/p", i)
-		weekly := next(name, &floxv1.ProfileSchedule{EveryMinutes: 7 * Daily, AtMinute: minute(185)})
+	for i := range uint64(1000) {
+		weekly := next(i, &floxv1.ProfileSchedule{EveryMinutes: 7 * Daily, AtMinute: minute(185)})
 		weekdays[weekly.Weekday()]++
 		if weekly.Hour() != 3 || weekly.Minute() != 5 || weekly.Second() != 0 {
-			t.Errorf("%s: %v", name, weekly)
+			t.Errorf("%d: %v", i, weekly)
 		}
-		hours[next(name, &floxv1.ProfileSchedule{EveryMinutes: Daily}).Hour()]++
+		hours[next(i, &floxv1.ProfileSchedule{EveryMinutes: Daily}).Hour()]++
 	}
 	for day := range time.Saturday + 1 {
 		if weekdays[day] < 50 {
@@ -108,6 +110,44 @@ func TestTimesOfTheDay(t *testing.T) {
 		if hours[hour] < 10 {
 			t.Errorf("%d of 1000 profiles are due at %d o'clock", hours[hour], hour)
 		}
+	}
+}
+
+// A profile of which nobody said anything is upgraded daily, at a time of its own, from
+// when it was made on; for the first time soon after such a time or at the next one, so
+// that not all there are begin at once. "never" is remembered.
+func TestDailyByDefault(t *testing.T) {
+	t.Parallel()
+	made := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	atOnce := 0
+	for i := range uint64(1000) {
+		p := &floxv1.Profile{Name: "alice/x", CreatedIndex: i, CreatedUnixMs: made.UnixMilli()}
+		first := Next(p, nil, made)
+		if !first.After(made) || first.Sub(made) > 24*time.Hour {
+			t.Fatalf("made at %v, first at %v", made, first)
+		}
+		for _, c := range []struct{ now, want time.Time }{
+			{first, first}, {first.Add(time.Hour), first}, {first.Add(time.Hour + 1), first.Add(24 * time.Hour)}, {first.Add(24 * time.Hour), first.Add(24 * time.Hour)},
+		} {
+			if at := Next(p, nil, c.now); !at.Equal(c.want) {
+				t.Fatalf("first at %v, looked %v later: %v", first, c.now.Sub(first), at)
+			}
+		}
+		learned := made.Add(100 * 24 * time.Hour)
+		if !Next(p, nil, learned).After(learned) {
+			atOnce++
+		}
+		missed := first.Add(10 * 24 * time.Hour)
+		if at := Next(p, &floxv1.ProfileRun{DueUnixMs: first.UnixMilli()}, missed.Add(5*time.Hour)); !at.Equal(missed) {
+			t.Fatalf("last at %v, missed is %v, now due %v", first, missed, at)
+		}
+		p.Schedule = &floxv1.ProfileSchedule{SinceUnixMs: made.UnixMilli()}
+		if at := Next(p, nil, learned); !at.IsZero() || Of(p).GetEveryMinutes() != 0 {
+			t.Fatalf("never, and due at %v", at)
+		}
+	}
+	if atOnce == 0 || atOnce > 100 {
+		t.Errorf("%d of 1000 profiles are due when their storehouse learns of schedules, want about one hour's", atOnce)
 	}
 }
 

@@ -993,7 +993,7 @@ type Profile struct {
 	Tags          []*ProfileTag          `protobuf:"bytes,17,rep,name=tags,proto3" json:"tags,omitempty"`                                      // in the order of their names
 	Older         uint32                 `protobuf:"varint,18,opt,name=older,proto3" json:"older,omitempty"`                                   // generations before first that were there when it was last pruned
 	Assigned      []*ProfileAssignment   `protobuf:"bytes,19,rep,name=assigned,proto3" json:"assigned,omitempty"`
-	Schedule      *ProfileSchedule       `protobuf:"bytes,20,opt,name=schedule,proto3" json:"schedule,omitempty"` // none = it never had one
+	Schedule      *ProfileSchedule       `protobuf:"bytes,20,opt,name=schedule,proto3" json:"schedule,omitempty"` // none = nobody said anything: daily, at a time of the profile's own
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
