@@ -53,6 +53,7 @@ type view struct {
 	now       atomic.Pointer[viewState]
 	connected atomic.Bool
 	changed   chan struct{} // has one while what is kept, held and written durably is to be looked at
+	rolled    chan struct{} // has one while rollbacks are to be passed on
 	again     chan struct{} // has one while the stream is to begin anew, with what was asked for
 	finding   chan struct{} // has room for questions
 
@@ -91,7 +92,7 @@ func newView(file, system string, dir flox.StoreDir, log *slog.Logger) *view {
 	}
 	v := &view{
 		file: file, system: system, dir: dir, log: log, shown: func(context.Context, string, string) {},
-		changed: make(chan struct{}, 1), again: make(chan struct{}, 1), finding: make(chan struct{}, maxFinding),
+		changed: make(chan struct{}, 1), rolled: make(chan struct{}, 1), again: make(chan struct{}, 1), finding: make(chan struct{}, maxFinding),
 		used: make(map[string]time.Time), misses: make(map[string]time.Time),
 	}
 	v.now.Store(&viewState{profiles: map[string]viewed{}})
@@ -116,14 +117,19 @@ func (s *viewState) own(owner string) bool { return slices.Contains(s.users, sha
 
 // generations lists those of a profile that are known, the one that lives first.
 func (p viewed) generations() []*floxv1.GenerationNews {
+	live := p.live()
 	all := append([]*floxv1.GenerationNews{p.GetNews().GetLive(), p.GetNews().GetBefore()}, p.GetOlder()...)
-	return slices.DeleteFunc(all, func(g *floxv1.GenerationNews) bool { return g == nil })
+	all = slices.DeleteFunc(all, func(g *floxv1.GenerationNews) bool { return g == nil || g == live })
+	if live == nil {
+		return all
+	}
+	return append([]*floxv1.GenerationNews{live}, all...)
 }
 
 // generation gives one that is known; 0 is the one that lives.
 func (p viewed) generation(number uint64) *floxv1.GenerationNews {
 	if number == 0 {
-		return p.GetNews().GetLive()
+		return p.live()
 	}
 	for _, g := range p.generations() {
 		if g.GetNumber() == number {
@@ -165,7 +171,7 @@ func (v *view) Known(yield func(owner, name string) bool) {
 // Listed implements fuse.Links.
 func (v *view) Listed(owner string) (names []string) {
 	for _, p := range v.now.Load().profiles {
-		if _, here := environmentFor(p.GetNews().GetLive(), v.system); !here || !p.GetNews().GetListed() {
+		if _, here := environmentFor(p.live(), v.system); !here || !p.GetNews().GetListed() {
 			continue
 		}
 		switch {
@@ -357,7 +363,7 @@ func (p viewed) with(g *floxv1.GenerationNews) viewed {
 			older = append(older, o)
 		}
 	}
-	p.ToldProfile = &floxv1.ToldProfile{News: p.GetNews(), Older: older}
+	p.ToldProfile = &floxv1.ToldProfile{News: p.GetNews(), Older: older, Here: p.GetHere()}
 	return p
 }
 
@@ -396,7 +402,7 @@ func (s *viewState) put(n *floxv1.ProfileNews) error {
 		if n.GetChangedIndex() < was.GetNews().GetChangedIndex() {
 			return nil // an answer that was overtaken
 		}
-		next.ToldProfile.Older = was.GetOlder()
+		next.ToldProfile.Older, next.ToldProfile.Here = was.GetOlder(), stillHere(was.GetHere(), n)
 		for _, g := range []*floxv1.GenerationNews{was.GetNews().GetBefore(), was.GetNews().GetLive()} {
 			if g != nil && g.GetNumber() != n.GetLive().GetNumber() {
 				next = next.with(g)
@@ -444,7 +450,7 @@ func (s *viewState) different(was *viewState) (links [][2]string) {
 		if still && n.ToldProfile == p.ToldProfile {
 			continue
 		}
-		if !still || !proto.Equal(n.GetNews().GetLive(), p.GetNews().GetLive()) {
+		if !still || !proto.Equal(n.live(), p.live()) {
 			links = append(links, [2]string{p.owner, p.name})
 		}
 		for _, g := range p.generations() {

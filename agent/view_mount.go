@@ -223,7 +223,7 @@ func (c *control) ShownProfiles(ctx context.Context, req *connect.Request[floxv1
 // shown tells of a profile and one of its generations, 0 = the one that lives.
 func (c *control) shown(p viewed, number uint64) *floxv1.ShownProfile {
 	g := p.generation(number)
-	out := &floxv1.ShownProfile{Name: p.GetNews().GetName(), Generation: g.GetNumber(), Before: p.GetNews().GetBefore().GetNumber()}
+	out := &floxv1.ShownProfile{Name: p.GetNews().GetName(), Generation: g.GetNumber(), Before: p.GetNews().GetBefore().GetNumber(), Here: p.GetHere()}
 	if path, ok := environmentFor(g, c.a.view.system); ok {
 		out.Path = c.a.cfg.StoreDir.Join(path)
 	}

@@ -54,7 +54,7 @@ func newViewRig(t *testing.T, dir, system string) *viewRig {
 	v := newView(filepath.Join(dir, viewFile), system, "/nix/store", slog.New(slog.DiscardHandler))
 	v.invite = []byte("invite")
 	r := &viewRig{view: v, there: map[string]*floxv1.FindProfileResponse{}}
-	r.watch = &viewWatch{view: v}
+	r.watch = &viewWatch{view: v, roll: func(context.Context, string, *floxv1.RollbackProfileRequest) error { return flox.ErrUnreachable }}
 	v.shown = func(_ context.Context, owner, name string) { r.shown = append(r.shown, owner+"/"+name) }
 	v.find = func(_ context.Context, q *floxv1.FindProfileRequest) (*floxv1.FindProfileResponse, error) {
 		key := fmt.Sprintf("%s@%d", q.GetName(), q.GetGeneration())

@@ -31,14 +31,16 @@ type viewWatch struct {
 	houses *houses
 	epoch  func() uint64                   // of the trust list
 	settle func(ctx context.Context) error // has the rest of the agent do what is shown
+	roll   func(ctx context.Context, user string, q *floxv1.RollbackProfileRequest) error
 }
 
 // runView follows the storehouse's profiles until ctx ends.
 func (a *Agent) runView(ctx context.Context) error {
-	w := &viewWatch{view: a.view, calls: a.calls, houses: a.houses, epoch: func() uint64 { _, epoch := a.facts.trustAt(); return epoch }, settle: a.settleView}
+	w := &viewWatch{view: a.view, calls: a.calls, houses: a.houses, epoch: func() uint64 { _, epoch := a.facts.trustAt(); return epoch }, settle: a.settleView, roll: a.rollFor}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return w.follow(ctx) })
 	group.Go(func() error { return w.keep(ctx) })
+	group.Go(func() error { return w.passRollbacks(ctx) })
 	return group.Wait()
 }
 
@@ -152,6 +154,7 @@ func (w *viewWatch) once(ctx context.Context, house p2p.PeerID) (heard bool, err
 		}
 		if !heard {
 			close(begun)
+			poke(w.rolled)
 		}
 		parts, told, heard = nil, 0, true
 		w.connected.Store(true)

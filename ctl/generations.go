@@ -92,6 +92,10 @@ func newRollbackCmd(g *globals) *cobra.Command {
 that lives was made on, or --to. What is automatic leaves the profile alone from then on,
 until a person changes it.
 
+While the storehouse cannot be reached it counts on this machine alone, which passes it on
+as soon as it can; if somebody changed the profile meanwhile, that counts (floxctl profile
+show says so).
+
 ` + cli.ExitCodes,
 		Example: "  floxctl rollback\n  floxctl rollback -p acme/ci --to 41 --reason 'broken build'",
 		Args:    cli.Args(0, 0, ""),
@@ -104,20 +108,11 @@ until a person changes it.
 					return err
 				}
 			}
-			resp, err := g.admin().RollbackProfile(cmd.Context(), connect.NewRequest(q))
+			done, err := g.rollBack(cmd.Context(), q)
 			if err != nil {
-				return explainAdmin(err)
+				return err
 			}
-			out, m := g.printer(cmd), resp.Msg
-			if out.json {
-				return out.printJSON(struct {
-					Profile    string `json:"profile"`
-					Before     uint64 `json:"before"`
-					Generation uint64 `json:"generation"`
-				}{m.GetProfile().GetName(), m.GetFrom(), m.GetProfile().GetLive()})
-			}
-			out.printf("%s: generation %d lives again, before it was %d.\n", clean(m.GetProfile().GetName()), m.GetProfile().GetLive(), m.GetFrom())
-			return nil
+			return done.tell(g.printer(cmd))
 		},
 	}
 	opts.register(cmd)

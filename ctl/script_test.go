@@ -305,6 +305,10 @@ func (s *scripted) ShownProfiles(_ context.Context, r *connect.Request[floxv1.Sh
 	return unary[floxv1.ShownProfilesRequest, floxv1.ShownProfilesResponse](s, "ShownProfiles", r)
 }
 
+func (s *scripted) RollbackHere(_ context.Context, r *connect.Request[floxv1.RollbackHereRequest]) (*connect.Response[floxv1.RollbackHereResponse], error) {
+	return unary[floxv1.RollbackHereRequest, floxv1.RollbackHereResponse](s, "RollbackHere", r)
+}
+
 func (s *scripted) Share(_ context.Context, r *connect.Request[floxv1.ShareRequest]) (*connect.Response[floxv1.ShareResponse], error) {
 	return unary[floxv1.ShareRequest, floxv1.ShareResponse](s, "Share", r)
 }

@@ -270,10 +270,40 @@ func (u *upgrades) cut() {
 		must(u.t, b.Stop())
 		must(u.t, b.Start(u.t.Context()))
 	}
-	must(u.t, b.Host.Plug(u.t.Context()))
+	u.rollbackCut()
 	u.upgrade(100)
 	u.seen()
 	u.says(live, "tool 0")
+}
+
+// rollbackCut rolls back on the second machine, which is unplugged, restarts what serves
+// there, and plugs it in: then it is so on the first as well.
+func (u *upgrades) rollbackCut() {
+	a, b := u.r.agents[0], u.r.agents[1]
+	out, err := b.Ctl(u.t.Context(), "rollback", "-p", ownProfile, "--json")
+	must(u.t, err)
+	var done struct {
+		Before, Generation uint64
+		Here               bool
+	}
+	must(u.t, json.Unmarshal(out, &done))
+	if want := u.last.Generation; done.Before != want || done.Generation != want-1 || !done.Here {
+		u.t.Errorf("a rollback of generation %d without a network: %+v", want, done)
+	}
+	u.says(live, "tool 0")
+	must(u.t, b.Stop())
+	must(u.t, b.Start(u.t.Context()))
+	u.says(live, "tool 0")
+	must(u.t, b.Host.Plug(u.t.Context()))
+	eventually(u.t, "the rollback reaches the other machine", func() bool {
+		out, err := u.r.run(u.t.Context(), 0, live+"/bin/tool")
+		return err == nil && string(out) == "tool 0\n"
+	})
+	u.says(live, "tool 0")
+	out, err = a.Ctl(u.t.Context(), "history", "-p", ownProfile, "--limit", "1", "--json")
+	if err != nil || !strings.Contains(string(out), `"rollback"`) {
+		u.t.Errorf("the last change is %s, %v; want the rollback", out, err)
+	}
 }
 
 // systems has the second machine be one of another system: at one path each has what is

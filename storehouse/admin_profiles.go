@@ -257,6 +257,9 @@ func (p *profiles) rollback(ctx context.Context, who person, q *floxv1.RollbackP
 		if err != nil {
 			return err
 		}
+		if l := q.GetLive(); l != 0 && l != at.GetLive() {
+			return fmt.Errorf("profile %s: generation %d lives and not %d any more, on which the rollback was made; nothing was changed: look again: %w", at.GetName(), at.GetLive(), l, flox.ErrBusy)
+		}
 		if out.Profile, out.From = at, at.GetLive(); to == 0 {
 			if to = g.GetParent(); to == 0 {
 				return fmt.Errorf("profile %s: nothing lived before generation %d; see: floxctl history -p %s: %w", at.GetName(), at.GetLive(), at.GetName(), flox.ErrNotFound)

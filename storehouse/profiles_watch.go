@@ -216,7 +216,7 @@ func (w *profileWatch) all(r *cluster.Reader, sight sight, e *floxv1.ProfilesEve
 
 // newsOf says where a profile is.
 func newsOf(r *cluster.Reader, p *floxv1.Profile, sight sight) (*floxv1.ProfileNews, error) {
-	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst(), Assigned: sight.assigned(p), Tags: p.GetTags()}
+	n := &floxv1.ProfileNews{Name: p.GetName(), CreatedUnixMs: p.GetCreatedUnixMs(), ChangedIndex: p.GetChangedIndex(), Listed: sight.lists(p), First: p.GetFirst(), Assigned: sight.assigned(p), Tags: p.GetTags(), Writers: sight.writers(p)}
 	if p.GetLive() == 0 {
 		return n, nil
 	}
@@ -241,6 +241,7 @@ func newsOf(r *cluster.Reader, p *floxv1.Profile, sight sight) (*floxv1.ProfileN
 type sight struct {
 	users  []string // folded, sorted
 	admin  bool     // one of them is an admin of the storehouse
+	open   bool     // it speaks for anybody
 	peer   string   // the machine
 	labels []string // its, KEY=VALUE, sorted
 }
@@ -260,8 +261,27 @@ func (s *Server) sightOf(peer p2p.PeerID) (out sight) {
 		out.admin = out.admin || members.Rights(u.GetRole()) >= adminOnly
 	}
 	slices.Sort(out.users)
-	out.users = slices.Compact(out.users)
+	out.users, out.open = slices.Compact(out.users), s.cfg.OpenMembership
 	return out
+}
+
+// writers lists the users of the machine who may change a profile, folded and sorted.
+func (v sight) writers(p *floxv1.Profile) (all []string) {
+	users := slices.Clone(v.users)
+	if v.open {
+		owner, _, _ := strings.Cut(p.GetName(), "/")
+		users = append(users, profile.Folded(owner))
+		for _, g := range p.GetGrants() {
+			users = append(users, profile.Folded(g.GetUser()))
+		}
+	}
+	for _, u := range users {
+		if profile.Rank(profile.Role(p, u)) >= profile.Rank(profile.Writer) {
+			all = append(all, u)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // sees reports whether a profile may be read.

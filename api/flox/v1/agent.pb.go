@@ -2372,6 +2372,7 @@ type ShownProfile struct {
 	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"` // that lives, or that was asked for; 0 = none
 	Before        uint64                 `protobuf:"varint,3,opt,name=before,proto3" json:"before,omitempty"`         // that a rollback leads to and that is here, too; 0 = none
 	Path          string                 `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`              // absolute store path of the environment; "" = there is none for this system
+	Here          *HereRollback          `protobuf:"bytes,5,opt,name=here,proto3" json:"here,omitempty"`              // that the storehouse has not heard of, or refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2434,6 +2435,133 @@ func (x *ShownProfile) GetPath() string {
 	return ""
 }
 
+func (x *ShownProfile) GetHere() *HereRollback {
+	if x != nil {
+		return x.Here
+	}
+	return nil
+}
+
+type RollbackHereRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	To            uint64                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackHereRequest) Reset() {
+	*x = RollbackHereRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackHereRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackHereRequest) ProtoMessage() {}
+
+func (x *RollbackHereRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackHereRequest.ProtoReflect.Descriptor instead.
+func (*RollbackHereRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RollbackHereRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RollbackHereRequest) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *RollbackHereRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type RollbackHereResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	From          uint64                 `protobuf:"varint,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            uint64                 `protobuf:"varint,3,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollbackHereResponse) Reset() {
+	*x = RollbackHereResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollbackHereResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollbackHereResponse) ProtoMessage() {}
+
+func (x *RollbackHereResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollbackHereResponse.ProtoReflect.Descriptor instead.
+func (*RollbackHereResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *RollbackHereResponse) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RollbackHereResponse) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *RollbackHereResponse) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
 type ShareRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Paths         []string               `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"`
@@ -2443,7 +2571,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2455,7 +2583,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2468,7 +2596,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ShareRequest) GetPaths() []string {
@@ -2488,7 +2616,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2500,7 +2628,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2513,7 +2641,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ShareResponse) GetPaths() uint32 {
@@ -2545,7 +2673,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2557,7 +2685,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2570,7 +2698,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *KeepRequest) GetPaths() []string {
@@ -2611,7 +2739,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2751,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2764,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *KeepResponse) GetKept() []string {
@@ -2668,7 +2796,7 @@ type KeptProfile struct {
 
 func (x *KeptProfile) Reset() {
 	*x = KeptProfile{}
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2680,7 +2808,7 @@ func (x *KeptProfile) String() string {
 func (*KeptProfile) ProtoMessage() {}
 
 func (x *KeptProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2693,7 +2821,7 @@ func (x *KeptProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptProfile.ProtoReflect.Descriptor instead.
 func (*KeptProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *KeptProfile) GetLink() string {
@@ -2746,7 +2874,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2758,7 +2886,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2771,7 +2899,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 type KeptResponse struct {
@@ -2784,7 +2912,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2796,7 +2924,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2809,7 +2937,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *KeptResponse) GetPaths() []*OfflinePath {
@@ -2834,7 +2962,7 @@ type CacheUsageRequest struct {
 
 func (x *CacheUsageRequest) Reset() {
 	*x = CacheUsageRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2846,7 +2974,7 @@ func (x *CacheUsageRequest) String() string {
 func (*CacheUsageRequest) ProtoMessage() {}
 
 func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2859,7 +2987,7 @@ func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageRequest.ProtoReflect.Descriptor instead.
 func (*CacheUsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 type CacheUsageResponse struct {
@@ -2880,7 +3008,7 @@ type CacheUsageResponse struct {
 
 func (x *CacheUsageResponse) Reset() {
 	*x = CacheUsageResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2892,7 +3020,7 @@ func (x *CacheUsageResponse) String() string {
 func (*CacheUsageResponse) ProtoMessage() {}
 
 func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2905,7 +3033,7 @@ func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageResponse.ProtoReflect.Descriptor instead.
 func (*CacheUsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CacheUsageResponse) GetBytes() uint64 {
@@ -2987,7 +3115,7 @@ type CacheGCRequest struct {
 
 func (x *CacheGCRequest) Reset() {
 	*x = CacheGCRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2999,7 +3127,7 @@ func (x *CacheGCRequest) String() string {
 func (*CacheGCRequest) ProtoMessage() {}
 
 func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3012,7 +3140,7 @@ func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCRequest.ProtoReflect.Descriptor instead.
 func (*CacheGCRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CacheGCRequest) GetTargetBytes() uint64 {
@@ -3032,7 +3160,7 @@ type CacheGCResponse struct {
 
 func (x *CacheGCResponse) Reset() {
 	*x = CacheGCResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3044,7 +3172,7 @@ func (x *CacheGCResponse) String() string {
 func (*CacheGCResponse) ProtoMessage() {}
 
 func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3057,7 +3185,7 @@ func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCResponse.ProtoReflect.Descriptor instead.
 func (*CacheGCResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CacheGCResponse) GetFreedBytes() uint64 {
@@ -3084,7 +3212,7 @@ type ListPathsRequest struct {
 
 func (x *ListPathsRequest) Reset() {
 	*x = ListPathsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3096,7 +3224,7 @@ func (x *ListPathsRequest) String() string {
 func (*ListPathsRequest) ProtoMessage() {}
 
 func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3109,7 +3237,7 @@ func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsRequest.ProtoReflect.Descriptor instead.
 func (*ListPathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListPathsRequest) GetValid() bool {
@@ -3135,7 +3263,7 @@ type ListPathsResponse struct {
 
 func (x *ListPathsResponse) Reset() {
 	*x = ListPathsResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3147,7 +3275,7 @@ func (x *ListPathsResponse) String() string {
 func (*ListPathsResponse) ProtoMessage() {}
 
 func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3160,7 +3288,7 @@ func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsResponse.ProtoReflect.Descriptor instead.
 func (*ListPathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListPathsResponse) GetPaths() []*ListedPath {
@@ -3180,7 +3308,7 @@ type ListedPath struct {
 
 func (x *ListedPath) Reset() {
 	*x = ListedPath{}
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3192,7 +3320,7 @@ func (x *ListedPath) String() string {
 func (*ListedPath) ProtoMessage() {}
 
 func (x *ListedPath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3205,7 +3333,7 @@ func (x *ListedPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListedPath.ProtoReflect.Descriptor instead.
 func (*ListedPath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListedPath) GetPath() string {
@@ -3230,7 +3358,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[46]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3242,7 +3370,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[46]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3255,7 +3383,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 type DoctorResponse struct {
@@ -3267,7 +3395,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[47]
+	mi := &file_flox_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3279,7 +3407,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[47]
+	mi := &file_flox_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3292,7 +3420,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -3314,7 +3442,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_flox_v1_agent_proto_msgTypes[48]
+	mi := &file_flox_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3454,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[48]
+	mi := &file_flox_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3467,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Finding) GetCheck() string {
@@ -3374,7 +3502,7 @@ var File_flox_v1_agent_proto protoreflect.FileDescriptor
 
 const file_flox_v1_agent_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/agent.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\"\x0f\n" +
+	"\x13flox/v1/agent.proto\x12\aflox.v1\x1a\x16flox/v1/profiles.proto\x1a\x11flox/v1/log.proto\"\x0f\n" +
 	"\rStatusRequest\"\x9e\a\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
@@ -3596,14 +3724,23 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x121\n" +
 	"\bprofiles\x18\x03 \x03(\v2\x15.flox.v1.ShownProfileR\bprofiles\x12\x16\n" +
-	"\x06system\x18\x04 \x01(\tR\x06system\"n\n" +
+	"\x06system\x18\x04 \x01(\tR\x06system\"\x99\x01\n" +
 	"\fShownProfile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
 	"generation\x12\x16\n" +
 	"\x06before\x18\x03 \x01(\x04R\x06before\x12\x12\n" +
-	"\x04path\x18\x04 \x01(\tR\x04path\"$\n" +
+	"\x04path\x18\x04 \x01(\tR\x04path\x12)\n" +
+	"\x04here\x18\x05 \x01(\v2\x15.flox.v1.HereRollbackR\x04here\"Q\n" +
+	"\x13RollbackHereRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"N\n" +
+	"\x14RollbackHereResponse\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\x04R\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\x04R\x02to\"$\n" +
 	"\fShareRequest\x12\x14\n" +
 	"\x05paths\x18\x01 \x03(\tR\x05paths\";\n" +
 	"\rShareResponse\x12\x14\n" +
@@ -3664,7 +3801,7 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\tR\x05level\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x10\n" +
-	"\x03fix\x18\x04 \x01(\tR\x03fix2\xb2\b\n" +
+	"\x03fix\x18\x04 \x01(\tR\x03fix2\xff\b\n" +
 	"\x05Agent\x129\n" +
 	"\x06Status\x12\x16.flox.v1.StatusRequest\x1a\x17.flox.v1.StatusResponse\x126\n" +
 	"\x05Peers\x12\x15.flox.v1.PeersRequest\x1a\x16.flox.v1.PeersResponse\x12:\n" +
@@ -3676,7 +3813,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\bDownload\x12\x18.flox.v1.DownloadRequest\x1a\x19.flox.v1.DownloadProgress0\x01\x122\n" +
 	"\x03Add\x12\x13.flox.v1.AddRequest\x1a\x14.flox.v1.AddResponse(\x01\x126\n" +
 	"\x05Share\x12\x15.flox.v1.ShareRequest\x1a\x16.flox.v1.ShareResponse\x12N\n" +
-	"\rShownProfiles\x12\x1d.flox.v1.ShownProfilesRequest\x1a\x1e.flox.v1.ShownProfilesResponse\x123\n" +
+	"\rShownProfiles\x12\x1d.flox.v1.ShownProfilesRequest\x1a\x1e.flox.v1.ShownProfilesResponse\x12K\n" +
+	"\fRollbackHere\x12\x1c.flox.v1.RollbackHereRequest\x1a\x1d.flox.v1.RollbackHereResponse\x123\n" +
 	"\x04Keep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x125\n" +
 	"\x06Unkeep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x123\n" +
 	"\x04Kept\x12\x14.flox.v1.KeptRequest\x1a\x15.flox.v1.KeptResponse\x12E\n" +
@@ -3698,7 +3836,7 @@ func file_flox_v1_agent_proto_rawDescGZIP() []byte {
 	return file_flox_v1_agent_proto_rawDescData
 }
 
-var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_flox_v1_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: flox.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: flox.v1.StatusResponse
@@ -3732,92 +3870,98 @@ var file_flox_v1_agent_proto_goTypes = []any{
 	(*ShownProfilesRequest)(nil),  // 29: flox.v1.ShownProfilesRequest
 	(*ShownProfilesResponse)(nil), // 30: flox.v1.ShownProfilesResponse
 	(*ShownProfile)(nil),          // 31: flox.v1.ShownProfile
-	(*ShareRequest)(nil),          // 32: flox.v1.ShareRequest
-	(*ShareResponse)(nil),         // 33: flox.v1.ShareResponse
-	(*KeepRequest)(nil),           // 34: flox.v1.KeepRequest
-	(*KeepResponse)(nil),          // 35: flox.v1.KeepResponse
-	(*KeptProfile)(nil),           // 36: flox.v1.KeptProfile
-	(*KeptRequest)(nil),           // 37: flox.v1.KeptRequest
-	(*KeptResponse)(nil),          // 38: flox.v1.KeptResponse
-	(*CacheUsageRequest)(nil),     // 39: flox.v1.CacheUsageRequest
-	(*CacheUsageResponse)(nil),    // 40: flox.v1.CacheUsageResponse
-	(*CacheGCRequest)(nil),        // 41: flox.v1.CacheGCRequest
-	(*CacheGCResponse)(nil),       // 42: flox.v1.CacheGCResponse
-	(*ListPathsRequest)(nil),      // 43: flox.v1.ListPathsRequest
-	(*ListPathsResponse)(nil),     // 44: flox.v1.ListPathsResponse
-	(*ListedPath)(nil),            // 45: flox.v1.ListedPath
-	(*DoctorRequest)(nil),         // 46: flox.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 47: flox.v1.DoctorResponse
-	(*Finding)(nil),               // 48: flox.v1.Finding
-	nil,                           // 49: flox.v1.StatusResponse.FuseRequestsEntry
-	(*PathInfo)(nil),              // 50: flox.v1.PathInfo
+	(*RollbackHereRequest)(nil),   // 32: flox.v1.RollbackHereRequest
+	(*RollbackHereResponse)(nil),  // 33: flox.v1.RollbackHereResponse
+	(*ShareRequest)(nil),          // 34: flox.v1.ShareRequest
+	(*ShareResponse)(nil),         // 35: flox.v1.ShareResponse
+	(*KeepRequest)(nil),           // 36: flox.v1.KeepRequest
+	(*KeepResponse)(nil),          // 37: flox.v1.KeepResponse
+	(*KeptProfile)(nil),           // 38: flox.v1.KeptProfile
+	(*KeptRequest)(nil),           // 39: flox.v1.KeptRequest
+	(*KeptResponse)(nil),          // 40: flox.v1.KeptResponse
+	(*CacheUsageRequest)(nil),     // 41: flox.v1.CacheUsageRequest
+	(*CacheUsageResponse)(nil),    // 42: flox.v1.CacheUsageResponse
+	(*CacheGCRequest)(nil),        // 43: flox.v1.CacheGCRequest
+	(*CacheGCResponse)(nil),       // 44: flox.v1.CacheGCResponse
+	(*ListPathsRequest)(nil),      // 45: flox.v1.ListPathsRequest
+	(*ListPathsResponse)(nil),     // 46: flox.v1.ListPathsResponse
+	(*ListedPath)(nil),            // 47: flox.v1.ListedPath
+	(*DoctorRequest)(nil),         // 48: flox.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 49: flox.v1.DoctorResponse
+	(*Finding)(nil),               // 50: flox.v1.Finding
+	nil,                           // 51: flox.v1.StatusResponse.FuseRequestsEntry
+	(*PathInfo)(nil),              // 52: flox.v1.PathInfo
+	(*HereRollback)(nil),          // 53: flox.v1.HereRollback
 }
 var file_flox_v1_agent_proto_depIdxs = []int32{
 	7,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
-	40, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
-	49, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
+	42, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
+	51, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
 	9,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
 	4,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
 	6,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
 	3,  // 6: flox.v1.StatusResponse.staged:type_name -> flox.v1.StagedUse
 	2,  // 7: flox.v1.StatusResponse.local_store:type_name -> flox.v1.LocalStore
 	5,  // 8: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
-	36, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
+	38, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
 	8,  // 10: flox.v1.StorehouseLink.servers:type_name -> flox.v1.HouseServer
 	12, // 11: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
 	15, // 12: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
 	9,  // 13: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
 	7,  // 14: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
 	18, // 15: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
-	50, // 16: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
-	50, // 17: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
+	52, // 16: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
+	52, // 17: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
 	31, // 18: flox.v1.ShownProfilesResponse.profiles:type_name -> flox.v1.ShownProfile
-	36, // 19: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
-	5,  // 20: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
-	36, // 21: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
-	45, // 22: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
-	48, // 23: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
-	0,  // 24: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
-	10, // 25: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
-	13, // 26: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
-	16, // 27: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
-	19, // 28: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
-	21, // 29: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
-	23, // 30: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
-	25, // 31: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
-	27, // 32: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
-	32, // 33: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
-	29, // 34: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
-	34, // 35: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
-	34, // 36: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
-	37, // 37: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
-	39, // 38: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
-	41, // 39: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
-	43, // 40: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
-	46, // 41: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
-	1,  // 42: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
-	11, // 43: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
-	14, // 44: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
-	17, // 45: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
-	20, // 46: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
-	22, // 47: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
-	24, // 48: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
-	26, // 49: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
-	28, // 50: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
-	33, // 51: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
-	30, // 52: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
-	35, // 53: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
-	35, // 54: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
-	38, // 55: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
-	40, // 56: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
-	42, // 57: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
-	44, // 58: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
-	47, // 59: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
-	42, // [42:60] is the sub-list for method output_type
-	24, // [24:42] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	53, // 19: flox.v1.ShownProfile.here:type_name -> flox.v1.HereRollback
+	38, // 20: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
+	5,  // 21: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
+	38, // 22: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
+	47, // 23: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
+	50, // 24: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
+	0,  // 25: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
+	10, // 26: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
+	13, // 27: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
+	16, // 28: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
+	19, // 29: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
+	21, // 30: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
+	23, // 31: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
+	25, // 32: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
+	27, // 33: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
+	34, // 34: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
+	29, // 35: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
+	32, // 36: flox.v1.Agent.RollbackHere:input_type -> flox.v1.RollbackHereRequest
+	36, // 37: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
+	36, // 38: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
+	39, // 39: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
+	41, // 40: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
+	43, // 41: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
+	45, // 42: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
+	48, // 43: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
+	1,  // 44: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
+	11, // 45: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
+	14, // 46: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
+	17, // 47: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
+	20, // 48: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
+	22, // 49: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
+	24, // 50: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
+	26, // 51: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
+	28, // 52: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
+	35, // 53: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
+	30, // 54: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
+	33, // 55: flox.v1.Agent.RollbackHere:output_type -> flox.v1.RollbackHereResponse
+	37, // 56: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
+	37, // 57: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
+	40, // 58: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
+	42, // 59: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
+	44, // 60: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
+	46, // 61: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
+	49, // 62: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
+	44, // [44:63] is the sub-list for method output_type
+	25, // [25:44] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_agent_proto_init() }
@@ -3825,6 +3969,7 @@ func file_flox_v1_agent_proto_init() {
 	if File_flox_v1_agent_proto != nil {
 		return
 	}
+	file_flox_v1_profiles_proto_init()
 	file_flox_v1_log_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3832,7 +3977,7 @@ func file_flox_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_agent_proto_rawDesc), len(file_flox_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   50,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -2646,8 +2646,9 @@ func (x *ChangeProfileResponse) GetMissing() []string {
 type RollbackProfileRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	To            uint64                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	To            uint64                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"` // 0 = what the one that lives was made on
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Live          uint64                 `protobuf:"varint,4,opt,name=live,proto3" json:"live,omitempty"` // only while this generation lives; 0 = whatever does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2701,6 +2702,13 @@ func (x *RollbackProfileRequest) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *RollbackProfileRequest) GetLive() uint64 {
+	if x != nil {
+		return x.Live
+	}
+	return 0
 }
 
 type RollbackProfileResponse struct {
@@ -3545,6 +3553,7 @@ type ProfileNews struct {
 	Assigned      bool                   `protobuf:"varint,7,opt,name=assigned,proto3" json:"assigned,omitempty"`                                  // to this machine: it is on everybody's PATH there
 	First         uint64                 `protobuf:"varint,8,opt,name=first,proto3" json:"first,omitempty"`                                        // of others, those from here on are kept
 	Tags          []*ProfileTag          `protobuf:"bytes,10,rep,name=tags,proto3" json:"tags,omitempty"`                                          // and these
+	Writers       []string               `protobuf:"bytes,11,rep,name=writers,proto3" json:"writers,omitempty"`                                    // users of the machine who may change it, folded
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3638,6 +3647,13 @@ func (x *ProfileNews) GetFirst() uint64 {
 func (x *ProfileNews) GetTags() []*ProfileTag {
 	if x != nil {
 		return x.Tags
+	}
+	return nil
+}
+
+func (x *ProfileNews) GetWriters() []string {
+	if x != nil {
+		return x.Writers
 	}
 	return nil
 }
@@ -3895,6 +3911,7 @@ type ToldProfile struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	News          *ProfileNews           `protobuf:"bytes,1,opt,name=news,proto3" json:"news,omitempty"`
 	Older         []*GenerationNews      `protobuf:"bytes,2,rep,name=older,proto3" json:"older,omitempty"` // that lived here before or were asked for, newest use first
+	Here          *HereRollback          `protobuf:"bytes,3,opt,name=here,proto3" json:"here,omitempty"`   // that the storehouse has not heard of
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3941,6 +3958,99 @@ func (x *ToldProfile) GetOlder() []*GenerationNews {
 		return x.Older
 	}
 	return nil
+}
+
+func (x *ToldProfile) GetHere() *HereRollback {
+	if x != nil {
+		return x.Here
+	}
+	return nil
+}
+
+// HereRollback is a rollback on a machine that could not reach the storehouse. It counts
+// there while the generation lives that it was made on, and is passed on.
+type HereRollback struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Live          uint64                 `protobuf:"varint,1,opt,name=live,proto3" json:"live,omitempty"` // the generation it was made on
+	To            uint64                 `protobuf:"varint,2,opt,name=to,proto3" json:"to,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	User          string                 `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
+	TimeUnixMs    int64                  `protobuf:"varint,5,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
+	Refused       string                 `protobuf:"bytes,6,opt,name=refused,proto3" json:"refused,omitempty"` // why the storehouse did not do it: it does not count any more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HereRollback) Reset() {
+	*x = HereRollback{}
+	mi := &file_flox_v1_profiles_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HereRollback) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HereRollback) ProtoMessage() {}
+
+func (x *HereRollback) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_profiles_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HereRollback.ProtoReflect.Descriptor instead.
+func (*HereRollback) Descriptor() ([]byte, []int) {
+	return file_flox_v1_profiles_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *HereRollback) GetLive() uint64 {
+	if x != nil {
+		return x.Live
+	}
+	return 0
+}
+
+func (x *HereRollback) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *HereRollback) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *HereRollback) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *HereRollback) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
+}
+
+func (x *HereRollback) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
 }
 
 var File_flox_v1_profiles_proto protoreflect.FileDescriptor
@@ -4160,11 +4270,12 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"generation\x12+\n" +
 	"\x06before\x18\x03 \x01(\v2\x13.flox.v1.GenerationR\x06before\x12\x16\n" +
 	"\x06merged\x18\x04 \x01(\bR\x06merged\x12\x18\n" +
-	"\amissing\x18\x05 \x03(\tR\amissing\"T\n" +
+	"\amissing\x18\x05 \x03(\tR\amissing\"h\n" +
 	"\x16RollbackProfileRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"Y\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04live\x18\x04 \x01(\x04R\x04live\"Y\n" +
 	"\x17RollbackProfileResponse\x12*\n" +
 	"\aprofile\x18\x01 \x01(\v2\x10.flox.v1.ProfileR\aprofile\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\x04R\x04from\":\n" +
@@ -4218,7 +4329,7 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x04gone\x18\x04 \x03(\tR\x04gone\x12\x1c\n" +
 	"\theartbeat\x18\x05 \x01(\bR\theartbeat\x12\x14\n" +
 	"\x05users\x18\x06 \x03(\tR\x05users\x12\x16\n" +
-	"\x06labels\x18\a \x03(\tR\x06labels\"\xc5\x02\n" +
+	"\x06labels\x18\a \x03(\tR\x06labels\"\xdf\x02\n" +
 	"\vProfileNews\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
 	"\x0fcreated_unix_ms\x18\x02 \x01(\x03R\rcreatedUnixMs\x12#\n" +
@@ -4229,7 +4340,8 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\bassigned\x18\a \x01(\bR\bassigned\x12\x14\n" +
 	"\x05first\x18\b \x01(\x04R\x05first\x12'\n" +
 	"\x04tags\x18\n" +
-	" \x03(\v2\x13.flox.v1.ProfileTagR\x04tagsJ\x04\b\t\x10\n" +
+	" \x03(\v2\x13.flox.v1.ProfileTagR\x04tags\x12\x18\n" +
+	"\awriters\x18\v \x03(\tR\awritersJ\x04\b\t\x10\n" +
 	"\"b\n" +
 	"\x0eGenerationNews\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x128\n" +
@@ -4251,10 +4363,19 @@ const file_flox_v1_profiles_proto_rawDesc = "" +
 	"\x05index\x18\x03 \x01(\x04R\x05index\x12\x14\n" +
 	"\x05users\x18\x04 \x03(\tR\x05users\x120\n" +
 	"\bprofiles\x18\x05 \x03(\v2\x14.flox.v1.ToldProfileR\bprofiles\x12\x16\n" +
-	"\x06labels\x18\x06 \x03(\tR\x06labels\"f\n" +
+	"\x06labels\x18\x06 \x03(\tR\x06labels\"\x91\x01\n" +
 	"\vToldProfile\x12(\n" +
 	"\x04news\x18\x01 \x01(\v2\x14.flox.v1.ProfileNewsR\x04news\x12-\n" +
-	"\x05older\x18\x02 \x03(\v2\x17.flox.v1.GenerationNewsR\x05olderB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\x05older\x18\x02 \x03(\v2\x17.flox.v1.GenerationNewsR\x05older\x12)\n" +
+	"\x04here\x18\x03 \x01(\v2\x15.flox.v1.HereRollbackR\x04here\"\x9a\x01\n" +
+	"\fHereRollback\x12\x12\n" +
+	"\x04live\x18\x01 \x01(\x04R\x04live\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\x04R\x02to\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04user\x18\x04 \x01(\tR\x04user\x12 \n" +
+	"\ftime_unix_ms\x18\x05 \x01(\x03R\n" +
+	"timeUnixMs\x12\x18\n" +
+	"\arefused\x18\x06 \x01(\tR\arefusedB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_profiles_proto_rawDescOnce sync.Once
@@ -4268,7 +4389,7 @@ func file_flox_v1_profiles_proto_rawDescGZIP() []byte {
 	return file_flox_v1_profiles_proto_rawDescData
 }
 
-var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_flox_v1_profiles_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
 var file_flox_v1_profiles_proto_goTypes = []any{
 	(*ProfilesCommand)(nil),             // 0: flox.v1.ProfilesCommand
 	(*NewProfile)(nil),                  // 1: flox.v1.NewProfile
@@ -4328,10 +4449,11 @@ var file_flox_v1_profiles_proto_goTypes = []any{
 	(*FindProfileResponse)(nil),         // 55: flox.v1.FindProfileResponse
 	(*ToldProfiles)(nil),                // 56: flox.v1.ToldProfiles
 	(*ToldProfile)(nil),                 // 57: flox.v1.ToldProfile
-	(*Actor)(nil),                       // 58: flox.v1.Actor
+	(*HereRollback)(nil),                // 58: flox.v1.HereRollback
+	(*Actor)(nil),                       // 59: flox.v1.Actor
 }
 var file_flox_v1_profiles_proto_depIdxs = []int32{
-	58, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
+	59, // 0: flox.v1.ProfilesCommand.actor:type_name -> flox.v1.Actor
 	1,  // 1: flox.v1.ProfilesCommand.create:type_name -> flox.v1.NewProfile
 	2,  // 2: flox.v1.ProfilesCommand.change:type_name -> flox.v1.NewGeneration
 	3,  // 3: flox.v1.ProfilesCommand.switch:type_name -> flox.v1.LiveGeneration
@@ -4355,11 +4477,11 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	16, // 21: flox.v1.Profile.assigned:type_name -> flox.v1.ProfileAssignment
 	13, // 22: flox.v1.Profile.schedule:type_name -> flox.v1.ProfileSchedule
 	19, // 23: flox.v1.Package.paths:type_name -> flox.v1.PackagePaths
-	58, // 24: flox.v1.Generation.actor:type_name -> flox.v1.Actor
+	59, // 24: flox.v1.Generation.actor:type_name -> flox.v1.Actor
 	18, // 25: flox.v1.Generation.packages:type_name -> flox.v1.Package
 	20, // 26: flox.v1.Generation.environments:type_name -> flox.v1.Environment
 	18, // 27: flox.v1.PackageRecord.package:type_name -> flox.v1.Package
-	58, // 28: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
+	59, // 28: flox.v1.ProfileEvent.actor:type_name -> flox.v1.Actor
 	12, // 29: flox.v1.CreateProfileResponse.profile:type_name -> flox.v1.Profile
 	12, // 30: flox.v1.ListProfilesResponse.profiles:type_name -> flox.v1.Profile
 	12, // 31: flox.v1.ShowProfileResponse.profile:type_name -> flox.v1.Profile
@@ -4390,11 +4512,12 @@ var file_flox_v1_profiles_proto_depIdxs = []int32{
 	57, // 56: flox.v1.ToldProfiles.profiles:type_name -> flox.v1.ToldProfile
 	52, // 57: flox.v1.ToldProfile.news:type_name -> flox.v1.ProfileNews
 	53, // 58: flox.v1.ToldProfile.older:type_name -> flox.v1.GenerationNews
-	59, // [59:59] is the sub-list for method output_type
-	59, // [59:59] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	58, // 59: flox.v1.ToldProfile.here:type_name -> flox.v1.HereRollback
+	60, // [60:60] is the sub-list for method output_type
+	60, // [60:60] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_profiles_proto_init() }
@@ -4424,7 +4547,7 @@ func file_flox_v1_profiles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_profiles_proto_rawDesc), len(file_flox_v1_profiles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   58,
+			NumMessages:   59,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

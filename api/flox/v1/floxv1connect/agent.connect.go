@@ -57,6 +57,8 @@ const (
 	AgentShareProcedure = "/flox.v1.Agent/Share"
 	// AgentShownProfilesProcedure is the fully-qualified name of the Agent's ShownProfiles RPC.
 	AgentShownProfilesProcedure = "/flox.v1.Agent/ShownProfiles"
+	// AgentRollbackHereProcedure is the fully-qualified name of the Agent's RollbackHere RPC.
+	AgentRollbackHereProcedure = "/flox.v1.Agent/RollbackHere"
 	// AgentKeepProcedure is the fully-qualified name of the Agent's Keep RPC.
 	AgentKeepProcedure = "/flox.v1.Agent/Keep"
 	// AgentUnkeepProcedure is the fully-qualified name of the Agent's Unkeep RPC.
@@ -98,6 +100,9 @@ type AgentClient interface {
 	// ShownProfiles says where the profiles of the storehouse are shown on this machine, and
 	// which generations live as far as it knows.
 	ShownProfiles(context.Context, *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error)
+	// RollbackHere lets an earlier generation live again on this machine while the storehouse
+	// cannot be reached, which hears of it later.
+	RollbackHere(context.Context, *connect.Request[v1.RollbackHereRequest]) (*connect.Response[v1.RollbackHereResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
@@ -187,6 +192,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("ShownProfiles")),
 			connect.WithClientOptions(opts...),
 		),
+		rollbackHere: connect.NewClient[v1.RollbackHereRequest, v1.RollbackHereResponse](
+			httpClient,
+			baseURL+AgentRollbackHereProcedure,
+			connect.WithSchema(agentMethods.ByName("RollbackHere")),
+			connect.WithClientOptions(opts...),
+		),
 		keep: connect.NewClient[v1.KeepRequest, v1.KeepResponse](
 			httpClient,
 			baseURL+AgentKeepProcedure,
@@ -245,6 +256,7 @@ type agentClient struct {
 	add           *connect.Client[v1.AddRequest, v1.AddResponse]
 	share         *connect.Client[v1.ShareRequest, v1.ShareResponse]
 	shownProfiles *connect.Client[v1.ShownProfilesRequest, v1.ShownProfilesResponse]
+	rollbackHere  *connect.Client[v1.RollbackHereRequest, v1.RollbackHereResponse]
 	keep          *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	unkeep        *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	kept          *connect.Client[v1.KeptRequest, v1.KeptResponse]
@@ -309,6 +321,11 @@ func (c *agentClient) ShownProfiles(ctx context.Context, req *connect.Request[v1
 	return c.shownProfiles.CallUnary(ctx, req)
 }
 
+// RollbackHere calls flox.v1.Agent.RollbackHere.
+func (c *agentClient) RollbackHere(ctx context.Context, req *connect.Request[v1.RollbackHereRequest]) (*connect.Response[v1.RollbackHereResponse], error) {
+	return c.rollbackHere.CallUnary(ctx, req)
+}
+
 // Keep calls flox.v1.Agent.Keep.
 func (c *agentClient) Keep(ctx context.Context, req *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error) {
 	return c.keep.CallUnary(ctx, req)
@@ -369,6 +386,9 @@ type AgentHandler interface {
 	// ShownProfiles says where the profiles of the storehouse are shown on this machine, and
 	// which generations live as far as it knows.
 	ShownProfiles(context.Context, *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error)
+	// RollbackHere lets an earlier generation live again on this machine while the storehouse
+	// cannot be reached, which hears of it later.
+	RollbackHere(context.Context, *connect.Request[v1.RollbackHereRequest]) (*connect.Response[v1.RollbackHereResponse], error)
 	Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
@@ -454,6 +474,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("ShownProfiles")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentRollbackHereHandler := connect.NewUnaryHandler(
+		AgentRollbackHereProcedure,
+		svc.RollbackHere,
+		connect.WithSchema(agentMethods.ByName("RollbackHere")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentKeepHandler := connect.NewUnaryHandler(
 		AgentKeepProcedure,
 		svc.Keep,
@@ -520,6 +546,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentShareHandler.ServeHTTP(w, r)
 		case AgentShownProfilesProcedure:
 			agentShownProfilesHandler.ServeHTTP(w, r)
+		case AgentRollbackHereProcedure:
+			agentRollbackHereHandler.ServeHTTP(w, r)
 		case AgentKeepProcedure:
 			agentKeepHandler.ServeHTTP(w, r)
 		case AgentUnkeepProcedure:
@@ -585,6 +613,10 @@ func (UnimplementedAgentHandler) Share(context.Context, *connect.Request[v1.Shar
 
 func (UnimplementedAgentHandler) ShownProfiles(context.Context, *connect.Request[v1.ShownProfilesRequest]) (*connect.Response[v1.ShownProfilesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.ShownProfiles is not implemented"))
+}
+
+func (UnimplementedAgentHandler) RollbackHere(context.Context, *connect.Request[v1.RollbackHereRequest]) (*connect.Response[v1.RollbackHereResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.RollbackHere is not implemented"))
 }
 
 func (UnimplementedAgentHandler) Keep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error) {
