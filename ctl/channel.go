@@ -24,9 +24,9 @@ func newChannelCmd(g *globals) *cobra.Command {
 		Long: `A channel is a named catalogue of packages, made by evaluating a Nix expression in the
 storehouse. What is in one can be found (floxctl search) and installed by name (floxctl
 install NAME); each publication makes a version of it, and earlier ones stay installable
-(NAME@VERSION), up to 100. Of still earlier ones, what somebody had made is made again of its
-derivation, which is kept. A channel can follow a tarball that others publish, such as nixpkgs
-(floxctl channel track).
+(NAME@VERSION): the last 100, each for a year. Of still earlier ones, what somebody had made
+is made again of its derivation, which is kept. A channel can follow a tarball that others
+publish, such as nixpkgs (floxctl channel track).
 
 ` + cli.ExitCodes,
 		Example: "  floxctl channel publish nixexprs ./nixexprs",

@@ -2,8 +2,10 @@ package storehouse
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -71,6 +73,37 @@ func derivationRoots(r *cluster.Reader, name string, yield func(root) bool) (mor
 		}
 	}
 	return true, err
+}
+
+// expireLoop forgets on the leader versions of channels that are too old, until ctx ends.
+func (c *channels) expireLoop(ctx context.Context) error {
+	return c.s.asLeader(ctx, pruneEvery, nil, "forget versions of channels that are too old", c.expireAll)
+}
+
+// expireAll forgets what is too old at a time. What was made of it is made again of its
+// derivations.
+func (c *channels) expireAll(ctx context.Context, now time.Time) error {
+	var due []string
+	err := c.view(ctx, cluster.Local, func(r *cluster.Reader) error {
+		all, err := channel.List(r)
+		for _, of := range all {
+			first := of.GetFirst()
+			if err == nil {
+				first, err = channel.FirstYoung(r, of, now)
+			}
+			if err == nil && first > of.GetFirst() {
+				due = append(due, of.GetName())
+			}
+		}
+		return err
+	})
+	for _, name := range due {
+		_, failed := c.propose(freeing(ctx), c.s.itself(), &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Expire{Expire: name}})
+		if failed != nil && !errors.Is(failed, flox.ErrNotFound) {
+			err = errors.Join(err, fmt.Errorf("channel %s: %w", name, failed))
+		}
+	}
+	return err
 }
 
 // wordsOf is how people call a package.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -142,6 +143,13 @@ func TestChannelsNamePackages(t *testing.T) {
 	}
 	if names := rooted(); !slices.Equal(names, []string{"Tools 2", "Tools 2", "Tools 1", "Tools 1", "Tools hello 2.1"}) {
 		t.Errorf("roots %v", names)
+	}
+	before := s.node.Applied()
+	if err := s.channels.expireAll(within(t), time.Now().Add(364*24*time.Hour)); err != nil || s.node.Applied() != before {
+		t.Errorf("within a year: %v, %d entries", err, s.node.Applied()-before)
+	}
+	if err := s.channels.expireAll(within(t), time.Now().Add(366*24*time.Hour)); err != nil || s.node.Applied() == before || len(rooted()) != 5 {
+		t.Errorf("by a clock that is a year ahead: %v, %d entries, roots %v", err, s.node.Applied()-before, rooted())
 	}
 	admin := operatorOf(t, s)
 	if _, err := admin.DeleteChannel(within(t), connect.NewRequest(&floxv1.DeleteChannelRequest{Channel: "TOOLS"})); err != nil {

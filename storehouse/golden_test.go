@@ -26,7 +26,7 @@ import (
 
 // goldenEnv names a new fixture to be written, as in
 //
-//	FLOX_GOLDEN=level8 go test -run TestOpensStatesOfOlderPrograms ./storehouse
+//	FLOX_GOLDEN=level9 go test -run TestOpensStatesOfOlderPrograms ./storehouse
 //
 // One is made and committed before each release, and whenever level rises. Those
 // that are there stay as they are for ever: a change that does not open one breaks

@@ -13,7 +13,8 @@ package storehouse
 //	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic;
 //	   MembersCommand.level: for whom machines speak that join
 //	7  QueueCommand; ChannelsCommand.track, fetched, keep
-const level = 7
+//	8  ChannelsCommand.expire
+const level = 8
 
 // Levels of commands and changes.
 const (

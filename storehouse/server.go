@@ -286,6 +286,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.profiles.pruneLoop(gctx) })
 	group.Go(func() error { return s.profiles.upgradeLoop(gctx) })
 	group.Go(func() error { return s.channels.trackLoop(gctx) })
+	group.Go(func() error { return s.channels.expireLoop(gctx) })
 	group.Go(func() error { return s.runServers(gctx) })
 	group.Go(func() error { return s.runOutcast(gctx) })
 	group.Go(func() error { return s.runSigning(gctx) })

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -26,6 +27,8 @@ func Level(c *floxv1.ChannelsCommand) uint32 {
 	switch c.GetCommand().(type) {
 	case *floxv1.ChannelsCommand_Track, *floxv1.ChannelsCommand_Fetched, *floxv1.ChannelsCommand_Keep:
 		return 7
+	case *floxv1.ChannelsCommand_Expire:
+		return 8
 	}
 	return 5
 }
@@ -39,6 +42,8 @@ const (
 	maxTracked    = 64
 	maxKept       = 2000 // derivations of one channel; then the oldest goes
 	maxText       = 512  // bytes of a file name, a reason, a user
+	// maxAge is how long a version of a channel is kept; the newest one always is.
+	maxAge = 365 * 24 * time.Hour
 )
 
 // The keys of the state. NAME is folded, numbers are big-endian.
@@ -127,6 +132,19 @@ func Versions(g raft.Getter, name string) (all []*floxv1.ChannelVersion, err err
 	})
 	slices.Reverse(all)
 	return all, errors.Join(bad, err)
+}
+
+// FirstYoung gives the number of the oldest version of a channel that is kept at a time:
+// neither more than a year old, nor the newest one. What is before it may go.
+func FirstYoung(g raft.Getter, c *floxv1.Channel, now time.Time) (uint64, error) {
+	young := now.Add(-maxAge).UnixMilli()
+	for n := c.GetFirst(); n < c.GetLast(); n++ {
+		v, err := Version(g, c.GetName(), n)
+		if err != nil || v.GetTimeUnixMs() >= young {
+			return n, err
+		}
+	}
+	return c.GetLast(), nil
 }
 
 // stable writes messages of the state: equal on every server.

@@ -43,6 +43,8 @@ func (p Processor) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64
 		err = a.fetched(c.Fetched)
 	case *floxv1.ChannelsCommand_Keep:
 		err = a.keep(c.Keep)
+	case *floxv1.ChannelsCommand_Expire:
+		err = a.expire(c.Expire)
 	default:
 		err = fmt.Errorf("%s: no command inside: %w", processorName, raft.ErrUnknownCommand)
 	}
@@ -104,13 +106,42 @@ func (a *applying) publish(n *floxv1.NewChannelVersion) error {
 	v.Number, v.Index, v.TimeUnixMs, v.Actor = c.GetLast(), a.index, a.at.UnixMilli(), a.actor
 	a.reply.Channel, a.reply.Version = c, v
 	err = put(a.tx, versionKeyOf(c.GetName(), v.GetNumber()), v)
-	for err == nil && c.GetLast()-c.GetFirst() >= maxVersions {
-		err = a.tx.Delete(versionKeyOf(c.GetName(), c.GetFirst()))
-		c.First++
+	if err == nil && c.GetLast()-c.GetFirst() >= maxVersions {
+		err = a.dropBefore(c, c.GetLast()-maxVersions+1)
 	}
 	if err != nil {
 		return err
 	}
+	return put(a.tx, keyOf(c.GetName()), c)
+}
+
+// dropBefore forgets the versions of a channel with lower numbers than first.
+func (a *applying) dropBefore(c *floxv1.Channel, first uint64) error {
+	for ; c.GetFirst() < first; c.First++ {
+		if err := a.tx.Delete(versionKeyOf(c.GetName(), c.GetFirst())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// expire forgets the versions of a channel that are too old.
+func (a *applying) expire(name string) error {
+	c, err := Find(a.tx, name)
+	if err == nil && !a.admin {
+		err = fmt.Errorf("channel %s: only the storehouse says which of its versions are too old: %w", c.GetName(), flox.ErrDenied)
+	}
+	if err != nil {
+		return err
+	}
+	first, err := FirstYoung(a.tx, c, a.at)
+	if err == nil {
+		err = a.dropBefore(c, first)
+	}
+	if err != nil {
+		return err
+	}
+	a.reply.Channel = c
 	return put(a.tx, keyOf(c.GetName()), c)
 }
 

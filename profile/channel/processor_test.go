@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,7 +25,7 @@ type log struct {
 	node *raft.Node
 }
 
-func newLog(t *testing.T, p Processor) *log {
+func newLog(t *testing.T, p raft.Processor) *log {
 	t.Helper()
 	node, err := raft.Open(raft.Config{Dir: t.TempDir(), ID: "a", Bootstrap: true, ReserveBytes: 1})
 	if err != nil {
@@ -111,6 +112,63 @@ func kept(name, attr, version, drv string) *floxv1.ChannelsCommand {
 	return &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Keep{Keep: &floxv1.KeepDerivation{
 		Channel: name, Kept: &floxv1.KeptDerivation{Package: &floxv1.CataloguePackage{Attr: attr, Name: attr, Version: version, System: linux, Drv: drv}},
 	}}}
+}
+
+func expire(name string) *floxv1.ChannelsCommand {
+	return &floxv1.ChannelsCommand{Command: &floxv1.ChannelsCommand_Expire{Expire: name}}
+}
+
+// later is a processor whose commands are entered so many days later than they are.
+type later struct {
+	Processor
+	days *atomic.Int64
+}
+
+func (p later) Apply(tx *raft.Tx, command []byte, at time.Time, index uint64) ([]byte, error) {
+	return p.Processor.Apply(tx, command, at.Add(time.Duration(p.days.Load())*24*time.Hour), index)
+}
+
+// A version of a channel goes when a year has passed in the log's time, but not the newest
+// one; and whatever its age when there are a hundred newer ones.
+func TestVersionsGo(t *testing.T) {
+	t.Parallel()
+	p := later{days: &atomic.Int64{}}
+	l := newLog(t, p)
+	l.must(published("tools"))
+	p.days.Store(200)
+	l.must(published("tools"))
+	l.must(published("tools"))
+	if _, err := l.apply("alice", expire("tools")); !errors.Is(err, flox.ErrDenied) {
+		t.Errorf("who is no admin: %v", err)
+	}
+	if _, err := l.apply("ADMIN", expire("none")); !errors.Is(err, flox.ErrNotFound) {
+		t.Errorf("of no channel: %v", err)
+	}
+	has := func(first, last uint64) {
+		t.Helper()
+		l.view(func(r *raft.Reader) error {
+			c, err := Find(r, "tools")
+			all, err2 := Versions(r, "tools")
+			if c.GetFirst() != first || c.GetLast() != last || uint64(len(all)) != last-first+1 || all[0].GetNumber() != last || all[len(all)-1].GetNumber() != first {
+				t.Errorf("after %d days %v has %d versions, want %d to %d", p.days.Load(), c, len(all), first, last)
+			}
+			return errors.Join(err, err2)
+		})
+	}
+	for _, c := range []struct {
+		days  int64
+		first uint64
+	}{{364, 1}, {366, 2}, {564, 2}, {566, 3}, {5000, 3}} {
+		p.days.Store(c.days)
+		l.must(expire("TOOLS"))
+		has(c.first, 3)
+	}
+	for range 99 {
+		l.must(published("tools"))
+	}
+	has(3, 102)
+	l.must(published("tools"))
+	has(4, 103)
 }
 
 const aURL = "https://example.org/nixexprs.tar.xz"
@@ -270,8 +328,8 @@ func TestFindKept(t *testing.T) {
 // Programs that do not know what is tracked and kept are not asked to apply it.
 func TestLevels(t *testing.T) {
 	t.Parallel()
-	levels := []uint32{Level(published("x")), Level(tracks("x", "", 0)), Level(fetched(nil, "", "")), Level(kept("x", "", "", ""))}
-	if !slices.Equal(levels, []uint32{5, 7, 7, 7}) {
+	levels := []uint32{Level(published("x")), Level(tracks("x", "", 0)), Level(fetched(nil, "", "")), Level(kept("x", "", "", "")), Level(expire("x"))}
+	if !slices.Equal(levels, []uint32{5, 7, 7, 7, 8}) {
 		t.Errorf("levels %v", levels)
 	}
 }

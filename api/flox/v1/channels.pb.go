@@ -36,6 +36,7 @@ type ChannelsCommand struct {
 	//	*ChannelsCommand_Track
 	//	*ChannelsCommand_Fetched
 	//	*ChannelsCommand_Keep
+	//	*ChannelsCommand_Expire
 	Command       isChannelsCommand_Command `protobuf_oneof:"command"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -146,6 +147,15 @@ func (x *ChannelsCommand) GetKeep() *KeepDerivation {
 	return nil
 }
 
+func (x *ChannelsCommand) GetExpire() string {
+	if x != nil {
+		if x, ok := x.Command.(*ChannelsCommand_Expire); ok {
+			return x.Expire
+		}
+	}
+	return ""
+}
+
 type isChannelsCommand_Command interface {
 	isChannelsCommand_Command()
 }
@@ -174,6 +184,10 @@ type ChannelsCommand_Keep struct {
 	Keep *KeepDerivation `protobuf:"bytes,8,opt,name=keep,proto3,oneof"` // level 7
 }
 
+type ChannelsCommand_Expire struct {
+	Expire string `protobuf:"bytes,9,opt,name=expire,proto3,oneof"` // a channel, of versions that are too old; level 8
+}
+
 func (*ChannelsCommand_Publish) isChannelsCommand_Command() {}
 
 func (*ChannelsCommand_Delete) isChannelsCommand_Command() {}
@@ -185,6 +199,8 @@ func (*ChannelsCommand_Track) isChannelsCommand_Command() {}
 func (*ChannelsCommand_Fetched) isChannelsCommand_Command() {}
 
 func (*ChannelsCommand_Keep) isChannelsCommand_Command() {}
+
+func (*ChannelsCommand_Expire) isChannelsCommand_Command() {}
 
 // NewChannelVersion makes a version of a channel, and the channel if it is the first.
 type NewChannelVersion struct {
@@ -2175,7 +2191,7 @@ var File_flox_v1_channels_proto protoreflect.FileDescriptor
 
 const file_flox_v1_channels_proto_rawDesc = "" +
 	"\n" +
-	"\x16flox/v1/channels.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\xf5\x02\n" +
+	"\x16flox/v1/channels.proto\x12\aflox.v1\x1a\x15flox/v1/members.proto\"\x8f\x03\n" +
 	"\x0fChannelsCommand\x12$\n" +
 	"\x05actor\x18\x01 \x01(\v2\x0e.flox.v1.ActorR\x05actor\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\bR\x05admin\x126\n" +
@@ -2186,7 +2202,8 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"publishers\x120\n" +
 	"\x05track\x18\x06 \x01(\v2\x18.flox.v1.ChannelTrackingH\x00R\x05track\x12.\n" +
 	"\afetched\x18\a \x01(\v2\x12.flox.v1.NoteFetchH\x00R\afetched\x12-\n" +
-	"\x04keep\x18\b \x01(\v2\x17.flox.v1.KeepDerivationH\x00R\x04keepB\t\n" +
+	"\x04keep\x18\b \x01(\v2\x17.flox.v1.KeepDerivationH\x00R\x04keep\x12\x18\n" +
+	"\x06expire\x18\t \x01(\tH\x00R\x06expireB\t\n" +
 	"\acommand\"`\n" +
 	"\x11NewChannelVersion\x12\x18\n" +
 	"\achannel\x18\x01 \x01(\tR\achannel\x121\n" +
@@ -2436,6 +2453,7 @@ func file_flox_v1_channels_proto_init() {
 		(*ChannelsCommand_Track)(nil),
 		(*ChannelsCommand_Fetched)(nil),
 		(*ChannelsCommand_Keep)(nil),
+		(*ChannelsCommand_Expire)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
