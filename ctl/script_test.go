@@ -272,8 +272,13 @@ func (s *scripted) Verify(_ context.Context, r *connect.Request[floxv1.VerifyReq
 	return stream[floxv1.VerifyRequest](s, "Verify", r, out)
 }
 
-func (s *scripted) Download(_ context.Context, r *connect.Request[floxv1.DownloadRequest], out *connect.ServerStream[floxv1.DownloadProgress]) error {
-	return stream[floxv1.DownloadRequest](s, "Download", r, out)
+// Download goes on for ever with Download.more.
+func (s *scripted) Download(ctx context.Context, r *connect.Request[floxv1.DownloadRequest], out *connect.ServerStream[floxv1.DownloadProgress]) error {
+	err := stream[floxv1.DownloadRequest](s, "Download", r, out)
+	if _, absent := os.Stat(filepath.Join(s.dir, "Download.more")); err == nil && absent == nil {
+		<-ctx.Done()
+	}
+	return err
 }
 
 // Add keeps the NAR that was uploaded in Add.nar. With Add.error it refuses
