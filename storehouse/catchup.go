@@ -313,7 +313,11 @@ func (b *bringing) Get(ctx context.Context, id flox.CID) ([]byte, error) {
 	if len(left) > 0 {
 		return nil, fmt.Errorf("block %s: no other server gave it: %w", id, flox.ErrNotFound)
 	}
-	return b.packs.Get(ctx, id)
+	data, err := b.packs.Get(ctx, id)
+	if errors.Is(err, flox.ErrCorrupt) { // it rotted here
+		return b.anew(ctx, id)
+	}
+	return data, err
 }
 
 // all brings a manifest and every block it names.

@@ -327,24 +327,42 @@ func TestRotIsRepairedFromAnotherServer(t *testing.T) {
 	p := makePath(t, "precious", 2_000_000)
 	publish(t, h.servers[0], p)
 	eventually(t, "the third has it", func() bool { return whole(h.servers[2], p) })
-	h.stops[2]()
-	packs, err := filepath.Glob(stateFile(h.servers[2], "packs/packs/*.pack"))
-	if err != nil || len(packs) == 0 {
-		t.Fatalf("packs %v, %v", packs, err)
+	rot := func(from, every int) {
+		t.Helper()
+		h.stops[2]()
+		packs, err := filepath.Glob(stateFile(h.servers[2], "packs/packs/*.pack"))
+		if err != nil || len(packs) == 0 {
+			t.Fatalf("packs %v, %v", packs, err)
+		}
+		for _, f := range packs {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for at := from; at < len(b); at += every {
+				b[at] ^= 0x10
+			}
+			if err := os.WriteFile(f, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
-	for _, f := range packs {
-		b, err := os.ReadFile(f)
+	// All of it, manifests as well, which a server reads when it does not know what it has.
+	rot(16, 32)
+	if err := os.Remove(stateFile(h.servers[2], "placed.json")); err != nil {
+		t.Fatal(err)
+	}
+	h.start(2)
+	eventually(t, "it has what it read again", func() bool {
+		info, err := h.servers[2].Info(within(t), p.info.Path.HashPart())
 		if err != nil {
-			t.Fatal(err)
+			return false
 		}
-		for at := 4096; at < len(b); at += 100_000 {
-			b[at] ^= 0x10
-		}
-		if err := os.WriteFile(f, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+		_, err = content.OpenManifest(within(t), info.Manifest, h.servers[2].packs)
+		return err == nil
+	})
 	h.configs[2].scrubEvery = 10 * time.Millisecond
+	rot(4096, 100_000)
 	h.start(2)
 	eventually(t, "what rotted is whole again", func() bool {
 		bad := 0

@@ -236,6 +236,39 @@ func TestTornTail(t *testing.T) {
 	}
 }
 
+// A pack that is cut or damaged before its first frame holds nothing, or all it held: either
+// way it is whole again after a start, also one without frames, which no scrub comes to.
+func TestDamagedStart(t *testing.T) {
+	t.Parallel()
+	for what, spoil := range map[string]func(path string) error{
+		"cut":   func(path string) error { return os.Truncate(path, 6) },
+		"empty": func(path string) error { return os.Truncate(path, 0) },
+		"cut behind the first bytes, which are others": func(path string) error {
+			return os.WriteFile(path, []byte("Flhpack1"), 0o600)
+		},
+	} {
+		t.Run(what, func(t *testing.T) {
+			cfg := Config{Dir: t.TempDir(), Reserve: 1}
+			s := open(t, cfg)
+			put(t, s, 0, 20)
+			path := s.packPath(1)
+			if err := errors.Join(s.Close(), spoil(path)); err != nil {
+				t.Fatal(err)
+			}
+			s = open(t, cfg)
+			if b, err := os.ReadFile(path); err != nil || string(b) != fileMagic {
+				t.Errorf("%q, %v", b, err)
+			}
+			put(t, s, 0, 40)
+			wantBlocks(t, s, 0, 40)
+			noBadBlocks(t, s)
+			if err := s.checkMagic(1); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // Scrub finds every flipped bit and every truncation of a pack, says which blocks
 // they hurt, and no reader gets wrong bytes. Put after Delete repairs.
 func TestScrubFindsEveryFlip(t *testing.T) {

@@ -98,7 +98,10 @@ func (s *Store) recoverPack(id uint32, l *lost) (size int64, cut bool, err error
 	if err != nil {
 		return 0, false, err
 	}
-	size = st.Size()
+	size, err = s.mendStart(id, f, st.Size())
+	if err != nil {
+		return 0, false, err
+	}
 	from := s.index.packs[id].indexed
 	if size <= from {
 		return size, false, nil // if it is shorter than it was: dropLost
@@ -121,6 +124,23 @@ func (s *Store) recoverPack(id uint32, l *lost) (size int64, cut bool, err error
 		}
 	}
 	return end, cut, nil
+}
+
+// mendStart puts the bytes before a pack's first frame right, and gives the pack's size
+// then: a scrub does so for packs that have frames, and one may be cut there.
+func (s *Store) mendStart(id uint32, f *os.File, size int64) (int64, error) {
+	got := make([]byte, len(fileMagic))
+	if _, err := f.ReadAt(got, 0); err != nil && !errors.Is(err, io.EOF) {
+		return 0, err
+	}
+	if string(got) == fileMagic {
+		return size, nil
+	}
+	s.log.Warn("damaged start of a pack repaired", "pack", s.packPath(id), "bytes", size)
+	if _, err := f.WriteAt([]byte(fileMagic), 0); err != nil {
+		return 0, err
+	}
+	return max(size, int64(len(fileMagic))), f.Sync()
 }
 
 // indexFrames indexes the frames of a pack of some size that x does not know, and
