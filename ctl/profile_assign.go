@@ -104,12 +104,15 @@ func newProfileShowCmd(g *globals) *cobra.Command {
 			}
 			out, p := g.printer(cmd), at.GetProfile()
 			if out.json {
-				return out.printJSON(profileWithRuns(at))
+				facts := profileWithRuns(at)
+				facts.RollbackHere = g.rollbackHere(cmd.Context(), p.GetName())
+				return out.printJSON(facts)
 			}
 			out.printf("%s: generation %d lives, for %s, changed %s ago\n", clean(p.GetName()), p.GetLive(), clean(strings.Join(p.GetSystems(), ", ")), ago(p.GetChangedUnixMs(), time.Now()))
 			if p.GetHeld() {
 				out.printf("It was rolled back: nothing automatic changes it before a person does.\n")
 			}
+			g.rollbackHere(cmd.Context(), p.GetName()).tell(out)
 			for _, gr := range p.GetGrants() {
 				out.printf("%s: %s\n", clean(gr.GetUser()), clean(gr.GetRole()))
 			}

@@ -143,6 +143,8 @@ type scheduledFacts struct {
 	sharedProfileFacts
 	NextUpgrade *string   `json:"nextUpgrade"` // null = never; in the past, it is due
 	LastUpgrade *runFacts `json:"lastUpgrade"` // by its schedule; null = there was none
+
+	RollbackHere *hereFacts `json:"rollbackHere"` // that the storehouse has not heard of, or refused; null = there is none
 }
 
 func profileWithRuns(m *floxv1.ShowProfileResponse) scheduledFacts {

@@ -57,3 +57,33 @@ func (r rolledBack) tell(out *output) error {
 	out.printf("%s: generation %d lives again, before it was %d.\n", clean(r.Profile), r.Generation, r.Before)
 	return nil
 }
+
+// hereFacts is a rollback on this machine, made while the storehouse could not be reached,
+// as JSON.
+type hereFacts struct {
+	Before     uint64  `json:"before"`
+	Generation uint64  `json:"generation"`
+	User       string  `json:"user"`
+	Time       *string `json:"time"`
+	Refused    string  `json:"refused"` // why the storehouse did not do it; "" = it has not heard of it
+}
+
+// rollbackHere asks this machine's agent for one of a profile; nil = there is none, or no agent.
+func (g *globals) rollbackHere(ctx context.Context, name string) *hereFacts {
+	at, err := g.agent().ShownProfiles(ctx, connect.NewRequest(&floxv1.ShownProfilesRequest{Name: name}))
+	if err != nil || len(at.Msg.GetProfiles()) == 0 || at.Msg.GetProfiles()[0].GetHere() == nil {
+		return nil
+	}
+	h := at.Msg.GetProfiles()[0].GetHere()
+	return &hereFacts{h.GetLive(), h.GetTo(), h.GetUser(), stampMs(h.GetTimeUnixMs()), h.GetRefused()}
+}
+
+func (h *hereFacts) tell(out *output) {
+	switch {
+	case h == nil:
+	case h.Refused != "":
+		out.printf("%s rolled it back to generation %d on this machine without the storehouse, which refused that: %s\n", clean(h.User), h.Generation, clean(h.Refused))
+	default:
+		out.printf("%s rolled it back to generation %d on this machine; the storehouse has not heard of that yet.\n", clean(h.User), h.Generation)
+	}
+}

@@ -81,12 +81,10 @@ func (a *admin) TrackChannel(ctx context.Context, req *connect.Request[floxv1.Tr
 		if leader == nil {
 			return a.s.channels.track(ctx, person{Actor: who, admin: true}, req.Msg, send)
 		}
-		by, err := forWhom(who)
+		there, err := passedFor(who, req.Msg)
 		if err != nil {
 			return err
 		}
-		there := connect.NewRequest(req.Msg)
-		there.Header().Set(actorHeader, by)
 		told, err := leader.TrackChannel(ctx, there)
 		if err != nil {
 			return api.FromConnect(err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
@@ -46,6 +47,17 @@ func (a *admin) passedOn(from p2p.PeerID, header string) (*floxv1.Actor, error) 
 func forWhom(who *floxv1.Actor) (string, error) {
 	b, err := proto.Marshal(who)
 	return base64.RawURLEncoding.EncodeToString(b), err
+}
+
+// passedFor is a request to another server on somebody's behalf.
+func passedFor[T any](who *floxv1.Actor, q *T) (*connect.Request[T], error) {
+	by, err := forWhom(who)
+	if err != nil {
+		return nil, err
+	}
+	req := connect.NewRequest(q)
+	req.Header().Set(actorHeader, by)
+	return req, nil
 }
 
 // leader gives who leads: nil if this server does. It waits through an election.

@@ -174,12 +174,10 @@ func (a *admin) ListUpstreams(ctx context.Context, req *connect.Request[floxv1.L
 		return nil, api.ToConnect(err)
 	}
 	if leader, err := a.leader(ctx, req.Header().Get(actorHeader) != ""); err == nil && leader != nil {
-		by, err := forWhom(who)
+		there, err := passedFor(who, req.Msg)
 		if err != nil {
 			return nil, api.ToConnect(err)
 		}
-		there := connect.NewRequest(req.Msg)
-		there.Header().Set(actorHeader, by)
 		if resp, err := leader.ListUpstreams(ctx, there); err == nil {
 			return connect.NewResponse(resp.Msg), nil
 		}
@@ -230,12 +228,10 @@ func (a *admin) TestUpstream(ctx context.Context, req *connect.Request[floxv1.Te
 	if leader == nil {
 		return answer(a.testUpstream(ctx, req.Msg))
 	}
-	by, err := forWhom(who)
+	there, err := passedFor(who, req.Msg)
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
-	there := connect.NewRequest(req.Msg)
-	there.Header().Set(actorHeader, by)
 	resp, err := leader.TestUpstream(ctx, there)
 	if err != nil {
 		return nil, api.ToConnect(api.FromConnect(err))

@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
@@ -311,12 +310,10 @@ func (c *channels) published(ctx context.Context, q *floxv1.PublishChannelReques
 
 // publishedBy has another server make a version. ErrUnreachable if it evaluates nothing either.
 func (c *channels) publishedBy(ctx context.Context, id p2p.PeerID, q *floxv1.PublishChannelRequest, tell func(*floxv1.PublishChannelProgress)) (end *floxv1.PublishChannelProgress, err error) {
-	by, err := forWhom(c.s.actor())
+	req, err := passedFor(c.s.actor(), q)
 	if err != nil {
 		return nil, err
 	}
-	req := connect.NewRequest(q)
-	req.Header().Set(actorHeader, by)
 	stream, err := c.s.servers.admin(id).PublishChannel(ctx, req)
 	if err != nil {
 		return nil, api.FromConnect(err)

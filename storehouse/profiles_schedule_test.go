@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
@@ -40,7 +41,12 @@ func (h *scheduledHouse) profile(name string, every uint32, set *floxv1.Package)
 	h.t.Helper()
 	newProfile(h.t, h.Server, name)
 	install(h.t, h.Server, name, set)
-	out, err := h.admin.SetProfileSchedule(within(h.t), connect.NewRequest(&floxv1.SetProfileScheduleRequest{Name: name, Schedule: &floxv1.ProfileSchedule{EveryMinutes: every}}))
+	schedule := &floxv1.ProfileSchedule{EveryMinutes: every}
+	if every > 0 { // not while the test runs: the server looks as well
+		later := time.Now().UTC().Add(12 * time.Hour)
+		schedule.AtMinute = proto.Uint32(uint32(later.Hour()*60 + later.Minute())) //nolint:gosec // of a day
+	}
+	out, err := h.admin.SetProfileSchedule(within(h.t), connect.NewRequest(&floxv1.SetProfileScheduleRequest{Name: name, Schedule: schedule}))
 	if err != nil || every > 0 && out.Msg.GetNextRunUnixMs() <= time.Now().UnixMilli() || every == 0 && out.Msg.GetNextRunUnixMs() != 0 {
 		h.t.Fatal(out, err)
 	}
@@ -106,9 +112,18 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 	upgradeAt(0)
 	h.has("alice/x", 1, "2.1", "", "") // not due yet
 	before := s.node.Applied()
-	upgradeAt(time.Until(time.UnixMilli(h.show("alice/usual").GetNextRunUnixMs())) + time.Minute)
+	t.Logf("alice/usual is due at %v", time.UnixMilli(h.show("alice/usual").GetNextRunUnixMs()))
+	// When each is due depends on it and on the time of the day; by then each was once.
+	next := func(name string) time.Time { return time.UnixMilli(h.show(name).GetNextRunUnixMs()) }
+	last := next("alice/usual")
+	for _, name := range []string{"alice/x", "alice/held", "alice/back"} {
+		if at := next(name); at.After(last) {
+			last = at
+		}
+	}
+	upgradeAt(time.Until(next("alice/usual")) + time.Second)
 	h.has("alice/usual", 2, "2.2", profile.RunUpgraded, "hello 2.1 -> 2.2")
-	upgradeAt(25 * time.Hour)
+	upgradeAt(time.Until(last) + time.Second)
 	h.has("alice/x", 2, "2.2", profile.RunUpgraded, "hello 2.1 -> 2.2")
 	h.has("alice/people", 1, "2.1", "", "")
 	h.has("alice/held", 1, "2.1", profile.RunUnchanged, "")
@@ -128,7 +143,7 @@ func TestProfilesAreUpgradedBySchedule(t *testing.T) {
 	if _, err := h.admin.DeleteChannel(within(t), connect.NewRequest(&floxv1.DeleteChannelRequest{Channel: "tools"})); err != nil {
 		t.Fatal(err)
 	}
-	upgradeAt(25 * time.Hour) // all of that is done already
+	upgradeAt(time.Until(last) + time.Second) // all of that is done already
 	h.has("alice/x", 2, "2.2", profile.RunUpgraded, "hello 2.1 -> 2.2")
 	upgradeAt(50 * time.Hour)
 	h.has("alice/x", 2, "2.2", profile.RunFailed, "there is no channel")

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"connectrpc.com/connect"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 
@@ -186,12 +185,10 @@ func (c *channels) made(ctx context.Context, word string, systems []string) (*fl
 
 // madeBy has another server make a package. ErrUnreachable if it builds nothing either.
 func (c *channels) madeBy(ctx context.Context, id p2p.PeerID, q *floxv1.BuildPackageRequest) (found []*floxv1.CataloguePackage, err error) {
-	by, err := forWhom(c.s.actor())
+	req, err := passedFor(c.s.actor(), q)
 	if err != nil {
 		return nil, err
 	}
-	req := connect.NewRequest(q)
-	req.Header().Set(actorHeader, by)
 	stream, err := c.s.servers.admin(id).BuildPackage(ctx, req)
 	if err != nil {
 		return nil, api.FromConnect(err)
