@@ -123,6 +123,26 @@ func (tx *Tx) Iterate(prefix, from []byte, yield func(key, value []byte) bool) e
 	return tx.fail(iterate(tx.batch, tx.space, prefix, from, yield))
 }
 
+// Of reads the state of another kind, as this command finds it.
+func (tx *Tx) Of(kind uint32) Getter { return other{tx, kindPrefix(kind)} }
+
+// other is the state of another kind in a transaction.
+type other struct {
+	tx    *Tx
+	space []byte
+}
+
+// Get is Getter.
+func (o other) Get(key []byte) ([]byte, error) {
+	value, err := get(o.tx.batch, append(bytes.Clone(o.space), key...))
+	return value, o.tx.fail(err)
+}
+
+// Iterate is Getter.
+func (o other) Iterate(prefix, from []byte, yield func(key, value []byte) bool) error {
+	return o.tx.fail(iterate(o.tx.batch, o.space, prefix, from, yield))
+}
+
 // Set writes value at key.
 func (tx *Tx) Set(key, value []byte) error {
 	return tx.fail(tx.batch.Set(tx.key(key), value, nil))

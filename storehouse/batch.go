@@ -11,6 +11,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/buildfarm/queue"
 	cluster "github.com/floxctl/flox/raft"
 )
 
@@ -38,6 +39,7 @@ type addition struct {
 	file      *floxv1.NarFile // nil = none
 	publisher string
 	placed    []string // servers that hold its blocks
+	lease     *floxv1.UnderLease
 	done      chan added
 }
 
@@ -69,7 +71,7 @@ func (a *addition) size() (n int) {
 // at least one; narFile is the first one's.
 func (b *batcher) addAll(ctx context.Context, infos []*flox.PathInfo, narFile, publisher string, placed []string) (*floxv1.PathsReply, error) {
 	info := infos[0]
-	a := &addition{publisher: publisher, placed: placed, done: make(chan added, 1)}
+	a := &addition{publisher: publisher, placed: placed, lease: leaseOf(ctx), done: make(chan added, 1)}
 	for _, info := range infos {
 		a.infos = append(a.infos, api.FromPathInfo(info))
 	}
@@ -112,13 +114,14 @@ func (b *batcher) run(ctx context.Context) error {
 	}
 }
 
-// collect takes what waits and fits. An entry names one publisher and one set of servers.
+// collect takes what waits and fits. An entry names one publisher, one set of servers,
+// and one lease.
 func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
 	size, paths := batch[0].size(), len(batch[0].infos)
 	for paths < batchPaths && size < batchBytes {
 		select {
 		case a := <-b.queue:
-			if a.publisher != batch[0].publisher || !slices.Equal(a.placed, batch[0].placed) || len(a.infos) > 1 && paths+len(a.infos) > batchPaths {
+			if a.publisher != batch[0].publisher || !proto.Equal(a.lease, batch[0].lease) || !slices.Equal(a.placed, batch[0].placed) || len(a.infos) > 1 && paths+len(a.infos) > batchPaths {
 				return batch, a
 			}
 			batch = append(batch, a)
@@ -133,7 +136,7 @@ func (b *batcher) collect(batch []*addition) (_ []*addition, next *addition) {
 // propose puts a batch into the log. If the batch is refused, its paths go one
 // by one, so that each is answered for itself.
 func (b *batcher) propose(ctx context.Context, batch []*addition) {
-	c := &floxv1.AddPaths{Publisher: batch[0].publisher, Touch: true}
+	c := &floxv1.AddPaths{Publisher: batch[0].publisher, Touch: true, Lease: batch[0].lease}
 	if len(batch[0].placed) > 1 {
 		c.PlacedOn = batch[0].placed
 	}
@@ -143,7 +146,7 @@ func (b *batcher) propose(ctx context.Context, batch []*addition) {
 			c.NarFiles = append(c.NarFiles, a.file)
 		}
 	}
-	reply, err := propose(ctx, b.session, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Add{Add: c}})
+	reply, err := proposeAt(ctx, b.session, levelOf(c.GetLease()), &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Add{Add: c}})
 	if errors.Is(err, cluster.ErrRefused) && len(batch) > 1 {
 		for i := range batch {
 			b.propose(ctx, batch[i:i+1])
@@ -153,4 +156,25 @@ func (b *batcher) propose(ctx context.Context, batch []*addition) {
 	for _, a := range batch {
 		a.done <- added{reply, err}
 	}
+}
+
+type leaseKey struct{}
+
+// underLease has what is published count only as long as a lease of a build does.
+func underLease(ctx context.Context, l *floxv1.UnderLease) context.Context {
+	return context.WithValue(ctx, leaseKey{}, l)
+}
+
+// leaseOf is what underLease has set; nil = nothing.
+func leaseOf(ctx context.Context) *floxv1.UnderLease {
+	l, _ := ctx.Value(leaseKey{}).(*floxv1.UnderLease)
+	return l
+}
+
+// levelOf is the level of commands that name a lease.
+func levelOf(l *floxv1.UnderLease) uint32 {
+	if l == nil {
+		return 0
+	}
+	return queue.Level
 }

@@ -109,6 +109,7 @@ func (b *builds) work(ctx context.Context, w worker, jobs int) error {
 	b.mu.Lock()
 	b.worker, b.free, b.group, b.ctx = w, jobs, group, ctx
 	b.mu.Unlock()
+	b.s.farm.tended.ring()
 	<-ctx.Done()
 	b.mu.Lock()
 	b.worker, b.why, b.group = nil, errStopping, nil

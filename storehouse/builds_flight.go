@@ -23,25 +23,30 @@ type buildFlight struct {
 	key     buildKey
 	asked   string // machine that asked first
 	options *floxv1.BuildOptions
+	lease   *floxv1.UnderLease // under which it is built; nil = of nobody
 	cancel  context.CancelFunc
 	turn    chan struct{} // closed when a worker is free for it
 
 	// Guarded by builds.mu.
-	sinks   []*sink
+	sinks   []listener
 	started bool
 
-	done    chan struct{}
-	outcome *floxv1.BuildOutcome // once done is closed
-	err     error                // it could not be tried
+	done     chan struct{}
+	outcome  *floxv1.BuildOutcome  // once done is closed
+	measured *floxv1.BuildEvidence // then, if something was started
+	err      error                 // it could not be tried
 }
+
+// listener hears what happens in a build. It must not wait.
+type listener interface{ put(e *floxv1.BuildEvent) }
 
 // shownPlaces is how many of those that wait hear of every step.
 const shownPlaces = 8
 
-// want has a derivation built, or takes part in a build of it under way, and gives
-// what became of it. When ctx ends and nobody else wants it, it is stopped first.
-func (b *builds) want(ctx context.Context, key buildKey, asked string, options *floxv1.BuildOptions, to *sink) (*floxv1.BuildOutcome, error) {
-	f, err := b.join(key, asked, options, to)
+// want has a derivation built, or takes part in a build of it under way, and gives the
+// one that has ended. When ctx ends and nobody else wants it, it is stopped first.
+func (b *builds) want(ctx context.Context, is *buildFlight, to listener) (*buildFlight, error) {
+	f, err := b.join(is, to)
 	if err != nil {
 		return nil, err
 	}
@@ -51,25 +56,27 @@ func (b *builds) want(ctx context.Context, key buildKey, asked string, options *
 		b.leave(f, to)
 		return nil, ctx.Err()
 	}
-	return f.outcome, f.err
+	return f, f.err
 }
 
-// join makes a flight, or joins one.
-func (b *builds) join(key buildKey, asked string, options *floxv1.BuildOptions, to *sink) (*buildFlight, error) {
+// join begins a flight, or joins one of the same. One under another lease has lost that,
+// and ends by itself.
+func (b *builds) join(f *buildFlight, to listener) (*buildFlight, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	key := f.key
 	if b.worker == nil {
 		return nil, b.why
 	}
-	if f := b.flights[key]; f != nil {
-		f.sinks = append(f.sinks, to)
-		if f.started {
+	if is := b.flights[key]; is != nil && (f.lease == nil || is.lease == nil || is.lease.GetToken() == f.lease.GetToken()) {
+		is.sinks = append(is.sinks, to)
+		if is.started {
 			to.put(&floxv1.BuildEvent{Event: &floxv1.BuildEvent_Start{Start: &floxv1.BuildStart{Drv: string(key.drv)}}})
 		}
-		return f, nil
+		return is, nil
 	}
 	ctx, cancel := context.WithCancel(b.ctx)
-	f := &buildFlight{key: key, asked: asked, options: options, cancel: cancel, turn: make(chan struct{}), done: make(chan struct{}), sinks: []*sink{to}}
+	f.cancel, f.turn, f.done, f.sinks = cancel, make(chan struct{}), make(chan struct{}), []listener{to}
 	b.flights[key] = f
 	b.waiting = append(b.waiting, f)
 	b.next()
@@ -115,7 +122,7 @@ func (f *buildFlight) tell(e *floxv1.BuildEvent) {
 
 // leave takes one who wanted a flight off it, and stops it if that was the last.
 // Then it waits for its end, so that nothing of it runs when the caller is told.
-func (b *builds) leave(f *buildFlight, to *sink) {
+func (b *builds) leave(f *buildFlight, to listener) {
 	b.mu.Lock()
 	if i := slices.Index(f.sinks, to); i >= 0 {
 		f.sinks = slices.Delete(f.sinks, i, i+1)
@@ -155,6 +162,9 @@ func (b *builds) fly(ctx context.Context, f *buildFlight) (*floxv1.BuildOutcome,
 	}()
 	if err := ctx.Err(); err != nil {
 		return nil, err
+	}
+	if f.lease != nil {
+		ctx = underLease(ctx, f.lease)
 	}
 	out, err := b.buildOne(ctx, f)
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) && b.ctx.Err() != nil {

@@ -162,6 +162,7 @@ func (m *making) run(ctx context.Context) (*floxv1.BuildOutcome, error) {
 			return nil, err
 		}
 	}
+	began := time.Now()
 	r, err := m.worker.Build(ctx, m.job, buildSource{m.s}, log, func(e buildfarm.Event) { m.heard(m.f, e) })
 	if err != nil {
 		return nil, err
@@ -180,6 +181,7 @@ func (m *making) run(ctx context.Context) (*floxv1.BuildOutcome, error) {
 	} else {
 		out.Tail = r.Tail
 	}
+	m.measure(began, r)
 	extra, err := m.resolved(ctx, r)
 	if err != nil {
 		return nil, err
@@ -189,6 +191,19 @@ func (m *making) run(ctx context.Context) (*floxv1.BuildOutcome, error) {
 		m.s.cfg.Log.Warn("the log of a build is not kept", "derivation", string(m.node.path), "error", err)
 	}
 	return out, m.record(ctx, append(extra, out.GetOutputs()...), record)
+}
+
+// measure notes how long the parts of a build took.
+func (m *making) measure(began time.Time, r *buildfarm.Result) {
+	ms := func(from, to time.Time) uint64 { return uint64(max(to.Sub(from).Milliseconds(), 0)) } //nolint:gosec // not negative
+	if r.Started.IsZero() {
+		return
+	}
+	e := &floxv1.BuildEvidence{FetchingMs: ms(began, r.Started), BuildingMs: ms(r.Started, r.Stopped), UploadingMs: ms(r.Stopped, time.Now())}
+	for _, out := range r.Outputs {
+		e.Uploaded += out.NarSize
+	}
+	m.f.measured = e
 }
 
 // resolved gives the realisations of what the derivation was resolved to: another
@@ -285,9 +300,10 @@ func (m *making) record(ctx context.Context, outputs []*floxv1.BuiltOutput, reco
 
 // note has the log note what is known of a derivation.
 func (b *builds) note(ctx context.Context, c *floxv1.NoteBuild) error {
+	c.Lease = leaseOf(ctx)
 	err := b.s.takesFacts(ctx)
 	if err == nil {
-		_, err = proposeAt(ctx, b.session, buildsLevel, &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Build{Build: c}})
+		_, err = proposeAt(ctx, b.session, max(buildsLevel, levelOf(c.GetLease())), &floxv1.PathsCommand{Command: &floxv1.PathsCommand_Build{Build: c}})
 	}
 	if err != nil {
 		return fmt.Errorf("record the build of %s: %w", c.GetDrv(), err)

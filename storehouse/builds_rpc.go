@@ -97,7 +97,8 @@ func (b *builds) realise(ctx context.Context, asked string, req *floxv1.BuildReq
 		return err
 	}
 	if len(r.graph.order) > 0 {
-		if err := b.ready(ctx); err != nil {
+		queued, err := b.s.farm.ready(ctx)
+		if err != nil {
 			return err
 		}
 		release, err := b.s.Hold(ctx, r.graph.paths()...)
@@ -108,7 +109,12 @@ func (b *builds) realise(ctx context.Context, asked string, req *floxv1.BuildReq
 		if err := b.begins(ctx, r.graph, r.check); err != nil {
 			return err
 		}
-		if err := r.realise(ctx); err != nil {
+		if queued {
+			err = r.queue(ctx)
+		} else {
+			err = r.realise(ctx)
+		}
+		if err != nil {
 			return err
 		}
 	}

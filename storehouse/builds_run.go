@@ -26,6 +26,25 @@ type sink struct {
 	lines int
 	left  map[string]int // lines left out, by derivation
 	wake  chan struct{}  // holds one token while there is something
+	taken bell
+}
+
+// room waits until there is room for another event.
+func (s *sink) room(ctx context.Context) error {
+	for {
+		rung := s.taken.wait()
+		s.mu.Lock()
+		free := s.lines < maxQueuedLines && len(s.queue) < maxQueuedEvents
+		s.mu.Unlock()
+		if free {
+			return nil
+		}
+		select {
+		case <-rung:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 func newSink() *sink { return &sink{wake: make(chan struct{}, 1), left: map[string]int{}} }
@@ -73,6 +92,7 @@ func (s *sink) take() []*floxv1.BuildEvent {
 	defer s.mu.Unlock()
 	all := s.queue
 	s.queue, s.lines = nil, 0
+	s.taken.ring()
 	return all
 }
 
@@ -107,9 +127,12 @@ func (r *realising) realise(ctx context.Context) error {
 	begin := func(n *node) {
 		running++
 		group.Go(func() {
-			key := buildKey{n.path, r.check && r.asksFor(n.path)}
-			out, err := r.b.want(ctx, key, r.asked, r.req.GetOptions(), r.to)
-			done <- finished{n, out, err}
+			f, err := r.b.want(ctx, &buildFlight{key: r.keyOf(n), asked: r.asked, options: r.req.GetOptions()}, r.to)
+			if err != nil {
+				done <- finished{n, nil, err}
+				return
+			}
+			done <- finished{n, f.outcome, nil}
 		})
 	}
 	for _, n := range r.graph.order {

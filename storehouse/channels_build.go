@@ -149,7 +149,7 @@ func (c *channels) build(ctx context.Context, asked string, q *floxv1.BuildPacka
 	end := &floxv1.BuildPackageProgress{}
 	for _, f := range all {
 		if !q.GetFind() {
-			if err := c.buildOne(ctx, asked, f, tell); err != nil {
+			if err := c.buildOne(ctx, asked, f, q.GetBatch(), tell); err != nil {
 				return err
 			}
 		}
@@ -160,7 +160,7 @@ func (c *channels) build(ctx context.Context, asked string, q *floxv1.BuildPacka
 }
 
 // buildOne makes the outputs of a package that are to be installed valid.
-func (c *channels) buildOne(ctx context.Context, asked string, f *found, tell func(*floxv1.BuildPackageProgress)) error {
+func (c *channels) buildOne(ctx context.Context, asked string, f *found, batch bool, tell func(*floxv1.BuildPackageProgress)) error {
 	here := true
 	for _, path := range f.pkg.GetPaths() {
 		valid := false
@@ -196,7 +196,7 @@ func (c *channels) buildOne(ctx context.Context, asked string, f *found, tell fu
 	doing("makes " + wordsOf(f.pkg) + " for " + f.pkg.GetSystem() + again)
 	rpc := &buildsRPC{builds: c.s.builds}
 	var out *floxv1.BuildOutcome
-	err := rpc.serve(ctx, asked, &floxv1.BuildRequest{Paths: []*floxv1.DerivedPath{{Path: string(drv), Outputs: f.pkg.GetOutputs()}}}, func(e *floxv1.BuildEvent) error {
+	err := rpc.serve(ctx, asked, &floxv1.BuildRequest{Paths: []*floxv1.DerivedPath{{Path: string(drv), Outputs: f.pkg.GetOutputs()}}, Batch: batch}, func(e *floxv1.BuildEvent) error {
 		switch e := e.GetEvent().(type) {
 		case *floxv1.BuildEvent_Line:
 			tell(&floxv1.BuildPackageProgress{Line: e.Line.GetText()})

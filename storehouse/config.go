@@ -114,6 +114,10 @@ type Config struct {
 	promoteAfter time.Duration
 	deadAfter    time.Duration
 	level        uint32
+	// workerLost overrides its constant; 0 = that.
+	workerLost time.Duration
+	// keepsLeases has a server that stops leave its leases to be taken, as one does that is killed.
+	keepsLeases  bool
 	noCatchUp    bool
 	scrubEvery   time.Duration
 	touchEvery   time.Duration // overrides the constant

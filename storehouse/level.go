@@ -12,7 +12,8 @@ package storehouse
 //	5  ProfilesCommand, ChannelsCommand
 //	6  ProfilesCommand.rename, retention, tag, prune, assign, schedule, run; NewGeneration.automatic;
 //	   MembersCommand.level: for whom machines speak that join
-//	7  QueueCommand; ChannelsCommand.track, fetched, keep
+//	7  QueueCommand; ChannelsCommand.track, fetched, keep;
+//	   AddPaths.lease, NoteBuild.lease
 //	8  ChannelsCommand.expire
 const level = 8
 

@@ -218,6 +218,9 @@ func (a *applying) add(c *floxv1.AddPaths) error {
 	if len(c.GetPaths()) == 0 {
 		return fmt.Errorf("add paths: none given: %w", flox.ErrBadInput)
 	}
+	if err := a.fenced(c.GetLease()); err != nil {
+		return err
+	}
 	for _, m := range c.GetPaths() {
 		info, err := api.ToPathInfo(m)
 		if err != nil {

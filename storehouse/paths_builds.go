@@ -10,6 +10,7 @@ import (
 
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/buildfarm/queue"
 	"github.com/floxctl/flox/nix"
 )
 
@@ -38,8 +39,19 @@ const (
 	maxIDLen          = 300
 )
 
+// fenced refuses what comes of a lease that does not count any more; nil = of none.
+func (a *applying) fenced(l *floxv1.UnderLease) error {
+	if l == nil {
+		return nil
+	}
+	return queue.Holds(a.tx.Of(queue.Kind), l.GetBuild(), l.GetToken())
+}
+
 // noteBuild records what became of a derivation.
 func (a *applying) noteBuild(c *floxv1.NoteBuild) error {
+	if err := a.fenced(c.GetLease()); err != nil {
+		return err
+	}
 	drv := flox.StorePath("") // a realisation alone may be of a derivation that nobody has
 	if c.GetDrv() != "" || c.GetRecord() != nil {
 		var err error

@@ -161,7 +161,7 @@ func (l leftOut) has(target error) bool { return len(l) > 0 && errors.Is(l, targ
 // made makes a package valid for some systems, and gives it as a member of a profile. Where
 // this server builds nothing, others are asked.
 func (c *channels) made(ctx context.Context, word string, systems []string) (*floxv1.Package, error) {
-	q := &floxv1.BuildPackageRequest{Name: word, Systems: systems}
+	q := &floxv1.BuildPackageRequest{Name: word, Systems: systems, Batch: true}
 	var found []*floxv1.CataloguePackage
 	err := c.build(ctx, c.s.machineName(), q, func(m *floxv1.BuildPackageProgress) { found = m.GetPackages() })
 	if errors.Is(err, errNoBuilder) {

@@ -58,6 +58,7 @@ type Server struct {
 	upstreams *upstreams
 	staging   *staging
 	builds    *builds
+	farm      *farming
 	profiles  *profiles
 	channels  *channels
 	tracker   *tracker
@@ -148,7 +149,7 @@ func (s *Server) open() (err error) {
 	s.closers = append(s.closers, s.staging.close)
 	s.batch = newBatcher(s.node)
 	s.starts, s.marker, s.memberLog = s.node.NewSession(), s.node.NewSession(), s.node.NewSession()
-	s.builds = newBuilds(s)
+	s.builds, s.farm = newBuilds(s), newFarming(s)
 	s.profiles, s.channels = newProfiles(s), newChannels(s)
 	s.moreRoots = append(s.moreRoots, buildLogs{}, s.profiles, s.channels)
 	return s.listen()
@@ -297,6 +298,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
 	group.Go(func() error { return s.tracker.run(gctx) })
 	group.Go(func() error { return s.builds.run(gctx) })
+	group.Go(func() error { return s.farm.run(gctx) })
 	group.Go(func() error { return s.guard(gctx) })
 	group.Go(func() error { return s.collectLoop(gctx) })
 	err = group.Wait()

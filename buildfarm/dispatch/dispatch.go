@@ -32,6 +32,7 @@ type Dispatcher struct {
 	placed  map[string]*place          // that the Scheduler has
 	settle  map[string]bool            // that are to be looked at
 	workers map[string]*floxv1.FarmWorker
+	absent  map[string]bool // workers that get nothing, as they are not there
 }
 
 // place is what the Scheduler was told of a build.
@@ -42,7 +43,7 @@ type place struct {
 }
 
 // New makes one that knows nothing yet.
-func New(cfg schedule.Config) *Dispatcher { return &Dispatcher{cfg: cfg} }
+func New(cfg schedule.Config) *Dispatcher { return &Dispatcher{cfg: cfg, absent: map[string]bool{}} }
 
 // Update takes in what is in the log by now. At is a time that does not go back.
 func (d *Dispatcher) Update(r *raft.Reader, at time.Time) error {
@@ -133,11 +134,7 @@ func (d *Dispatcher) loadWorkers(r *raft.Reader, at time.Time) error {
 	now := map[string]*floxv1.FarmWorker{}
 	for _, w := range all {
 		now[w.GetId()] = w
-		err := d.sched.SetWorker(schedule.Worker{
-			ID: w.GetId(), Systems: w.GetSystems(), Features: w.GetFeatures(), Mandatory: w.GetMandatory(), Slots: int(w.GetSlots()),
-			Speed: w.GetSpeed(), Memory: w.GetMemory(), Disk: w.GetDisk(), Paused: w.GetState() != floxv1.WorkerState_WORKER_STATE_ACTIVE,
-		})
-		if err != nil {
+		if err := d.setWorker(w); err != nil {
 			return err
 		}
 	}
@@ -146,6 +143,7 @@ func (d *Dispatcher) loadWorkers(r *raft.Reader, at time.Time) error {
 			continue
 		}
 		d.sched.RemoveWorker(id, at)
+		delete(d.absent, id)
 		for _, p := range d.placed {
 			if p.worker == id {
 				p.worker = ""
@@ -155,6 +153,31 @@ func (d *Dispatcher) loadWorkers(r *raft.Reader, at time.Time) error {
 	d.workers = now
 	return nil
 }
+
+func (d *Dispatcher) setWorker(w *floxv1.FarmWorker) error {
+	return d.sched.SetWorker(schedule.Worker{
+		ID: w.GetId(), Systems: w.GetSystems(), Features: w.GetFeatures(), Mandatory: w.GetMandatory(), Slots: int(w.GetSlots()),
+		Speed: w.GetSpeed(), Memory: w.GetMemory(), Disk: w.GetDisk(), Paused: d.absent[w.GetId()] || w.GetState() != floxv1.WorkerState_WORKER_STATE_ACTIVE,
+	})
+}
+
+// Present has workers that are not there, by what there says, get nothing until they are.
+func (d *Dispatcher) Present(there func(worker string) bool) error {
+	for id, w := range d.workers {
+		if gone := !there(id); gone != d.absent[id] {
+			if d.absent[id] = gone; !gone {
+				delete(d.absent, id)
+			}
+			if err := d.setWorker(w); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// Name is how people know a worker.
+func (d *Dispatcher) Name(worker string) string { return cmp.Or(d.workers[worker].GetName(), worker) }
 
 // know takes in a build as it is now; nil = it has left the queue.
 func (d *Dispatcher) know(key string, b *floxv1.QueuedBuild) {

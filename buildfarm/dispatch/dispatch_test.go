@@ -206,6 +206,35 @@ func TestLostWorkers(t *testing.T) {
 	}
 }
 
+// Who is not there gets nothing until it is.
+func TestAbsentWorkers(t *testing.T) {
+	t.Parallel()
+	l := newLog(t)
+	d := New(schedule.Config{})
+	l.worker("a", 1)
+	l.worker("b", 1)
+	l.update(d)
+	there := func(ids ...string) {
+		t.Helper()
+		if err := d.Present(func(w string) bool { return slices.Contains(ids, w) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	there("b")
+	l.enqueue("me", false, "x", "y")
+	if got := names(l.dispatch(d, all)); got != "x@b" {
+		t.Errorf("while a is not there: %q", got)
+	}
+	l.worker("a", 2) // it is said anew what it is, which does not make it be there
+	if got := names(l.dispatch(d, all)); got != "" {
+		t.Errorf("what a worker has that is not there: %q", got)
+	}
+	there("a", "b")
+	if got := names(l.dispatch(d, all)); got != "y@a" {
+		t.Errorf("once it is there: %q", got)
+	}
+}
+
 // What needs a build that fails fails too, and waits again when that does.
 func TestFailuresSpread(t *testing.T) {
 	t.Parallel()

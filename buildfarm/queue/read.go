@@ -23,6 +23,28 @@ func Find(g raft.Getter, key string) (*floxv1.QueuedBuild, error) {
 	return b, err
 }
 
+// Holds refuses if a lease of a build does not count any more: ErrClosed.
+func Holds(g raft.Getter, key string, token uint64) error {
+	b, err := Find(g, key)
+	if err != nil && !errors.Is(err, flox.ErrNotFound) {
+		return err
+	}
+	if err != nil || token == 0 || b.GetLease().GetToken() != token {
+		return fmt.Errorf("lease %d of %.300s does not count any more: another one does, or nobody wants the build: %w", token, key, flox.ErrClosed)
+	}
+	return nil
+}
+
+// Want gives who wants something. ErrNotFound.
+func Want(g raft.Getter, id string) (*floxv1.BuildWant, error) {
+	return load(g, textKey(wantKey, id), &floxv1.BuildWant{})
+}
+
+// Worker gives a worker. ErrNotFound.
+func Worker(g raft.Getter, id string) (*floxv1.FarmWorker, error) {
+	return load(g, textKey(workerKey, id), &floxv1.FarmWorker{})
+}
+
 // Builds calls yield with the builds behind a key, by key, until it returns false.
 func Builds(g raft.Getter, after string, yield func(*floxv1.QueuedBuild) bool) error {
 	var from []byte

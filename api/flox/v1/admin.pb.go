@@ -3081,6 +3081,86 @@ func (x *BackupProgress) GetRemoved() []string {
 	return nil
 }
 
+type BeatRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Builds        bool                   `protobuf:"varint,1,opt,name=builds,proto3" json:"builds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeatRequest) Reset() {
+	*x = BeatRequest{}
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeatRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeatRequest) ProtoMessage() {}
+
+func (x *BeatRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeatRequest.ProtoReflect.Descriptor instead.
+func (*BeatRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *BeatRequest) GetBuilds() bool {
+	if x != nil {
+		return x.Builds
+	}
+	return false
+}
+
+type BeatResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeatResponse) Reset() {
+	*x = BeatResponse{}
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeatResponse) ProtoMessage() {}
+
+func (x *BeatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeatResponse.ProtoReflect.Descriptor instead.
+func (*BeatResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
+}
+
 type StagedRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Publisher     string                 `protobuf:"bytes,1,opt,name=publisher,proto3" json:"publisher,omitempty"`
@@ -3091,7 +3171,7 @@ type StagedRequest struct {
 
 func (x *StagedRequest) Reset() {
 	*x = StagedRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3103,7 +3183,7 @@ func (x *StagedRequest) String() string {
 func (*StagedRequest) ProtoMessage() {}
 
 func (x *StagedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[51]
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3116,7 +3196,7 @@ func (x *StagedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StagedRequest.ProtoReflect.Descriptor instead.
 func (*StagedRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *StagedRequest) GetPublisher() string {
@@ -3144,7 +3224,7 @@ type StagedResponse struct {
 
 func (x *StagedResponse) Reset() {
 	*x = StagedResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3156,7 +3236,7 @@ func (x *StagedResponse) String() string {
 func (*StagedResponse) ProtoMessage() {}
 
 func (x *StagedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[52]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3169,7 +3249,7 @@ func (x *StagedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StagedResponse.ProtoReflect.Descriptor instead.
 func (*StagedResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StagedResponse) GetManifest() []byte {
@@ -3203,7 +3283,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3215,7 +3295,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3228,7 +3308,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *FetchRequest) GetIds() [][]byte {
@@ -3254,7 +3334,7 @@ type FetchResponse struct {
 
 func (x *FetchResponse) Reset() {
 	*x = FetchResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[54]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3266,7 +3346,7 @@ func (x *FetchResponse) String() string {
 func (*FetchResponse) ProtoMessage() {}
 
 func (x *FetchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[54]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3279,7 +3359,7 @@ func (x *FetchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
 func (*FetchResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FetchResponse) GetMissing() []uint32 {
@@ -3298,7 +3378,7 @@ type SeenRequest struct {
 
 func (x *SeenRequest) Reset() {
 	*x = SeenRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[55]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3310,7 +3390,7 @@ func (x *SeenRequest) String() string {
 func (*SeenRequest) ProtoMessage() {}
 
 func (x *SeenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[55]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3323,7 +3403,7 @@ func (x *SeenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenRequest.ProtoReflect.Descriptor instead.
 func (*SeenRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *SeenRequest) GetPeers() []string {
@@ -3341,7 +3421,7 @@ type SeenResponse struct {
 
 func (x *SeenResponse) Reset() {
 	*x = SeenResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[56]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3353,7 +3433,7 @@ func (x *SeenResponse) String() string {
 func (*SeenResponse) ProtoMessage() {}
 
 func (x *SeenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[56]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3366,7 +3446,7 @@ func (x *SeenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenResponse.ProtoReflect.Descriptor instead.
 func (*SeenResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 type StateRequest struct {
@@ -3377,7 +3457,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[57]
+	mi := &file_flox_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3389,7 +3469,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[57]
+	mi := &file_flox_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3402,7 +3482,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 type StateResponse struct {
@@ -3415,7 +3495,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[58]
+	mi := &file_flox_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3427,7 +3507,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[58]
+	mi := &file_flox_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3440,7 +3520,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *StateResponse) GetState() *ServerState {
@@ -3467,7 +3547,7 @@ type SweepRequest struct {
 
 func (x *SweepRequest) Reset() {
 	*x = SweepRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[59]
+	mi := &file_flox_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3479,7 +3559,7 @@ func (x *SweepRequest) String() string {
 func (*SweepRequest) ProtoMessage() {}
 
 func (x *SweepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[59]
+	mi := &file_flox_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3492,7 +3572,7 @@ func (x *SweepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SweepRequest.ProtoReflect.Descriptor instead.
 func (*SweepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *SweepRequest) GetIndex() uint64 {
@@ -3513,7 +3593,7 @@ var File_flox_v1_admin_proto protoreflect.FileDescriptor
 
 const file_flox_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x16flox/v1/channels.proto\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
+	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x14flox/v1/builds.proto\x1a\x16flox/v1/channels.proto\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
 	"\x12DifferencesRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"`\n" +
@@ -3741,7 +3821,10 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\bfinished\x18\x06 \x01(\bR\bfinished\x12\x12\n" +
 	"\x04name\x18\a \x01(\tR\x04name\x12\x14\n" +
 	"\x05paths\x18\b \x01(\x04R\x05paths\x12\x18\n" +
-	"\aremoved\x18\t \x03(\tR\aremoved\"?\n" +
+	"\aremoved\x18\t \x03(\tR\aremoved\"%\n" +
+	"\vBeatRequest\x12\x16\n" +
+	"\x06builds\x18\x01 \x01(\bR\x06builds\"\x0e\n" +
+	"\fBeatResponse\"?\n" +
 	"\rStagedRequest\x12\x1c\n" +
 	"\tpublisher\x18\x01 \x01(\tR\tpublisher\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\"b\n" +
@@ -3815,13 +3898,15 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\tImportKey\x12\x19.flox.v1.ImportKeyRequest\x1a\x1a.flox.v1.ImportKeyResponse\x12E\n" +
 	"\n" +
 	"RotateKeys\x12\x1a.flox.v1.RotateKeysRequest\x1a\x1b.flox.v1.RotateKeysResponse\x12;\n" +
-	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\xa5\x02\n" +
+	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\x95\x03\n" +
 	"\aServers\x126\n" +
 	"\x05Fetch\x12\x15.flox.v1.FetchRequest\x1a\x16.flox.v1.FetchResponse\x126\n" +
 	"\x05State\x12\x15.flox.v1.StateRequest\x1a\x16.flox.v1.StateResponse\x12:\n" +
 	"\x05Sweep\x12\x15.flox.v1.SweepRequest\x1a\x18.flox.v1.CollectProgress0\x01\x123\n" +
 	"\x04Seen\x12\x14.flox.v1.SeenRequest\x1a\x15.flox.v1.SeenResponse\x129\n" +
-	"\x06Staged\x12\x16.flox.v1.StagedRequest\x1a\x17.flox.v1.StagedResponseB,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\x06Staged\x12\x16.flox.v1.StagedRequest\x1a\x17.flox.v1.StagedResponse\x123\n" +
+	"\x04Beat\x12\x14.flox.v1.BeatRequest\x1a\x15.flox.v1.BeatResponse\x129\n" +
+	"\vBuildEvents\x12\x13.flox.v1.UnderLease\x1a\x13.flox.v1.BuildEvent0\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_admin_proto_rawDescOnce sync.Once
@@ -3835,7 +3920,7 @@ func file_flox_v1_admin_proto_rawDescGZIP() []byte {
 	return file_flox_v1_admin_proto_rawDescData
 }
 
-var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_flox_v1_admin_proto_goTypes = []any{
 	(*DifferencesRequest)(nil),          // 0: flox.v1.DifferencesRequest
 	(*DifferencesResponse)(nil),         // 1: flox.v1.DifferencesResponse
@@ -3888,87 +3973,91 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*RotateKeysResponse)(nil),          // 48: flox.v1.RotateKeysResponse
 	(*BackupRequest)(nil),               // 49: flox.v1.BackupRequest
 	(*BackupProgress)(nil),              // 50: flox.v1.BackupProgress
-	(*StagedRequest)(nil),               // 51: flox.v1.StagedRequest
-	(*StagedResponse)(nil),              // 52: flox.v1.StagedResponse
-	(*FetchRequest)(nil),                // 53: flox.v1.FetchRequest
-	(*FetchResponse)(nil),               // 54: flox.v1.FetchResponse
-	(*SeenRequest)(nil),                 // 55: flox.v1.SeenRequest
-	(*SeenResponse)(nil),                // 56: flox.v1.SeenResponse
-	(*StateRequest)(nil),                // 57: flox.v1.StateRequest
-	(*StateResponse)(nil),               // 58: flox.v1.StateResponse
-	(*SweepRequest)(nil),                // 59: flox.v1.SweepRequest
-	(*Difference)(nil),                  // 60: flox.v1.Difference
-	(*Label)(nil),                       // 61: flox.v1.Label
-	(*UserGrant)(nil),                   // 62: flox.v1.UserGrant
-	(*InviteRecord)(nil),                // 63: flox.v1.InviteRecord
-	(*Machine)(nil),                     // 64: flox.v1.Machine
-	(*ChangeMachine)(nil),               // 65: flox.v1.ChangeMachine
-	(*AuditRecord)(nil),                 // 66: flox.v1.AuditRecord
-	(*AddUpstreamRequest)(nil),          // 67: flox.v1.AddUpstreamRequest
-	(*ListUpstreamsRequest)(nil),        // 68: flox.v1.ListUpstreamsRequest
-	(*TestUpstreamRequest)(nil),         // 69: flox.v1.TestUpstreamRequest
-	(*RemoveUpstreamRequest)(nil),       // 70: flox.v1.RemoveUpstreamRequest
-	(*CreateProfileRequest)(nil),        // 71: flox.v1.CreateProfileRequest
-	(*DeleteProfileRequest)(nil),        // 72: flox.v1.DeleteProfileRequest
-	(*RenameProfileRequest)(nil),        // 73: flox.v1.RenameProfileRequest
-	(*SetProfileRetentionRequest)(nil),  // 74: flox.v1.SetProfileRetentionRequest
-	(*SetProfileScheduleRequest)(nil),   // 75: flox.v1.SetProfileScheduleRequest
-	(*TagProfileRequest)(nil),           // 76: flox.v1.TagProfileRequest
-	(*AssignProfileRequest)(nil),        // 77: flox.v1.AssignProfileRequest
-	(*ListProfilesRequest)(nil),         // 78: flox.v1.ListProfilesRequest
-	(*ShowProfileRequest)(nil),          // 79: flox.v1.ShowProfileRequest
-	(*ProfileHistoryRequest)(nil),       // 80: flox.v1.ProfileHistoryRequest
-	(*ChangeProfileRequest)(nil),        // 81: flox.v1.ChangeProfileRequest
-	(*RollbackProfileRequest)(nil),      // 82: flox.v1.RollbackProfileRequest
-	(*GrantProfileRequest)(nil),         // 83: flox.v1.GrantProfileRequest
-	(*PublishChannelRequest)(nil),       // 84: flox.v1.PublishChannelRequest
-	(*ListChannelsRequest)(nil),         // 85: flox.v1.ListChannelsRequest
-	(*ShowChannelRequest)(nil),          // 86: flox.v1.ShowChannelRequest
-	(*DeleteChannelRequest)(nil),        // 87: flox.v1.DeleteChannelRequest
-	(*SetPublishersRequest)(nil),        // 88: flox.v1.SetPublishersRequest
-	(*TrackChannelRequest)(nil),         // 89: flox.v1.TrackChannelRequest
-	(*UntrackChannelRequest)(nil),       // 90: flox.v1.UntrackChannelRequest
-	(*SearchPackagesRequest)(nil),       // 91: flox.v1.SearchPackagesRequest
-	(*BuildPackageRequest)(nil),         // 92: flox.v1.BuildPackageRequest
-	(*AddUpstreamResponse)(nil),         // 93: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),       // 94: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),        // 95: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),      // 96: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),       // 97: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),       // 98: flox.v1.DeleteProfileResponse
-	(*RenameProfileResponse)(nil),       // 99: flox.v1.RenameProfileResponse
-	(*SetProfileRetentionResponse)(nil), // 100: flox.v1.SetProfileRetentionResponse
-	(*SetProfileScheduleResponse)(nil),  // 101: flox.v1.SetProfileScheduleResponse
-	(*TagProfileResponse)(nil),          // 102: flox.v1.TagProfileResponse
-	(*AssignProfileResponse)(nil),       // 103: flox.v1.AssignProfileResponse
-	(*ListProfilesResponse)(nil),        // 104: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),         // 105: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),      // 106: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),       // 107: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil),     // 108: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),        // 109: flox.v1.GrantProfileResponse
-	(*PublishChannelProgress)(nil),      // 110: flox.v1.PublishChannelProgress
-	(*ListChannelsResponse)(nil),        // 111: flox.v1.ListChannelsResponse
-	(*ShowChannelResponse)(nil),         // 112: flox.v1.ShowChannelResponse
-	(*DeleteChannelResponse)(nil),       // 113: flox.v1.DeleteChannelResponse
-	(*SetPublishersResponse)(nil),       // 114: flox.v1.SetPublishersResponse
-	(*TrackChannelProgress)(nil),        // 115: flox.v1.TrackChannelProgress
-	(*UntrackChannelResponse)(nil),      // 116: flox.v1.UntrackChannelResponse
-	(*SearchPackagesResponse)(nil),      // 117: flox.v1.SearchPackagesResponse
-	(*BuildPackageProgress)(nil),        // 118: flox.v1.BuildPackageProgress
+	(*BeatRequest)(nil),                 // 51: flox.v1.BeatRequest
+	(*BeatResponse)(nil),                // 52: flox.v1.BeatResponse
+	(*StagedRequest)(nil),               // 53: flox.v1.StagedRequest
+	(*StagedResponse)(nil),              // 54: flox.v1.StagedResponse
+	(*FetchRequest)(nil),                // 55: flox.v1.FetchRequest
+	(*FetchResponse)(nil),               // 56: flox.v1.FetchResponse
+	(*SeenRequest)(nil),                 // 57: flox.v1.SeenRequest
+	(*SeenResponse)(nil),                // 58: flox.v1.SeenResponse
+	(*StateRequest)(nil),                // 59: flox.v1.StateRequest
+	(*StateResponse)(nil),               // 60: flox.v1.StateResponse
+	(*SweepRequest)(nil),                // 61: flox.v1.SweepRequest
+	(*Difference)(nil),                  // 62: flox.v1.Difference
+	(*Label)(nil),                       // 63: flox.v1.Label
+	(*UserGrant)(nil),                   // 64: flox.v1.UserGrant
+	(*InviteRecord)(nil),                // 65: flox.v1.InviteRecord
+	(*Machine)(nil),                     // 66: flox.v1.Machine
+	(*ChangeMachine)(nil),               // 67: flox.v1.ChangeMachine
+	(*AuditRecord)(nil),                 // 68: flox.v1.AuditRecord
+	(*AddUpstreamRequest)(nil),          // 69: flox.v1.AddUpstreamRequest
+	(*ListUpstreamsRequest)(nil),        // 70: flox.v1.ListUpstreamsRequest
+	(*TestUpstreamRequest)(nil),         // 71: flox.v1.TestUpstreamRequest
+	(*RemoveUpstreamRequest)(nil),       // 72: flox.v1.RemoveUpstreamRequest
+	(*CreateProfileRequest)(nil),        // 73: flox.v1.CreateProfileRequest
+	(*DeleteProfileRequest)(nil),        // 74: flox.v1.DeleteProfileRequest
+	(*RenameProfileRequest)(nil),        // 75: flox.v1.RenameProfileRequest
+	(*SetProfileRetentionRequest)(nil),  // 76: flox.v1.SetProfileRetentionRequest
+	(*SetProfileScheduleRequest)(nil),   // 77: flox.v1.SetProfileScheduleRequest
+	(*TagProfileRequest)(nil),           // 78: flox.v1.TagProfileRequest
+	(*AssignProfileRequest)(nil),        // 79: flox.v1.AssignProfileRequest
+	(*ListProfilesRequest)(nil),         // 80: flox.v1.ListProfilesRequest
+	(*ShowProfileRequest)(nil),          // 81: flox.v1.ShowProfileRequest
+	(*ProfileHistoryRequest)(nil),       // 82: flox.v1.ProfileHistoryRequest
+	(*ChangeProfileRequest)(nil),        // 83: flox.v1.ChangeProfileRequest
+	(*RollbackProfileRequest)(nil),      // 84: flox.v1.RollbackProfileRequest
+	(*GrantProfileRequest)(nil),         // 85: flox.v1.GrantProfileRequest
+	(*PublishChannelRequest)(nil),       // 86: flox.v1.PublishChannelRequest
+	(*ListChannelsRequest)(nil),         // 87: flox.v1.ListChannelsRequest
+	(*ShowChannelRequest)(nil),          // 88: flox.v1.ShowChannelRequest
+	(*DeleteChannelRequest)(nil),        // 89: flox.v1.DeleteChannelRequest
+	(*SetPublishersRequest)(nil),        // 90: flox.v1.SetPublishersRequest
+	(*TrackChannelRequest)(nil),         // 91: flox.v1.TrackChannelRequest
+	(*UntrackChannelRequest)(nil),       // 92: flox.v1.UntrackChannelRequest
+	(*SearchPackagesRequest)(nil),       // 93: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),         // 94: flox.v1.BuildPackageRequest
+	(*UnderLease)(nil),                  // 95: flox.v1.UnderLease
+	(*AddUpstreamResponse)(nil),         // 96: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),       // 97: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),        // 98: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),      // 99: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),       // 100: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),       // 101: flox.v1.DeleteProfileResponse
+	(*RenameProfileResponse)(nil),       // 102: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionResponse)(nil), // 103: flox.v1.SetProfileRetentionResponse
+	(*SetProfileScheduleResponse)(nil),  // 104: flox.v1.SetProfileScheduleResponse
+	(*TagProfileResponse)(nil),          // 105: flox.v1.TagProfileResponse
+	(*AssignProfileResponse)(nil),       // 106: flox.v1.AssignProfileResponse
+	(*ListProfilesResponse)(nil),        // 107: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),         // 108: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),      // 109: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),       // 110: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil),     // 111: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),        // 112: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),      // 113: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),        // 114: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),         // 115: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),       // 116: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),       // 117: flox.v1.SetPublishersResponse
+	(*TrackChannelProgress)(nil),        // 118: flox.v1.TrackChannelProgress
+	(*UntrackChannelResponse)(nil),      // 119: flox.v1.UntrackChannelResponse
+	(*SearchPackagesResponse)(nil),      // 120: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),        // 121: flox.v1.BuildPackageProgress
+	(*BuildEvent)(nil),                  // 122: flox.v1.BuildEvent
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
-	60,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
-	61,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
-	62,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
-	63,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
-	63,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
+	62,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
+	63,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
+	64,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
+	65,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
+	65,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
 	10,  // 5: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
-	64,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
-	65,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
-	64,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
-	64,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
-	66,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
+	66,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
+	67,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
+	66,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
+	66,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
+	68,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
 	19,  // 11: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
 	20,  // 12: flox.v1.ServerState.builds:type_name -> flox.v1.ServerBuilds
 	30,  // 13: flox.v1.CollectRequest.machine:type_name -> flox.v1.MachineCollection
@@ -3996,96 +4085,100 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	38,  // 35: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
 	40,  // 36: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
 	0,   // 37: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
-	67,  // 38: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
-	68,  // 39: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
-	69,  // 40: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
-	70,  // 41: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
-	71,  // 42: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
-	72,  // 43: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
-	73,  // 44: flox.v1.Admin.RenameProfile:input_type -> flox.v1.RenameProfileRequest
-	74,  // 45: flox.v1.Admin.SetProfileRetention:input_type -> flox.v1.SetProfileRetentionRequest
-	75,  // 46: flox.v1.Admin.SetProfileSchedule:input_type -> flox.v1.SetProfileScheduleRequest
-	76,  // 47: flox.v1.Admin.TagProfile:input_type -> flox.v1.TagProfileRequest
-	77,  // 48: flox.v1.Admin.AssignProfile:input_type -> flox.v1.AssignProfileRequest
-	78,  // 49: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
-	79,  // 50: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
-	80,  // 51: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
-	81,  // 52: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
-	82,  // 53: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
-	83,  // 54: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
-	84,  // 55: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
-	85,  // 56: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
-	86,  // 57: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
-	87,  // 58: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
-	88,  // 59: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
-	89,  // 60: flox.v1.Admin.TrackChannel:input_type -> flox.v1.TrackChannelRequest
-	90,  // 61: flox.v1.Admin.UntrackChannel:input_type -> flox.v1.UntrackChannelRequest
-	91,  // 62: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
-	92,  // 63: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	69,  // 38: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
+	70,  // 39: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
+	71,  // 40: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
+	72,  // 41: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
+	73,  // 42: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
+	74,  // 43: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
+	75,  // 44: flox.v1.Admin.RenameProfile:input_type -> flox.v1.RenameProfileRequest
+	76,  // 45: flox.v1.Admin.SetProfileRetention:input_type -> flox.v1.SetProfileRetentionRequest
+	77,  // 46: flox.v1.Admin.SetProfileSchedule:input_type -> flox.v1.SetProfileScheduleRequest
+	78,  // 47: flox.v1.Admin.TagProfile:input_type -> flox.v1.TagProfileRequest
+	79,  // 48: flox.v1.Admin.AssignProfile:input_type -> flox.v1.AssignProfileRequest
+	80,  // 49: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	81,  // 50: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	82,  // 51: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	83,  // 52: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	84,  // 53: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	85,  // 54: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	86,  // 55: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
+	87,  // 56: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
+	88,  // 57: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
+	89,  // 58: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
+	90,  // 59: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
+	91,  // 60: flox.v1.Admin.TrackChannel:input_type -> flox.v1.TrackChannelRequest
+	92,  // 61: flox.v1.Admin.UntrackChannel:input_type -> flox.v1.UntrackChannelRequest
+	93,  // 62: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	94,  // 63: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
 	42,  // 64: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
 	45,  // 65: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
 	47,  // 66: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
 	49,  // 67: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	53,  // 68: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	57,  // 69: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	59,  // 70: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	55,  // 71: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	51,  // 72: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	3,   // 73: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,   // 74: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,   // 75: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,   // 76: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12,  // 77: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14,  // 78: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16,  // 79: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18,  // 80: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22,  // 81: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24,  // 82: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26,  // 83: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28,  // 84: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	31,  // 85: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	33,  // 86: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	36,  // 87: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	39,  // 88: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	41,  // 89: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,   // 90: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	93,  // 91: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	94,  // 92: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	95,  // 93: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	96,  // 94: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	97,  // 95: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	98,  // 96: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	99,  // 97: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
-	100, // 98: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
-	101, // 99: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
-	102, // 100: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
-	103, // 101: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
-	104, // 102: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	105, // 103: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	106, // 104: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	107, // 105: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	108, // 106: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	109, // 107: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	110, // 108: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
-	111, // 109: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
-	112, // 110: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
-	113, // 111: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
-	114, // 112: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
-	115, // 113: flox.v1.Admin.TrackChannel:output_type -> flox.v1.TrackChannelProgress
-	116, // 114: flox.v1.Admin.UntrackChannel:output_type -> flox.v1.UntrackChannelResponse
-	117, // 115: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
-	118, // 116: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
-	43,  // 117: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	46,  // 118: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	48,  // 119: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	50,  // 120: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	54,  // 121: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	58,  // 122: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	31,  // 123: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	56,  // 124: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	52,  // 125: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	73,  // [73:126] is the sub-list for method output_type
-	20,  // [20:73] is the sub-list for method input_type
+	55,  // 68: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	59,  // 69: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	61,  // 70: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	57,  // 71: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	53,  // 72: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	51,  // 73: flox.v1.Servers.Beat:input_type -> flox.v1.BeatRequest
+	95,  // 74: flox.v1.Servers.BuildEvents:input_type -> flox.v1.UnderLease
+	3,   // 75: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 76: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 77: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 78: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 79: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 80: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 81: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 82: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 83: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 84: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 85: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 86: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	31,  // 87: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	33,  // 88: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	36,  // 89: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	39,  // 90: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	41,  // 91: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 92: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	96,  // 93: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	97,  // 94: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	98,  // 95: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	99,  // 96: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	100, // 97: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	101, // 98: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	102, // 99: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
+	103, // 100: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
+	104, // 101: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
+	105, // 102: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
+	106, // 103: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
+	107, // 104: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	108, // 105: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	109, // 106: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	110, // 107: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	111, // 108: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	112, // 109: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	113, // 110: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	114, // 111: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	115, // 112: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	116, // 113: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	117, // 114: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	118, // 115: flox.v1.Admin.TrackChannel:output_type -> flox.v1.TrackChannelProgress
+	119, // 116: flox.v1.Admin.UntrackChannel:output_type -> flox.v1.UntrackChannelResponse
+	120, // 117: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	121, // 118: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	43,  // 119: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	46,  // 120: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	48,  // 121: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	50,  // 122: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	56,  // 123: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	60,  // 124: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	31,  // 125: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	58,  // 126: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	54,  // 127: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	52,  // 128: flox.v1.Servers.Beat:output_type -> flox.v1.BeatResponse
+	122, // 129: flox.v1.Servers.BuildEvents:output_type -> flox.v1.BuildEvent
+	75,  // [75:130] is the sub-list for method output_type
+	20,  // [20:75] is the sub-list for method input_type
 	20,  // [20:20] is the sub-list for extension type_name
 	20,  // [20:20] is the sub-list for extension extendee
 	0,   // [0:20] is the sub-list for field type_name
@@ -4096,6 +4189,7 @@ func file_flox_v1_admin_proto_init() {
 	if File_flox_v1_admin_proto != nil {
 		return
 	}
+	file_flox_v1_builds_proto_init()
 	file_flox_v1_channels_proto_init()
 	file_flox_v1_log_proto_init()
 	file_flox_v1_members_proto_init()
@@ -4107,7 +4201,7 @@ func file_flox_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_admin_proto_rawDesc), len(file_flox_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   60,
+			NumMessages:   62,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -131,6 +131,7 @@ type BuildRequest struct {
 	Paths         []*DerivedPath         `protobuf:"bytes,1,rep,name=paths,proto3" json:"paths,omitempty"` // at most 65,536
 	Mode          BuildMode              `protobuf:"varint,2,opt,name=mode,proto3,enum=flox.v1.BuildMode" json:"mode,omitempty"`
 	Options       *BuildOptions          `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
+	Batch         bool                   `protobuf:"varint,4,opt,name=batch,proto3" json:"batch,omitempty"` // nobody waits for it; what is remembered to fail is not tried again
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -184,6 +185,13 @@ func (x *BuildRequest) GetOptions() *BuildOptions {
 		return x.Options
 	}
 	return nil
+}
+
+func (x *BuildRequest) GetBatch() bool {
+	if x != nil {
+		return x.Batch
+	}
+	return false
 }
 
 type BuildOptions struct {
@@ -1575,11 +1583,12 @@ const file_flox_v1_builds_proto_rawDesc = "" +
 	"\x14flox/v1/builds.proto\x12\aflox.v1\x1a\x11flox/v1/log.proto\";\n" +
 	"\vDerivedPath\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
-	"\aoutputs\x18\x02 \x03(\tR\aoutputs\"\x93\x01\n" +
+	"\aoutputs\x18\x02 \x03(\tR\aoutputs\"\xa9\x01\n" +
 	"\fBuildRequest\x12*\n" +
 	"\x05paths\x18\x01 \x03(\v2\x14.flox.v1.DerivedPathR\x05paths\x12&\n" +
 	"\x04mode\x18\x02 \x01(\x0e2\x12.flox.v1.BuildModeR\x04mode\x12/\n" +
-	"\aoptions\x18\x03 \x01(\v2\x15.flox.v1.BuildOptionsR\aoptions\"\xc1\x01\n" +
+	"\aoptions\x18\x03 \x01(\v2\x15.flox.v1.BuildOptionsR\aoptions\x12\x14\n" +
+	"\x05batch\x18\x04 \x01(\bR\x05batch\"\xc1\x01\n" +
 	"\fBuildOptions\x12\x1d\n" +
 	"\n" +
 	"keep_going\x18\x01 \x01(\bR\tkeepGoing\x12'\n" +

@@ -2072,6 +2072,7 @@ type BuildPackageRequest struct {
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Systems       []string               `protobuf:"bytes,2,rep,name=systems,proto3" json:"systems,omitempty"`
 	Find          bool                   `protobuf:"varint,3,opt,name=find,proto3" json:"find,omitempty"`
+	Batch         bool                   `protobuf:"varint,4,opt,name=batch,proto3" json:"batch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2123,6 +2124,13 @@ func (x *BuildPackageRequest) GetSystems() []string {
 func (x *BuildPackageRequest) GetFind() bool {
 	if x != nil {
 		return x.Find
+	}
+	return false
+}
+
+func (x *BuildPackageRequest) GetBatch() bool {
+	if x != nil {
+		return x.Batch
 	}
 	return false
 }
@@ -2345,11 +2353,12 @@ const file_flox_v1_channels_proto_rawDesc = "" +
 	"\x16SearchPackagesResponse\x125\n" +
 	"\bpackages\x18\x01 \x03(\v2\x19.flox.v1.CataloguePackageR\bpackages\x12\x12\n" +
 	"\x04more\x18\x02 \x01(\bR\x04more\x12\x1a\n" +
-	"\bchannels\x18\x03 \x01(\rR\bchannels\"W\n" +
+	"\bchannels\x18\x03 \x01(\rR\bchannels\"m\n" +
 	"\x13BuildPackageRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\asystems\x18\x02 \x03(\tR\asystems\x12\x12\n" +
-	"\x04find\x18\x03 \x01(\bR\x04find\"w\n" +
+	"\x04find\x18\x03 \x01(\bR\x04find\x12\x14\n" +
+	"\x05batch\x18\x04 \x01(\bR\x05batch\"w\n" +
 	"\x14BuildPackageProgress\x12\x14\n" +
 	"\x05doing\x18\x01 \x01(\tR\x05doing\x12\x12\n" +
 	"\x04line\x18\x02 \x01(\tR\x04line\x125\n" +

@@ -300,6 +300,7 @@ type NoteBuild struct {
 	Drv           string                 `protobuf:"bytes,1,opt,name=drv,proto3" json:"drv,omitempty"` // base name
 	Outputs       []*BuiltOutput         `protobuf:"bytes,2,rep,name=outputs,proto3" json:"outputs,omitempty"`
 	Record        *BuildRecord           `protobuf:"bytes,3,opt,name=record,proto3" json:"record,omitempty"` // none = it was not built here
+	Lease         *UnderLease            `protobuf:"bytes,4,opt,name=lease,proto3" json:"lease,omitempty"`   // refused once it does not count any more (level 7)
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -351,6 +352,13 @@ func (x *NoteBuild) GetOutputs() []*BuiltOutput {
 func (x *NoteBuild) GetRecord() *BuildRecord {
 	if x != nil {
 		return x.Record
+	}
+	return nil
+}
+
+func (x *NoteBuild) GetLease() *UnderLease {
+	if x != nil {
+		return x.Lease
 	}
 	return nil
 }
@@ -1136,7 +1144,9 @@ type AddPaths struct {
 	// The content lies in the storehouse's bucket.
 	PlacedInBucket bool `protobuf:"varint,5,opt,name=placed_in_bucket,json=placedInBucket,proto3" json:"placed_in_bucket,omitempty"`
 	// Those that are valid already count as used now; noted once in a while only.
-	Touch         bool `protobuf:"varint,6,opt,name=touch,proto3" json:"touch,omitempty"`
+	Touch bool `protobuf:"varint,6,opt,name=touch,proto3" json:"touch,omitempty"`
+	// Refused once this lease does not count any more (level 7).
+	Lease         *UnderLease `protobuf:"bytes,7,opt,name=lease,proto3" json:"lease,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1213,6 +1223,66 @@ func (x *AddPaths) GetTouch() bool {
 	return false
 }
 
+func (x *AddPaths) GetLease() *UnderLease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+// UnderLease names the lease of a build under which something is done.
+type UnderLease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Build         string                 `protobuf:"bytes,1,opt,name=build,proto3" json:"build,omitempty"` // its key in the queue
+	Token         uint64                 `protobuf:"varint,2,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnderLease) Reset() {
+	*x = UnderLease{}
+	mi := &file_flox_v1_log_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnderLease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnderLease) ProtoMessage() {}
+
+func (x *UnderLease) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_log_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnderLease.ProtoReflect.Descriptor instead.
+func (*UnderLease) Descriptor() ([]byte, []int) {
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *UnderLease) GetBuild() string {
+	if x != nil {
+		return x.Build
+	}
+	return ""
+}
+
+func (x *UnderLease) GetToken() uint64 {
+	if x != nil {
+		return x.Token
+	}
+	return 0
+}
+
 // NarFile: under which name a path's NAR was uploaded to the binary cache. Stock Nix
 // remembers the narinfo it wrote and reads from there later. Ignored if the path is
 // not valid with this NAR.
@@ -1227,7 +1297,7 @@ type NarFile struct {
 
 func (x *NarFile) Reset() {
 	*x = NarFile{}
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1239,7 +1309,7 @@ func (x *NarFile) String() string {
 func (*NarFile) ProtoMessage() {}
 
 func (x *NarFile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[15]
+	mi := &file_flox_v1_log_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1252,7 +1322,7 @@ func (x *NarFile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NarFile.ProtoReflect.Descriptor instead.
 func (*NarFile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *NarFile) GetName() string {
@@ -1287,7 +1357,7 @@ type RemovePaths struct {
 
 func (x *RemovePaths) Reset() {
 	*x = RemovePaths{}
-	mi := &file_flox_v1_log_proto_msgTypes[16]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1369,7 @@ func (x *RemovePaths) String() string {
 func (*RemovePaths) ProtoMessage() {}
 
 func (x *RemovePaths) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[16]
+	mi := &file_flox_v1_log_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1382,7 @@ func (x *RemovePaths) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemovePaths.ProtoReflect.Descriptor instead.
 func (*RemovePaths) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RemovePaths) GetPaths() []string {
@@ -1341,7 +1411,7 @@ type RemoveCondemned struct {
 
 func (x *RemoveCondemned) Reset() {
 	*x = RemoveCondemned{}
-	mi := &file_flox_v1_log_proto_msgTypes[17]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1353,7 +1423,7 @@ func (x *RemoveCondemned) String() string {
 func (*RemoveCondemned) ProtoMessage() {}
 
 func (x *RemoveCondemned) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[17]
+	mi := &file_flox_v1_log_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1366,7 +1436,7 @@ func (x *RemoveCondemned) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveCondemned.ProtoReflect.Descriptor instead.
 func (*RemoveCondemned) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RemoveCondemned) GetIndex() uint64 {
@@ -1393,7 +1463,7 @@ type SetTrustList struct {
 
 func (x *SetTrustList) Reset() {
 	*x = SetTrustList{}
-	mi := &file_flox_v1_log_proto_msgTypes[18]
+	mi := &file_flox_v1_log_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1405,7 +1475,7 @@ func (x *SetTrustList) String() string {
 func (*SetTrustList) ProtoMessage() {}
 
 func (x *SetTrustList) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[18]
+	mi := &file_flox_v1_log_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1418,7 +1488,7 @@ func (x *SetTrustList) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTrustList.ProtoReflect.Descriptor instead.
 func (*SetTrustList) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SetTrustList) GetList() []byte {
@@ -1442,7 +1512,7 @@ type PathsReply struct {
 
 func (x *PathsReply) Reset() {
 	*x = PathsReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[19]
+	mi := &file_flox_v1_log_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1524,7 @@ func (x *PathsReply) String() string {
 func (*PathsReply) ProtoMessage() {}
 
 func (x *PathsReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[19]
+	mi := &file_flox_v1_log_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1537,7 @@ func (x *PathsReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathsReply.ProtoReflect.Descriptor instead.
 func (*PathsReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PathsReply) GetIndex() uint64 {
@@ -1512,7 +1582,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_flox_v1_log_proto_msgTypes[20]
+	mi := &file_flox_v1_log_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1594,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[20]
+	mi := &file_flox_v1_log_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1607,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Difference) GetPath() string {
@@ -1594,7 +1664,7 @@ type PathInfo struct {
 
 func (x *PathInfo) Reset() {
 	*x = PathInfo{}
-	mi := &file_flox_v1_log_proto_msgTypes[21]
+	mi := &file_flox_v1_log_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +1676,7 @@ func (x *PathInfo) String() string {
 func (*PathInfo) ProtoMessage() {}
 
 func (x *PathInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[21]
+	mi := &file_flox_v1_log_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +1689,7 @@ func (x *PathInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathInfo.ProtoReflect.Descriptor instead.
 func (*PathInfo) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PathInfo) GetPath() string {
@@ -1706,7 +1776,7 @@ type TracesCommand struct {
 
 func (x *TracesCommand) Reset() {
 	*x = TracesCommand{}
-	mi := &file_flox_v1_log_proto_msgTypes[22]
+	mi := &file_flox_v1_log_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1788,7 @@ func (x *TracesCommand) String() string {
 func (*TracesCommand) ProtoMessage() {}
 
 func (x *TracesCommand) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[22]
+	mi := &file_flox_v1_log_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1801,7 @@ func (x *TracesCommand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesCommand.ProtoReflect.Descriptor instead.
 func (*TracesCommand) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TracesCommand) GetCommand() isTracesCommand_Command {
@@ -1786,7 +1856,7 @@ type MergeStarts struct {
 
 func (x *MergeStarts) Reset() {
 	*x = MergeStarts{}
-	mi := &file_flox_v1_log_proto_msgTypes[23]
+	mi := &file_flox_v1_log_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1798,7 +1868,7 @@ func (x *MergeStarts) String() string {
 func (*MergeStarts) ProtoMessage() {}
 
 func (x *MergeStarts) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[23]
+	mi := &file_flox_v1_log_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1811,7 +1881,7 @@ func (x *MergeStarts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeStarts.ProtoReflect.Descriptor instead.
 func (*MergeStarts) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *MergeStarts) GetReports() []*StartReport {
@@ -1837,7 +1907,7 @@ type StartReport struct {
 
 func (x *StartReport) Reset() {
 	*x = StartReport{}
-	mi := &file_flox_v1_log_proto_msgTypes[24]
+	mi := &file_flox_v1_log_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1849,7 +1919,7 @@ func (x *StartReport) String() string {
 func (*StartReport) ProtoMessage() {}
 
 func (x *StartReport) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[24]
+	mi := &file_flox_v1_log_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1862,7 +1932,7 @@ func (x *StartReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartReport.ProtoReflect.Descriptor instead.
 func (*StartReport) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StartReport) GetPath() string {
@@ -1898,7 +1968,7 @@ type SeenTree struct {
 
 func (x *SeenTree) Reset() {
 	*x = SeenTree{}
-	mi := &file_flox_v1_log_proto_msgTypes[25]
+	mi := &file_flox_v1_log_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1910,7 +1980,7 @@ func (x *SeenTree) String() string {
 func (*SeenTree) ProtoMessage() {}
 
 func (x *SeenTree) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[25]
+	mi := &file_flox_v1_log_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1923,7 +1993,7 @@ func (x *SeenTree) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenTree.ProtoReflect.Descriptor instead.
 func (*SeenTree) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SeenTree) GetPath() string {
@@ -1954,7 +2024,7 @@ type SeenChunk struct {
 
 func (x *SeenChunk) Reset() {
 	*x = SeenChunk{}
-	mi := &file_flox_v1_log_proto_msgTypes[26]
+	mi := &file_flox_v1_log_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1966,7 +2036,7 @@ func (x *SeenChunk) String() string {
 func (*SeenChunk) ProtoMessage() {}
 
 func (x *SeenChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[26]
+	mi := &file_flox_v1_log_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1979,7 +2049,7 @@ func (x *SeenChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenChunk.ProtoReflect.Descriptor instead.
 func (*SeenChunk) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SeenChunk) GetEntry() uint32 {
@@ -2036,7 +2106,7 @@ type StartState struct {
 
 func (x *StartState) Reset() {
 	*x = StartState{}
-	mi := &file_flox_v1_log_proto_msgTypes[27]
+	mi := &file_flox_v1_log_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2118,7 @@ func (x *StartState) String() string {
 func (*StartState) ProtoMessage() {}
 
 func (x *StartState) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[27]
+	mi := &file_flox_v1_log_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2131,7 @@ func (x *StartState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartState.ProtoReflect.Descriptor instead.
 func (*StartState) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StartState) GetPath() string {
@@ -2096,7 +2166,7 @@ type TracesReply struct {
 
 func (x *TracesReply) Reset() {
 	*x = TracesReply{}
-	mi := &file_flox_v1_log_proto_msgTypes[28]
+	mi := &file_flox_v1_log_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2108,7 +2178,7 @@ func (x *TracesReply) String() string {
 func (*TracesReply) ProtoMessage() {}
 
 func (x *TracesReply) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_log_proto_msgTypes[28]
+	mi := &file_flox_v1_log_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2191,7 @@ func (x *TracesReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TracesReply.ProtoReflect.Descriptor instead.
 func (*TracesReply) Descriptor() ([]byte, []int) {
-	return file_flox_v1_log_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_log_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TracesReply) GetSalt() []byte {
@@ -2160,11 +2230,12 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"\x05roots\x18\x06 \x01(\v2\x13.flox.v1.SetRootSetH\x00R\x05roots\x12(\n" +
 	"\x04sign\x18\a \x01(\v2\x12.flox.v1.SignPathsH\x00R\x04sign\x12*\n" +
 	"\x05build\x18\b \x01(\v2\x12.flox.v1.NoteBuildH\x00R\x05buildB\t\n" +
-	"\acommand\"{\n" +
+	"\acommand\"\xa6\x01\n" +
 	"\tNoteBuild\x12\x10\n" +
 	"\x03drv\x18\x01 \x01(\tR\x03drv\x12.\n" +
 	"\aoutputs\x18\x02 \x03(\v2\x14.flox.v1.BuiltOutputR\aoutputs\x12,\n" +
-	"\x06record\x18\x03 \x01(\v2\x14.flox.v1.BuildRecordR\x06record\"}\n" +
+	"\x06record\x18\x03 \x01(\v2\x14.flox.v1.BuildRecordR\x06record\x12)\n" +
+	"\x05lease\x18\x04 \x01(\v2\x13.flox.v1.UnderLeaseR\x05lease\"}\n" +
 	"\vBuiltOutput\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x0e\n" +
@@ -2228,14 +2299,19 @@ const file_flox_v1_log_proto_rawDesc = "" +
 	"\x03set\x18\x02 \x01(\fR\x03set\x12 \n" +
 	"\fseen_unix_ms\x18\x03 \x01(\x03R\n" +
 	"seenUnixMs\x12#\n" +
-	"\rchanged_index\x18\x04 \x01(\x04R\fchangedIndex\"\xdd\x01\n" +
+	"\rchanged_index\x18\x04 \x01(\x04R\fchangedIndex\"\x88\x02\n" +
 	"\bAddPaths\x12'\n" +
 	"\x05paths\x18\x01 \x03(\v2\x11.flox.v1.PathInfoR\x05paths\x12\x1c\n" +
 	"\tpublisher\x18\x02 \x01(\tR\tpublisher\x12-\n" +
 	"\tnar_files\x18\x03 \x03(\v2\x10.flox.v1.NarFileR\bnarFiles\x12\x1b\n" +
 	"\tplaced_on\x18\x04 \x03(\tR\bplacedOn\x12(\n" +
 	"\x10placed_in_bucket\x18\x05 \x01(\bR\x0eplacedInBucket\x12\x14\n" +
-	"\x05touch\x18\x06 \x01(\bR\x05touch\"L\n" +
+	"\x05touch\x18\x06 \x01(\bR\x05touch\x12)\n" +
+	"\x05lease\x18\a \x01(\v2\x13.flox.v1.UnderLeaseR\x05lease\"8\n" +
+	"\n" +
+	"UnderLease\x12\x14\n" +
+	"\x05build\x18\x01 \x01(\tR\x05build\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\x04R\x05token\"L\n" +
 	"\aNarFile\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
@@ -2319,7 +2395,7 @@ func file_flox_v1_log_proto_rawDescGZIP() []byte {
 	return file_flox_v1_log_proto_rawDescData
 }
 
-var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_flox_v1_log_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_flox_v1_log_proto_goTypes = []any{
 	(*Envelope)(nil),        // 0: flox.v1.Envelope
 	(*PathsCommand)(nil),    // 1: flox.v1.PathsCommand
@@ -2336,25 +2412,26 @@ var file_flox_v1_log_proto_goTypes = []any{
 	(*SetRootSet)(nil),      // 12: flox.v1.SetRootSet
 	(*MachineRoots)(nil),    // 13: flox.v1.MachineRoots
 	(*AddPaths)(nil),        // 14: flox.v1.AddPaths
-	(*NarFile)(nil),         // 15: flox.v1.NarFile
-	(*RemovePaths)(nil),     // 16: flox.v1.RemovePaths
-	(*RemoveCondemned)(nil), // 17: flox.v1.RemoveCondemned
-	(*SetTrustList)(nil),    // 18: flox.v1.SetTrustList
-	(*PathsReply)(nil),      // 19: flox.v1.PathsReply
-	(*Difference)(nil),      // 20: flox.v1.Difference
-	(*PathInfo)(nil),        // 21: flox.v1.PathInfo
-	(*TracesCommand)(nil),   // 22: flox.v1.TracesCommand
-	(*MergeStarts)(nil),     // 23: flox.v1.MergeStarts
-	(*StartReport)(nil),     // 24: flox.v1.StartReport
-	(*SeenTree)(nil),        // 25: flox.v1.SeenTree
-	(*SeenChunk)(nil),       // 26: flox.v1.SeenChunk
-	(*StartState)(nil),      // 27: flox.v1.StartState
-	(*TracesReply)(nil),     // 28: flox.v1.TracesReply
+	(*UnderLease)(nil),      // 15: flox.v1.UnderLease
+	(*NarFile)(nil),         // 16: flox.v1.NarFile
+	(*RemovePaths)(nil),     // 17: flox.v1.RemovePaths
+	(*RemoveCondemned)(nil), // 18: flox.v1.RemoveCondemned
+	(*SetTrustList)(nil),    // 19: flox.v1.SetTrustList
+	(*PathsReply)(nil),      // 20: flox.v1.PathsReply
+	(*Difference)(nil),      // 21: flox.v1.Difference
+	(*PathInfo)(nil),        // 22: flox.v1.PathInfo
+	(*TracesCommand)(nil),   // 23: flox.v1.TracesCommand
+	(*MergeStarts)(nil),     // 24: flox.v1.MergeStarts
+	(*StartReport)(nil),     // 25: flox.v1.StartReport
+	(*SeenTree)(nil),        // 26: flox.v1.SeenTree
+	(*SeenChunk)(nil),       // 27: flox.v1.SeenChunk
+	(*StartState)(nil),      // 28: flox.v1.StartState
+	(*TracesReply)(nil),     // 29: flox.v1.TracesReply
 }
 var file_flox_v1_log_proto_depIdxs = []int32{
 	14, // 0: flox.v1.PathsCommand.add:type_name -> flox.v1.AddPaths
-	16, // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
-	18, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
+	17, // 1: flox.v1.PathsCommand.remove:type_name -> flox.v1.RemovePaths
+	19, // 2: flox.v1.PathsCommand.trust:type_name -> flox.v1.SetTrustList
 	9,  // 3: flox.v1.PathsCommand.condemn:type_name -> flox.v1.CondemnPaths
 	10, // 4: flox.v1.PathsCommand.keep:type_name -> flox.v1.KeepPaths
 	12, // 5: flox.v1.PathsCommand.roots:type_name -> flox.v1.SetRootSet
@@ -2362,23 +2439,25 @@ var file_flox_v1_log_proto_depIdxs = []int32{
 	2,  // 7: flox.v1.PathsCommand.build:type_name -> flox.v1.NoteBuild
 	3,  // 8: flox.v1.NoteBuild.outputs:type_name -> flox.v1.BuiltOutput
 	6,  // 9: flox.v1.NoteBuild.record:type_name -> flox.v1.BuildRecord
-	4,  // 10: flox.v1.BuiltOutput.realisation:type_name -> flox.v1.Realisation
-	5,  // 11: flox.v1.Realisation.inputs:type_name -> flox.v1.RealisedInput
-	8,  // 12: flox.v1.SignPaths.paths:type_name -> flox.v1.PathSignatures
-	21, // 13: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
-	15, // 14: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
-	17, // 15: flox.v1.RemovePaths.condemned:type_name -> flox.v1.RemoveCondemned
-	20, // 16: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
-	23, // 17: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
-	24, // 18: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
-	25, // 19: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
-	26, // 20: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
-	25, // 21: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
-	22, // [22:22] is the sub-list for method output_type
-	22, // [22:22] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	15, // 10: flox.v1.NoteBuild.lease:type_name -> flox.v1.UnderLease
+	4,  // 11: flox.v1.BuiltOutput.realisation:type_name -> flox.v1.Realisation
+	5,  // 12: flox.v1.Realisation.inputs:type_name -> flox.v1.RealisedInput
+	8,  // 13: flox.v1.SignPaths.paths:type_name -> flox.v1.PathSignatures
+	22, // 14: flox.v1.AddPaths.paths:type_name -> flox.v1.PathInfo
+	16, // 15: flox.v1.AddPaths.nar_files:type_name -> flox.v1.NarFile
+	15, // 16: flox.v1.AddPaths.lease:type_name -> flox.v1.UnderLease
+	18, // 17: flox.v1.RemovePaths.condemned:type_name -> flox.v1.RemoveCondemned
+	21, // 18: flox.v1.PathsReply.differences:type_name -> flox.v1.Difference
+	24, // 19: flox.v1.TracesCommand.merge:type_name -> flox.v1.MergeStarts
+	25, // 20: flox.v1.MergeStarts.reports:type_name -> flox.v1.StartReport
+	26, // 21: flox.v1.StartReport.trees:type_name -> flox.v1.SeenTree
+	27, // 22: flox.v1.SeenTree.chunks:type_name -> flox.v1.SeenChunk
+	26, // 23: flox.v1.StartState.trees:type_name -> flox.v1.SeenTree
+	24, // [24:24] is the sub-list for method output_type
+	24, // [24:24] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_log_proto_init() }
@@ -2396,7 +2475,7 @@ func file_flox_v1_log_proto_init() {
 		(*PathsCommand_Sign)(nil),
 		(*PathsCommand_Build)(nil),
 	}
-	file_flox_v1_log_proto_msgTypes[22].OneofWrappers = []any{
+	file_flox_v1_log_proto_msgTypes[23].OneofWrappers = []any{
 		(*TracesCommand_Salt)(nil),
 		(*TracesCommand_Merge)(nil),
 	}
@@ -2406,7 +2485,7 @@ func file_flox_v1_log_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_log_proto_rawDesc), len(file_flox_v1_log_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

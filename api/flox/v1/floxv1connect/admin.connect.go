@@ -147,6 +147,10 @@ const (
 	ServersSeenProcedure = "/flox.v1.Servers/Seen"
 	// ServersStagedProcedure is the fully-qualified name of the Servers's Staged RPC.
 	ServersStagedProcedure = "/flox.v1.Servers/Staged"
+	// ServersBeatProcedure is the fully-qualified name of the Servers's Beat RPC.
+	ServersBeatProcedure = "/flox.v1.Servers/Beat"
+	// ServersBuildEventsProcedure is the fully-qualified name of the Servers's BuildEvents RPC.
+	ServersBuildEventsProcedure = "/flox.v1.Servers/BuildEvents"
 )
 
 // AdminClient is a client for the flox.v1.Admin service.
@@ -1475,6 +1479,10 @@ type ServersClient interface {
 	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
 	// Staged says what a publisher put here under a key whose path info came to the caller; NOT_FOUND.
 	Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error)
+	// Beat tells the leader that the caller is there, and whether it builds.
+	Beat(context.Context, *connect.Request[v1.BeatRequest]) (*connect.Response[v1.BeatResponse], error)
+	// BuildEvents streams what happens in a build that the callee has a lease of, from its beginning; NOT_FOUND.
+	BuildEvents(context.Context, *connect.Request[v1.UnderLease]) (*connect.ServerStreamForClient[v1.BuildEvent], error)
 }
 
 // NewServersClient constructs a client for the flox.v1.Servers service. By default, it uses the
@@ -1518,16 +1526,30 @@ func NewServersClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(serversMethods.ByName("Staged")),
 			connect.WithClientOptions(opts...),
 		),
+		beat: connect.NewClient[v1.BeatRequest, v1.BeatResponse](
+			httpClient,
+			baseURL+ServersBeatProcedure,
+			connect.WithSchema(serversMethods.ByName("Beat")),
+			connect.WithClientOptions(opts...),
+		),
+		buildEvents: connect.NewClient[v1.UnderLease, v1.BuildEvent](
+			httpClient,
+			baseURL+ServersBuildEventsProcedure,
+			connect.WithSchema(serversMethods.ByName("BuildEvents")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // serversClient implements ServersClient.
 type serversClient struct {
-	fetch  *connect.Client[v1.FetchRequest, v1.FetchResponse]
-	state  *connect.Client[v1.StateRequest, v1.StateResponse]
-	sweep  *connect.Client[v1.SweepRequest, v1.CollectProgress]
-	seen   *connect.Client[v1.SeenRequest, v1.SeenResponse]
-	staged *connect.Client[v1.StagedRequest, v1.StagedResponse]
+	fetch       *connect.Client[v1.FetchRequest, v1.FetchResponse]
+	state       *connect.Client[v1.StateRequest, v1.StateResponse]
+	sweep       *connect.Client[v1.SweepRequest, v1.CollectProgress]
+	seen        *connect.Client[v1.SeenRequest, v1.SeenResponse]
+	staged      *connect.Client[v1.StagedRequest, v1.StagedResponse]
+	beat        *connect.Client[v1.BeatRequest, v1.BeatResponse]
+	buildEvents *connect.Client[v1.UnderLease, v1.BuildEvent]
 }
 
 // Fetch calls flox.v1.Servers.Fetch.
@@ -1555,6 +1577,16 @@ func (c *serversClient) Staged(ctx context.Context, req *connect.Request[v1.Stag
 	return c.staged.CallUnary(ctx, req)
 }
 
+// Beat calls flox.v1.Servers.Beat.
+func (c *serversClient) Beat(ctx context.Context, req *connect.Request[v1.BeatRequest]) (*connect.Response[v1.BeatResponse], error) {
+	return c.beat.CallUnary(ctx, req)
+}
+
+// BuildEvents calls flox.v1.Servers.BuildEvents.
+func (c *serversClient) BuildEvents(ctx context.Context, req *connect.Request[v1.UnderLease]) (*connect.ServerStreamForClient[v1.BuildEvent], error) {
+	return c.buildEvents.CallServerStream(ctx, req)
+}
+
 // ServersHandler is an implementation of the flox.v1.Servers service.
 type ServersHandler interface {
 	// Fetch brings blocks from the caller (or whoever has them) and answers once they are durable here.
@@ -1567,6 +1599,10 @@ type ServersHandler interface {
 	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
 	// Staged says what a publisher put here under a key whose path info came to the caller; NOT_FOUND.
 	Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error)
+	// Beat tells the leader that the caller is there, and whether it builds.
+	Beat(context.Context, *connect.Request[v1.BeatRequest]) (*connect.Response[v1.BeatResponse], error)
+	// BuildEvents streams what happens in a build that the callee has a lease of, from its beginning; NOT_FOUND.
+	BuildEvents(context.Context, *connect.Request[v1.UnderLease], *connect.ServerStream[v1.BuildEvent]) error
 }
 
 // NewServersHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -1606,6 +1642,18 @@ func NewServersHandler(svc ServersHandler, opts ...connect.HandlerOption) (strin
 		connect.WithSchema(serversMethods.ByName("Staged")),
 		connect.WithHandlerOptions(opts...),
 	)
+	serversBeatHandler := connect.NewUnaryHandler(
+		ServersBeatProcedure,
+		svc.Beat,
+		connect.WithSchema(serversMethods.ByName("Beat")),
+		connect.WithHandlerOptions(opts...),
+	)
+	serversBuildEventsHandler := connect.NewServerStreamHandler(
+		ServersBuildEventsProcedure,
+		svc.BuildEvents,
+		connect.WithSchema(serversMethods.ByName("BuildEvents")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/flox.v1.Servers/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case ServersFetchProcedure:
@@ -1618,6 +1666,10 @@ func NewServersHandler(svc ServersHandler, opts ...connect.HandlerOption) (strin
 			serversSeenHandler.ServeHTTP(w, r)
 		case ServersStagedProcedure:
 			serversStagedHandler.ServeHTTP(w, r)
+		case ServersBeatProcedure:
+			serversBeatHandler.ServeHTTP(w, r)
+		case ServersBuildEventsProcedure:
+			serversBuildEventsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1645,4 +1697,12 @@ func (UnimplementedServersHandler) Seen(context.Context, *connect.Request[v1.See
 
 func (UnimplementedServersHandler) Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Staged is not implemented"))
+}
+
+func (UnimplementedServersHandler) Beat(context.Context, *connect.Request[v1.BeatRequest]) (*connect.Response[v1.BeatResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Beat is not implemented"))
+}
+
+func (UnimplementedServersHandler) BuildEvents(context.Context, *connect.Request[v1.UnderLease], *connect.ServerStream[v1.BuildEvent]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.BuildEvents is not implemented"))
 }
