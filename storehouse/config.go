@@ -117,7 +117,9 @@ type Config struct {
 	// workerLost overrides its constant; 0 = that.
 	workerLost time.Duration
 	// keepsLeases has a server that stops leave its leases to be taken, as one does that is killed.
-	keepsLeases  bool
+	keepsLeases bool
+	// noFarm has the queue of builds stay as it is.
+	noFarm       bool
 	noCatchUp    bool
 	scrubEvery   time.Duration
 	touchEvery   time.Duration // overrides the constant

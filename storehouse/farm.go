@@ -57,6 +57,10 @@ func (f *farming) id() string { return string(f.s.id.peer) }
 
 // run takes part until ctx ends.
 func (f *farming) run(ctx context.Context) error {
+	if f.s.cfg.noFarm {
+		<-ctx.Done()
+		return nil
+	}
 	group, ctx := errgroup.WithContext(ctx)
 	f.mu.Lock()
 	f.work, f.ctx = group, ctx

@@ -60,6 +60,7 @@ func goldenPaths(t *testing.T) (base, top, drv, behind testPath) {
 func writeGolden(t *testing.T, file string) {
 	t.Helper()
 	cfg := testConfig(t.TempDir())
+	cfg.noFarm = true // it would end what nobody waits for
 	cfg.OpenMembership, cfg.Socket = false, filepath.Join(t.TempDir(), "s.sock")
 	s, stop := start(t, cfg)
 	admin := operatorOf(t, s)
@@ -234,6 +235,7 @@ func TestOpensStatesOfOlderPrograms(t *testing.T) {
 				if err := os.RemoveAll(filepath.Join(cfg.StateDir, "raft", lost)); err != nil {
 					t.Fatal(err)
 				}
+				cfg.noFarm = true // it would end what nobody waits for
 				cfg.OpenMembership, cfg.Socket = false, filepath.Join(t.TempDir(), "s.sock")
 				for range 2 { // and what this program made of it
 					s, stop := start(t, cfg)
