@@ -296,11 +296,9 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	group.Go(func() error { return s.scrubLoop(gctx) })
 	group.Go(func() error { return s.mender.run(gctx) })
 	group.Go(func() error { return s.staging.run(gctx, s.packs) })
-	group.Go(func() error { return s.tracker.run(gctx) })
-	group.Go(func() error { return s.builds.run(gctx) })
-	group.Go(func() error { return s.farm.run(gctx) })
-	group.Go(func() error { return s.guard(gctx) })
-	group.Go(func() error { return s.collectLoop(gctx) })
+	for _, run := range []func(context.Context) error{s.tracker.run, s.builds.run, s.farm.run, s.guard, s.collectLoop} {
+		group.Go(func() error { return run(gctx) })
+	}
 	err = group.Wait()
 	stopLog()
 	if logErr := <-logDone; logErr != nil {
