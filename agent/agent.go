@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent/fetchlog"
 	"github.com/floxctl/flox/agent/warden"
 	"github.com/floxctl/flox/api"
 	"github.com/floxctl/flox/content"
@@ -144,6 +145,7 @@ type Agent struct {
 	known        *knownPeers
 	waits        *waits
 	traffic      *traffic
+	history      *fetchlog.Log
 	store        *store
 	mount        *fuse.Server // nil without a warden
 	serving      *serving     // of the mount
@@ -164,7 +166,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, started: time.Now(),
-		negatives: newNegatives(), waits: newWaits(), traffic: &traffic{},
+		negatives: newNegatives(), waits: newWaits(), traffic: &traffic{}, history: fetchlog.New(),
 		pages:  content.NewPageCache(pageCacheBytes),
 		kernel: &kernel{warden: cfg.Warden},
 	}
@@ -310,11 +312,11 @@ func (a *Agent) prepareNetwork() {
 		asking: make(chan struct{}, 1),
 	}
 	a.resolver = &resolver{
-		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.late, houses: a.houses, traffic: a.traffic, log: a.log,
+		facts: a.facts, negatives: a.negatives, calls: a.calls, host: a.late, houses: a.houses, traffic: a.traffic, history: a.history, log: a.log,
 		life: life, places: newPlaces(maxLookups, spareLookups), flights: make(map[string]*lookupFlight), staged: a.stagedInfo, shut: a.staged.Shut,
 	}
 	a.fetcher = newFetcher(life, a.late, a.cache, a.traffic, a.log)
-	a.fetcher.near = a.local.chunk
+	a.fetcher.near, a.fetcher.history = a.local.chunk, a.history
 	a.ahead = &prefetcher{fetcher: a.fetcher, waits: a.waits, off: a.cfg.NoPrefetch, rate: a.cfg.PrefetchRate, life: completeLife}
 	a.complete = newCompleter(a, a.ran, a.policies)
 	a.readers = newReadAhead(life, a.ahead, a.late.farthest)

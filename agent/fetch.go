@@ -11,6 +11,7 @@ import (
 	"time"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent/fetchlog"
 	"github.com/floxctl/flox/content/cache"
 	"github.com/floxctl/flox/p2p"
 )
@@ -71,6 +72,7 @@ type fetcher struct {
 	cache   *cache.Cache
 	traffic *traffic
 	near    func(p piece) ([]byte, error) // from another store of this machine; nil = there is none
+	history *fetchlog.Log
 	log     *slog.Logger
 	life    context.Context //nolint:containedctx // ends with the agent
 	places  chan struct{}
@@ -353,7 +355,11 @@ func (f *fetcher) joinAll(pieces []piece) []*flight {
 
 // run fetches a batch, stores what arrives and ends every flight.
 func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
-	flights = f.fromCache(ctx, flights)
+	var p flox.StorePath // "" = of none in particular
+	if len(hints.Paths) > 0 {
+		p = hints.Paths[0]
+	}
+	flights = f.fromCache(ctx, p, flights)
 	if len(flights) == 0 {
 		return
 	}
@@ -361,13 +367,18 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 	slices.SortStableFunc(flights, func(a, b *flight) int { return btoi(b.hurry) - btoi(a.hurry) })
 	f.mu.Unlock()
 	wants := make([]p2p.Want, len(flights))
+	var bytes, came uint64
+	blocks := 0
 	for i, fl := range flights {
+		bytes += fl.piece.size()
 		wants[i] = p2p.Want{ID: fl.piece.chunk.ID, Size: fl.piece.chunk.Size}
 		if fl.piece.loose != nil {
 			wants[i].About = fl.piece.loose.about
 		}
 	}
 	ended := make([]bool, len(flights))
+	over := f.history.Begin(p, len(flights), bytes, hints.Background)
+	hints.Steps = f.history.Steps(p)
 	err := f.host.Fetch(ctx, wants, hints, func(i int, data []byte, from p2p.Source) {
 		if ended[i] {
 			return
@@ -375,6 +386,7 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 		ended[i] = true
 		fl := flights[i]
 		fl.data, fl.from = data, from
+		blocks, came = blocks+1, came+uint64(len(data))
 		f.traffic.block(len(data), from, fl.piece.manifest())
 		if fl.batch.arrived != nil {
 			fl.batch.arrived.Add(uint64(len(data)))
@@ -383,9 +395,10 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 		f.store(ctx, fl.piece, data)
 		f.end(fl)
 	})
-	if err == nil {
+	if err == nil && blocks < len(flights) {
 		err = fmt.Errorf("fetch ended without all blocks: %w", flox.ErrUnreachable)
 	}
+	over(blocks, came, err)
 	for i, fl := range flights {
 		if !ended[i] {
 			fl.err = err
@@ -397,7 +410,7 @@ func (f *fetcher) run(ctx context.Context, flights []*flight, hints p2p.Hints) {
 
 // fromCache ends the flights of chunks that are here as part of another file, or in
 // another store, or came since they were missed, and returns the others.
-func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
+func (f *fetcher) fromCache(ctx context.Context, of flox.StorePath, flights []*flight) []*flight {
 	rest := make([]*flight, 0, len(flights))
 	for _, fl := range flights {
 		p := fl.piece
@@ -413,6 +426,7 @@ func (f *fetcher) fromCache(ctx context.Context, flights []*flight) []*flight {
 			continue
 		}
 		fl.data, fl.local = data, true
+		f.history.Local(of)
 		close(fl.done)
 		if p.loose != nil || f.cache.State(p.file, p.off, int64(p.chunk.Size)) != cache.Hit {
 			f.store(ctx, p, data)
@@ -463,35 +477,4 @@ func (f *fetcher) end(fl *flight) {
 	}
 	f.mu.Unlock()
 	close(fl.kept)
-}
-
-// blocks serves the blocks of one path's manifest: from the cache, else from
-// the swarm.
-type blocks struct {
-	a        *Agent
-	path     flox.StorePath
-	patience time.Duration // how long one block may take; 0 = until the caller gives up
-}
-
-// Get implements flox.Blocks.
-func (b blocks) Get(ctx context.Context, id flox.CID) ([]byte, error) {
-	if data, err := b.a.cache.Get(ctx, id); err == nil {
-		return data, nil
-	}
-	if data, err := b.a.staged.Get(ctx, id); err == nil {
-		return data, nil
-	}
-	if b.patience > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, b.patience)
-		defer cancel()
-	}
-	watch := b.a.waits.begin(0, opManifest, b.a.cfg.StoreDir.Join(b.path), 0)
-	defer watch.end()
-	var out []byte
-	err := b.a.fetcher.fetch(ctx, []piece{{chunk: flox.Chunk{ID: id}}}, b.a.hints(b.path), watch, func(_ piece, data []byte) error {
-		out = data
-		return nil
-	})
-	return out, err
 }

@@ -14,6 +14,7 @@ import (
 	"connectrpc.com/connect"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent/fetchlog"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/content"
@@ -59,8 +60,9 @@ type resolver struct {
 	far       func() bool                                   // whether round trips are long: near, blocks come from who is nearest
 	// root keeps a block of a manifest that came with facts, and gives the pages of
 	// the manifest if it is its root; nil = none are asked for.
-	root func(ctx context.Context, id flox.CID, data []byte) (pages []flox.CID)
-	log  *slog.Logger
+	root    func(ctx context.Context, id flox.CID, data []byte) (pages []flox.CID)
+	history *fetchlog.Log
+	log     *slog.Logger
 
 	life context.Context //nolint:containedctx // ends with the agent: look-ups outlive their callers
 	work sync.WaitGroup  // look-ups under way; Run waits for them
@@ -173,9 +175,11 @@ func (f *lookupFlight) newest() error {
 // is not valid, or ctx ends.
 func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight) (*flox.PathInfo, error) {
 	asked := make(map[p2p.PeerID]bool)
+	end := r.history.LookUp(p)
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
 		info, err := r.round(ctx, p, asked)
 		if final(err) {
+			end(err)
 			return info, err
 		}
 		f.mu.Lock()
@@ -184,7 +188,9 @@ func (r *resolver) search(ctx context.Context, p flox.StorePath, f *lookupFlight
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return nil, fmt.Errorf("no answer about %s: %w", p, because(err, flox.ErrUnreachable))
+			err = fmt.Errorf("no answer about %s: %w", p, because(err, flox.ErrUnreachable))
+			end(err)
+			return nil, err
 		}
 	}
 }
@@ -239,6 +245,7 @@ func (r *resolver) round(ctx context.Context, p flox.StorePath, asked map[p2p.Pe
 				open++
 			}
 			peersAsked = true
+			r.history.Note(p, fetchlog.Step{At: time.Now(), Kind: fetchlog.FactsLate})
 			r.work.Go(func() {
 				info, err := r.askPeers(ctx, p, asked)
 				peers <- answer{info, err}
@@ -274,10 +281,14 @@ func (r *resolver) ask(ctx context.Context, peer p2p.PeerID, p flox.StorePath, c
 		MaxAgeMs: r.houses.maxAge(),
 	})
 	trip := r.traffic.trips.next()
+	told := r.history.AskFacts(p, peer, closure)
 	response, err := r.calls.facts(peer).Paths(ctx, request)
 	if err != nil {
-		return nil, nil, &unreachable{api.FromConnect(err)}
+		err = &unreachable{api.FromConnect(err)}
+		told(0, false, err)
+		return nil, nil, err
 	}
+	told(len(response.Msg.GetFound()), slices.Contains(response.Msg.GetInvalid(), p.HashPart()), nil)
 	r.traffic.trips.waited(trip)
 	found := response.Msg.GetFound()
 	if !closure {

@@ -49,7 +49,7 @@ and exact with --json; what goes on over time is JSON lines there.
 	flags.BoolVar(&g.json, "json", false, "print facts as JSON")
 	flags.BoolVar(&g.noColor, "no-color", false, "print without colours (also: NO_COLOR in the environment)")
 	root.AddCommand(
-		newStatusCmd(g), newPeersCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
+		newStatusCmd(g), newPeersCmd(g), newExplainCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
 		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
 		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g), newKeyCmd(g), newStorehouseCmd(g), newImportCmd(g), newUpstreamCmd(g),
 		newProfileCmd(g), newInstallCmd(g), newUninstallCmd(g), newListCmd(g), newShowCmd(g), newHistoryCmd(g), newDiffCmd(g), newWhyCmd(g), newRollbackCmd(g),

@@ -219,6 +219,10 @@ func (s *scripted) Peers(_ context.Context, r *connect.Request[floxv1.PeersReque
 	return unary[floxv1.PeersRequest, floxv1.PeersResponse](s, "Peers", r)
 }
 
+func (s *scripted) Explain(_ context.Context, r *connect.Request[floxv1.ExplainRequest]) (*connect.Response[floxv1.ExplainResponse], error) {
+	return unary[floxv1.ExplainRequest, floxv1.ExplainResponse](s, "Explain", r)
+}
+
 func (s *scripted) Path(_ context.Context, r *connect.Request[floxv1.PathRequest]) (*connect.Response[floxv1.PathResponse], error) {
 	return unary[floxv1.PathRequest, floxv1.PathResponse](s, "Path", r)
 }

@@ -70,6 +70,21 @@ func TestLookAround(t *testing.T) {
 		t.Errorf("store cat: exit code %d, %d bytes, want %d", r.code, len(r.out), len(want))
 	}
 
+	x := l.explained(t, a, l.world.Ripgrep.Exe)
+	steps := x.kinds()
+	for _, step := range []string{"look-up", "facts-asked", "facts", "known", "fetch", "asked", "gave", "fetched"} {
+		if steps[step] == 0 {
+			t.Errorf("explain tells no step %q: %+v", step, x)
+		}
+	}
+	if x.Path != rg || len(x.Sources) != 1 || x.Sources[0].Tier != "storehouse" || x.Sources[0].Bytes == 0 || x.LocalBytes < uint64(len(want)) || x.WaitedMs <= 0 {
+		t.Errorf("explain: %+v", x)
+	}
+	if x := l.explained(t, a, l.world.StoreDir.Join(l.world.Unused.Path)); len(x.Steps) != 0 || x.Known {
+		t.Errorf("explain of what nobody read: %+v", x)
+	}
+	l.ctl(t, a, "explain", rg).want(t, 0, "(storehouse) gave ")
+
 	type info struct {
 		Path, NarHash string
 		NarSize       uint64
@@ -89,6 +104,37 @@ func TestLookAround(t *testing.T) {
 	l.ctl(t, a, "store", "ls", rg+"/nothing").want(t, 3, rg+"/nothing")
 	l.ctl(t, a, "store", "info", "/etc/passwd").want(t, 2, "/etc/passwd")
 	l.ctl(t, a, "doctor").want(t, 0)
+}
+
+// explained is what floxctl explain says.
+type explained struct {
+	Path  string
+	Known bool
+	Steps []struct {
+		Kind, Name, Tier, Why string
+	}
+	Sources []struct {
+		Tier  string
+		Bytes uint64
+	}
+	LocalBytes uint64
+	WaitedMs   float64
+}
+
+func (l *lab) explained(t *testing.T, a *hosts.Agent, path string) explained {
+	t.Helper()
+	r := l.ctl(t, a, "explain", "--json", path)
+	r.want(t, 0)
+	return lines[explained](t, r.out)[0]
+}
+
+// kinds counts the steps of each kind.
+func (x explained) kinds() map[string]int {
+	n := make(map[string]int)
+	for _, s := range x.Steps {
+		n[s.Kind]++
+	}
+	return n
 }
 
 // TestWatchASlowRead: who waits, for what, how far it is and from where.

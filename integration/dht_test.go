@@ -36,4 +36,13 @@ func TestSwarmWithoutAStorehouse(t *testing.T) {
 	if got.Storehouse != 0 || got.Peers() == 0 {
 		t.Errorf("from the storehouse %d bytes, from peers %d", got.Storehouse, got.Peers())
 	}
+	x := l.explained(t, b, path)
+	if steps := x.kinds(); steps["facts-late"] == 0 || steps["facts"] == 0 || steps["gave"] == 0 {
+		t.Errorf("explain does not tell that other machines were asked: %+v", x)
+	}
+	for _, s := range x.Sources {
+		if s.Tier == "storehouse" && s.Bytes > 0 {
+			t.Errorf("explain tells of bytes from the storehouse: %+v", s)
+		}
+	}
 }

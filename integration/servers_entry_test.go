@@ -167,10 +167,10 @@ func (h *house) joined() bool {
 	must(h.t, s.Start(h.t.Context()))
 	want := dirSize(h.t, h.servers[0].State()+"/packs/packs")
 	have := func() int64 { return dirSize(h.t, s.State()+"/packs/packs") }
-	most, now := uint64(0), uint64(0)
+	most, now, verified := uint64(0), uint64(0), ""
 	h.t.Cleanup(func() {
 		if h.t.Failed() {
-			h.t.Logf("the new server lacked %d, at most %d; it has %d bytes, the first one had %d", now, most, have(), want)
+			h.t.Logf("the new server lacked %d, at most %d; it has %d bytes, the first one had %d; verify said: %s", now, most, have(), want, verified)
 		}
 	})
 	lacks := func() bool {
@@ -194,13 +194,13 @@ func (h *house) joined() bool {
 	h.t.Logf("%d MiB brought in %s beside writers, told to lack up to %d; the leader sent %d MiB meanwhile, and stayed: %v", want>>20, took, most, counters.Sub(sent).TxBytes>>20, stayed)
 	must(h.t, leader.Host.Rate(h.t.Context(), 0))
 	stopWriting()
-	h.eventually("the new server holds every path", func() bool {
+	h.progresses("the new server holds every path", &now, func() bool {
 		if lacks() {
 			return false
 		}
 		must(h.t, s.Stop())
 		r := do(h.t, host, h.programs.Floxd, "storehouse", "verify", "--state-dir", d.Dir)
-		if r.code != 0 {
+		if verified = string(tail([]byte(r.out))); r.code != 0 {
 			must(h.t, s.Start(h.t.Context()))
 		}
 		return r.code == 0

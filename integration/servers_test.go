@@ -111,6 +111,20 @@ func (h *house) eventually(what string, ok func() bool) {
 	}
 }
 
+// progresses is eventually with a minute for each time that left became less: a soak
+// before this made a store of a size of its own.
+func (h *house) progresses(what string, left *uint64, ok func() bool) {
+	h.t.Helper()
+	for begun, least := time.Now(), ^uint64(0); !ok(); time.Sleep(50 * time.Millisecond) {
+		if *left < least {
+			begun, least = time.Now(), *left
+		}
+		if time.Since(begun) > time.Minute {
+			h.t.Fatalf("not in a minute: %s; %d left", what, *left)
+		}
+	}
+}
+
 // up waits until every server that runs answers.
 func (h *house) up() {
 	h.t.Helper()

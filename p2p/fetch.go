@@ -25,6 +25,7 @@ type call struct {
 	only       peer.ID // FetchFrom: nobody else
 	background bool
 	search     *search // the look-up of who holds the path; may be nil
+	steps      func(Step)
 
 	// guarded by peerTable.mu
 	open map[*flight]int // how often this call waits for it
@@ -55,7 +56,7 @@ type result struct {
 // if nobody who might have it answered (by the deadline of ctx), ErrBadInput
 // for an impossible want. When ctx is cancelled it returns its error.
 func (h *Host) Fetch(ctx context.Context, wants []Want, hints Hints, deliver func(i int, data []byte, from Source)) error {
-	c := &call{ctx: ctx, background: hints.Background, search: h.finds.search(hints)}
+	c := &call{ctx: ctx, background: hints.Background, search: h.finds.search(hints), steps: hints.Steps}
 	if !hints.AnyOrder {
 		return h.fetch(ctx, c, wants, deliver)
 	}
@@ -86,7 +87,7 @@ func (h *Host) FetchRange(ctx context.Context, want Want, off, length uint32, hi
 	}
 	var data []byte
 	var source Source
-	c := &call{ctx: ctx, background: hints.Background, search: h.finds.search(hints)}
+	c := &call{ctx: ctx, background: hints.Background, search: h.finds.search(hints), steps: hints.Steps}
 	err := h.fetchKeys(ctx, c, 1, func(int) (flightKey, sizes) {
 		return flightKey{want.ID, off, length}, sizes{want.Size, want.About}
 	}, func(_ int, b []byte, from Source) { data, source = b, from })

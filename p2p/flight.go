@@ -343,6 +343,7 @@ func better(a, b *remote, f *flight) bool {
 func (s *scheduler) ask(f *flight, r *remote) {
 	a := &attempt{f: f, r: r, key: f.key, size: f.size.exact, cost: f.key.cost(f.size), flags: s.flagsFor(f, r), background: f.background}
 	f.active = append(f.active, a)
+	s.tellOf(f, StepAsked, r, Step{})
 	r.link.push(a)
 	s.kick[r] = struct{}{}
 	s.arm(f, s.patience(a))
@@ -406,6 +407,7 @@ func (s *scheduler) hedgeLocked(f *flight) {
 		s.arm(f, s.patience(last)+rand.N(minHedge))
 		return
 	}
+	s.tellOf(f, StepLate, last.r, Step{Took: last.waited(time.Now())})
 	if last.lane == nil && r.tier != TierStorehouse {
 		s.callOff(last)
 		f.active = f.active[:len(f.active)-1]

@@ -215,6 +215,7 @@ func (s *scheduler) fail(a *attempt, status wire.Status, err error) {
 	}
 	r := a.r
 	f.lastErr = err
+	s.tellOf(f, StepFailed, a.r, Step{Took: a.waited(time.Now()), Why: err.Error()})
 	switch {
 	case status == wire.StatusBusy:
 		r.busyUntil = time.Now().Add(busyPause)
@@ -339,6 +340,7 @@ func (s *scheduler) answered(a *attempt, data []byte, wireBytes int) {
 	a.lane.moved, a.lane.got = now, now
 	f := s.settle(a)
 	if f != nil {
+		s.tellOf(f, StepGave, r, Step{Bytes: len(data), Took: took})
 		s.finish(f, result{data: data, from: Source{Peer: r.name, Tier: r.tier, Wire: wireBytes}})
 	}
 	s.refill(r)

@@ -41,24 +41,27 @@ type lookups struct {
 type keySearch struct {
 	begun time.Time
 	done  chan struct{}
+	met   int // once done is closed
 }
 
 // search is what one Fetch looks up. It begins when the first block has no
 // near holder.
 type search struct {
-	of   *lookups
-	keys []flox.CID
+	of    *lookups
+	keys  []flox.CID
+	steps func(Step) // nil = nobody asks
 
 	mu      sync.Mutex
 	started bool
 	begun   time.Time // of the youngest part; zero = there is none
 	parts   []*keySearch
+	tell    bool // that it is over, once it is
 }
 
 func newLookups(h *Host) *lookups { return &lookups{h: h, keys: map[flox.CID]*keySearch{}} }
 
 func (l *lookups) search(hints Hints) *search {
-	s := &search{of: l}
+	s := &search{of: l, steps: hints.Steps}
 	for _, p := range hints.Paths[:min(len(hints.Paths), lookupPaths)] {
 		s.keys = append(s.keys, PathKey(p))
 	}
@@ -73,11 +76,16 @@ func (s *search) begin() time.Time {
 	defer s.mu.Unlock()
 	if !s.started {
 		s.started = true
+		now := time.Now()
 		for _, k := range s.keys {
 			if part := s.of.start(k); part != nil {
 				s.parts = append(s.parts, part)
 				s.begun = later(s.begun, part.begun)
 			}
+		}
+		if s.steps != nil && !s.begun.Before(now) { // else somebody else did it lately
+			s.tell = true
+			s.steps(Step{At: now, Kind: StepSearch})
 		}
 	}
 	if s.of.inVain() {
@@ -112,6 +120,14 @@ func (s *search) finished() bool {
 		default:
 			return false
 		}
+	}
+	if s.tell {
+		s.tell = false
+		found := Step{At: time.Now(), Kind: StepFound, Took: time.Since(s.begun)}
+		for _, p := range s.parts {
+			found.Count += p.met
+		}
+		s.steps(found)
 	}
 	return true
 }
@@ -150,6 +166,7 @@ func (l *lookups) run(key flox.CID, k *keySearch) {
 	if met > 0 {
 		l.vain = 0
 	}
+	k.met = met
 	close(k.done)
 	l.mu.Unlock()
 	t := l.h.peers

@@ -233,6 +233,9 @@ type Hints struct {
 	// AnyOrder says that the blocks are needed all, in no order: machines that fetch
 	// the same then ask for different ones first, and can give them to each other.
 	AnyOrder bool
+	// Steps hears what is done to get the blocks; nil = nobody asks. It is called from
+	// many goroutines while the host is locked: it must be quick and not call the host.
+	Steps func(Step)
 }
 
 // PeerStat is what is known of a connected peer.

@@ -94,6 +94,7 @@ func (s *scheduler) elsewhere(a *attempt, holders []wire.HolderAddr) error {
 	a.lane.moved = time.Now()
 	if f := s.settle(a); f != nil {
 		s.sendTo(f, holders)
+		s.tellOf(f, StepSent, a.r, Step{Count: len(f.steered.to), Took: a.waited(time.Now())})
 		s.assign(f)
 	}
 	s.refill(a.r)

@@ -1473,6 +1473,434 @@ func (x *WaitingRead) GetReason() string {
 	return ""
 }
 
+type ExplainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ExplainRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type ExplainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`                                            // absolute
+	Steps         []*FetchStep           `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`                                          // oldest first; none = nothing was done for it since started
+	LeftOut       uint32                 `protobuf:"varint,3,opt,name=left_out,json=leftOut,proto3" json:"left_out,omitempty"`                      // steps left out after the first ones ...
+	LeftOutAfter  uint32                 `protobuf:"varint,4,opt,name=left_out_after,json=leftOutAfter,proto3" json:"left_out_after,omitempty"`     // ... so many
+	Sources       []*FetchSource         `protobuf:"bytes,5,rep,name=sources,proto3" json:"sources,omitempty"`                                      // who gave most first
+	LocalBlocks   uint32                 `protobuf:"varint,6,opt,name=local_blocks,json=localBlocks,proto3" json:"local_blocks,omitempty"`          // had from this machine: of other files, or another store
+	Open          uint32                 `protobuf:"varint,7,opt,name=open,proto3" json:"open,omitempty"`                                           // fetches under way
+	Fetches       uint32                 `protobuf:"varint,8,opt,name=fetches,proto3" json:"fetches,omitempty"`                                     // that somebody waited for, and are over
+	WaitedMs      float64                `protobuf:"fixed64,9,opt,name=waited_ms,json=waitedMs,proto3" json:"waited_ms,omitempty"`                  // in all of them together
+	SlowestMs     float64                `protobuf:"fixed64,10,opt,name=slowest_ms,json=slowestMs,proto3" json:"slowest_ms,omitempty"`              // of them
+	StartedUnixMs int64                  `protobuf:"varint,11,opt,name=started_unix_ms,json=startedUnixMs,proto3" json:"started_unix_ms,omitempty"` // of the agent: what was before is not known
+	Known         bool                   `protobuf:"varint,12,opt,name=known,proto3" json:"known,omitempty"`                                        // its facts are here
+	LocalBytes    uint64                 `protobuf:"varint,13,opt,name=local_bytes,json=localBytes,proto3" json:"local_bytes,omitempty"`            // of its content that is here, if its manifest is
+	ContentBytes  uint64                 `protobuf:"varint,14,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`      // of all its files; 0 = the manifest is not here
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ExplainResponse) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetSteps() []*FetchStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetLeftOut() uint32 {
+	if x != nil {
+		return x.LeftOut
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetLeftOutAfter() uint32 {
+	if x != nil {
+		return x.LeftOutAfter
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetSources() []*FetchSource {
+	if x != nil {
+		return x.Sources
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetLocalBlocks() uint32 {
+	if x != nil {
+		return x.LocalBlocks
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetOpen() uint32 {
+	if x != nil {
+		return x.Open
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetFetches() uint32 {
+	if x != nil {
+		return x.Fetches
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetWaitedMs() float64 {
+	if x != nil {
+		return x.WaitedMs
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetSlowestMs() float64 {
+	if x != nil {
+		return x.SlowestMs
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetStartedUnixMs() int64 {
+	if x != nil {
+		return x.StartedUnixMs
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetKnown() bool {
+	if x != nil {
+		return x.Known
+	}
+	return false
+}
+
+func (x *ExplainResponse) GetLocalBytes() uint64 {
+	if x != nil {
+		return x.LocalBytes
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetContentBytes() uint64 {
+	if x != nil {
+		return x.ContentBytes
+	}
+	return 0
+}
+
+// FetchStep is one thing done to find or fetch a path.
+type FetchStep struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	AtUnixUs int64                  `protobuf:"varint,1,opt,name=at_unix_us,json=atUnixUs,proto3" json:"at_unix_us,omitempty"`
+	// look-up, facts-asked, facts, facts-none, facts-failed, facts-late, known, unknown, fetch, search, found,
+	// asked, late, gave, sent, failed, fetched, unfetched
+	Kind          string  `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Peer          string  `protobuf:"bytes,3,opt,name=peer,proto3" json:"peer,omitempty"`                         // "" = nobody in particular
+	PeerName      string  `protobuf:"bytes,4,opt,name=peer_name,json=peerName,proto3" json:"peer_name,omitempty"` // in the member list
+	Tier          string  `protobuf:"bytes,5,opt,name=tier,proto3" json:"tier,omitempty"`                         // lan, site, far, storehouse
+	Count         uint32  `protobuf:"varint,6,opt,name=count,proto3" json:"count,omitempty"`
+	Bytes         uint64  `protobuf:"varint,7,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	TookMs        float64 `protobuf:"fixed64,8,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"` // since what it ends began
+	Background    bool    `protobuf:"varint,9,opt,name=background,proto3" json:"background,omitempty"`        // of a fetch: nobody waits for it
+	Why           string  `protobuf:"bytes,10,opt,name=why,proto3" json:"why,omitempty"`
+	Times         uint32  `protobuf:"varint,11,opt,name=times,proto3" json:"times,omitempty"` // how often one after the other
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchStep) Reset() {
+	*x = FetchStep{}
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchStep) ProtoMessage() {}
+
+func (x *FetchStep) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchStep.ProtoReflect.Descriptor instead.
+func (*FetchStep) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *FetchStep) GetAtUnixUs() int64 {
+	if x != nil {
+		return x.AtUnixUs
+	}
+	return 0
+}
+
+func (x *FetchStep) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *FetchStep) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *FetchStep) GetPeerName() string {
+	if x != nil {
+		return x.PeerName
+	}
+	return ""
+}
+
+func (x *FetchStep) GetTier() string {
+	if x != nil {
+		return x.Tier
+	}
+	return ""
+}
+
+func (x *FetchStep) GetCount() uint32 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *FetchStep) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *FetchStep) GetTookMs() float64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *FetchStep) GetBackground() bool {
+	if x != nil {
+		return x.Background
+	}
+	return false
+}
+
+func (x *FetchStep) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *FetchStep) GetTimes() uint32 {
+	if x != nil {
+		return x.Times
+	}
+	return 0
+}
+
+// FetchSource is what one machine did for a path.
+type FetchSource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	PeerName      string                 `protobuf:"bytes,2,opt,name=peer_name,json=peerName,proto3" json:"peer_name,omitempty"`
+	Tier          string                 `protobuf:"bytes,3,opt,name=tier,proto3" json:"tier,omitempty"`
+	Blocks        uint32                 `protobuf:"varint,4,opt,name=blocks,proto3" json:"blocks,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Late          uint32                 `protobuf:"varint,6,opt,name=late,proto3" json:"late,omitempty"` // how often somebody else was asked because it took long
+	Failed        uint32                 `protobuf:"varint,7,opt,name=failed,proto3" json:"failed,omitempty"`
+	MeanMs        float64                `protobuf:"fixed64,8,opt,name=mean_ms,json=meanMs,proto3" json:"mean_ms,omitempty"` // to give a block
+	SlowestMs     float64                `protobuf:"fixed64,9,opt,name=slowest_ms,json=slowestMs,proto3" json:"slowest_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchSource) Reset() {
+	*x = FetchSource{}
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchSource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchSource) ProtoMessage() {}
+
+func (x *FetchSource) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchSource.ProtoReflect.Descriptor instead.
+func (*FetchSource) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *FetchSource) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *FetchSource) GetPeerName() string {
+	if x != nil {
+		return x.PeerName
+	}
+	return ""
+}
+
+func (x *FetchSource) GetTier() string {
+	if x != nil {
+		return x.Tier
+	}
+	return ""
+}
+
+func (x *FetchSource) GetBlocks() uint32 {
+	if x != nil {
+		return x.Blocks
+	}
+	return 0
+}
+
+func (x *FetchSource) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *FetchSource) GetLate() uint32 {
+	if x != nil {
+		return x.Late
+	}
+	return 0
+}
+
+func (x *FetchSource) GetFailed() uint32 {
+	if x != nil {
+		return x.Failed
+	}
+	return 0
+}
+
+func (x *FetchSource) GetMeanMs() float64 {
+	if x != nil {
+		return x.MeanMs
+	}
+	return 0
+}
+
+func (x *FetchSource) GetSlowestMs() float64 {
+	if x != nil {
+		return x.SlowestMs
+	}
+	return 0
+}
+
 type PathRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
@@ -1483,7 +1911,7 @@ type PathRequest struct {
 
 func (x *PathRequest) Reset() {
 	*x = PathRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1495,7 +1923,7 @@ func (x *PathRequest) String() string {
 func (*PathRequest) ProtoMessage() {}
 
 func (x *PathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1508,7 +1936,7 @@ func (x *PathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathRequest.ProtoReflect.Descriptor instead.
 func (*PathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PathRequest) GetPath() string {
@@ -1534,7 +1962,7 @@ type PathResponse struct {
 
 func (x *PathResponse) Reset() {
 	*x = PathResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1546,7 +1974,7 @@ func (x *PathResponse) String() string {
 func (*PathResponse) ProtoMessage() {}
 
 func (x *PathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1559,7 +1987,7 @@ func (x *PathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathResponse.ProtoReflect.Descriptor instead.
 func (*PathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PathResponse) GetPaths() []*PathDetails {
@@ -1583,7 +2011,7 @@ type PathDetails struct {
 
 func (x *PathDetails) Reset() {
 	*x = PathDetails{}
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1595,7 +2023,7 @@ func (x *PathDetails) String() string {
 func (*PathDetails) ProtoMessage() {}
 
 func (x *PathDetails) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1608,7 +2036,7 @@ func (x *PathDetails) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathDetails.ProtoReflect.Descriptor instead.
 func (*PathDetails) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PathDetails) GetInfo() *PathInfo {
@@ -1663,7 +2091,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1675,7 +2103,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1688,7 +2116,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListRequest) GetPath() string {
@@ -1719,7 +2147,7 @@ type ListEntry struct {
 
 func (x *ListEntry) Reset() {
 	*x = ListEntry{}
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +2159,7 @@ func (x *ListEntry) String() string {
 func (*ListEntry) ProtoMessage() {}
 
 func (x *ListEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +2172,7 @@ func (x *ListEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntry.ProtoReflect.Descriptor instead.
 func (*ListEntry) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListEntry) GetPath() string {
@@ -1798,7 +2226,7 @@ type CatRequest struct {
 
 func (x *CatRequest) Reset() {
 	*x = CatRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1810,7 +2238,7 @@ func (x *CatRequest) String() string {
 func (*CatRequest) ProtoMessage() {}
 
 func (x *CatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1823,7 +2251,7 @@ func (x *CatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatRequest.ProtoReflect.Descriptor instead.
 func (*CatRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CatRequest) GetPath() string {
@@ -1842,7 +2270,7 @@ type CatResponse struct {
 
 func (x *CatResponse) Reset() {
 	*x = CatResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +2282,7 @@ func (x *CatResponse) String() string {
 func (*CatResponse) ProtoMessage() {}
 
 func (x *CatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +2295,7 @@ func (x *CatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatResponse.ProtoReflect.Descriptor instead.
 func (*CatResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CatResponse) GetData() []byte {
@@ -1886,7 +2314,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1898,7 +2326,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1911,7 +2339,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *VerifyRequest) GetPaths() []string {
@@ -1933,7 +2361,7 @@ type VerifyProgress struct {
 
 func (x *VerifyProgress) Reset() {
 	*x = VerifyProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2373,7 @@ func (x *VerifyProgress) String() string {
 func (*VerifyProgress) ProtoMessage() {}
 
 func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2386,7 @@ func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyProgress.ProtoReflect.Descriptor instead.
 func (*VerifyProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *VerifyProgress) GetDoneBytes() uint64 {
@@ -2000,7 +2428,7 @@ type DownloadRequest struct {
 
 func (x *DownloadRequest) Reset() {
 	*x = DownloadRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2012,7 +2440,7 @@ func (x *DownloadRequest) String() string {
 func (*DownloadRequest) ProtoMessage() {}
 
 func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2025,7 +2453,7 @@ func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadRequest.ProtoReflect.Descriptor instead.
 func (*DownloadRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *DownloadRequest) GetPaths() []string {
@@ -2064,7 +2492,7 @@ type DownloadProgress struct {
 
 func (x *DownloadProgress) Reset() {
 	*x = DownloadProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2076,7 +2504,7 @@ func (x *DownloadProgress) String() string {
 func (*DownloadProgress) ProtoMessage() {}
 
 func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2089,7 +2517,7 @@ func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadProgress.ProtoReflect.Descriptor instead.
 func (*DownloadProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DownloadProgress) GetPath() string {
@@ -2152,7 +2580,7 @@ type AddRequest struct {
 
 func (x *AddRequest) Reset() {
 	*x = AddRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2164,7 +2592,7 @@ func (x *AddRequest) String() string {
 func (*AddRequest) ProtoMessage() {}
 
 func (x *AddRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2177,7 +2605,7 @@ func (x *AddRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddRequest.ProtoReflect.Descriptor instead.
 func (*AddRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AddRequest) GetName() string {
@@ -2211,7 +2639,7 @@ type AddResponse struct {
 
 func (x *AddResponse) Reset() {
 	*x = AddResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2223,7 +2651,7 @@ func (x *AddResponse) String() string {
 func (*AddResponse) ProtoMessage() {}
 
 func (x *AddResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2236,7 +2664,7 @@ func (x *AddResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddResponse.ProtoReflect.Descriptor instead.
 func (*AddResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AddResponse) GetInfo() *PathInfo {
@@ -2263,7 +2691,7 @@ type ShownProfilesRequest struct {
 
 func (x *ShownProfilesRequest) Reset() {
 	*x = ShownProfilesRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2275,7 +2703,7 @@ func (x *ShownProfilesRequest) String() string {
 func (*ShownProfilesRequest) ProtoMessage() {}
 
 func (x *ShownProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2288,7 +2716,7 @@ func (x *ShownProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShownProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ShownProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ShownProfilesRequest) GetName() string {
@@ -2310,7 +2738,7 @@ type ShownProfilesResponse struct {
 
 func (x *ShownProfilesResponse) Reset() {
 	*x = ShownProfilesResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2322,7 +2750,7 @@ func (x *ShownProfilesResponse) String() string {
 func (*ShownProfilesResponse) ProtoMessage() {}
 
 func (x *ShownProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2335,7 +2763,7 @@ func (x *ShownProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShownProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ShownProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ShownProfilesResponse) GetDir() string {
@@ -2379,7 +2807,7 @@ type ShownProfile struct {
 
 func (x *ShownProfile) Reset() {
 	*x = ShownProfile{}
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +2819,7 @@ func (x *ShownProfile) String() string {
 func (*ShownProfile) ProtoMessage() {}
 
 func (x *ShownProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +2832,7 @@ func (x *ShownProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShownProfile.ProtoReflect.Descriptor instead.
 func (*ShownProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ShownProfile) GetName() string {
@@ -2453,7 +2881,7 @@ type RollbackHereRequest struct {
 
 func (x *RollbackHereRequest) Reset() {
 	*x = RollbackHereRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2893,7 @@ func (x *RollbackHereRequest) String() string {
 func (*RollbackHereRequest) ProtoMessage() {}
 
 func (x *RollbackHereRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2906,7 @@ func (x *RollbackHereRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackHereRequest.ProtoReflect.Descriptor instead.
 func (*RollbackHereRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RollbackHereRequest) GetName() string {
@@ -2513,7 +2941,7 @@ type RollbackHereResponse struct {
 
 func (x *RollbackHereResponse) Reset() {
 	*x = RollbackHereResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +2953,7 @@ func (x *RollbackHereResponse) String() string {
 func (*RollbackHereResponse) ProtoMessage() {}
 
 func (x *RollbackHereResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +2966,7 @@ func (x *RollbackHereResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackHereResponse.ProtoReflect.Descriptor instead.
 func (*RollbackHereResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RollbackHereResponse) GetName() string {
@@ -2571,7 +2999,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +3011,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +3024,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ShareRequest) GetPaths() []string {
@@ -2616,7 +3044,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2628,7 +3056,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2641,7 +3069,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ShareResponse) GetPaths() uint32 {
@@ -2673,7 +3101,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2685,7 +3113,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2698,7 +3126,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *KeepRequest) GetPaths() []string {
@@ -2739,7 +3167,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2751,7 +3179,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2764,7 +3192,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *KeepResponse) GetKept() []string {
@@ -2796,7 +3224,7 @@ type KeptProfile struct {
 
 func (x *KeptProfile) Reset() {
 	*x = KeptProfile{}
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2808,7 +3236,7 @@ func (x *KeptProfile) String() string {
 func (*KeptProfile) ProtoMessage() {}
 
 func (x *KeptProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2821,7 +3249,7 @@ func (x *KeptProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptProfile.ProtoReflect.Descriptor instead.
 func (*KeptProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *KeptProfile) GetLink() string {
@@ -2874,7 +3302,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2886,7 +3314,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2899,7 +3327,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 type KeptResponse struct {
@@ -2912,7 +3340,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2924,7 +3352,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2937,7 +3365,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *KeptResponse) GetPaths() []*OfflinePath {
@@ -2962,7 +3390,7 @@ type CacheUsageRequest struct {
 
 func (x *CacheUsageRequest) Reset() {
 	*x = CacheUsageRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2974,7 +3402,7 @@ func (x *CacheUsageRequest) String() string {
 func (*CacheUsageRequest) ProtoMessage() {}
 
 func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2987,7 +3415,7 @@ func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageRequest.ProtoReflect.Descriptor instead.
 func (*CacheUsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 type CacheUsageResponse struct {
@@ -3008,7 +3436,7 @@ type CacheUsageResponse struct {
 
 func (x *CacheUsageResponse) Reset() {
 	*x = CacheUsageResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3020,7 +3448,7 @@ func (x *CacheUsageResponse) String() string {
 func (*CacheUsageResponse) ProtoMessage() {}
 
 func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3033,7 +3461,7 @@ func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageResponse.ProtoReflect.Descriptor instead.
 func (*CacheUsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *CacheUsageResponse) GetBytes() uint64 {
@@ -3115,7 +3543,7 @@ type CacheGCRequest struct {
 
 func (x *CacheGCRequest) Reset() {
 	*x = CacheGCRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3127,7 +3555,7 @@ func (x *CacheGCRequest) String() string {
 func (*CacheGCRequest) ProtoMessage() {}
 
 func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3140,7 +3568,7 @@ func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCRequest.ProtoReflect.Descriptor instead.
 func (*CacheGCRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CacheGCRequest) GetTargetBytes() uint64 {
@@ -3160,7 +3588,7 @@ type CacheGCResponse struct {
 
 func (x *CacheGCResponse) Reset() {
 	*x = CacheGCResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3172,7 +3600,7 @@ func (x *CacheGCResponse) String() string {
 func (*CacheGCResponse) ProtoMessage() {}
 
 func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3185,7 +3613,7 @@ func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCResponse.ProtoReflect.Descriptor instead.
 func (*CacheGCResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *CacheGCResponse) GetFreedBytes() uint64 {
@@ -3212,7 +3640,7 @@ type ListPathsRequest struct {
 
 func (x *ListPathsRequest) Reset() {
 	*x = ListPathsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3224,7 +3652,7 @@ func (x *ListPathsRequest) String() string {
 func (*ListPathsRequest) ProtoMessage() {}
 
 func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3237,7 +3665,7 @@ func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsRequest.ProtoReflect.Descriptor instead.
 func (*ListPathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ListPathsRequest) GetValid() bool {
@@ -3263,7 +3691,7 @@ type ListPathsResponse struct {
 
 func (x *ListPathsResponse) Reset() {
 	*x = ListPathsResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[46]
+	mi := &file_flox_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3275,7 +3703,7 @@ func (x *ListPathsResponse) String() string {
 func (*ListPathsResponse) ProtoMessage() {}
 
 func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[46]
+	mi := &file_flox_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3288,7 +3716,7 @@ func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsResponse.ProtoReflect.Descriptor instead.
 func (*ListPathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ListPathsResponse) GetPaths() []*ListedPath {
@@ -3308,7 +3736,7 @@ type ListedPath struct {
 
 func (x *ListedPath) Reset() {
 	*x = ListedPath{}
-	mi := &file_flox_v1_agent_proto_msgTypes[47]
+	mi := &file_flox_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3320,7 +3748,7 @@ func (x *ListedPath) String() string {
 func (*ListedPath) ProtoMessage() {}
 
 func (x *ListedPath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[47]
+	mi := &file_flox_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3333,7 +3761,7 @@ func (x *ListedPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListedPath.ProtoReflect.Descriptor instead.
 func (*ListedPath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ListedPath) GetPath() string {
@@ -3358,7 +3786,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[48]
+	mi := &file_flox_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3370,7 +3798,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[48]
+	mi := &file_flox_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3383,7 +3811,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 type DoctorResponse struct {
@@ -3395,7 +3823,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[49]
+	mi := &file_flox_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3407,7 +3835,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[49]
+	mi := &file_flox_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3420,7 +3848,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -3442,7 +3870,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_flox_v1_agent_proto_msgTypes[50]
+	mi := &file_flox_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3454,7 +3882,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[50]
+	mi := &file_flox_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3467,7 +3895,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Finding) GetCheck() string {
@@ -3653,7 +4081,54 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x06source\x18\t \x01(\tR\x06source\x12\x15\n" +
 	"\x06eta_ms\x18\n" +
 	" \x01(\x03R\x05etaMs\x12\x16\n" +
-	"\x06reason\x18\v \x01(\tR\x06reason\";\n" +
+	"\x06reason\x18\v \x01(\tR\x06reason\"$\n" +
+	"\x0eExplainRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\xd1\x03\n" +
+	"\x0fExplainResponse\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12(\n" +
+	"\x05steps\x18\x02 \x03(\v2\x12.flox.v1.FetchStepR\x05steps\x12\x19\n" +
+	"\bleft_out\x18\x03 \x01(\rR\aleftOut\x12$\n" +
+	"\x0eleft_out_after\x18\x04 \x01(\rR\fleftOutAfter\x12.\n" +
+	"\asources\x18\x05 \x03(\v2\x14.flox.v1.FetchSourceR\asources\x12!\n" +
+	"\flocal_blocks\x18\x06 \x01(\rR\vlocalBlocks\x12\x12\n" +
+	"\x04open\x18\a \x01(\rR\x04open\x12\x18\n" +
+	"\afetches\x18\b \x01(\rR\afetches\x12\x1b\n" +
+	"\twaited_ms\x18\t \x01(\x01R\bwaitedMs\x12\x1d\n" +
+	"\n" +
+	"slowest_ms\x18\n" +
+	" \x01(\x01R\tslowestMs\x12&\n" +
+	"\x0fstarted_unix_ms\x18\v \x01(\x03R\rstartedUnixMs\x12\x14\n" +
+	"\x05known\x18\f \x01(\bR\x05known\x12\x1f\n" +
+	"\vlocal_bytes\x18\r \x01(\x04R\n" +
+	"localBytes\x12#\n" +
+	"\rcontent_bytes\x18\x0e \x01(\x04R\fcontentBytes\"\x8f\x02\n" +
+	"\tFetchStep\x12\x1c\n" +
+	"\n" +
+	"at_unix_us\x18\x01 \x01(\x03R\batUnixUs\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04peer\x18\x03 \x01(\tR\x04peer\x12\x1b\n" +
+	"\tpeer_name\x18\x04 \x01(\tR\bpeerName\x12\x12\n" +
+	"\x04tier\x18\x05 \x01(\tR\x04tier\x12\x14\n" +
+	"\x05count\x18\x06 \x01(\rR\x05count\x12\x14\n" +
+	"\x05bytes\x18\a \x01(\x04R\x05bytes\x12\x17\n" +
+	"\atook_ms\x18\b \x01(\x01R\x06tookMs\x12\x1e\n" +
+	"\n" +
+	"background\x18\t \x01(\bR\n" +
+	"background\x12\x10\n" +
+	"\x03why\x18\n" +
+	" \x01(\tR\x03why\x12\x14\n" +
+	"\x05times\x18\v \x01(\rR\x05times\"\xe4\x01\n" +
+	"\vFetchSource\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x1b\n" +
+	"\tpeer_name\x18\x02 \x01(\tR\bpeerName\x12\x12\n" +
+	"\x04tier\x18\x03 \x01(\tR\x04tier\x12\x16\n" +
+	"\x06blocks\x18\x04 \x01(\rR\x06blocks\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x12\n" +
+	"\x04late\x18\x06 \x01(\rR\x04late\x12\x16\n" +
+	"\x06failed\x18\a \x01(\rR\x06failed\x12\x17\n" +
+	"\amean_ms\x18\b \x01(\x01R\x06meanMs\x12\x1d\n" +
+	"\n" +
+	"slowest_ms\x18\t \x01(\x01R\tslowestMs\";\n" +
 	"\vPathRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x18\n" +
 	"\aclosure\x18\x02 \x01(\bR\aclosure\":\n" +
@@ -3801,12 +4276,13 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\tR\x05level\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x10\n" +
-	"\x03fix\x18\x04 \x01(\tR\x03fix2\xff\b\n" +
+	"\x03fix\x18\x04 \x01(\tR\x03fix2\xbd\t\n" +
 	"\x05Agent\x129\n" +
 	"\x06Status\x12\x16.flox.v1.StatusRequest\x1a\x17.flox.v1.StatusResponse\x126\n" +
 	"\x05Peers\x12\x15.flox.v1.PeersRequest\x1a\x16.flox.v1.PeersResponse\x12:\n" +
 	"\x05Watch\x12\x1a.flox.v1.WatchReadsRequest\x1a\x13.flox.v1.WatchReads0\x01\x123\n" +
-	"\x04Path\x12\x14.flox.v1.PathRequest\x1a\x15.flox.v1.PathResponse\x122\n" +
+	"\x04Path\x12\x14.flox.v1.PathRequest\x1a\x15.flox.v1.PathResponse\x12<\n" +
+	"\aExplain\x12\x17.flox.v1.ExplainRequest\x1a\x18.flox.v1.ExplainResponse\x122\n" +
 	"\x04List\x12\x14.flox.v1.ListRequest\x1a\x12.flox.v1.ListEntry0\x01\x122\n" +
 	"\x03Cat\x12\x13.flox.v1.CatRequest\x1a\x14.flox.v1.CatResponse0\x01\x12;\n" +
 	"\x06Verify\x12\x16.flox.v1.VerifyRequest\x1a\x17.flox.v1.VerifyProgress0\x01\x12A\n" +
@@ -3836,7 +4312,7 @@ func file_flox_v1_agent_proto_rawDescGZIP() []byte {
 	return file_flox_v1_agent_proto_rawDescData
 }
 
-var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_flox_v1_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: flox.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: flox.v1.StatusResponse
@@ -3854,114 +4330,122 @@ var file_flox_v1_agent_proto_goTypes = []any{
 	(*WatchReadsRequest)(nil),     // 13: flox.v1.WatchReadsRequest
 	(*WatchReads)(nil),            // 14: flox.v1.WatchReads
 	(*WaitingRead)(nil),           // 15: flox.v1.WaitingRead
-	(*PathRequest)(nil),           // 16: flox.v1.PathRequest
-	(*PathResponse)(nil),          // 17: flox.v1.PathResponse
-	(*PathDetails)(nil),           // 18: flox.v1.PathDetails
-	(*ListRequest)(nil),           // 19: flox.v1.ListRequest
-	(*ListEntry)(nil),             // 20: flox.v1.ListEntry
-	(*CatRequest)(nil),            // 21: flox.v1.CatRequest
-	(*CatResponse)(nil),           // 22: flox.v1.CatResponse
-	(*VerifyRequest)(nil),         // 23: flox.v1.VerifyRequest
-	(*VerifyProgress)(nil),        // 24: flox.v1.VerifyProgress
-	(*DownloadRequest)(nil),       // 25: flox.v1.DownloadRequest
-	(*DownloadProgress)(nil),      // 26: flox.v1.DownloadProgress
-	(*AddRequest)(nil),            // 27: flox.v1.AddRequest
-	(*AddResponse)(nil),           // 28: flox.v1.AddResponse
-	(*ShownProfilesRequest)(nil),  // 29: flox.v1.ShownProfilesRequest
-	(*ShownProfilesResponse)(nil), // 30: flox.v1.ShownProfilesResponse
-	(*ShownProfile)(nil),          // 31: flox.v1.ShownProfile
-	(*RollbackHereRequest)(nil),   // 32: flox.v1.RollbackHereRequest
-	(*RollbackHereResponse)(nil),  // 33: flox.v1.RollbackHereResponse
-	(*ShareRequest)(nil),          // 34: flox.v1.ShareRequest
-	(*ShareResponse)(nil),         // 35: flox.v1.ShareResponse
-	(*KeepRequest)(nil),           // 36: flox.v1.KeepRequest
-	(*KeepResponse)(nil),          // 37: flox.v1.KeepResponse
-	(*KeptProfile)(nil),           // 38: flox.v1.KeptProfile
-	(*KeptRequest)(nil),           // 39: flox.v1.KeptRequest
-	(*KeptResponse)(nil),          // 40: flox.v1.KeptResponse
-	(*CacheUsageRequest)(nil),     // 41: flox.v1.CacheUsageRequest
-	(*CacheUsageResponse)(nil),    // 42: flox.v1.CacheUsageResponse
-	(*CacheGCRequest)(nil),        // 43: flox.v1.CacheGCRequest
-	(*CacheGCResponse)(nil),       // 44: flox.v1.CacheGCResponse
-	(*ListPathsRequest)(nil),      // 45: flox.v1.ListPathsRequest
-	(*ListPathsResponse)(nil),     // 46: flox.v1.ListPathsResponse
-	(*ListedPath)(nil),            // 47: flox.v1.ListedPath
-	(*DoctorRequest)(nil),         // 48: flox.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 49: flox.v1.DoctorResponse
-	(*Finding)(nil),               // 50: flox.v1.Finding
-	nil,                           // 51: flox.v1.StatusResponse.FuseRequestsEntry
-	(*PathInfo)(nil),              // 52: flox.v1.PathInfo
-	(*HereRollback)(nil),          // 53: flox.v1.HereRollback
+	(*ExplainRequest)(nil),        // 16: flox.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 17: flox.v1.ExplainResponse
+	(*FetchStep)(nil),             // 18: flox.v1.FetchStep
+	(*FetchSource)(nil),           // 19: flox.v1.FetchSource
+	(*PathRequest)(nil),           // 20: flox.v1.PathRequest
+	(*PathResponse)(nil),          // 21: flox.v1.PathResponse
+	(*PathDetails)(nil),           // 22: flox.v1.PathDetails
+	(*ListRequest)(nil),           // 23: flox.v1.ListRequest
+	(*ListEntry)(nil),             // 24: flox.v1.ListEntry
+	(*CatRequest)(nil),            // 25: flox.v1.CatRequest
+	(*CatResponse)(nil),           // 26: flox.v1.CatResponse
+	(*VerifyRequest)(nil),         // 27: flox.v1.VerifyRequest
+	(*VerifyProgress)(nil),        // 28: flox.v1.VerifyProgress
+	(*DownloadRequest)(nil),       // 29: flox.v1.DownloadRequest
+	(*DownloadProgress)(nil),      // 30: flox.v1.DownloadProgress
+	(*AddRequest)(nil),            // 31: flox.v1.AddRequest
+	(*AddResponse)(nil),           // 32: flox.v1.AddResponse
+	(*ShownProfilesRequest)(nil),  // 33: flox.v1.ShownProfilesRequest
+	(*ShownProfilesResponse)(nil), // 34: flox.v1.ShownProfilesResponse
+	(*ShownProfile)(nil),          // 35: flox.v1.ShownProfile
+	(*RollbackHereRequest)(nil),   // 36: flox.v1.RollbackHereRequest
+	(*RollbackHereResponse)(nil),  // 37: flox.v1.RollbackHereResponse
+	(*ShareRequest)(nil),          // 38: flox.v1.ShareRequest
+	(*ShareResponse)(nil),         // 39: flox.v1.ShareResponse
+	(*KeepRequest)(nil),           // 40: flox.v1.KeepRequest
+	(*KeepResponse)(nil),          // 41: flox.v1.KeepResponse
+	(*KeptProfile)(nil),           // 42: flox.v1.KeptProfile
+	(*KeptRequest)(nil),           // 43: flox.v1.KeptRequest
+	(*KeptResponse)(nil),          // 44: flox.v1.KeptResponse
+	(*CacheUsageRequest)(nil),     // 45: flox.v1.CacheUsageRequest
+	(*CacheUsageResponse)(nil),    // 46: flox.v1.CacheUsageResponse
+	(*CacheGCRequest)(nil),        // 47: flox.v1.CacheGCRequest
+	(*CacheGCResponse)(nil),       // 48: flox.v1.CacheGCResponse
+	(*ListPathsRequest)(nil),      // 49: flox.v1.ListPathsRequest
+	(*ListPathsResponse)(nil),     // 50: flox.v1.ListPathsResponse
+	(*ListedPath)(nil),            // 51: flox.v1.ListedPath
+	(*DoctorRequest)(nil),         // 52: flox.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 53: flox.v1.DoctorResponse
+	(*Finding)(nil),               // 54: flox.v1.Finding
+	nil,                           // 55: flox.v1.StatusResponse.FuseRequestsEntry
+	(*PathInfo)(nil),              // 56: flox.v1.PathInfo
+	(*HereRollback)(nil),          // 57: flox.v1.HereRollback
 }
 var file_flox_v1_agent_proto_depIdxs = []int32{
 	7,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
-	42, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
-	51, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
+	46, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
+	55, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
 	9,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
 	4,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
 	6,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
 	3,  // 6: flox.v1.StatusResponse.staged:type_name -> flox.v1.StagedUse
 	2,  // 7: flox.v1.StatusResponse.local_store:type_name -> flox.v1.LocalStore
 	5,  // 8: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
-	38, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
+	42, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
 	8,  // 10: flox.v1.StorehouseLink.servers:type_name -> flox.v1.HouseServer
 	12, // 11: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
 	15, // 12: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
 	9,  // 13: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
 	7,  // 14: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
-	18, // 15: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
-	52, // 16: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
-	52, // 17: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
-	31, // 18: flox.v1.ShownProfilesResponse.profiles:type_name -> flox.v1.ShownProfile
-	53, // 19: flox.v1.ShownProfile.here:type_name -> flox.v1.HereRollback
-	38, // 20: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
-	5,  // 21: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
-	38, // 22: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
-	47, // 23: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
-	50, // 24: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
-	0,  // 25: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
-	10, // 26: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
-	13, // 27: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
-	16, // 28: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
-	19, // 29: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
-	21, // 30: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
-	23, // 31: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
-	25, // 32: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
-	27, // 33: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
-	34, // 34: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
-	29, // 35: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
-	32, // 36: flox.v1.Agent.RollbackHere:input_type -> flox.v1.RollbackHereRequest
-	36, // 37: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
-	36, // 38: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
-	39, // 39: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
-	41, // 40: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
-	43, // 41: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
-	45, // 42: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
-	48, // 43: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
-	1,  // 44: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
-	11, // 45: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
-	14, // 46: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
-	17, // 47: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
-	20, // 48: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
-	22, // 49: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
-	24, // 50: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
-	26, // 51: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
-	28, // 52: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
-	35, // 53: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
-	30, // 54: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
-	33, // 55: flox.v1.Agent.RollbackHere:output_type -> flox.v1.RollbackHereResponse
-	37, // 56: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
-	37, // 57: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
-	40, // 58: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
-	42, // 59: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
-	44, // 60: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
-	46, // 61: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
-	49, // 62: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
-	44, // [44:63] is the sub-list for method output_type
-	25, // [25:44] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	18, // 15: flox.v1.ExplainResponse.steps:type_name -> flox.v1.FetchStep
+	19, // 16: flox.v1.ExplainResponse.sources:type_name -> flox.v1.FetchSource
+	22, // 17: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
+	56, // 18: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
+	56, // 19: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
+	35, // 20: flox.v1.ShownProfilesResponse.profiles:type_name -> flox.v1.ShownProfile
+	57, // 21: flox.v1.ShownProfile.here:type_name -> flox.v1.HereRollback
+	42, // 22: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
+	5,  // 23: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
+	42, // 24: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
+	51, // 25: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
+	54, // 26: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
+	0,  // 27: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
+	10, // 28: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
+	13, // 29: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
+	20, // 30: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
+	16, // 31: flox.v1.Agent.Explain:input_type -> flox.v1.ExplainRequest
+	23, // 32: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
+	25, // 33: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
+	27, // 34: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
+	29, // 35: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
+	31, // 36: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
+	38, // 37: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
+	33, // 38: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
+	36, // 39: flox.v1.Agent.RollbackHere:input_type -> flox.v1.RollbackHereRequest
+	40, // 40: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
+	40, // 41: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
+	43, // 42: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
+	45, // 43: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
+	47, // 44: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
+	49, // 45: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
+	52, // 46: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
+	1,  // 47: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
+	11, // 48: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
+	14, // 49: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
+	21, // 50: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
+	17, // 51: flox.v1.Agent.Explain:output_type -> flox.v1.ExplainResponse
+	24, // 52: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
+	26, // 53: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
+	28, // 54: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
+	30, // 55: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
+	32, // 56: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
+	39, // 57: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
+	34, // 58: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
+	37, // 59: flox.v1.Agent.RollbackHere:output_type -> flox.v1.RollbackHereResponse
+	41, // 60: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
+	41, // 61: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
+	44, // 62: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
+	46, // 63: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
+	48, // 64: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
+	50, // 65: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
+	53, // 66: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
+	47, // [47:67] is the sub-list for method output_type
+	27, // [27:47] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_agent_proto_init() }
@@ -3977,7 +4461,7 @@ func file_flox_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_agent_proto_rawDesc), len(file_flox_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   52,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

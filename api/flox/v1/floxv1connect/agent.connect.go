@@ -43,6 +43,8 @@ const (
 	AgentWatchProcedure = "/flox.v1.Agent/Watch"
 	// AgentPathProcedure is the fully-qualified name of the Agent's Path RPC.
 	AgentPathProcedure = "/flox.v1.Agent/Path"
+	// AgentExplainProcedure is the fully-qualified name of the Agent's Explain RPC.
+	AgentExplainProcedure = "/flox.v1.Agent/Explain"
 	// AgentListProcedure is the fully-qualified name of the Agent's List RPC.
 	AgentListProcedure = "/flox.v1.Agent/List"
 	// AgentCatProcedure is the fully-qualified name of the Agent's Cat RPC.
@@ -84,6 +86,8 @@ type AgentClient interface {
 	Watch(context.Context, *connect.Request[v1.WatchReadsRequest]) (*connect.ServerStreamForClient[v1.WatchReads], error)
 	// Path gives the signed facts of one store path, fetching them if needed, and how much of it is here.
 	Path(context.Context, *connect.Request[v1.PathRequest]) (*connect.Response[v1.PathResponse], error)
+	// Explain tells how a store path was found and fetched since the agent started. It asks nobody.
+	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error)
 	// List lists a directory inside a store path (or the whole tree).
 	List(context.Context, *connect.Request[v1.ListRequest]) (*connect.ServerStreamForClient[v1.ListEntry], error)
 	// Cat streams a file's bytes.
@@ -148,6 +152,12 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			httpClient,
 			baseURL+AgentPathProcedure,
 			connect.WithSchema(agentMethods.ByName("Path")),
+			connect.WithClientOptions(opts...),
+		),
+		explain: connect.NewClient[v1.ExplainRequest, v1.ExplainResponse](
+			httpClient,
+			baseURL+AgentExplainProcedure,
+			connect.WithSchema(agentMethods.ByName("Explain")),
 			connect.WithClientOptions(opts...),
 		),
 		list: connect.NewClient[v1.ListRequest, v1.ListEntry](
@@ -249,6 +259,7 @@ type agentClient struct {
 	peers         *connect.Client[v1.PeersRequest, v1.PeersResponse]
 	watch         *connect.Client[v1.WatchReadsRequest, v1.WatchReads]
 	path          *connect.Client[v1.PathRequest, v1.PathResponse]
+	explain       *connect.Client[v1.ExplainRequest, v1.ExplainResponse]
 	list          *connect.Client[v1.ListRequest, v1.ListEntry]
 	cat           *connect.Client[v1.CatRequest, v1.CatResponse]
 	verify        *connect.Client[v1.VerifyRequest, v1.VerifyProgress]
@@ -284,6 +295,11 @@ func (c *agentClient) Watch(ctx context.Context, req *connect.Request[v1.WatchRe
 // Path calls flox.v1.Agent.Path.
 func (c *agentClient) Path(ctx context.Context, req *connect.Request[v1.PathRequest]) (*connect.Response[v1.PathResponse], error) {
 	return c.path.CallUnary(ctx, req)
+}
+
+// Explain calls flox.v1.Agent.Explain.
+func (c *agentClient) Explain(ctx context.Context, req *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error) {
+	return c.explain.CallUnary(ctx, req)
 }
 
 // List calls flox.v1.Agent.List.
@@ -370,6 +386,8 @@ type AgentHandler interface {
 	Watch(context.Context, *connect.Request[v1.WatchReadsRequest], *connect.ServerStream[v1.WatchReads]) error
 	// Path gives the signed facts of one store path, fetching them if needed, and how much of it is here.
 	Path(context.Context, *connect.Request[v1.PathRequest]) (*connect.Response[v1.PathResponse], error)
+	// Explain tells how a store path was found and fetched since the agent started. It asks nobody.
+	Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error)
 	// List lists a directory inside a store path (or the whole tree).
 	List(context.Context, *connect.Request[v1.ListRequest], *connect.ServerStream[v1.ListEntry]) error
 	// Cat streams a file's bytes.
@@ -430,6 +448,12 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		AgentPathProcedure,
 		svc.Path,
 		connect.WithSchema(agentMethods.ByName("Path")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentExplainHandler := connect.NewUnaryHandler(
+		AgentExplainProcedure,
+		svc.Explain,
+		connect.WithSchema(agentMethods.ByName("Explain")),
 		connect.WithHandlerOptions(opts...),
 	)
 	agentListHandler := connect.NewServerStreamHandler(
@@ -532,6 +556,8 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentWatchHandler.ServeHTTP(w, r)
 		case AgentPathProcedure:
 			agentPathHandler.ServeHTTP(w, r)
+		case AgentExplainProcedure:
+			agentExplainHandler.ServeHTTP(w, r)
 		case AgentListProcedure:
 			agentListHandler.ServeHTTP(w, r)
 		case AgentCatProcedure:
@@ -585,6 +611,10 @@ func (UnimplementedAgentHandler) Watch(context.Context, *connect.Request[v1.Watc
 
 func (UnimplementedAgentHandler) Path(context.Context, *connect.Request[v1.PathRequest]) (*connect.Response[v1.PathResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Path is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Explain(context.Context, *connect.Request[v1.ExplainRequest]) (*connect.Response[v1.ExplainResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Explain is not implemented"))
 }
 
 func (UnimplementedAgentHandler) List(context.Context, *connect.Request[v1.ListRequest], *connect.ServerStream[v1.ListEntry]) error {
