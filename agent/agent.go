@@ -87,6 +87,8 @@ type Config struct {
 	// Embedded says that the storehouse is this machine's own (floxd up): Nix clients
 	// collect it, too.
 	Embedded bool
+	// Metrics is the host:port at which Prometheus gets metrics; "" = nowhere.
+	Metrics string
 	// Warden is the line to the process that made the mount; nil = nothing is
 	// mounted, the agent only serves peers and its socket.
 	Warden *warden.Conn
@@ -400,6 +402,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		group.Go(func() error { return a.report(ctx) })
 	}
 	group.Go(func() error { return a.serveControl(ctx) })
+	group.Go(func() error { return a.serveMetrics(ctx) })
 	group.Go(func() error { return a.nix.run(ctx) })
 	err := group.Wait()
 	if errors.Is(err, errEnded) && ctx.Err() != nil {

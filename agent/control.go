@@ -135,7 +135,10 @@ func mayTake(ctx context.Context) error {
 
 // Status implements floxv1connect.AgentHandler.
 func (c *control) Status(ctx context.Context, _ *connect.Request[floxv1.StatusRequest]) (*connect.Response[floxv1.StatusResponse], error) {
-	a := c.a
+	return connect.NewResponse(c.a.status(ctx)), nil
+}
+
+func (a *Agent) status(ctx context.Context) *floxv1.StatusResponse {
 	peers := a.host.Peers()
 	s := &floxv1.StatusResponse{
 		Version: a.cfg.Version, StoreDir: string(a.cfg.StoreDir), StartedUnix: a.started.Unix(),
@@ -150,7 +153,7 @@ func (c *control) Status(ctx context.Context, _ *connect.Request[floxv1.StatusRe
 		stats := a.mount.Stats()
 		s.FuseRequests, s.FuseReadBytes = stats.Requests, stats.ReadBytes
 	}
-	return connect.NewResponse(s), nil
+	return s
 }
 
 // liveHeap is how many bytes were in use after the last garbage collection.
@@ -217,11 +220,7 @@ func (a *Agent) linkMessage() *floxv1.StorehouseLink {
 }
 
 func (a *Agent) trafficMessage() *floxv1.Traffic {
-	var served uint64
-	for _, p := range a.host.Peers() {
-		served += p.BytesOut
-	}
-	return a.traffic.message(served)
+	return a.traffic.message(a.host.Served())
 }
 
 func (a *Agent) cacheMessage() *floxv1.CacheUsageResponse {
@@ -236,15 +235,18 @@ func (a *Agent) cacheMessage() *floxv1.CacheUsageResponse {
 
 // Peers implements floxv1connect.AgentHandler.
 func (c *control) Peers(context.Context, *connect.Request[floxv1.PeersRequest]) (*connect.Response[floxv1.PeersResponse], error) {
-	response := &floxv1.PeersResponse{}
-	for _, p := range c.a.host.Peers() {
-		response.Peers = append(response.Peers, &floxv1.Peer{
+	return connect.NewResponse(&floxv1.PeersResponse{Peers: c.a.peerMessages()}), nil
+}
+
+func (a *Agent) peerMessages() (all []*floxv1.Peer) {
+	for _, p := range a.host.Peers() {
+		all = append(all, &floxv1.Peer{
 			Id: string(p.ID), Addrs: p.Addrs, Role: p.Role.String(), Tier: p.Tier.String(), Site: p.Site,
 			RttMs: float64(p.RTT) / float64(time.Millisecond), Goodput: p.Goodput, BytesIn: p.BytesIn, BytesOut: p.BytesOut,
-			ConnectedUnix: p.Connected.Unix(), Score: p.Score, ScoreReason: p.Why, Name: c.a.members.member(p.ID).GetName(),
+			ConnectedUnix: p.Connected.Unix(), Score: p.Score, ScoreReason: p.Why, Name: a.members.member(p.ID).GetName(),
 		})
 	}
-	return connect.NewResponse(response), nil
+	return all
 }
 
 // CacheUsage implements floxv1connect.AgentHandler.

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/floxctl/flox/api/metrics"
 	"github.com/floxctl/flox/p2p"
 )
 
@@ -19,6 +21,8 @@ type waits struct {
 	mu   sync.Mutex
 	all  map[*wait]struct{}
 	idle time.Time // when the last of them ended
+
+	spent *metrics.Waits // hears how long each took
 }
 
 // wait is one request that could not be answered from what is here.
@@ -37,7 +41,7 @@ type wait struct {
 	ask    func() error // tells why nothing came so far; nil = why does
 }
 
-func newWaits() *waits { return &waits{all: make(map[*wait]struct{})} }
+func newWaits() *waits { return &waits{all: make(map[*wait]struct{}), spent: metrics.NewWaits()} }
 
 // begin registers a wait; end it with its end method. The number of waits is
 // bounded by the mount's own limit on requests under way and by the callers of
@@ -55,6 +59,7 @@ func (e *wait) end() {
 	delete(e.list.all, e)
 	e.list.idle = time.Now()
 	e.list.mu.Unlock()
+	e.list.spent.Waited(strings.ToLower(e.op), time.Since(e.since))
 }
 
 // expect says how many bytes are waited for, once that is known.

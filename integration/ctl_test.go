@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/floxctl/flox/integration/fault"
 	"github.com/floxctl/flox/integration/hosts"
+	"github.com/floxctl/flox/integration/netns"
 )
 
 // ctl runs floxctl on an agent's host.
@@ -40,7 +43,7 @@ func lines[T any](t *testing.T, out string) []T {
 // TestLookAround: what floxctl says of a store path is what Nix says of it.
 func TestLookAround(t *testing.T) {
 	l := open(t)
-	a := l.agent(t, l.host(t, "look"))
+	a := l.agent(t, l.host(t, "look"), "--metrics", "127.0.0.1:9464")
 	await(t, a, "follows the storehouse", connected)
 	rg := l.world.StoreDir.Join(l.world.Ripgrep.Path)
 
@@ -84,6 +87,15 @@ func TestLookAround(t *testing.T) {
 		t.Errorf("explain of what nobody read: %+v", x)
 	}
 	l.ctl(t, a, "explain", rg).want(t, 0, "(storehouse) gave ")
+	scraped := scrape(t, a.Host, "127.0.0.1:9464")
+	for _, words := range []string{"flox_agent_storehouse_connected 1\n", "flox_agent_mounted 1\n", "flox_agent_wait_seconds_count{for=\"read\"} "} {
+		if !strings.Contains(scraped, words) {
+			t.Errorf("want %q in the metrics:\n%s", words, scraped)
+		}
+	}
+	if strings.Contains(scraped, "flox_agent_received_bytes_total{tier=\"storehouse\"} 0\n") {
+		t.Errorf("no bytes came, say the metrics:\n%s", scraped)
+	}
 
 	type info struct {
 		Path, NarHash string
@@ -104,6 +116,26 @@ func TestLookAround(t *testing.T) {
 	l.ctl(t, a, "store", "ls", rg+"/nothing").want(t, 3, rg+"/nothing")
 	l.ctl(t, a, "store", "info", "/etc/passwd").want(t, 2, "/etc/passwd")
 	l.ctl(t, a, "doctor").want(t, 0)
+}
+
+// scrape gives the metrics that a program on a host tells Prometheus.
+func scrape(t *testing.T, h *netns.Host, addr string) string {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{DialContext: h.Dial, DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+addr+"/metrics", http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("metrics: %s, %v\n%s", resp.Status, err, body)
+	}
+	return string(body)
 }
 
 // explained is what floxctl explain says.

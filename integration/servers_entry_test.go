@@ -177,7 +177,7 @@ func (h *house) joined() bool {
 		resp, err := h.servers[0].Admin().Servers(h.t.Context(), connect.NewRequest(&floxv1.ServersRequest{}))
 		must(h.t, err)
 		i := slices.IndexFunc(resp.Msg.GetServers(), func(state *floxv1.ServerState) bool { return state.GetName() == host.Name })
-		if i < 0 {
+		if i < 0 || resp.Msg.GetServers()[i].GetProblem() != "" { // who does not answer does not say what it lacks
 			return true
 		}
 		now = resp.Msg.GetServers()[i].GetLackingBytes() + resp.Msg.GetServers()[i].GetLackingBlocks()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -34,8 +35,9 @@ const (
 
 // server answers /flox/blocks/1.
 type server struct {
-	h     *Host
-	slots chan struct{} // upload slots
+	served atomic.Uint64 // plain bytes of blocks, to whomever
+	h      *Host
+	slots  chan struct{} // upload slots
 
 	mu      sync.Mutex
 	streams map[peer.ID]int
@@ -279,9 +281,13 @@ func (up *upload) answer(ctx context.Context, w *bufio.Writer, it upItem) error 
 	}
 	if rep.Status == wire.StatusData {
 		up.r.out.Add(uint64(rep.Size))
+		up.srv.served.Add(uint64(rep.Size))
 	}
 	return nil
 }
+
+// Served is how many plain bytes of blocks were served since New, to whomever.
+func (h *Host) Served() uint64 { return h.serve.served.Load() }
 
 // noteServed tells the crowd who has a block now that insisted on it, or asked for it
 // as an older version does, and who was not given one. Who called it off may have it

@@ -39,6 +39,8 @@ type Config struct {
 	// HTTPURL is the URL others reach HTTPListen by. Default: made from
 	// HTTPListen, or from the first of Advertise when that listens on any address.
 	HTTPURL string `json:"http_url"`
+	// Metrics is the host:port at which Prometheus gets metrics; "" = nowhere.
+	Metrics string `json:"metrics"`
 	// Listen are the addresses for peers, multiaddrs or host:port. Default 0.0.0.0:7781.
 	Listen []string `json:"listen"`
 	// Advertise are the addresses told to peers and written to the invite.
@@ -168,6 +170,11 @@ func (c Config) withDefaults() (Config, error) {
 			return bad("http_listen %q: want host:port or %q", c.HTTPListen, noHTTP)
 		}
 	}
+	if c.Metrics != "" {
+		if _, _, err := net.SplitHostPort(c.Metrics); err != nil {
+			return bad("metrics %q: want host:port", c.Metrics)
+		}
+	}
 	if err := c.checkConsensus(); err != nil {
 		return c, err
 	}
@@ -243,9 +250,9 @@ func reachable(addrs []string) string {
 }
 
 // listenError says what to do about a port that cannot be listened on.
-func listenError(address string, err error) error {
+func listenError(key, address string, err error) error {
 	if errors.Is(err, syscall.EADDRINUSE) {
-		return fmt.Errorf("listen on %s: the port is in use by another program; stop it or configure another http_listen: %w: %w", address, err, flox.ErrBusy)
+		return fmt.Errorf("listen on %s: the port is in use by another program; stop it or configure another %s: %w: %w", address, key, err, flox.ErrBusy)
 	}
 	return fmt.Errorf("listen on %s: %w", address, err)
 }

@@ -54,6 +54,7 @@ type Server struct {
 	catchUp   *catchUp
 	mender    *mender
 	web       net.Listener // nil = no HTTP
+	metrics   net.Listener // nil = nobody gets any
 	batch     *batcher
 	upstreams *upstreams
 	staging   *staging
@@ -238,15 +239,7 @@ func (s *Server) listen() (err error) {
 	if err := s.meetOthers(); err != nil {
 		return err
 	}
-	if s.cfg.HTTPListen == noHTTP {
-		return nil
-	}
-	s.web, err = net.Listen("tcp", s.cfg.HTTPListen) //nolint:noctx // binds and returns
-	if err != nil {
-		return listenError(s.cfg.HTTPListen, err)
-	}
-	s.closers = append(s.closers, func() error { return ignoreClosed(s.web.Close()) })
-	return nil
+	return s.openWeb()
 }
 
 // Run serves until ctx ends and then closes the server. It returns nil when
@@ -281,6 +274,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	operators := newAdmin(s, gctx)
 	group.Go(func() error { return s.serveRPC(gctx, operators) })
 	group.Go(func() error { return s.serveWeb(gctx) })
+	group.Go(func() error { return s.serveMetrics(gctx) })
 	group.Go(func() error { return s.packs.Run(gctx) })
 	group.Go(func() error { return s.roster.run(gctx, s) })
 	group.Go(func() error { return s.profiles.run(gctx) })
@@ -439,25 +433,6 @@ func (h held) Has(ids []flox.CID) []bool {
 // Each is p2p.Holder. A storehouse is asked last and for anything, so it sends
 // no filter of what it holds and nobody enumerates it.
 func (h held) Each(func(flox.CID) bool) {}
-
-// serveWeb serves the binary cache until ctx ends.
-func (s *Server) serveWeb(ctx context.Context) error {
-	if s.web == nil {
-		return nil
-	}
-	handler := newHTTP(s, s.cfg, s.readable(s.packs.Checksummed()), s.stored)
-	return serve(ctx, s.web, &http.Server{
-		Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: maxWebHeader, ConnState: atMost(maxWebClients, maxWebClients/2),
-	})
-}
-
-// What strangers at the binary cache may take: connections, each a descriptor
-// and a goroutine, of which one address has half at most, and bytes of a request's header.
-const (
-	maxWebClients = 4096
-	maxWebHeader  = 32 << 10
-)
 
 // serve runs an HTTP server until ctx ends, giving requests under way a moment.
 func serve(ctx context.Context, l net.Listener, server *http.Server) error {

@@ -82,6 +82,8 @@ func TestStartErrors(t *testing.T) {
 		{"HTTP port", func(c *Config) { c.StateDir, c.HTTPListen = t.TempDir(), port }, flox.ErrBusy, "configure another http_listen"},
 		{"peer port", func(c *Config) { c.StateDir, c.Listen = t.TempDir(), []string{port} }, flox.ErrBusy, "port is in use"},
 		{"store directory", func(c *Config) { c.StoreDir = "nix" }, flox.ErrBadInput, "absolute path"},
+		{"port of metrics", func(c *Config) { c.StateDir, c.Metrics = t.TempDir(), port }, flox.ErrBusy, "configure another metrics"},
+		{"address of metrics", func(c *Config) { c.Metrics = "7780" }, flox.ErrBadInput, "host:port"},
 		{"HTTP address", func(c *Config) { c.HTTPListen = "7780" }, flox.ErrBadInput, "host:port"},
 		{"name", func(c *Config) { c.Name = "a b" }, flox.ErrBadInput, `name "a b"`},
 	} {

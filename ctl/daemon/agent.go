@@ -104,6 +104,11 @@ func runAgent(ctx context.Context, cfg *Config, log *slog.Logger) error {
 			return err
 		}
 	}
+	if at := cfg.Agent.Metrics; at != "" {
+		if err := checkPort(ctx, "agent.metrics", "metrics", at); err != nil {
+			return err
+		}
+	}
 	return runWarden(ctx, cfg, who, log, "--child")
 }
 
@@ -318,6 +323,7 @@ func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config
 		NoPrefetch: !cfg.Agent.Prefetch, PrefetchRate: int64(cfg.Agent.PrefetchRate), NoTraces: !cfg.Agent.StartTraces,
 		System:  cfg.Agent.System,
 		Offline: cfg.Agent.Offline, ListValid: cfg.Agent.List == "valid",
+		Metrics: cfg.Agent.Metrics,
 		Version: cli.ReadVersion().Version, Log: log,
 	}
 }

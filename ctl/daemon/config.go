@@ -53,6 +53,7 @@ type AgentConfig struct {
 	NixSocket     string   `toml:"nix-socket" help:"unix socket that stock Nix uses as its daemon's, NIX_REMOTE=unix://PATH; none = no socket (default: nix.socket in run-dir)"`
 	NixLogDir     string   `toml:"nix-log-dir" help:"where nix log finds build logs, Nix's log-dir; none = nowhere (default: var/log/nix beside the store directory, if no Nix has its logs there)"`
 	System        string   `toml:"system" help:"for which system profiles are shown, in Nix's words (default: this machine's, such as x86_64-linux)"`
+	Metrics       string   `toml:"metrics" help:"host:port at which Prometheus gets metrics at /metrics; whoever reaches it may read them (default: nowhere)"`
 	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; what is read in order is fetched ahead in any case"`
 }
 
@@ -61,6 +62,7 @@ type StorehouseConfig struct {
 	Name      string   `toml:"name" help:"what people and keys call it; fixed at the first start (default: the host's name)"`
 	HTTP      string   `toml:"http" help:"address of the binary cache; none = no HTTP"`
 	HTTPURL   string   `toml:"http-url" help:"URL others reach it by (default: made from http)"`
+	Metrics   string   `toml:"metrics" help:"host:port at which Prometheus gets metrics of this server at /metrics; whoever reaches it may read them (default: nowhere)"`
 	Listen    []string `toml:"listen" help:"addresses for machines, host:port or multiaddr"`
 	Advertise []string `toml:"advertise" help:"addresses written to the invite (default: those listened at)"`
 	Site      string   `toml:"site" help:"label of the place this server is at"`
@@ -138,12 +140,14 @@ offline        = "used"        # completed in the background of what ran: closur
 nix-socket     = ""            # stock Nix uses it as its daemon's: nix.socket in run-dir; none: no socket
 nix-log-dir    = ""            # build logs for nix log: var/log/nix beside the store directory; none: nowhere
 system         = ""            # for which system profiles are shown: this machine's, such as x86_64-linux
+metrics        = ""            # host:port at which Prometheus gets metrics; "": nowhere
 list           = "here"        # ls of the store directory: here, or valid (all there is)
 
 [storehouse]
 name       = ""                # the host's name
 http       = "127.0.0.1:7780"  # reading needs no token: open it to others by choice
 http-url   = ""
+metrics    = ""                # host:port at which Prometheus gets metrics of this server; "": nowhere
 listen     = ["0.0.0.0:7781"]
 advertise  = []
 site       = ""
@@ -343,6 +347,11 @@ func (c *Config) listened() []listening {
 	}
 	if at := c.Storehouse.consensus(); at != "" {
 		all = append(all, listening{"storehouse.consensus", []string{at}})
+	}
+	for _, at := range []listening{{"storehouse.metrics", []string{c.Storehouse.Metrics}}, {"agent.metrics", []string{c.Agent.Metrics}}} {
+		if at.addrs[0] != "" {
+			all = append(all, at)
+		}
 	}
 	return all
 }

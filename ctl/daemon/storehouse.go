@@ -129,6 +129,11 @@ func checkStorehousePorts(ctx context.Context, cfg *Config) error {
 			return err
 		}
 	}
+	if at := cfg.Storehouse.Metrics; at != "" {
+		if err := checkPort(ctx, "storehouse.metrics", "metrics", at); err != nil {
+			return err
+		}
+	}
 	if at := cfg.Storehouse.consensus(); at != "" {
 		if err := checkPort(ctx, "storehouse.consensus", "consensus", at); err != nil {
 			return err
@@ -147,7 +152,7 @@ func storehouseConfig(cfg *Config, log *slog.Logger) storehouse.Config {
 	s := cfg.Storehouse
 	return storehouse.Config{
 		StateDir: filepath.Join(cfg.StateDir, storehouseDir), StoreDir: flox.StoreDir(cfg.StoreDir), Name: s.Name,
-		HTTPListen: s.HTTP, HTTPURL: s.HTTPURL, Listen: s.Listen, Advertise: s.Advertise, Site: s.Site,
+		Metrics: s.Metrics, HTTPListen: s.HTTP, HTTPURL: s.HTTPURL, Listen: s.Listen, Advertise: s.Advertise, Site: s.Site,
 		ServerName: s.Server, Consensus: s.consensus(), ConsensusAdvertise: s.ConsensAd, CatchUpRate: uint64(s.CatchUp),
 		Heartbeat:       time.Duration(s.Heartbeat),
 		Watermarks:      storehouse.Watermarks{Slow: float64(s.DiskSlow), Essential: float64(s.DiskHigh), ReadOnly: float64(s.DiskFull)},
