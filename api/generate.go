@@ -10,4 +10,4 @@
 // released stays as it was: released.txt lists it, and a test compares.
 package api
 
-//go:generate protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative flox/v1/log.proto flox/v1/cluster.proto flox/v1/facts.proto flox/v1/agent.proto flox/v1/members.proto flox/v1/upstreams.proto flox/v1/profiles.proto flox/v1/channels.proto flox/v1/admin.proto flox/v1/builds.proto flox/v1/queue.proto
+//go:generate protoc -I . --go_out=. --go_opt=paths=source_relative --connect-go_out=. --connect-go_opt=paths=source_relative flox/v1/log.proto flox/v1/cluster.proto flox/v1/facts.proto flox/v1/agent.proto flox/v1/members.proto flox/v1/upstreams.proto flox/v1/profiles.proto flox/v1/channels.proto flox/v1/admin.proto flox/v1/builds.proto flox/v1/queue.proto flox/v1/farm.proto

@@ -51,7 +51,7 @@ and exact with --json; what goes on over time is JSON lines there.
 	root.AddCommand(
 		newStatusCmd(g), newPeersCmd(g), newExplainCmd(g), newWatchCmd(g), newStoreCmd(g), newRunCmd(g), newDownloadCmd(g),
 		newKeepCmd(g), newUnkeepCmd(g), newCacheCmd(g), newDoctorCmd(g), newVersionCmd(g),
-		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g), newKeyCmd(g), newStorehouseCmd(g), newImportCmd(g), newUpstreamCmd(g),
+		newInviteCmd(g), newMachineCmd(g), newAuditCmd(g), newKeyCmd(g), newStorehouseCmd(g), newImportCmd(g), newUpstreamCmd(g), newQueueCmd(g), newWorkersCmd(g),
 		newProfileCmd(g), newInstallCmd(g), newUninstallCmd(g), newListCmd(g), newShowCmd(g), newHistoryCmd(g), newDiffCmd(g), newWhyCmd(g), newRollbackCmd(g),
 		newHoldCmd(g, true), newHoldCmd(g, false), newActivateCmd(g), newDirenvCmd(g), newUpgradeCmd(g), newChannelCmd(g), newSearchCmd(g),
 		newJoinCmd(), newLeaveCmd(), newShellenvCmd(g), newNixCmd(g),

@@ -151,3 +151,31 @@ func (s *scriptedAdmin) UntrackChannel(_ context.Context, r *connect.Request[flo
 func (s *scriptedAdmin) BuildPackage(_ context.Context, r *connect.Request[floxv1.BuildPackageRequest], out *connect.ServerStream[floxv1.BuildPackageProgress]) error {
 	return stream[floxv1.BuildPackageRequest](s.scripted, "BuildPackage", r, out)
 }
+
+func (s *scriptedAdmin) ListBuilds(_ context.Context, r *connect.Request[floxv1.ListBuildsRequest]) (*connect.Response[floxv1.ListBuildsResponse], error) {
+	return unary[floxv1.ListBuildsRequest, floxv1.ListBuildsResponse](s.scripted, "ListBuilds", r)
+}
+
+func (s *scriptedAdmin) ShowBuild(_ context.Context, r *connect.Request[floxv1.ShowBuildRequest]) (*connect.Response[floxv1.ShowBuildResponse], error) {
+	return unary[floxv1.ShowBuildRequest, floxv1.ShowBuildResponse](s.scripted, "ShowBuild", r)
+}
+
+func (s *scriptedAdmin) WhyBuild(_ context.Context, r *connect.Request[floxv1.WhyBuildRequest]) (*connect.Response[floxv1.WhyBuildResponse], error) {
+	return unary[floxv1.WhyBuildRequest, floxv1.WhyBuildResponse](s.scripted, "WhyBuild", r)
+}
+
+func (s *scriptedAdmin) ChangeBuilds(_ context.Context, r *connect.Request[floxv1.ChangeBuildsRequest]) (*connect.Response[floxv1.ChangeBuildsResponse], error) {
+	return unary[floxv1.ChangeBuildsRequest, floxv1.ChangeBuildsResponse](s.scripted, "ChangeBuilds", r)
+}
+
+func (s *scriptedAdmin) BuildOutput(_ context.Context, r *connect.Request[floxv1.BuildOutputRequest], out *connect.ServerStream[floxv1.BuildOutputPiece]) error {
+	return stream[floxv1.BuildOutputRequest](s.scripted, "BuildOutput", r, out)
+}
+
+func (s *scriptedAdmin) ListWorkers(_ context.Context, r *connect.Request[floxv1.ListWorkersRequest]) (*connect.Response[floxv1.ListWorkersResponse], error) {
+	return unary[floxv1.ListWorkersRequest, floxv1.ListWorkersResponse](s.scripted, "ListWorkers", r)
+}
+
+func (s *scriptedAdmin) SetWorker(_ context.Context, r *connect.Request[floxv1.SetWorkerRequest]) (*connect.Response[floxv1.SetWorkerResponse], error) {
+	return unary[floxv1.SetWorkerRequest, floxv1.SetWorkerResponse](s.scripted, "SetWorker", r)
+}

@@ -36,6 +36,7 @@ type farming struct {
 	// What the leader has.
 	beats    map[string]time.Time // when a server was heard that builds: at most maxServers
 	here     map[string]time.Time // when a server was heard
+	deciding chan struct{}        // holds one token while somebody uses decides
 	decides  *dispatch.Dispatcher // nil = it has to read everything
 	term     uint64               // in which this server leads
 	since    time.Time            // the term began
@@ -45,7 +46,7 @@ type farming struct {
 func newFarming(s *Server) *farming {
 	return &farming{
 		s: s, session: s.node.NewSession(), wants: map[string]*want{}, watch: map[string]map[*want]bool{}, runs: map[uint64]*leased{},
-		beats: map[string]time.Time{}, here: map[string]time.Time{},
+		beats: map[string]time.Time{}, here: map[string]time.Time{}, deciding: make(chan struct{}, 1),
 	}
 }
 

@@ -107,8 +107,8 @@ func (j *journal) close() {
 func (j *journal) ReadAt(p []byte, at int64) (int, error) { return j.file.ReadAt(p, at) }
 
 // upTo waits until more than at bytes can be read, and gives how many; as many as at =
-// that is all.
-func (j *journal) upTo(ctx context.Context, at int64) (int64, error) {
+// that is all, or soFar and there is no more yet.
+func (j *journal) upTo(ctx context.Context, at int64, soFar bool) (int64, error) {
 	for {
 		rung := j.more.wait()
 		j.mu.Lock()
@@ -118,7 +118,7 @@ func (j *journal) upTo(ctx context.Context, at int64) (int64, error) {
 			err = j.out.Flush()
 		}
 		j.mu.Unlock()
-		if err != nil || size > at || ended {
+		if err != nil || size > at || ended || soFar {
 			return size, err
 		}
 		select {
@@ -129,11 +129,11 @@ func (j *journal) upTo(ctx context.Context, at int64) (int64, error) {
 	}
 }
 
-// read calls yield with all that happens, from the beginning, until the build has ended.
-// Who reads has used it.
-func (j *journal) read(ctx context.Context, yield func(*floxv1.BuildEvent) error) error {
+// read calls yield with all that happens, from the beginning, until the build has ended,
+// or soFar, with what has happened. Who reads has used it.
+func (j *journal) read(ctx context.Context, soFar bool, yield func(*floxv1.BuildEvent) error) error {
 	for at := int64(0); ; {
-		size, err := j.upTo(ctx, at)
+		size, err := j.upTo(ctx, at, soFar)
 		if err != nil || size == at {
 			return err
 		}
@@ -166,7 +166,8 @@ func (j *journal) read(ctx context.Context, yield func(*floxv1.BuildEvent) error
 
 // events calls yield with what happens in a build that this server has a lease of, from
 // its beginning. ErrNotFound if it has ended, or there is none.
-func (f *farming) events(ctx context.Context, l *floxv1.UnderLease, yield func(*floxv1.BuildEvent) error) error {
+func (f *farming) events(ctx context.Context, q *floxv1.BuildEventsRequest, yield func(*floxv1.BuildEvent) error) error {
+	l := q.GetLease()
 	if err := f.looked(ctx, l.GetToken()); err != nil {
 		return err
 	}
@@ -177,12 +178,12 @@ func (f *farming) events(ctx context.Context, l *floxv1.UnderLease, yield func(*
 		return fmt.Errorf("build %.300s does not run here under lease %d: %w", l.GetBuild(), l.GetToken(), flox.ErrNotFound)
 	}
 	defer run.events.close()
-	return run.events.read(ctx, yield)
+	return run.events.read(ctx, q.GetSoFar(), yield)
 }
 
 // eventsOf is events of the server that has a lease.
-func (f *farming) eventsOf(ctx context.Context, l *floxv1.BuildLease, yield func(*floxv1.BuildEvent) error) error {
-	q := &floxv1.UnderLease{Build: l.GetKey(), Token: l.GetToken()}
+func (f *farming) eventsOf(ctx context.Context, l *floxv1.BuildLease, soFar bool, yield func(*floxv1.BuildEvent) error) error {
+	q := &floxv1.BuildEventsRequest{Lease: &floxv1.UnderLease{Build: l.GetKey(), Token: l.GetToken()}, SoFar: soFar}
 	if l.GetWorker() == f.id() {
 		return f.events(ctx, q, yield)
 	}
@@ -197,7 +198,7 @@ func (f *farming) eventsOf(ctx context.Context, l *floxv1.BuildLease, yield func
 }
 
 // BuildEvents is floxv1connect.ServersHandler.
-func (h *houses) BuildEvents(ctx context.Context, req *connect.Request[floxv1.UnderLease], stream *connect.ServerStream[floxv1.BuildEvent]) error {
+func (h *houses) BuildEvents(ctx context.Context, req *connect.Request[floxv1.BuildEventsRequest], stream *connect.ServerStream[floxv1.BuildEvent]) error {
 	err := h.caller(req.Peer().Addr)
 	if err == nil {
 		err = h.farm.events(ctx, req.Msg, stream.Send)

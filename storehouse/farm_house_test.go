@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+
 	"github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/buildfarm"
@@ -73,12 +75,15 @@ func TestBuildOutlivesServers(t *testing.T) {
 		}
 	}
 	// ask builds, and calls begun once the builder has said so for the i-th time.
-	ask := func(drv string, begun func(i int)) *happened {
+	ask := func(drv string, begun func(i int), seen ...func(*floxv1.BuildEvent)) *happened {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		times := 0
 		got, err := f.build(ctx, outs(drv), func(e *floxv1.BuildEvent) {
+			for _, see := range seen {
+				see(e)
+			}
 			if e.GetLine().GetText() == "begun" {
 				begun(times)
 				times++
@@ -98,12 +103,33 @@ func TestBuildOutlivesServers(t *testing.T) {
 	if err := f.node.Transfer(within(t), leader.farm.id()); err != nil {
 		t.Fatal(err)
 	}
-	h.only(builder)
 	first := waits("first")
+	h.only(nil)
+	heard := "" // that nobody takes it, by a server that does not lead
+	operator := context.WithValue(within(t), socketKey{}, os.Geteuid())
+	asked := &admin{s: f.Server}
+	opened := func(e *floxv1.BuildEvent) {
+		if e.GetWait().GetStuck() && heard == "" {
+			heard = e.GetWait().GetWhy()
+			h.only(builder)
+		}
+	}
 	got := ask(first, func(int) {
+		st, err := asked.WhyBuild(operator, connect.NewRequest(&floxv1.WhyBuildRequest{Build: "first"}))
+		if err != nil || st.Msg.GetStanding().GetWhy() != "s2 builds it" {
+			t.Errorf("why: %v, %v", st, err)
+		}
+		said := ""
+		err = asked.buildOutput(within(t), &floxv1.BuildOutputRequest{Build: "first"}, func(p *floxv1.BuildOutputPiece) { said += string(p.GetData()) })
+		if err != nil || said != "begun\n" {
+			t.Errorf("it has said %q, %v", said, err)
+		}
 		h.stops[2]()
 		open("first")
-	})
+	}, opened)
+	if !strings.HasPrefix(heard, "all workers that can build it take nothing now: ") || !strings.Contains(heard, " are cordoned or draining") {
+		t.Errorf("while nobody takes it who waits heard %q", heard)
+	}
 	if !slices.Equal(got.started, []string{first}) || !slices.Equal(got.lines[first], []string{"begun", "goes on"}) {
 		t.Errorf("while the leader went: started %v, lines %q", got.started, got.lines)
 	}

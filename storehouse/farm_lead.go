@@ -39,6 +39,12 @@ func (f *farming) lead(ctx context.Context, now time.Time) error {
 	if !f.on() {
 		return nil
 	}
+	select {
+	case f.deciding <- struct{}{}:
+		defer func() { <-f.deciding }()
+	case <-ctx.Done():
+		return nil
+	}
 	if term := f.s.node.Status().Term; term != f.term || f.since.IsZero() {
 		f.term, f.since = term, now // whoever is there has some time to say so
 	}
@@ -193,19 +199,25 @@ func (f *farming) tend(ctx context.Context) error {
 	}
 }
 
-// beat tells the leader that this server is there.
+// beat tells the leader that this server is there, and asks why builds wait that are
+// wanted here.
 func (f *farming) beat(ctx context.Context) error {
-	self := f.s.builds.self()
+	self, asks := f.s.builds.self(), f.asks()
 	st := f.s.node.Status()
 	switch {
 	case st.State == "leader":
 		f.heard(f.id(), self != nil)
+		f.told(f.standings(ctx, asks))
 		return nil
 	case st.Leader == "":
 		return nil // there is an election
 	}
-	_, err := f.s.servers.client(p2p.PeerID(st.Leader)).Beat(ctx, connect.NewRequest(&floxv1.BeatRequest{Builds: self != nil}))
-	return api.FromConnect(err)
+	resp, err := f.s.servers.client(p2p.PeerID(st.Leader)).Beat(ctx, connect.NewRequest(&floxv1.BeatRequest{Builds: self != nil, Asks: asks}))
+	if err != nil {
+		return api.FromConnect(err)
+	}
+	f.told(resp.Msg.GetStandings())
+	return nil
 }
 
 // heard notes that a server is there.
@@ -226,12 +238,13 @@ func (f *farming) heard(id string, builds bool) {
 }
 
 // Beat is floxv1connect.ServersHandler.
-func (h *houses) Beat(_ context.Context, req *connect.Request[floxv1.BeatRequest]) (*connect.Response[floxv1.BeatResponse], error) {
+func (h *houses) Beat(ctx context.Context, req *connect.Request[floxv1.BeatRequest]) (*connect.Response[floxv1.BeatResponse], error) {
 	if err := h.caller(req.Peer().Addr); err != nil {
 		return nil, api.ToConnect(err)
 	}
 	h.farm.heard(req.Peer().Addr, req.Msg.GetBuilds())
-	return connect.NewResponse(&floxv1.BeatResponse{}), nil
+	asks := req.Msg.GetAsks()
+	return connect.NewResponse(&floxv1.BeatResponse{Standings: h.farm.standings(ctx, asks[:min(len(asks), maxAsks)])}), nil
 }
 
 // enlist has the log know what this server is as a worker, once its builder is ready.

@@ -25,6 +25,7 @@ type queueing struct {
 	ending  map[*node]bool // over, and the rest is being told
 	failing map[*node]bool // failed, or one that it needs has
 	tries   map[*node]uint32
+	whys    map[*node]string // what was told last of why they wait
 	ended   chan finished
 	group   sync.WaitGroup
 }
@@ -51,7 +52,7 @@ const viewPause = time.Second
 func (r *realising) queue(ctx context.Context) error {
 	q := &queueing{
 		realising: r, f: r.b.s.farm, nodes: map[string]*node{}, needed: map[*node][]*node{}, views: map[*node]*viewing{},
-		ending: map[*node]bool{}, failing: map[*node]bool{}, tries: map[*node]uint32{}, ended: make(chan finished, len(r.graph.order)),
+		ending: map[*node]bool{}, failing: map[*node]bool{}, tries: map[*node]uint32{}, whys: map[*node]string{}, ended: make(chan finished, len(r.graph.order)),
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer q.group.Wait()
@@ -82,9 +83,11 @@ func (q *queueing) wait(ctx context.Context) error {
 	for len(q.outcome) < len(q.graph.order) {
 		select {
 		case <-q.w.wake:
-			if err := q.see(ctx, q.w.take()); err != nil {
+			news, standings := q.w.take()
+			if err := q.see(ctx, news); err != nil {
 				return err
 			}
+			q.why(standings)
 		case e := <-q.ended:
 			if e.err != nil {
 				return e.err
@@ -201,7 +204,7 @@ func (q *queueing) view(ctx context.Context, n *node, l *floxv1.BuildLease) {
 		defer cancel()
 		for {
 			skip := v.seen
-			v.err = q.f.eventsOf(ctx, l, func(e *floxv1.BuildEvent) error {
+			v.err = q.f.eventsOf(ctx, l, false, func(e *floxv1.BuildEvent) error {
 				if skip > 0 { // told before the stream broke
 					skip--
 					return nil

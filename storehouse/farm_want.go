@@ -24,7 +24,11 @@ type want struct {
 
 	mu   sync.Mutex
 	news map[string]*floxv1.QueuedBuild // builds as they are now, that changed since take; nil = gone
-	wake chan struct{}                  // holds one token while there are some
+	wake chan struct{}                  // holds one token while there is something to take
+	// What of its builds waits, what is done, and since take, why some wait.
+	waiting   map[string]*floxv1.QueuedBuild
+	done      map[string]bool
+	standings []*floxv1.BuildStanding
 }
 
 // put notes how a build is now.
@@ -32,25 +36,42 @@ func (w *want) put(key string, b *floxv1.QueuedBuild) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.news[key] = b
+	delete(w.waiting, key)
+	delete(w.done, key)
+	switch {
+	case b == nil:
+	case b.GetState() == floxv1.BuildState_BUILD_STATE_WAITING:
+		w.waiting[key] = b
+	case b.GetState() == floxv1.BuildState_BUILD_STATE_DONE:
+		w.done[key] = true
+	}
+	w.rouse()
+}
+
+// rouse says that there is something to take. It needs w.mu.
+func (w *want) rouse() {
 	select {
 	case w.wake <- struct{}{}:
 	default:
 	}
 }
 
-// take gives what changed since the last time.
-func (w *want) take() map[string]*floxv1.QueuedBuild {
+// take gives what changed since the last time, and why what waits.
+func (w *want) take() (news map[string]*floxv1.QueuedBuild, standings []*floxv1.BuildStanding) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	news := w.news
-	w.news = map[string]*floxv1.QueuedBuild{}
-	return news
+	news, standings = w.news, w.standings
+	w.news, w.standings = map[string]*floxv1.QueuedBuild{}, nil
+	return news, standings
 }
 
 // begin makes a want, which hears of builds from now on. It is in the log once
 // something is enqueued under its name.
 func (f *farming) begin(keys []string) *want {
-	w := &want{id: rand.Text(), keys: keys, news: map[string]*floxv1.QueuedBuild{}, wake: make(chan struct{}, 1)}
+	w := &want{
+		id: rand.Text(), keys: keys, news: map[string]*floxv1.QueuedBuild{}, wake: make(chan struct{}, 1),
+		waiting: map[string]*floxv1.QueuedBuild{}, done: map[string]bool{},
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.wants[w.id] = w

@@ -59,11 +59,3 @@ func (d *Dispatcher) Lost(there func(worker string) bool) (lost, given []*floxv1
 	slices.SortFunc(given, byKey)
 	return lost, given
 }
-
-// Why explains where a build stands. ok is false if it is not in the queue, or is over.
-func (d *Dispatcher) Why(key string, now time.Time) (e schedule.Explanation, ok bool) {
-	if d.sched == nil {
-		return e, false
-	}
-	return d.sched.Why(key, now)
-}

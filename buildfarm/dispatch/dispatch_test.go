@@ -222,19 +222,38 @@ func TestAbsentWorkers(t *testing.T) {
 	}
 	there("b")
 	l.enqueue("me", false, "x", "y")
-	at := func(want string) {
-		t.Helper()
-		if got := l.dispatch(d, all); len(got) != 1 || got[0].GetWorker() != want {
-			t.Errorf("leases %q, want one of %s", names(got), want)
-		}
+	got := l.dispatch(d, all)
+	if len(got) != 1 || got[0].GetWorker() != "b" {
+		t.Fatalf("leases %q, want one of b", names(got))
 	}
-	at("b")
+	has, waits := drv("x"), drv("y")
+	if got[0].GetKey() == waits {
+		has, waits = waits, has
+	}
 	l.worker("a", 2) // it is said anew what it is, which does not make it be there
 	if got := names(l.dispatch(d, all)); got != "" {
 		t.Errorf("what a worker has that is not there: %q", got)
 	}
+	there("b")
+	l.enqueue("me", false, "z")
+	l.update(d)
+	why := func(key, want string) {
+		t.Helper()
+		if got := d.Standing(key, time.Now()).GetWhy(); got != want {
+			t.Errorf("%s: %q, want %q", key, got, want)
+		}
+	}
+	why(has, "b builds it")
+	why(waits, "1 of the 2 workers that can build it are busy; a is away")
+	why(drv("z"), "1 of the 2 workers that can build it are busy; a is away\nit waits behind 1 others: 1 that have waited longer")
+	l.state("b", floxv1.WorkerState_WORKER_STATE_CORDONED)
+	l.update(d)
+	why(waits, "all workers that can build it take nothing now: a is away; b is cordoned or draining")
+	l.state("b", floxv1.WorkerState_WORKER_STATE_ACTIVE)
 	there("a", "b")
-	at("a")
+	if got := l.dispatch(d, all); len(got) != 2 || got[0].GetWorker() != "a" {
+		t.Errorf("leases %q, want two of a", names(got))
+	}
 }
 
 // What needs a build that fails fails too, and waits again when that does.
@@ -263,7 +282,7 @@ func TestFailuresSpread(t *testing.T) {
 func stands(d *Dispatcher, keys []string) string {
 	var out []string
 	for _, key := range keys {
-		if e, ok := d.Why(key, time.Now()); ok {
+		if e, ok := d.explain(key, time.Now()); ok {
 			slices.Sort(e.Needs)
 			if e.State == "put off" && !e.Until.After(time.Now()) {
 				e.State = "ready" // as soon as it is looked at

@@ -60,6 +60,15 @@ func Members(g raft.Getter, want string, yield func(key string) bool) error {
 	return g.Iterate(prefix, nil, func(key, _ []byte) bool { return yield(string(key[len(prefix):])) })
 }
 
+// Wanted reports whether a build is of a want.
+func Wanted(g raft.Getter, want, key string) (bool, error) {
+	_, err := g.Get(append(membersOf(want), key...))
+	if errors.Is(err, flox.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // Wants calls yield with who wants something, until it returns false.
 func Wants(g raft.Getter, yield func(*floxv1.BuildWant) bool) error {
 	return records(g, []byte{wantKey}, nil, yield)
@@ -95,6 +104,18 @@ func Used(g raft.Getter, now time.Time, yield func(owner string, at time.Time, t
 func History(g raft.Getter, limit int) (all []*floxv1.BuildEvidence, err error) {
 	err = records(g, []byte{historyKey}, nil, func(e *floxv1.BuildEvidence) bool {
 		all = append(all, e)
+		return true
+	})
+	slices.Reverse(all)
+	return all[:min(len(all), limit)], err
+}
+
+// TriesOf gives what is known of a build that was tried, newest first, at most limit.
+func TriesOf(g raft.Getter, key string, limit int) (all []*floxv1.BuildEvidence, err error) {
+	err = records(g, []byte{historyKey}, nil, func(e *floxv1.BuildEvidence) bool {
+		if e.GetKey() == key {
+			all = append(all, e)
+		}
 		return true
 	})
 	slices.Reverse(all)

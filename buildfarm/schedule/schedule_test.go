@@ -364,19 +364,23 @@ func TestWhy(t *testing.T) {
 	f.next()
 	f.next()
 	f.add(build("last", takes(time.Second)))
-	for id, want := range map[string][]string{
-		"first": {"built by w"}, "waits": {"waits for 2 other builds: first, asked"},
-		"arm":  {"no worker can build it", "2 workers are for other systems"},
-		"last": {"1 workers can build it, 0 of them are free", "1 builds go before it because somebody", "1 builds go before it with a higher priority", "1 builds go before it of owners who have used less", "2 builds go before it that begin longer"},
+	for id, want := range map[string]string{
+		"first": "building w [] 0; able [w] free 0; 1 kept for builds that require a feature of theirs",
+		"waits": "waiting  [first asked] 2; able [w] free 0; 1 kept for builds that require a feature of theirs",
+		"arm":   "ready  [] 0; able [] free 0; 2 for other systems",
+		"last": "ready  [] 0; able [w] free 0; 1 kept for builds that require a feature of theirs" +
+			"; behind 5: 1 that somebody waits for, 1 of a higher priority, 1 of owners who have used less, 2 that begin longer chains",
 	} {
 		e, ok := f.Why(id, f.now)
 		if !ok {
 			t.Fatal(id)
 		}
-		for _, part := range want {
-			if !strings.Contains(e.String(), part) {
-				t.Errorf("%s: %q is not in\n%s", id, part, e)
-			}
+		got := fmt.Sprintf("%s %s %v %d; able %v free %d; %s", e.State, e.Worker, e.Needs, e.NeedsOf, e.Able, e.Free, strings.Join(e.Unfit(), ", "))
+		if n := e.Before(); n > 0 {
+			got += fmt.Sprintf("; behind %d: %s", n, strings.Join(e.Rivals(), ", "))
+		}
+		if got != want {
+			t.Errorf("%s: %q, want %q", id, got, want)
 		}
 	}
 	if _, ok := f.Why("nobody", f.now); ok {

@@ -3,7 +3,6 @@ package schedule
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 )
 
@@ -21,10 +20,11 @@ type Explanation struct {
 	Until time.Time
 	// Worker builds it, or keeps room for it.
 	Worker string
-	// Able is how many workers can do it, Free how many of them would now. Unable says
+	// Able are the workers that can do it, Free how many of them would now. Unable says
 	// why others cannot, by how many of them.
-	Able, Free int
-	Unable     map[string]int
+	Able   []string
+	Free   int
+	Unable map[string]int
 	// Ahead is how many ready builds that the same workers can do go before it, by what
 	// puts them there.
 	Ahead map[string]int
@@ -67,7 +67,7 @@ func (s *Scheduler) Why(id string, now time.Time) (e Explanation, ok bool) {
 			e.Unable[why]++
 			continue
 		}
-		e.Able++
+		e.Able = append(e.Able, w.ID)
 		if w.free() && w.fits(n.class) && (w.held == nil || w.held == n) {
 			e.Free++
 		}
@@ -84,6 +84,14 @@ func (s *Scheduler) Why(id string, now time.Time) (e Explanation, ok bool) {
 		s.ahead(n, now, e.Ahead)
 	}
 	return e, true
+}
+
+// Before is how many builds go before it.
+func (e Explanation) Before() (n int) {
+	for _, count := range e.Ahead {
+		n += count
+	}
+	return n
 }
 
 // ahead counts the builds that go before a ready one.
@@ -130,47 +138,34 @@ func goesBefore(o, n *node, share, than float64) string {
 	return byAge
 }
 
-// String says it in a few lines, without names of the caller's.
-func (e Explanation) String() string {
-	var out []string
-	say := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
-	switch e.State {
-	case stateWords[leased]:
-		say("it is being built by %s", e.Worker)
-	case stateWords[waits]:
-		say("it waits for %d other builds: %s", e.NeedsOf, strings.Join(e.Needs, ", "))
-	case stateWords[put]:
-		say("its worker failed it, and it is tried again at %s", e.Until.UTC().Format(time.RFC3339))
-	}
-	if e.Able == 0 {
-		say("no worker can build it")
-	} else if e.State == stateWords[isOpen] {
-		say("%d workers can build it, %d of them are free for it", e.Able, e.Free)
-	}
+// Unfit says in words why workers cannot build it, by how many of them.
+func (e Explanation) Unfit() (words []string) {
 	for _, why := range []struct{ key, words string }{
-		{"system", "are for other systems"},
-		{"features", "lack a feature it requires"},
-		{"mandatory", "are kept for builds that require a feature of theirs"},
-		{"size", "have too little memory or disk"},
+		{"system", "for other systems"},
+		{"features", "without a feature it requires"},
+		{"mandatory", "kept for builds that require a feature of theirs"},
+		{"size", "with too little memory or disk"},
 	} {
-		if e.Unable[why.key] > 0 && e.Able == 0 {
-			say("%d workers %s", e.Unable[why.key], why.words)
+		if n := e.Unable[why.key]; n > 0 {
+			words = append(words, fmt.Sprintf("%d %s", n, why.words))
 		}
 	}
+	return words
+}
+
+// Rivals says in words what puts how many builds before it.
+func (e Explanation) Rivals() (words []string) {
 	for _, why := range []struct{ key, words string }{
-		{byClass, "because somebody waits for them"},
-		{byPriority, "with a higher priority"},
+		{byClass, "that somebody waits for"},
+		{byPriority, "of a higher priority"},
 		{byShare, "of owners who have used less"},
 		{byPath, "that begin longer chains"},
 		{byUsers, "that more builds wait for"},
 		{byAge, "that have waited longer"},
 	} {
-		if e.Ahead[why.key] > 0 {
-			say("%d builds go before it %s", e.Ahead[why.key], why.words)
+		if n := e.Ahead[why.key]; n > 0 {
+			words = append(words, fmt.Sprintf("%d %s", n, why.words))
 		}
 	}
-	if e.State == stateWords[isOpen] && e.Worker != "" {
-		say("%s takes nothing else until it has room for it", e.Worker)
-	}
-	return strings.Join(out, "\n")
+	return words
 }

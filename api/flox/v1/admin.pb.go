@@ -3084,6 +3084,7 @@ func (x *BackupProgress) GetRemoved() []string {
 type BeatRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Builds        bool                   `protobuf:"varint,1,opt,name=builds,proto3" json:"builds,omitempty"`
+	Asks          []string               `protobuf:"bytes,2,rep,name=asks,proto3" json:"asks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3125,8 +3126,16 @@ func (x *BeatRequest) GetBuilds() bool {
 	return false
 }
 
+func (x *BeatRequest) GetAsks() []string {
+	if x != nil {
+		return x.Asks
+	}
+	return nil
+}
+
 type BeatResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Standings     []*BuildStanding       `protobuf:"bytes,1,rep,name=standings,proto3" json:"standings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3161,6 +3170,65 @@ func (*BeatResponse) Descriptor() ([]byte, []int) {
 	return file_flox_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
+func (x *BeatResponse) GetStandings() []*BuildStanding {
+	if x != nil {
+		return x.Standings
+	}
+	return nil
+}
+
+type BuildEventsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lease         *UnderLease            `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	SoFar         bool                   `protobuf:"varint,2,opt,name=so_far,json=soFar,proto3" json:"so_far,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BuildEventsRequest) Reset() {
+	*x = BuildEventsRequest{}
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BuildEventsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BuildEventsRequest) ProtoMessage() {}
+
+func (x *BuildEventsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BuildEventsRequest.ProtoReflect.Descriptor instead.
+func (*BuildEventsRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *BuildEventsRequest) GetLease() *UnderLease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *BuildEventsRequest) GetSoFar() bool {
+	if x != nil {
+		return x.SoFar
+	}
+	return false
+}
+
 type StagedRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Publisher     string                 `protobuf:"bytes,1,opt,name=publisher,proto3" json:"publisher,omitempty"`
@@ -3171,7 +3239,7 @@ type StagedRequest struct {
 
 func (x *StagedRequest) Reset() {
 	*x = StagedRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3251,7 @@ func (x *StagedRequest) String() string {
 func (*StagedRequest) ProtoMessage() {}
 
 func (x *StagedRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[53]
+	mi := &file_flox_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3264,7 @@ func (x *StagedRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StagedRequest.ProtoReflect.Descriptor instead.
 func (*StagedRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *StagedRequest) GetPublisher() string {
@@ -3224,7 +3292,7 @@ type StagedResponse struct {
 
 func (x *StagedResponse) Reset() {
 	*x = StagedResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[54]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3236,7 +3304,7 @@ func (x *StagedResponse) String() string {
 func (*StagedResponse) ProtoMessage() {}
 
 func (x *StagedResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[54]
+	mi := &file_flox_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3249,7 +3317,7 @@ func (x *StagedResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StagedResponse.ProtoReflect.Descriptor instead.
 func (*StagedResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *StagedResponse) GetManifest() []byte {
@@ -3283,7 +3351,7 @@ type FetchRequest struct {
 
 func (x *FetchRequest) Reset() {
 	*x = FetchRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[55]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3295,7 +3363,7 @@ func (x *FetchRequest) String() string {
 func (*FetchRequest) ProtoMessage() {}
 
 func (x *FetchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[55]
+	mi := &file_flox_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3308,7 +3376,7 @@ func (x *FetchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchRequest.ProtoReflect.Descriptor instead.
 func (*FetchRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FetchRequest) GetIds() [][]byte {
@@ -3334,7 +3402,7 @@ type FetchResponse struct {
 
 func (x *FetchResponse) Reset() {
 	*x = FetchResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[56]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3346,7 +3414,7 @@ func (x *FetchResponse) String() string {
 func (*FetchResponse) ProtoMessage() {}
 
 func (x *FetchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[56]
+	mi := &file_flox_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3359,7 +3427,7 @@ func (x *FetchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchResponse.ProtoReflect.Descriptor instead.
 func (*FetchResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *FetchResponse) GetMissing() []uint32 {
@@ -3378,7 +3446,7 @@ type SeenRequest struct {
 
 func (x *SeenRequest) Reset() {
 	*x = SeenRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[57]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3390,7 +3458,7 @@ func (x *SeenRequest) String() string {
 func (*SeenRequest) ProtoMessage() {}
 
 func (x *SeenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[57]
+	mi := &file_flox_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3403,7 +3471,7 @@ func (x *SeenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenRequest.ProtoReflect.Descriptor instead.
 func (*SeenRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *SeenRequest) GetPeers() []string {
@@ -3421,7 +3489,7 @@ type SeenResponse struct {
 
 func (x *SeenResponse) Reset() {
 	*x = SeenResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[58]
+	mi := &file_flox_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3433,7 +3501,7 @@ func (x *SeenResponse) String() string {
 func (*SeenResponse) ProtoMessage() {}
 
 func (x *SeenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[58]
+	mi := &file_flox_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3446,7 +3514,7 @@ func (x *SeenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SeenResponse.ProtoReflect.Descriptor instead.
 func (*SeenResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 type StateRequest struct {
@@ -3457,7 +3525,7 @@ type StateRequest struct {
 
 func (x *StateRequest) Reset() {
 	*x = StateRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[59]
+	mi := &file_flox_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3469,7 +3537,7 @@ func (x *StateRequest) String() string {
 func (*StateRequest) ProtoMessage() {}
 
 func (x *StateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[59]
+	mi := &file_flox_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3482,7 +3550,7 @@ func (x *StateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateRequest.ProtoReflect.Descriptor instead.
 func (*StateRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 type StateResponse struct {
@@ -3495,7 +3563,7 @@ type StateResponse struct {
 
 func (x *StateResponse) Reset() {
 	*x = StateResponse{}
-	mi := &file_flox_v1_admin_proto_msgTypes[60]
+	mi := &file_flox_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3507,7 +3575,7 @@ func (x *StateResponse) String() string {
 func (*StateResponse) ProtoMessage() {}
 
 func (x *StateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[60]
+	mi := &file_flox_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3520,7 +3588,7 @@ func (x *StateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StateResponse.ProtoReflect.Descriptor instead.
 func (*StateResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{60}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *StateResponse) GetState() *ServerState {
@@ -3547,7 +3615,7 @@ type SweepRequest struct {
 
 func (x *SweepRequest) Reset() {
 	*x = SweepRequest{}
-	mi := &file_flox_v1_admin_proto_msgTypes[61]
+	mi := &file_flox_v1_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3559,7 +3627,7 @@ func (x *SweepRequest) String() string {
 func (*SweepRequest) ProtoMessage() {}
 
 func (x *SweepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_admin_proto_msgTypes[61]
+	mi := &file_flox_v1_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3572,7 +3640,7 @@ func (x *SweepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SweepRequest.ProtoReflect.Descriptor instead.
 func (*SweepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_admin_proto_rawDescGZIP(), []int{61}
+	return file_flox_v1_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *SweepRequest) GetIndex() uint64 {
@@ -3593,7 +3661,7 @@ var File_flox_v1_admin_proto protoreflect.FileDescriptor
 
 const file_flox_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x14flox/v1/builds.proto\x1a\x16flox/v1/channels.proto\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
+	"\x13flox/v1/admin.proto\x12\aflox.v1\x1a\x14flox/v1/builds.proto\x1a\x16flox/v1/channels.proto\x1a\x12flox/v1/farm.proto\x1a\x11flox/v1/log.proto\x1a\x15flox/v1/members.proto\x1a\x16flox/v1/profiles.proto\x1a\x17flox/v1/upstreams.proto\">\n" +
 	"\x12DifferencesRequest\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"`\n" +
@@ -3821,10 +3889,15 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\bfinished\x18\x06 \x01(\bR\bfinished\x12\x12\n" +
 	"\x04name\x18\a \x01(\tR\x04name\x12\x14\n" +
 	"\x05paths\x18\b \x01(\x04R\x05paths\x12\x18\n" +
-	"\aremoved\x18\t \x03(\tR\aremoved\"%\n" +
+	"\aremoved\x18\t \x03(\tR\aremoved\"9\n" +
 	"\vBeatRequest\x12\x16\n" +
-	"\x06builds\x18\x01 \x01(\bR\x06builds\"\x0e\n" +
-	"\fBeatResponse\"?\n" +
+	"\x06builds\x18\x01 \x01(\bR\x06builds\x12\x12\n" +
+	"\x04asks\x18\x02 \x03(\tR\x04asks\"D\n" +
+	"\fBeatResponse\x124\n" +
+	"\tstandings\x18\x01 \x03(\v2\x16.flox.v1.BuildStandingR\tstandings\"V\n" +
+	"\x12BuildEventsRequest\x12)\n" +
+	"\x05lease\x18\x01 \x01(\v2\x13.flox.v1.UnderLeaseR\x05lease\x12\x15\n" +
+	"\x06so_far\x18\x02 \x01(\bR\x05soFar\"?\n" +
 	"\rStagedRequest\x12\x1c\n" +
 	"\tpublisher\x18\x01 \x01(\tR\tpublisher\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\"b\n" +
@@ -3846,7 +3919,7 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\x05usage\x18\x02 \x01(\v2\x16.flox.v1.UsageResponseR\x05usage\"=\n" +
 	"\fSweepRequest\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xf2\x1b\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun2\xe2\x1f\n" +
 	"\x05Admin\x12E\n" +
 	"\n" +
 	"MakeInvite\x12\x1a.flox.v1.MakeInviteRequest\x1a\x1b.flox.v1.MakeInviteResponse\x12H\n" +
@@ -3893,20 +3966,28 @@ const file_flox_v1_admin_proto_rawDesc = "" +
 	"\fTrackChannel\x12\x1c.flox.v1.TrackChannelRequest\x1a\x1d.flox.v1.TrackChannelProgress0\x01\x12Q\n" +
 	"\x0eUntrackChannel\x12\x1e.flox.v1.UntrackChannelRequest\x1a\x1f.flox.v1.UntrackChannelResponse\x12Q\n" +
 	"\x0eSearchPackages\x12\x1e.flox.v1.SearchPackagesRequest\x1a\x1f.flox.v1.SearchPackagesResponse\x12M\n" +
-	"\fBuildPackage\x12\x1c.flox.v1.BuildPackageRequest\x1a\x1d.flox.v1.BuildPackageProgress0\x01\x12?\n" +
+	"\fBuildPackage\x12\x1c.flox.v1.BuildPackageRequest\x1a\x1d.flox.v1.BuildPackageProgress0\x01\x12E\n" +
+	"\n" +
+	"ListBuilds\x12\x1a.flox.v1.ListBuildsRequest\x1a\x1b.flox.v1.ListBuildsResponse\x12B\n" +
+	"\tShowBuild\x12\x19.flox.v1.ShowBuildRequest\x1a\x1a.flox.v1.ShowBuildResponse\x12?\n" +
+	"\bWhyBuild\x12\x18.flox.v1.WhyBuildRequest\x1a\x19.flox.v1.WhyBuildResponse\x12K\n" +
+	"\fChangeBuilds\x12\x1c.flox.v1.ChangeBuildsRequest\x1a\x1d.flox.v1.ChangeBuildsResponse\x12G\n" +
+	"\vBuildOutput\x12\x1b.flox.v1.BuildOutputRequest\x1a\x19.flox.v1.BuildOutputPiece0\x01\x12H\n" +
+	"\vListWorkers\x12\x1b.flox.v1.ListWorkersRequest\x1a\x1c.flox.v1.ListWorkersResponse\x12B\n" +
+	"\tSetWorker\x12\x19.flox.v1.SetWorkerRequest\x1a\x1a.flox.v1.SetWorkerResponse\x12?\n" +
 	"\bListKeys\x12\x18.flox.v1.ListKeysRequest\x1a\x19.flox.v1.ListKeysResponse\x12B\n" +
 	"\tImportKey\x12\x19.flox.v1.ImportKeyRequest\x1a\x1a.flox.v1.ImportKeyResponse\x12E\n" +
 	"\n" +
 	"RotateKeys\x12\x1a.flox.v1.RotateKeysRequest\x1a\x1b.flox.v1.RotateKeysResponse\x12;\n" +
-	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\x95\x03\n" +
+	"\x06Backup\x12\x16.flox.v1.BackupRequest\x1a\x17.flox.v1.BackupProgress0\x012\x9d\x03\n" +
 	"\aServers\x126\n" +
 	"\x05Fetch\x12\x15.flox.v1.FetchRequest\x1a\x16.flox.v1.FetchResponse\x126\n" +
 	"\x05State\x12\x15.flox.v1.StateRequest\x1a\x16.flox.v1.StateResponse\x12:\n" +
 	"\x05Sweep\x12\x15.flox.v1.SweepRequest\x1a\x18.flox.v1.CollectProgress0\x01\x123\n" +
 	"\x04Seen\x12\x14.flox.v1.SeenRequest\x1a\x15.flox.v1.SeenResponse\x129\n" +
 	"\x06Staged\x12\x16.flox.v1.StagedRequest\x1a\x17.flox.v1.StagedResponse\x123\n" +
-	"\x04Beat\x12\x14.flox.v1.BeatRequest\x1a\x15.flox.v1.BeatResponse\x129\n" +
-	"\vBuildEvents\x12\x13.flox.v1.UnderLease\x1a\x13.flox.v1.BuildEvent0\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
+	"\x04Beat\x12\x14.flox.v1.BeatRequest\x1a\x15.flox.v1.BeatResponse\x12A\n" +
+	"\vBuildEvents\x12\x1b.flox.v1.BuildEventsRequest\x1a\x13.flox.v1.BuildEvent0\x01B,Z*github.com/floxctl/flox/api/flox/v1;floxv1b\x06proto3"
 
 var (
 	file_flox_v1_admin_proto_rawDescOnce sync.Once
@@ -3920,7 +4001,7 @@ func file_flox_v1_admin_proto_rawDescGZIP() []byte {
 	return file_flox_v1_admin_proto_rawDescData
 }
 
-var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
+var file_flox_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_flox_v1_admin_proto_goTypes = []any{
 	(*DifferencesRequest)(nil),          // 0: flox.v1.DifferencesRequest
 	(*DifferencesResponse)(nil),         // 1: flox.v1.DifferencesResponse
@@ -3975,89 +4056,105 @@ var file_flox_v1_admin_proto_goTypes = []any{
 	(*BackupProgress)(nil),              // 50: flox.v1.BackupProgress
 	(*BeatRequest)(nil),                 // 51: flox.v1.BeatRequest
 	(*BeatResponse)(nil),                // 52: flox.v1.BeatResponse
-	(*StagedRequest)(nil),               // 53: flox.v1.StagedRequest
-	(*StagedResponse)(nil),              // 54: flox.v1.StagedResponse
-	(*FetchRequest)(nil),                // 55: flox.v1.FetchRequest
-	(*FetchResponse)(nil),               // 56: flox.v1.FetchResponse
-	(*SeenRequest)(nil),                 // 57: flox.v1.SeenRequest
-	(*SeenResponse)(nil),                // 58: flox.v1.SeenResponse
-	(*StateRequest)(nil),                // 59: flox.v1.StateRequest
-	(*StateResponse)(nil),               // 60: flox.v1.StateResponse
-	(*SweepRequest)(nil),                // 61: flox.v1.SweepRequest
-	(*Difference)(nil),                  // 62: flox.v1.Difference
-	(*Label)(nil),                       // 63: flox.v1.Label
-	(*UserGrant)(nil),                   // 64: flox.v1.UserGrant
-	(*InviteRecord)(nil),                // 65: flox.v1.InviteRecord
-	(*Machine)(nil),                     // 66: flox.v1.Machine
-	(*ChangeMachine)(nil),               // 67: flox.v1.ChangeMachine
-	(*AuditRecord)(nil),                 // 68: flox.v1.AuditRecord
-	(*AddUpstreamRequest)(nil),          // 69: flox.v1.AddUpstreamRequest
-	(*ListUpstreamsRequest)(nil),        // 70: flox.v1.ListUpstreamsRequest
-	(*TestUpstreamRequest)(nil),         // 71: flox.v1.TestUpstreamRequest
-	(*RemoveUpstreamRequest)(nil),       // 72: flox.v1.RemoveUpstreamRequest
-	(*CreateProfileRequest)(nil),        // 73: flox.v1.CreateProfileRequest
-	(*DeleteProfileRequest)(nil),        // 74: flox.v1.DeleteProfileRequest
-	(*RenameProfileRequest)(nil),        // 75: flox.v1.RenameProfileRequest
-	(*SetProfileRetentionRequest)(nil),  // 76: flox.v1.SetProfileRetentionRequest
-	(*SetProfileScheduleRequest)(nil),   // 77: flox.v1.SetProfileScheduleRequest
-	(*TagProfileRequest)(nil),           // 78: flox.v1.TagProfileRequest
-	(*AssignProfileRequest)(nil),        // 79: flox.v1.AssignProfileRequest
-	(*ListProfilesRequest)(nil),         // 80: flox.v1.ListProfilesRequest
-	(*ShowProfileRequest)(nil),          // 81: flox.v1.ShowProfileRequest
-	(*ProfileHistoryRequest)(nil),       // 82: flox.v1.ProfileHistoryRequest
-	(*ChangeProfileRequest)(nil),        // 83: flox.v1.ChangeProfileRequest
-	(*RollbackProfileRequest)(nil),      // 84: flox.v1.RollbackProfileRequest
-	(*GrantProfileRequest)(nil),         // 85: flox.v1.GrantProfileRequest
-	(*PublishChannelRequest)(nil),       // 86: flox.v1.PublishChannelRequest
-	(*ListChannelsRequest)(nil),         // 87: flox.v1.ListChannelsRequest
-	(*ShowChannelRequest)(nil),          // 88: flox.v1.ShowChannelRequest
-	(*DeleteChannelRequest)(nil),        // 89: flox.v1.DeleteChannelRequest
-	(*SetPublishersRequest)(nil),        // 90: flox.v1.SetPublishersRequest
-	(*TrackChannelRequest)(nil),         // 91: flox.v1.TrackChannelRequest
-	(*UntrackChannelRequest)(nil),       // 92: flox.v1.UntrackChannelRequest
-	(*SearchPackagesRequest)(nil),       // 93: flox.v1.SearchPackagesRequest
-	(*BuildPackageRequest)(nil),         // 94: flox.v1.BuildPackageRequest
-	(*UnderLease)(nil),                  // 95: flox.v1.UnderLease
-	(*AddUpstreamResponse)(nil),         // 96: flox.v1.AddUpstreamResponse
-	(*ListUpstreamsResponse)(nil),       // 97: flox.v1.ListUpstreamsResponse
-	(*TestUpstreamResponse)(nil),        // 98: flox.v1.TestUpstreamResponse
-	(*RemoveUpstreamResponse)(nil),      // 99: flox.v1.RemoveUpstreamResponse
-	(*CreateProfileResponse)(nil),       // 100: flox.v1.CreateProfileResponse
-	(*DeleteProfileResponse)(nil),       // 101: flox.v1.DeleteProfileResponse
-	(*RenameProfileResponse)(nil),       // 102: flox.v1.RenameProfileResponse
-	(*SetProfileRetentionResponse)(nil), // 103: flox.v1.SetProfileRetentionResponse
-	(*SetProfileScheduleResponse)(nil),  // 104: flox.v1.SetProfileScheduleResponse
-	(*TagProfileResponse)(nil),          // 105: flox.v1.TagProfileResponse
-	(*AssignProfileResponse)(nil),       // 106: flox.v1.AssignProfileResponse
-	(*ListProfilesResponse)(nil),        // 107: flox.v1.ListProfilesResponse
-	(*ShowProfileResponse)(nil),         // 108: flox.v1.ShowProfileResponse
-	(*ProfileHistoryResponse)(nil),      // 109: flox.v1.ProfileHistoryResponse
-	(*ChangeProfileResponse)(nil),       // 110: flox.v1.ChangeProfileResponse
-	(*RollbackProfileResponse)(nil),     // 111: flox.v1.RollbackProfileResponse
-	(*GrantProfileResponse)(nil),        // 112: flox.v1.GrantProfileResponse
-	(*PublishChannelProgress)(nil),      // 113: flox.v1.PublishChannelProgress
-	(*ListChannelsResponse)(nil),        // 114: flox.v1.ListChannelsResponse
-	(*ShowChannelResponse)(nil),         // 115: flox.v1.ShowChannelResponse
-	(*DeleteChannelResponse)(nil),       // 116: flox.v1.DeleteChannelResponse
-	(*SetPublishersResponse)(nil),       // 117: flox.v1.SetPublishersResponse
-	(*TrackChannelProgress)(nil),        // 118: flox.v1.TrackChannelProgress
-	(*UntrackChannelResponse)(nil),      // 119: flox.v1.UntrackChannelResponse
-	(*SearchPackagesResponse)(nil),      // 120: flox.v1.SearchPackagesResponse
-	(*BuildPackageProgress)(nil),        // 121: flox.v1.BuildPackageProgress
-	(*BuildEvent)(nil),                  // 122: flox.v1.BuildEvent
+	(*BuildEventsRequest)(nil),          // 53: flox.v1.BuildEventsRequest
+	(*StagedRequest)(nil),               // 54: flox.v1.StagedRequest
+	(*StagedResponse)(nil),              // 55: flox.v1.StagedResponse
+	(*FetchRequest)(nil),                // 56: flox.v1.FetchRequest
+	(*FetchResponse)(nil),               // 57: flox.v1.FetchResponse
+	(*SeenRequest)(nil),                 // 58: flox.v1.SeenRequest
+	(*SeenResponse)(nil),                // 59: flox.v1.SeenResponse
+	(*StateRequest)(nil),                // 60: flox.v1.StateRequest
+	(*StateResponse)(nil),               // 61: flox.v1.StateResponse
+	(*SweepRequest)(nil),                // 62: flox.v1.SweepRequest
+	(*Difference)(nil),                  // 63: flox.v1.Difference
+	(*Label)(nil),                       // 64: flox.v1.Label
+	(*UserGrant)(nil),                   // 65: flox.v1.UserGrant
+	(*InviteRecord)(nil),                // 66: flox.v1.InviteRecord
+	(*Machine)(nil),                     // 67: flox.v1.Machine
+	(*ChangeMachine)(nil),               // 68: flox.v1.ChangeMachine
+	(*AuditRecord)(nil),                 // 69: flox.v1.AuditRecord
+	(*BuildStanding)(nil),               // 70: flox.v1.BuildStanding
+	(*UnderLease)(nil),                  // 71: flox.v1.UnderLease
+	(*AddUpstreamRequest)(nil),          // 72: flox.v1.AddUpstreamRequest
+	(*ListUpstreamsRequest)(nil),        // 73: flox.v1.ListUpstreamsRequest
+	(*TestUpstreamRequest)(nil),         // 74: flox.v1.TestUpstreamRequest
+	(*RemoveUpstreamRequest)(nil),       // 75: flox.v1.RemoveUpstreamRequest
+	(*CreateProfileRequest)(nil),        // 76: flox.v1.CreateProfileRequest
+	(*DeleteProfileRequest)(nil),        // 77: flox.v1.DeleteProfileRequest
+	(*RenameProfileRequest)(nil),        // 78: flox.v1.RenameProfileRequest
+	(*SetProfileRetentionRequest)(nil),  // 79: flox.v1.SetProfileRetentionRequest
+	(*SetProfileScheduleRequest)(nil),   // 80: flox.v1.SetProfileScheduleRequest
+	(*TagProfileRequest)(nil),           // 81: flox.v1.TagProfileRequest
+	(*AssignProfileRequest)(nil),        // 82: flox.v1.AssignProfileRequest
+	(*ListProfilesRequest)(nil),         // 83: flox.v1.ListProfilesRequest
+	(*ShowProfileRequest)(nil),          // 84: flox.v1.ShowProfileRequest
+	(*ProfileHistoryRequest)(nil),       // 85: flox.v1.ProfileHistoryRequest
+	(*ChangeProfileRequest)(nil),        // 86: flox.v1.ChangeProfileRequest
+	(*RollbackProfileRequest)(nil),      // 87: flox.v1.RollbackProfileRequest
+	(*GrantProfileRequest)(nil),         // 88: flox.v1.GrantProfileRequest
+	(*PublishChannelRequest)(nil),       // 89: flox.v1.PublishChannelRequest
+	(*ListChannelsRequest)(nil),         // 90: flox.v1.ListChannelsRequest
+	(*ShowChannelRequest)(nil),          // 91: flox.v1.ShowChannelRequest
+	(*DeleteChannelRequest)(nil),        // 92: flox.v1.DeleteChannelRequest
+	(*SetPublishersRequest)(nil),        // 93: flox.v1.SetPublishersRequest
+	(*TrackChannelRequest)(nil),         // 94: flox.v1.TrackChannelRequest
+	(*UntrackChannelRequest)(nil),       // 95: flox.v1.UntrackChannelRequest
+	(*SearchPackagesRequest)(nil),       // 96: flox.v1.SearchPackagesRequest
+	(*BuildPackageRequest)(nil),         // 97: flox.v1.BuildPackageRequest
+	(*ListBuildsRequest)(nil),           // 98: flox.v1.ListBuildsRequest
+	(*ShowBuildRequest)(nil),            // 99: flox.v1.ShowBuildRequest
+	(*WhyBuildRequest)(nil),             // 100: flox.v1.WhyBuildRequest
+	(*ChangeBuildsRequest)(nil),         // 101: flox.v1.ChangeBuildsRequest
+	(*BuildOutputRequest)(nil),          // 102: flox.v1.BuildOutputRequest
+	(*ListWorkersRequest)(nil),          // 103: flox.v1.ListWorkersRequest
+	(*SetWorkerRequest)(nil),            // 104: flox.v1.SetWorkerRequest
+	(*AddUpstreamResponse)(nil),         // 105: flox.v1.AddUpstreamResponse
+	(*ListUpstreamsResponse)(nil),       // 106: flox.v1.ListUpstreamsResponse
+	(*TestUpstreamResponse)(nil),        // 107: flox.v1.TestUpstreamResponse
+	(*RemoveUpstreamResponse)(nil),      // 108: flox.v1.RemoveUpstreamResponse
+	(*CreateProfileResponse)(nil),       // 109: flox.v1.CreateProfileResponse
+	(*DeleteProfileResponse)(nil),       // 110: flox.v1.DeleteProfileResponse
+	(*RenameProfileResponse)(nil),       // 111: flox.v1.RenameProfileResponse
+	(*SetProfileRetentionResponse)(nil), // 112: flox.v1.SetProfileRetentionResponse
+	(*SetProfileScheduleResponse)(nil),  // 113: flox.v1.SetProfileScheduleResponse
+	(*TagProfileResponse)(nil),          // 114: flox.v1.TagProfileResponse
+	(*AssignProfileResponse)(nil),       // 115: flox.v1.AssignProfileResponse
+	(*ListProfilesResponse)(nil),        // 116: flox.v1.ListProfilesResponse
+	(*ShowProfileResponse)(nil),         // 117: flox.v1.ShowProfileResponse
+	(*ProfileHistoryResponse)(nil),      // 118: flox.v1.ProfileHistoryResponse
+	(*ChangeProfileResponse)(nil),       // 119: flox.v1.ChangeProfileResponse
+	(*RollbackProfileResponse)(nil),     // 120: flox.v1.RollbackProfileResponse
+	(*GrantProfileResponse)(nil),        // 121: flox.v1.GrantProfileResponse
+	(*PublishChannelProgress)(nil),      // 122: flox.v1.PublishChannelProgress
+	(*ListChannelsResponse)(nil),        // 123: flox.v1.ListChannelsResponse
+	(*ShowChannelResponse)(nil),         // 124: flox.v1.ShowChannelResponse
+	(*DeleteChannelResponse)(nil),       // 125: flox.v1.DeleteChannelResponse
+	(*SetPublishersResponse)(nil),       // 126: flox.v1.SetPublishersResponse
+	(*TrackChannelProgress)(nil),        // 127: flox.v1.TrackChannelProgress
+	(*UntrackChannelResponse)(nil),      // 128: flox.v1.UntrackChannelResponse
+	(*SearchPackagesResponse)(nil),      // 129: flox.v1.SearchPackagesResponse
+	(*BuildPackageProgress)(nil),        // 130: flox.v1.BuildPackageProgress
+	(*ListBuildsResponse)(nil),          // 131: flox.v1.ListBuildsResponse
+	(*ShowBuildResponse)(nil),           // 132: flox.v1.ShowBuildResponse
+	(*WhyBuildResponse)(nil),            // 133: flox.v1.WhyBuildResponse
+	(*ChangeBuildsResponse)(nil),        // 134: flox.v1.ChangeBuildsResponse
+	(*BuildOutputPiece)(nil),            // 135: flox.v1.BuildOutputPiece
+	(*ListWorkersResponse)(nil),         // 136: flox.v1.ListWorkersResponse
+	(*SetWorkerResponse)(nil),           // 137: flox.v1.SetWorkerResponse
+	(*BuildEvent)(nil),                  // 138: flox.v1.BuildEvent
 }
 var file_flox_v1_admin_proto_depIdxs = []int32{
-	62,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
-	63,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
-	64,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
-	65,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
-	65,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
+	63,  // 0: flox.v1.DifferencesResponse.differences:type_name -> flox.v1.Difference
+	64,  // 1: flox.v1.MakeInviteRequest.labels:type_name -> flox.v1.Label
+	65,  // 2: flox.v1.MakeInviteRequest.user:type_name -> flox.v1.UserGrant
+	66,  // 3: flox.v1.MakeInviteResponse.record:type_name -> flox.v1.InviteRecord
+	66,  // 4: flox.v1.ListInvitesResponse.invites:type_name -> flox.v1.InviteRecord
 	10,  // 5: flox.v1.ListMachinesResponse.machines:type_name -> flox.v1.MachineState
-	66,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
-	67,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
-	66,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
-	66,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
-	68,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
+	67,  // 6: flox.v1.MachineState.machine:type_name -> flox.v1.Machine
+	68,  // 7: flox.v1.ChangeMachineRequest.change:type_name -> flox.v1.ChangeMachine
+	67,  // 8: flox.v1.ChangeMachineResponse.machine:type_name -> flox.v1.Machine
+	67,  // 9: flox.v1.RemoveMachineResponse.machine:type_name -> flox.v1.Machine
+	69,  // 10: flox.v1.AuditResponse.records:type_name -> flox.v1.AuditRecord
 	19,  // 11: flox.v1.ServersResponse.servers:type_name -> flox.v1.ServerState
 	20,  // 12: flox.v1.ServerState.builds:type_name -> flox.v1.ServerBuilds
 	30,  // 13: flox.v1.CollectRequest.machine:type_name -> flox.v1.MachineCollection
@@ -4065,123 +4162,139 @@ var file_flox_v1_admin_proto_depIdxs = []int32{
 	37,  // 15: flox.v1.WhyResponse.chains:type_name -> flox.v1.WhyChain
 	34,  // 16: flox.v1.WhyChain.root:type_name -> flox.v1.Root
 	44,  // 17: flox.v1.ListKeysResponse.keys:type_name -> flox.v1.KeyState
-	19,  // 18: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
-	28,  // 19: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
-	2,   // 20: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
-	4,   // 21: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
-	6,   // 22: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
-	8,   // 23: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
-	11,  // 24: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
-	13,  // 25: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
-	15,  // 26: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
-	17,  // 27: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
-	21,  // 28: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
-	23,  // 29: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
-	25,  // 30: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
-	27,  // 31: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
-	29,  // 32: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
-	32,  // 33: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
-	35,  // 34: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
-	38,  // 35: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
-	40,  // 36: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
-	0,   // 37: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
-	69,  // 38: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
-	70,  // 39: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
-	71,  // 40: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
-	72,  // 41: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
-	73,  // 42: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
-	74,  // 43: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
-	75,  // 44: flox.v1.Admin.RenameProfile:input_type -> flox.v1.RenameProfileRequest
-	76,  // 45: flox.v1.Admin.SetProfileRetention:input_type -> flox.v1.SetProfileRetentionRequest
-	77,  // 46: flox.v1.Admin.SetProfileSchedule:input_type -> flox.v1.SetProfileScheduleRequest
-	78,  // 47: flox.v1.Admin.TagProfile:input_type -> flox.v1.TagProfileRequest
-	79,  // 48: flox.v1.Admin.AssignProfile:input_type -> flox.v1.AssignProfileRequest
-	80,  // 49: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
-	81,  // 50: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
-	82,  // 51: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
-	83,  // 52: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
-	84,  // 53: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
-	85,  // 54: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
-	86,  // 55: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
-	87,  // 56: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
-	88,  // 57: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
-	89,  // 58: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
-	90,  // 59: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
-	91,  // 60: flox.v1.Admin.TrackChannel:input_type -> flox.v1.TrackChannelRequest
-	92,  // 61: flox.v1.Admin.UntrackChannel:input_type -> flox.v1.UntrackChannelRequest
-	93,  // 62: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
-	94,  // 63: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
-	42,  // 64: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
-	45,  // 65: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
-	47,  // 66: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
-	49,  // 67: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
-	55,  // 68: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
-	59,  // 69: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
-	61,  // 70: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
-	57,  // 71: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
-	53,  // 72: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
-	51,  // 73: flox.v1.Servers.Beat:input_type -> flox.v1.BeatRequest
-	95,  // 74: flox.v1.Servers.BuildEvents:input_type -> flox.v1.UnderLease
-	3,   // 75: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
-	5,   // 76: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
-	7,   // 77: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
-	9,   // 78: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
-	12,  // 79: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
-	14,  // 80: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
-	16,  // 81: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
-	18,  // 82: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
-	22,  // 83: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
-	24,  // 84: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
-	26,  // 85: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
-	28,  // 86: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
-	31,  // 87: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
-	33,  // 88: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
-	36,  // 89: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
-	39,  // 90: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
-	41,  // 91: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
-	1,   // 92: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
-	96,  // 93: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
-	97,  // 94: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
-	98,  // 95: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
-	99,  // 96: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
-	100, // 97: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
-	101, // 98: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
-	102, // 99: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
-	103, // 100: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
-	104, // 101: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
-	105, // 102: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
-	106, // 103: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
-	107, // 104: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
-	108, // 105: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
-	109, // 106: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
-	110, // 107: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
-	111, // 108: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
-	112, // 109: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
-	113, // 110: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
-	114, // 111: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
-	115, // 112: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
-	116, // 113: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
-	117, // 114: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
-	118, // 115: flox.v1.Admin.TrackChannel:output_type -> flox.v1.TrackChannelProgress
-	119, // 116: flox.v1.Admin.UntrackChannel:output_type -> flox.v1.UntrackChannelResponse
-	120, // 117: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
-	121, // 118: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
-	43,  // 119: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
-	46,  // 120: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
-	48,  // 121: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
-	50,  // 122: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
-	56,  // 123: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
-	60,  // 124: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
-	31,  // 125: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
-	58,  // 126: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
-	54,  // 127: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
-	52,  // 128: flox.v1.Servers.Beat:output_type -> flox.v1.BeatResponse
-	122, // 129: flox.v1.Servers.BuildEvents:output_type -> flox.v1.BuildEvent
-	75,  // [75:130] is the sub-list for method output_type
-	20,  // [20:75] is the sub-list for method input_type
-	20,  // [20:20] is the sub-list for extension type_name
-	20,  // [20:20] is the sub-list for extension extendee
-	0,   // [0:20] is the sub-list for field type_name
+	70,  // 18: flox.v1.BeatResponse.standings:type_name -> flox.v1.BuildStanding
+	71,  // 19: flox.v1.BuildEventsRequest.lease:type_name -> flox.v1.UnderLease
+	19,  // 20: flox.v1.StateResponse.state:type_name -> flox.v1.ServerState
+	28,  // 21: flox.v1.StateResponse.usage:type_name -> flox.v1.UsageResponse
+	2,   // 22: flox.v1.Admin.MakeInvite:input_type -> flox.v1.MakeInviteRequest
+	4,   // 23: flox.v1.Admin.ListInvites:input_type -> flox.v1.ListInvitesRequest
+	6,   // 24: flox.v1.Admin.CancelInvite:input_type -> flox.v1.CancelInviteRequest
+	8,   // 25: flox.v1.Admin.ListMachines:input_type -> flox.v1.ListMachinesRequest
+	11,  // 26: flox.v1.Admin.ChangeMachine:input_type -> flox.v1.ChangeMachineRequest
+	13,  // 27: flox.v1.Admin.RemoveMachine:input_type -> flox.v1.RemoveMachineRequest
+	15,  // 28: flox.v1.Admin.Audit:input_type -> flox.v1.AuditRequest
+	17,  // 29: flox.v1.Admin.Servers:input_type -> flox.v1.ServersRequest
+	21,  // 30: flox.v1.Admin.Transfer:input_type -> flox.v1.TransferRequest
+	23,  // 31: flox.v1.Admin.RemoveServer:input_type -> flox.v1.RemoveServerRequest
+	25,  // 32: flox.v1.Admin.Drain:input_type -> flox.v1.DrainRequest
+	27,  // 33: flox.v1.Admin.Usage:input_type -> flox.v1.UsageRequest
+	29,  // 34: flox.v1.Admin.Collect:input_type -> flox.v1.CollectRequest
+	32,  // 35: flox.v1.Admin.Roots:input_type -> flox.v1.RootsRequest
+	35,  // 36: flox.v1.Admin.Why:input_type -> flox.v1.WhyRequest
+	38,  // 37: flox.v1.Admin.KeepPath:input_type -> flox.v1.KeepPathRequest
+	40,  // 38: flox.v1.Admin.Import:input_type -> flox.v1.ImportRequest
+	0,   // 39: flox.v1.Admin.Differences:input_type -> flox.v1.DifferencesRequest
+	72,  // 40: flox.v1.Admin.AddUpstream:input_type -> flox.v1.AddUpstreamRequest
+	73,  // 41: flox.v1.Admin.ListUpstreams:input_type -> flox.v1.ListUpstreamsRequest
+	74,  // 42: flox.v1.Admin.TestUpstream:input_type -> flox.v1.TestUpstreamRequest
+	75,  // 43: flox.v1.Admin.RemoveUpstream:input_type -> flox.v1.RemoveUpstreamRequest
+	76,  // 44: flox.v1.Admin.CreateProfile:input_type -> flox.v1.CreateProfileRequest
+	77,  // 45: flox.v1.Admin.DeleteProfile:input_type -> flox.v1.DeleteProfileRequest
+	78,  // 46: flox.v1.Admin.RenameProfile:input_type -> flox.v1.RenameProfileRequest
+	79,  // 47: flox.v1.Admin.SetProfileRetention:input_type -> flox.v1.SetProfileRetentionRequest
+	80,  // 48: flox.v1.Admin.SetProfileSchedule:input_type -> flox.v1.SetProfileScheduleRequest
+	81,  // 49: flox.v1.Admin.TagProfile:input_type -> flox.v1.TagProfileRequest
+	82,  // 50: flox.v1.Admin.AssignProfile:input_type -> flox.v1.AssignProfileRequest
+	83,  // 51: flox.v1.Admin.ListProfiles:input_type -> flox.v1.ListProfilesRequest
+	84,  // 52: flox.v1.Admin.ShowProfile:input_type -> flox.v1.ShowProfileRequest
+	85,  // 53: flox.v1.Admin.ProfileHistory:input_type -> flox.v1.ProfileHistoryRequest
+	86,  // 54: flox.v1.Admin.ChangeProfile:input_type -> flox.v1.ChangeProfileRequest
+	87,  // 55: flox.v1.Admin.RollbackProfile:input_type -> flox.v1.RollbackProfileRequest
+	88,  // 56: flox.v1.Admin.GrantProfile:input_type -> flox.v1.GrantProfileRequest
+	89,  // 57: flox.v1.Admin.PublishChannel:input_type -> flox.v1.PublishChannelRequest
+	90,  // 58: flox.v1.Admin.ListChannels:input_type -> flox.v1.ListChannelsRequest
+	91,  // 59: flox.v1.Admin.ShowChannel:input_type -> flox.v1.ShowChannelRequest
+	92,  // 60: flox.v1.Admin.DeleteChannel:input_type -> flox.v1.DeleteChannelRequest
+	93,  // 61: flox.v1.Admin.SetPublishers:input_type -> flox.v1.SetPublishersRequest
+	94,  // 62: flox.v1.Admin.TrackChannel:input_type -> flox.v1.TrackChannelRequest
+	95,  // 63: flox.v1.Admin.UntrackChannel:input_type -> flox.v1.UntrackChannelRequest
+	96,  // 64: flox.v1.Admin.SearchPackages:input_type -> flox.v1.SearchPackagesRequest
+	97,  // 65: flox.v1.Admin.BuildPackage:input_type -> flox.v1.BuildPackageRequest
+	98,  // 66: flox.v1.Admin.ListBuilds:input_type -> flox.v1.ListBuildsRequest
+	99,  // 67: flox.v1.Admin.ShowBuild:input_type -> flox.v1.ShowBuildRequest
+	100, // 68: flox.v1.Admin.WhyBuild:input_type -> flox.v1.WhyBuildRequest
+	101, // 69: flox.v1.Admin.ChangeBuilds:input_type -> flox.v1.ChangeBuildsRequest
+	102, // 70: flox.v1.Admin.BuildOutput:input_type -> flox.v1.BuildOutputRequest
+	103, // 71: flox.v1.Admin.ListWorkers:input_type -> flox.v1.ListWorkersRequest
+	104, // 72: flox.v1.Admin.SetWorker:input_type -> flox.v1.SetWorkerRequest
+	42,  // 73: flox.v1.Admin.ListKeys:input_type -> flox.v1.ListKeysRequest
+	45,  // 74: flox.v1.Admin.ImportKey:input_type -> flox.v1.ImportKeyRequest
+	47,  // 75: flox.v1.Admin.RotateKeys:input_type -> flox.v1.RotateKeysRequest
+	49,  // 76: flox.v1.Admin.Backup:input_type -> flox.v1.BackupRequest
+	56,  // 77: flox.v1.Servers.Fetch:input_type -> flox.v1.FetchRequest
+	60,  // 78: flox.v1.Servers.State:input_type -> flox.v1.StateRequest
+	62,  // 79: flox.v1.Servers.Sweep:input_type -> flox.v1.SweepRequest
+	58,  // 80: flox.v1.Servers.Seen:input_type -> flox.v1.SeenRequest
+	54,  // 81: flox.v1.Servers.Staged:input_type -> flox.v1.StagedRequest
+	51,  // 82: flox.v1.Servers.Beat:input_type -> flox.v1.BeatRequest
+	53,  // 83: flox.v1.Servers.BuildEvents:input_type -> flox.v1.BuildEventsRequest
+	3,   // 84: flox.v1.Admin.MakeInvite:output_type -> flox.v1.MakeInviteResponse
+	5,   // 85: flox.v1.Admin.ListInvites:output_type -> flox.v1.ListInvitesResponse
+	7,   // 86: flox.v1.Admin.CancelInvite:output_type -> flox.v1.CancelInviteResponse
+	9,   // 87: flox.v1.Admin.ListMachines:output_type -> flox.v1.ListMachinesResponse
+	12,  // 88: flox.v1.Admin.ChangeMachine:output_type -> flox.v1.ChangeMachineResponse
+	14,  // 89: flox.v1.Admin.RemoveMachine:output_type -> flox.v1.RemoveMachineResponse
+	16,  // 90: flox.v1.Admin.Audit:output_type -> flox.v1.AuditResponse
+	18,  // 91: flox.v1.Admin.Servers:output_type -> flox.v1.ServersResponse
+	22,  // 92: flox.v1.Admin.Transfer:output_type -> flox.v1.TransferResponse
+	24,  // 93: flox.v1.Admin.RemoveServer:output_type -> flox.v1.RemoveServerResponse
+	26,  // 94: flox.v1.Admin.Drain:output_type -> flox.v1.DrainResponse
+	28,  // 95: flox.v1.Admin.Usage:output_type -> flox.v1.UsageResponse
+	31,  // 96: flox.v1.Admin.Collect:output_type -> flox.v1.CollectProgress
+	33,  // 97: flox.v1.Admin.Roots:output_type -> flox.v1.RootsResponse
+	36,  // 98: flox.v1.Admin.Why:output_type -> flox.v1.WhyResponse
+	39,  // 99: flox.v1.Admin.KeepPath:output_type -> flox.v1.KeepPathResponse
+	41,  // 100: flox.v1.Admin.Import:output_type -> flox.v1.ImportProgress
+	1,   // 101: flox.v1.Admin.Differences:output_type -> flox.v1.DifferencesResponse
+	105, // 102: flox.v1.Admin.AddUpstream:output_type -> flox.v1.AddUpstreamResponse
+	106, // 103: flox.v1.Admin.ListUpstreams:output_type -> flox.v1.ListUpstreamsResponse
+	107, // 104: flox.v1.Admin.TestUpstream:output_type -> flox.v1.TestUpstreamResponse
+	108, // 105: flox.v1.Admin.RemoveUpstream:output_type -> flox.v1.RemoveUpstreamResponse
+	109, // 106: flox.v1.Admin.CreateProfile:output_type -> flox.v1.CreateProfileResponse
+	110, // 107: flox.v1.Admin.DeleteProfile:output_type -> flox.v1.DeleteProfileResponse
+	111, // 108: flox.v1.Admin.RenameProfile:output_type -> flox.v1.RenameProfileResponse
+	112, // 109: flox.v1.Admin.SetProfileRetention:output_type -> flox.v1.SetProfileRetentionResponse
+	113, // 110: flox.v1.Admin.SetProfileSchedule:output_type -> flox.v1.SetProfileScheduleResponse
+	114, // 111: flox.v1.Admin.TagProfile:output_type -> flox.v1.TagProfileResponse
+	115, // 112: flox.v1.Admin.AssignProfile:output_type -> flox.v1.AssignProfileResponse
+	116, // 113: flox.v1.Admin.ListProfiles:output_type -> flox.v1.ListProfilesResponse
+	117, // 114: flox.v1.Admin.ShowProfile:output_type -> flox.v1.ShowProfileResponse
+	118, // 115: flox.v1.Admin.ProfileHistory:output_type -> flox.v1.ProfileHistoryResponse
+	119, // 116: flox.v1.Admin.ChangeProfile:output_type -> flox.v1.ChangeProfileResponse
+	120, // 117: flox.v1.Admin.RollbackProfile:output_type -> flox.v1.RollbackProfileResponse
+	121, // 118: flox.v1.Admin.GrantProfile:output_type -> flox.v1.GrantProfileResponse
+	122, // 119: flox.v1.Admin.PublishChannel:output_type -> flox.v1.PublishChannelProgress
+	123, // 120: flox.v1.Admin.ListChannels:output_type -> flox.v1.ListChannelsResponse
+	124, // 121: flox.v1.Admin.ShowChannel:output_type -> flox.v1.ShowChannelResponse
+	125, // 122: flox.v1.Admin.DeleteChannel:output_type -> flox.v1.DeleteChannelResponse
+	126, // 123: flox.v1.Admin.SetPublishers:output_type -> flox.v1.SetPublishersResponse
+	127, // 124: flox.v1.Admin.TrackChannel:output_type -> flox.v1.TrackChannelProgress
+	128, // 125: flox.v1.Admin.UntrackChannel:output_type -> flox.v1.UntrackChannelResponse
+	129, // 126: flox.v1.Admin.SearchPackages:output_type -> flox.v1.SearchPackagesResponse
+	130, // 127: flox.v1.Admin.BuildPackage:output_type -> flox.v1.BuildPackageProgress
+	131, // 128: flox.v1.Admin.ListBuilds:output_type -> flox.v1.ListBuildsResponse
+	132, // 129: flox.v1.Admin.ShowBuild:output_type -> flox.v1.ShowBuildResponse
+	133, // 130: flox.v1.Admin.WhyBuild:output_type -> flox.v1.WhyBuildResponse
+	134, // 131: flox.v1.Admin.ChangeBuilds:output_type -> flox.v1.ChangeBuildsResponse
+	135, // 132: flox.v1.Admin.BuildOutput:output_type -> flox.v1.BuildOutputPiece
+	136, // 133: flox.v1.Admin.ListWorkers:output_type -> flox.v1.ListWorkersResponse
+	137, // 134: flox.v1.Admin.SetWorker:output_type -> flox.v1.SetWorkerResponse
+	43,  // 135: flox.v1.Admin.ListKeys:output_type -> flox.v1.ListKeysResponse
+	46,  // 136: flox.v1.Admin.ImportKey:output_type -> flox.v1.ImportKeyResponse
+	48,  // 137: flox.v1.Admin.RotateKeys:output_type -> flox.v1.RotateKeysResponse
+	50,  // 138: flox.v1.Admin.Backup:output_type -> flox.v1.BackupProgress
+	57,  // 139: flox.v1.Servers.Fetch:output_type -> flox.v1.FetchResponse
+	61,  // 140: flox.v1.Servers.State:output_type -> flox.v1.StateResponse
+	31,  // 141: flox.v1.Servers.Sweep:output_type -> flox.v1.CollectProgress
+	59,  // 142: flox.v1.Servers.Seen:output_type -> flox.v1.SeenResponse
+	55,  // 143: flox.v1.Servers.Staged:output_type -> flox.v1.StagedResponse
+	52,  // 144: flox.v1.Servers.Beat:output_type -> flox.v1.BeatResponse
+	138, // 145: flox.v1.Servers.BuildEvents:output_type -> flox.v1.BuildEvent
+	84,  // [84:146] is the sub-list for method output_type
+	22,  // [22:84] is the sub-list for method input_type
+	22,  // [22:22] is the sub-list for extension type_name
+	22,  // [22:22] is the sub-list for extension extendee
+	0,   // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_admin_proto_init() }
@@ -4191,6 +4304,7 @@ func file_flox_v1_admin_proto_init() {
 	}
 	file_flox_v1_builds_proto_init()
 	file_flox_v1_channels_proto_init()
+	file_flox_v1_farm_proto_init()
 	file_flox_v1_log_proto_init()
 	file_flox_v1_members_proto_init()
 	file_flox_v1_profiles_proto_init()
@@ -4201,7 +4315,7 @@ func file_flox_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_admin_proto_rawDesc), len(file_flox_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   62,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -707,10 +707,13 @@ func (x *BuildNote) GetLevel() uint32 {
 }
 
 // BuildWait: a derivation waits for a free builder behind so many others.
+// Stuck: nobody takes it now, whoever is before it.
 type BuildWait struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Drv           string                 `protobuf:"bytes,1,opt,name=drv,proto3" json:"drv,omitempty"`
 	Place         uint32                 `protobuf:"varint,2,opt,name=place,proto3" json:"place,omitempty"`
+	Why           string                 `protobuf:"bytes,3,opt,name=why,proto3" json:"why,omitempty"`
+	Stuck         bool                   `protobuf:"varint,4,opt,name=stuck,proto3" json:"stuck,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -757,6 +760,20 @@ func (x *BuildWait) GetPlace() uint32 {
 		return x.Place
 	}
 	return 0
+}
+
+func (x *BuildWait) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *BuildWait) GetStuck() bool {
+	if x != nil {
+		return x.Stuck
+	}
+	return false
 }
 
 // BuildOutcome is what became of a derivation.
@@ -1623,10 +1640,12 @@ const file_flox_v1_builds_proto_rawDesc = "" +
 	"\tBuildNote\x12\x10\n" +
 	"\x03drv\x18\x01 \x01(\tR\x03drv\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x14\n" +
-	"\x05level\x18\x03 \x01(\rR\x05level\"3\n" +
+	"\x05level\x18\x03 \x01(\rR\x05level\"[\n" +
 	"\tBuildWait\x12\x10\n" +
 	"\x03drv\x18\x01 \x01(\tR\x03drv\x12\x14\n" +
-	"\x05place\x18\x02 \x01(\rR\x05place\"\x8e\x02\n" +
+	"\x05place\x18\x02 \x01(\rR\x05place\x12\x10\n" +
+	"\x03why\x18\x03 \x01(\tR\x03why\x12\x14\n" +
+	"\x05stuck\x18\x04 \x01(\bR\x05stuck\"\x8e\x02\n" +
 	"\fBuildOutcome\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x1f\n" +

@@ -129,6 +129,20 @@ const (
 	AdminSearchPackagesProcedure = "/flox.v1.Admin/SearchPackages"
 	// AdminBuildPackageProcedure is the fully-qualified name of the Admin's BuildPackage RPC.
 	AdminBuildPackageProcedure = "/flox.v1.Admin/BuildPackage"
+	// AdminListBuildsProcedure is the fully-qualified name of the Admin's ListBuilds RPC.
+	AdminListBuildsProcedure = "/flox.v1.Admin/ListBuilds"
+	// AdminShowBuildProcedure is the fully-qualified name of the Admin's ShowBuild RPC.
+	AdminShowBuildProcedure = "/flox.v1.Admin/ShowBuild"
+	// AdminWhyBuildProcedure is the fully-qualified name of the Admin's WhyBuild RPC.
+	AdminWhyBuildProcedure = "/flox.v1.Admin/WhyBuild"
+	// AdminChangeBuildsProcedure is the fully-qualified name of the Admin's ChangeBuilds RPC.
+	AdminChangeBuildsProcedure = "/flox.v1.Admin/ChangeBuilds"
+	// AdminBuildOutputProcedure is the fully-qualified name of the Admin's BuildOutput RPC.
+	AdminBuildOutputProcedure = "/flox.v1.Admin/BuildOutput"
+	// AdminListWorkersProcedure is the fully-qualified name of the Admin's ListWorkers RPC.
+	AdminListWorkersProcedure = "/flox.v1.Admin/ListWorkers"
+	// AdminSetWorkerProcedure is the fully-qualified name of the Admin's SetWorker RPC.
+	AdminSetWorkerProcedure = "/flox.v1.Admin/SetWorker"
 	// AdminListKeysProcedure is the fully-qualified name of the Admin's ListKeys RPC.
 	AdminListKeysProcedure = "/flox.v1.Admin/ListKeys"
 	// AdminImportKeyProcedure is the fully-qualified name of the Admin's ImportKey RPC.
@@ -209,6 +223,14 @@ type AdminClient interface {
 	UntrackChannel(context.Context, *connect.Request[v1.UntrackChannelRequest]) (*connect.Response[v1.UntrackChannelResponse], error)
 	SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error)
 	BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest]) (*connect.ServerStreamForClient[v1.BuildPackageProgress], error)
+	// Builds and who builds them. Every member may look.
+	ListBuilds(context.Context, *connect.Request[v1.ListBuildsRequest]) (*connect.Response[v1.ListBuildsResponse], error)
+	ShowBuild(context.Context, *connect.Request[v1.ShowBuildRequest]) (*connect.Response[v1.ShowBuildResponse], error)
+	WhyBuild(context.Context, *connect.Request[v1.WhyBuildRequest]) (*connect.Response[v1.WhyBuildResponse], error)
+	ChangeBuilds(context.Context, *connect.Request[v1.ChangeBuildsRequest]) (*connect.Response[v1.ChangeBuildsResponse], error)
+	BuildOutput(context.Context, *connect.Request[v1.BuildOutputRequest]) (*connect.ServerStreamForClient[v1.BuildOutputPiece], error)
+	ListWorkers(context.Context, *connect.Request[v1.ListWorkersRequest]) (*connect.Response[v1.ListWorkersResponse], error)
+	SetWorker(context.Context, *connect.Request[v1.SetWorkerRequest]) (*connect.Response[v1.SetWorkerResponse], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -491,6 +513,48 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("BuildPackage")),
 			connect.WithClientOptions(opts...),
 		),
+		listBuilds: connect.NewClient[v1.ListBuildsRequest, v1.ListBuildsResponse](
+			httpClient,
+			baseURL+AdminListBuildsProcedure,
+			connect.WithSchema(adminMethods.ByName("ListBuilds")),
+			connect.WithClientOptions(opts...),
+		),
+		showBuild: connect.NewClient[v1.ShowBuildRequest, v1.ShowBuildResponse](
+			httpClient,
+			baseURL+AdminShowBuildProcedure,
+			connect.WithSchema(adminMethods.ByName("ShowBuild")),
+			connect.WithClientOptions(opts...),
+		),
+		whyBuild: connect.NewClient[v1.WhyBuildRequest, v1.WhyBuildResponse](
+			httpClient,
+			baseURL+AdminWhyBuildProcedure,
+			connect.WithSchema(adminMethods.ByName("WhyBuild")),
+			connect.WithClientOptions(opts...),
+		),
+		changeBuilds: connect.NewClient[v1.ChangeBuildsRequest, v1.ChangeBuildsResponse](
+			httpClient,
+			baseURL+AdminChangeBuildsProcedure,
+			connect.WithSchema(adminMethods.ByName("ChangeBuilds")),
+			connect.WithClientOptions(opts...),
+		),
+		buildOutput: connect.NewClient[v1.BuildOutputRequest, v1.BuildOutputPiece](
+			httpClient,
+			baseURL+AdminBuildOutputProcedure,
+			connect.WithSchema(adminMethods.ByName("BuildOutput")),
+			connect.WithClientOptions(opts...),
+		),
+		listWorkers: connect.NewClient[v1.ListWorkersRequest, v1.ListWorkersResponse](
+			httpClient,
+			baseURL+AdminListWorkersProcedure,
+			connect.WithSchema(adminMethods.ByName("ListWorkers")),
+			connect.WithClientOptions(opts...),
+		),
+		setWorker: connect.NewClient[v1.SetWorkerRequest, v1.SetWorkerResponse](
+			httpClient,
+			baseURL+AdminSetWorkerProcedure,
+			connect.WithSchema(adminMethods.ByName("SetWorker")),
+			connect.WithClientOptions(opts...),
+		),
 		listKeys: connect.NewClient[v1.ListKeysRequest, v1.ListKeysResponse](
 			httpClient,
 			baseURL+AdminListKeysProcedure,
@@ -564,6 +628,13 @@ type adminClient struct {
 	untrackChannel      *connect.Client[v1.UntrackChannelRequest, v1.UntrackChannelResponse]
 	searchPackages      *connect.Client[v1.SearchPackagesRequest, v1.SearchPackagesResponse]
 	buildPackage        *connect.Client[v1.BuildPackageRequest, v1.BuildPackageProgress]
+	listBuilds          *connect.Client[v1.ListBuildsRequest, v1.ListBuildsResponse]
+	showBuild           *connect.Client[v1.ShowBuildRequest, v1.ShowBuildResponse]
+	whyBuild            *connect.Client[v1.WhyBuildRequest, v1.WhyBuildResponse]
+	changeBuilds        *connect.Client[v1.ChangeBuildsRequest, v1.ChangeBuildsResponse]
+	buildOutput         *connect.Client[v1.BuildOutputRequest, v1.BuildOutputPiece]
+	listWorkers         *connect.Client[v1.ListWorkersRequest, v1.ListWorkersResponse]
+	setWorker           *connect.Client[v1.SetWorkerRequest, v1.SetWorkerResponse]
 	listKeys            *connect.Client[v1.ListKeysRequest, v1.ListKeysResponse]
 	importKey           *connect.Client[v1.ImportKeyRequest, v1.ImportKeyResponse]
 	rotateKeys          *connect.Client[v1.RotateKeysRequest, v1.RotateKeysResponse]
@@ -790,6 +861,41 @@ func (c *adminClient) BuildPackage(ctx context.Context, req *connect.Request[v1.
 	return c.buildPackage.CallServerStream(ctx, req)
 }
 
+// ListBuilds calls flox.v1.Admin.ListBuilds.
+func (c *adminClient) ListBuilds(ctx context.Context, req *connect.Request[v1.ListBuildsRequest]) (*connect.Response[v1.ListBuildsResponse], error) {
+	return c.listBuilds.CallUnary(ctx, req)
+}
+
+// ShowBuild calls flox.v1.Admin.ShowBuild.
+func (c *adminClient) ShowBuild(ctx context.Context, req *connect.Request[v1.ShowBuildRequest]) (*connect.Response[v1.ShowBuildResponse], error) {
+	return c.showBuild.CallUnary(ctx, req)
+}
+
+// WhyBuild calls flox.v1.Admin.WhyBuild.
+func (c *adminClient) WhyBuild(ctx context.Context, req *connect.Request[v1.WhyBuildRequest]) (*connect.Response[v1.WhyBuildResponse], error) {
+	return c.whyBuild.CallUnary(ctx, req)
+}
+
+// ChangeBuilds calls flox.v1.Admin.ChangeBuilds.
+func (c *adminClient) ChangeBuilds(ctx context.Context, req *connect.Request[v1.ChangeBuildsRequest]) (*connect.Response[v1.ChangeBuildsResponse], error) {
+	return c.changeBuilds.CallUnary(ctx, req)
+}
+
+// BuildOutput calls flox.v1.Admin.BuildOutput.
+func (c *adminClient) BuildOutput(ctx context.Context, req *connect.Request[v1.BuildOutputRequest]) (*connect.ServerStreamForClient[v1.BuildOutputPiece], error) {
+	return c.buildOutput.CallServerStream(ctx, req)
+}
+
+// ListWorkers calls flox.v1.Admin.ListWorkers.
+func (c *adminClient) ListWorkers(ctx context.Context, req *connect.Request[v1.ListWorkersRequest]) (*connect.Response[v1.ListWorkersResponse], error) {
+	return c.listWorkers.CallUnary(ctx, req)
+}
+
+// SetWorker calls flox.v1.Admin.SetWorker.
+func (c *adminClient) SetWorker(ctx context.Context, req *connect.Request[v1.SetWorkerRequest]) (*connect.Response[v1.SetWorkerResponse], error) {
+	return c.setWorker.CallUnary(ctx, req)
+}
+
 // ListKeys calls flox.v1.Admin.ListKeys.
 func (c *adminClient) ListKeys(ctx context.Context, req *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {
 	return c.listKeys.CallUnary(ctx, req)
@@ -866,6 +972,14 @@ type AdminHandler interface {
 	UntrackChannel(context.Context, *connect.Request[v1.UntrackChannelRequest]) (*connect.Response[v1.UntrackChannelResponse], error)
 	SearchPackages(context.Context, *connect.Request[v1.SearchPackagesRequest]) (*connect.Response[v1.SearchPackagesResponse], error)
 	BuildPackage(context.Context, *connect.Request[v1.BuildPackageRequest], *connect.ServerStream[v1.BuildPackageProgress]) error
+	// Builds and who builds them. Every member may look.
+	ListBuilds(context.Context, *connect.Request[v1.ListBuildsRequest]) (*connect.Response[v1.ListBuildsResponse], error)
+	ShowBuild(context.Context, *connect.Request[v1.ShowBuildRequest]) (*connect.Response[v1.ShowBuildResponse], error)
+	WhyBuild(context.Context, *connect.Request[v1.WhyBuildRequest]) (*connect.Response[v1.WhyBuildResponse], error)
+	ChangeBuilds(context.Context, *connect.Request[v1.ChangeBuildsRequest]) (*connect.Response[v1.ChangeBuildsResponse], error)
+	BuildOutput(context.Context, *connect.Request[v1.BuildOutputRequest], *connect.ServerStream[v1.BuildOutputPiece]) error
+	ListWorkers(context.Context, *connect.Request[v1.ListWorkersRequest]) (*connect.Response[v1.ListWorkersResponse], error)
+	SetWorker(context.Context, *connect.Request[v1.SetWorkerRequest]) (*connect.Response[v1.SetWorkerResponse], error)
 	// Keys and backups.
 	ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error)
 	ImportKey(context.Context, *connect.Request[v1.ImportKeyRequest]) (*connect.Response[v1.ImportKeyResponse], error)
@@ -1144,6 +1258,48 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("BuildPackage")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminListBuildsHandler := connect.NewUnaryHandler(
+		AdminListBuildsProcedure,
+		svc.ListBuilds,
+		connect.WithSchema(adminMethods.ByName("ListBuilds")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminShowBuildHandler := connect.NewUnaryHandler(
+		AdminShowBuildProcedure,
+		svc.ShowBuild,
+		connect.WithSchema(adminMethods.ByName("ShowBuild")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminWhyBuildHandler := connect.NewUnaryHandler(
+		AdminWhyBuildProcedure,
+		svc.WhyBuild,
+		connect.WithSchema(adminMethods.ByName("WhyBuild")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminChangeBuildsHandler := connect.NewUnaryHandler(
+		AdminChangeBuildsProcedure,
+		svc.ChangeBuilds,
+		connect.WithSchema(adminMethods.ByName("ChangeBuilds")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminBuildOutputHandler := connect.NewServerStreamHandler(
+		AdminBuildOutputProcedure,
+		svc.BuildOutput,
+		connect.WithSchema(adminMethods.ByName("BuildOutput")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminListWorkersHandler := connect.NewUnaryHandler(
+		AdminListWorkersProcedure,
+		svc.ListWorkers,
+		connect.WithSchema(adminMethods.ByName("ListWorkers")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminSetWorkerHandler := connect.NewUnaryHandler(
+		AdminSetWorkerProcedure,
+		svc.SetWorker,
+		connect.WithSchema(adminMethods.ByName("SetWorker")),
+		connect.WithHandlerOptions(opts...),
+	)
 	adminListKeysHandler := connect.NewUnaryHandler(
 		AdminListKeysProcedure,
 		svc.ListKeys,
@@ -1258,6 +1414,20 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminSearchPackagesHandler.ServeHTTP(w, r)
 		case AdminBuildPackageProcedure:
 			adminBuildPackageHandler.ServeHTTP(w, r)
+		case AdminListBuildsProcedure:
+			adminListBuildsHandler.ServeHTTP(w, r)
+		case AdminShowBuildProcedure:
+			adminShowBuildHandler.ServeHTTP(w, r)
+		case AdminWhyBuildProcedure:
+			adminWhyBuildHandler.ServeHTTP(w, r)
+		case AdminChangeBuildsProcedure:
+			adminChangeBuildsHandler.ServeHTTP(w, r)
+		case AdminBuildOutputProcedure:
+			adminBuildOutputHandler.ServeHTTP(w, r)
+		case AdminListWorkersProcedure:
+			adminListWorkersHandler.ServeHTTP(w, r)
+		case AdminSetWorkerProcedure:
+			adminSetWorkerHandler.ServeHTTP(w, r)
 		case AdminListKeysProcedure:
 			adminListKeysHandler.ServeHTTP(w, r)
 		case AdminImportKeyProcedure:
@@ -1451,6 +1621,34 @@ func (UnimplementedAdminHandler) BuildPackage(context.Context, *connect.Request[
 	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.BuildPackage is not implemented"))
 }
 
+func (UnimplementedAdminHandler) ListBuilds(context.Context, *connect.Request[v1.ListBuildsRequest]) (*connect.Response[v1.ListBuildsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListBuilds is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ShowBuild(context.Context, *connect.Request[v1.ShowBuildRequest]) (*connect.Response[v1.ShowBuildResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ShowBuild is not implemented"))
+}
+
+func (UnimplementedAdminHandler) WhyBuild(context.Context, *connect.Request[v1.WhyBuildRequest]) (*connect.Response[v1.WhyBuildResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.WhyBuild is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ChangeBuilds(context.Context, *connect.Request[v1.ChangeBuildsRequest]) (*connect.Response[v1.ChangeBuildsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ChangeBuilds is not implemented"))
+}
+
+func (UnimplementedAdminHandler) BuildOutput(context.Context, *connect.Request[v1.BuildOutputRequest], *connect.ServerStream[v1.BuildOutputPiece]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.BuildOutput is not implemented"))
+}
+
+func (UnimplementedAdminHandler) ListWorkers(context.Context, *connect.Request[v1.ListWorkersRequest]) (*connect.Response[v1.ListWorkersResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListWorkers is not implemented"))
+}
+
+func (UnimplementedAdminHandler) SetWorker(context.Context, *connect.Request[v1.SetWorkerRequest]) (*connect.Response[v1.SetWorkerResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.SetWorker is not implemented"))
+}
+
 func (UnimplementedAdminHandler) ListKeys(context.Context, *connect.Request[v1.ListKeysRequest]) (*connect.Response[v1.ListKeysResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Admin.ListKeys is not implemented"))
 }
@@ -1479,10 +1677,10 @@ type ServersClient interface {
 	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
 	// Staged says what a publisher put here under a key whose path info came to the caller; NOT_FOUND.
 	Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error)
-	// Beat tells the leader that the caller is there, and whether it builds.
+	// Beat tells the leader that the caller is there, and whether it builds, and asks where builds stand.
 	Beat(context.Context, *connect.Request[v1.BeatRequest]) (*connect.Response[v1.BeatResponse], error)
 	// BuildEvents streams what happens in a build that the callee has a lease of, from its beginning; NOT_FOUND.
-	BuildEvents(context.Context, *connect.Request[v1.UnderLease]) (*connect.ServerStreamForClient[v1.BuildEvent], error)
+	BuildEvents(context.Context, *connect.Request[v1.BuildEventsRequest]) (*connect.ServerStreamForClient[v1.BuildEvent], error)
 }
 
 // NewServersClient constructs a client for the flox.v1.Servers service. By default, it uses the
@@ -1532,7 +1730,7 @@ func NewServersClient(httpClient connect.HTTPClient, baseURL string, opts ...con
 			connect.WithSchema(serversMethods.ByName("Beat")),
 			connect.WithClientOptions(opts...),
 		),
-		buildEvents: connect.NewClient[v1.UnderLease, v1.BuildEvent](
+		buildEvents: connect.NewClient[v1.BuildEventsRequest, v1.BuildEvent](
 			httpClient,
 			baseURL+ServersBuildEventsProcedure,
 			connect.WithSchema(serversMethods.ByName("BuildEvents")),
@@ -1549,7 +1747,7 @@ type serversClient struct {
 	seen        *connect.Client[v1.SeenRequest, v1.SeenResponse]
 	staged      *connect.Client[v1.StagedRequest, v1.StagedResponse]
 	beat        *connect.Client[v1.BeatRequest, v1.BeatResponse]
-	buildEvents *connect.Client[v1.UnderLease, v1.BuildEvent]
+	buildEvents *connect.Client[v1.BuildEventsRequest, v1.BuildEvent]
 }
 
 // Fetch calls flox.v1.Servers.Fetch.
@@ -1583,7 +1781,7 @@ func (c *serversClient) Beat(ctx context.Context, req *connect.Request[v1.BeatRe
 }
 
 // BuildEvents calls flox.v1.Servers.BuildEvents.
-func (c *serversClient) BuildEvents(ctx context.Context, req *connect.Request[v1.UnderLease]) (*connect.ServerStreamForClient[v1.BuildEvent], error) {
+func (c *serversClient) BuildEvents(ctx context.Context, req *connect.Request[v1.BuildEventsRequest]) (*connect.ServerStreamForClient[v1.BuildEvent], error) {
 	return c.buildEvents.CallServerStream(ctx, req)
 }
 
@@ -1599,10 +1797,10 @@ type ServersHandler interface {
 	Seen(context.Context, *connect.Request[v1.SeenRequest]) (*connect.Response[v1.SeenResponse], error)
 	// Staged says what a publisher put here under a key whose path info came to the caller; NOT_FOUND.
 	Staged(context.Context, *connect.Request[v1.StagedRequest]) (*connect.Response[v1.StagedResponse], error)
-	// Beat tells the leader that the caller is there, and whether it builds.
+	// Beat tells the leader that the caller is there, and whether it builds, and asks where builds stand.
 	Beat(context.Context, *connect.Request[v1.BeatRequest]) (*connect.Response[v1.BeatResponse], error)
 	// BuildEvents streams what happens in a build that the callee has a lease of, from its beginning; NOT_FOUND.
-	BuildEvents(context.Context, *connect.Request[v1.UnderLease], *connect.ServerStream[v1.BuildEvent]) error
+	BuildEvents(context.Context, *connect.Request[v1.BuildEventsRequest], *connect.ServerStream[v1.BuildEvent]) error
 }
 
 // NewServersHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -1703,6 +1901,6 @@ func (UnimplementedServersHandler) Beat(context.Context, *connect.Request[v1.Bea
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.Beat is not implemented"))
 }
 
-func (UnimplementedServersHandler) BuildEvents(context.Context, *connect.Request[v1.UnderLease], *connect.ServerStream[v1.BuildEvent]) error {
+func (UnimplementedServersHandler) BuildEvents(context.Context, *connect.Request[v1.BuildEventsRequest], *connect.ServerStream[v1.BuildEvent]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Servers.BuildEvents is not implemented"))
 }
