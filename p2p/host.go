@@ -244,6 +244,9 @@ func (h *Host) Run(ctx context.Context) error {
 	group.Go(func() error { return h.announceLoop(ctx) })
 	group.Go(func() error { return h.held.run(ctx, h.log) })
 	group.Go(func() error { return h.discoverLAN(ctx) })
+	if !h.cfg.NoMDNS {
+		group.Go(func() error { return h.broadcast(ctx) })
+	}
 	group.Go(func() error { return h.advertise(ctx) })
 	group.Go(func() error {
 		select {

@@ -42,6 +42,69 @@ func TestMulticastDiscovery(t *testing.T) {
 	}
 }
 
+// Where multicast is not carried they find each other by broadcast, several on one
+// machine as well, and a machine of another subnet is not met.
+func TestBroadcastDiscovery(t *testing.T) {
+	t.Parallel()
+	if os.Getenv("FLOXD_TEST_NETNS") == "" {
+		inNamespace(t)
+		return
+	}
+	command(t, "ip link set lo up",
+		"ip link add v0 type veth peer name v1",
+		"ip link set v0 multicast off",
+		"ip addr add 10.9.9.1/24 dev v0",
+		"ip link set v0 up",
+		"ip link set v1 up",
+		"ip route add default dev v0")
+	if hasMulticast() {
+		command(t, "ip link set v1 multicast off")
+	}
+	lan := func(c *Config) { c.NoMDNS = false; c.Listen = nil }
+	a, b := start(t, 620, lan), start(t, 621, lan)
+	eventually(t, "broadcast finds them", func() bool { return a.knows(b) && b.knows(a) })
+	if p := a.Peers()[0]; p.ID != b.ID() || p.Tier != TierLAN {
+		t.Errorf("%+v", p)
+	}
+	// What others send is looked at, not believed: nonsense, and more of it than is heard.
+	line, err := (&net.Dialer{}).DialContext(t.Context(), "udp4", "10.9.9.1:7782")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer line.Close()
+	for range 300 {
+		_, _ = line.Write([]byte("flox1 nonsense 70000"))
+	}
+	c := start(t, 622, lan)
+	eventually(t, "a third one is found all the same", func() bool { return a.knows(c) && b.knows(c) && c.knows(a) })
+}
+
+// What anybody on the LAN may send as a broadcast.
+func TestBroadcasts(t *testing.T) {
+	t.Parallel()
+	id := string(idOf(t, 623))
+	near, far := &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 7782}, &net.UDPAddr{IP: net.IPv4(198, 51, 100, 7), Port: 7782}
+	info, err := parseBroadcast([]byte("flox1 "+id+" 4000"), near)
+	if err != nil || info.ID.String() != id || len(info.Addrs) != 1 || info.Addrs[0].String() != "/ip4/127.0.0.1/tcp/4000" {
+		t.Errorf("%+v, %v", info, err)
+	}
+	for name, c := range map[string]struct {
+		packet string
+		from   net.Addr
+	}{
+		"nothing": {"", near}, "another service": {"hello " + id + " 4000", near}, "no ID": {"flox1 x 4000", near}, "no port": {"flox1 " + id + " 0", near},
+		"a port too large": {"flox1 " + id + " 70000", near}, "more": {"flox1 " + id + " 4000 x", near}, "another subnet": {"flox1 " + id + " 4000", far},
+		"IPv6": {"flox1 " + id + " 4000", &net.UDPAddr{IP: net.IPv6loopback}}, "no UDP": {"flox1 " + id + " 4000", &net.TCPAddr{IP: near.IP}},
+	} {
+		if _, err := parseBroadcast([]byte(c.packet), c.from); !errors.Is(err, flox.ErrBadInput) {
+			t.Errorf("%s: %v, want ErrBadInput", name, err)
+		}
+	}
+	if to := broadcastOf(net.IPv4(198, 51, 100, 7)); to != nil {
+		t.Errorf("%s is to be sent to, for an address that this machine has not", to)
+	}
+}
+
 // A machine without an invite finds the storehouses whose windows are open, and
 // only those, and can speak to them as a guest.
 func TestFindStorehouses(t *testing.T) {

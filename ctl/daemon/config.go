@@ -39,7 +39,7 @@ type AgentConfig struct {
 	Listen        []string `toml:"listen" help:"addresses for peers, host:port or multiaddr"`
 	Advertise     []string `toml:"advertise" help:"addresses told to peers (default: those listened at)"`
 	Site          string   `toml:"site" help:"label of the place this machine is at; peers of the same site are asked first"`
-	MDNS          bool     `toml:"mdns" help:"find peers on the LAN by multicast"`
+	MDNS          bool     `toml:"mdns" help:"find peers on the LAN, by multicast and by broadcast (UDP port 7782)"`
 	DHTServer     bool     `toml:"dht-server" help:"keep DHT records for others"`
 	CacheBudget   Size     `toml:"cache-budget" help:"most the cache may hold (default: 20GiB or 10 % of the disk, whichever is less)"`
 	CacheReserve  Size     `toml:"cache-reserve" help:"what stays free on the disk for others (default: 5GiB or 5 %, whichever is more)"`
@@ -74,7 +74,7 @@ type StorehouseConfig struct {
 	DiskSlow  Percent  `toml:"disk-slow" help:"how full its disk is, in percent, when uploads are slowed down"`
 	DiskHigh  Percent  `toml:"disk-essential" help:"how full when only profile changes and running builds are taken in"`
 	DiskFull  Percent  `toml:"disk-read-only" help:"how full when nothing is taken in"`
-	MDNS      bool     `toml:"mdns" help:"be found on the LAN by multicast"`
+	MDNS      bool     `toml:"mdns" help:"be found on the LAN, by multicast and by broadcast (UDP port 7782)"`
 	Open      bool     `toml:"open" help:"let in every machine that has a copy of invite.json, without an invite of its own"`
 	TokenFile string   `toml:"token-file" help:"file of the upload token, made at the first start (default: upload-token in its state)"`
 	StageTTL  Duration `toml:"stage-ttl" help:"how long an uploaded NAR waits for its path info"`
