@@ -84,6 +84,9 @@ type Config struct {
 	ListValid bool
 	// System is this machine's in Nix's words, such as x86_64-linux; default: what it is.
 	System string
+	// Bind are profiles of stock Nix, such as /nix/var/nix/profiles/default, and the profiles
+	// of the storehouse, OWNER/NAME, that they are one with.
+	Bind map[string]string
 	// Embedded says that the storehouse is this machine's own (floxd up): Nix clients
 	// collect it, too.
 	Embedded bool
@@ -141,6 +144,7 @@ type Agent struct {
 	ran          *ran
 	policies     *policies
 	profiles     *profiles
+	binder       *binder
 	complete     *completer
 	roots        *rootKeeper
 	nix          *nixDaemon
@@ -180,7 +184,7 @@ func New(cfg Config) (*Agent, error) {
 	a.prepareNetwork()
 	a.store = &store{a: a, trees: make(map[flox.CID]*tree)}
 	a.view = newView(filepath.Join(cfg.StateDir, viewFile), cfg.System, cfg.StoreDir, cfg.Log)
-	a.view.invite, a.view.find = inviteSum(cfg.Invite), a.findProfile
+	a.view.invite, a.view.find, a.view.moved = inviteSum(cfg.Invite), a.findProfile, a.binder.asked
 	if err := a.openView(); err != nil { // first: who starts a program of the store comes through it
 		return nil, errors.Join(err, a.Close())
 	}
@@ -249,6 +253,9 @@ func (a *Agent) openState() (err error) {
 		return err
 	}
 	if a.profiles, err = openProfiles(a, filepath.Join(dir, "profiles.json")); err != nil {
+		return err
+	}
+	if a.binder, err = openBinder(a, filepath.Join(dir, "bound.json")); err != nil {
 		return err
 	}
 	if err := a.openLocal(); err != nil {
@@ -394,6 +401,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.announce(ctx) })
 	group.Go(func() error { return a.complete.run(ctx) })
 	group.Go(func() error { return a.profiles.run(ctx) })
+	group.Go(func() error { return a.binder.run(ctx) })
 	group.Go(func() error { return a.roots.run(ctx) })
 	group.Go(func() error { return ended(ctx, "staging", a.runStaged(ctx)) })
 	group.Go(func() error { return ended(ctx, "calls", a.serveFacts(ctx)) })

@@ -146,7 +146,7 @@ func (a *Agent) status(ctx context.Context) *floxv1.StatusResponse {
 		Storehouse: a.linkMessage(), Peers: uint32(len(peers)), Cache: a.cacheMessage(), //nolint:gosec // a few thousand
 		Traffic: a.trafficMessage(), Waiting: uint32(a.waits.count()), PathsKnown: a.facts.known(), //nolint:gosec // bounded by the mount
 		Problems: a.problems(), Prefetch: a.starts.message(a.ahead.message()), Offline: a.complete.state(ctx), HeapBytes: liveHeap(),
-		Staged: a.stagedMessage(), NixSocket: a.cfg.NixSocket, LocalStore: a.localMessage(),
+		Staged: a.stagedMessage(), NixSocket: a.cfg.NixSocket, LocalStore: a.localMessage(), Bindings: a.binder.messages(""),
 	}
 	if a.mount != nil {
 		s.Mounted, s.MountDir = true, a.cfg.Warden.MountDir

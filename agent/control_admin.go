@@ -147,6 +147,11 @@ func callerName(ctx context.Context) string {
 	if !ok || uid < 0 {
 		return ""
 	}
+	return nameOf(uid)
+}
+
+// nameOf is the name of a user of this machine.
+func nameOf(uid int) string {
 	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
 		return u.Username
 	}

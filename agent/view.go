@@ -54,6 +54,7 @@ type view struct {
 	connected atomic.Bool
 	changed   chan struct{} // has one while what is kept, held and written durably is to be looked at
 	rolled    chan struct{} // has one while rollbacks are to be passed on
+	moved     chan struct{} // has one while somebody else is to look at what is shown; nil = nobody
 	again     chan struct{} // has one while the stream is to begin anew, with what was asked for
 	finding   chan struct{} // has room for questions
 
@@ -440,6 +441,7 @@ func (v *view) change(ctx context.Context, f func(next *viewState) error) error 
 		v.shown(ctx, l[0], l[1])
 	}
 	poke(v.changed)
+	poke(v.moved)
 	return nil
 }
 

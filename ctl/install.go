@@ -14,6 +14,7 @@ import (
 	flox "github.com/floxctl/flox"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
+	"github.com/floxctl/flox/nix"
 	"github.com/floxctl/flox/profile/upgrade"
 )
 
@@ -126,7 +127,7 @@ func packagesFrom(ctx context.Context, opts *changeOptions, says *output, args [
 		evaluates = evaluates || !all[n].local() && all[n].name == ""
 		named = named || all[n].name != ""
 	}
-	var nix *stockNix
+	var stock *stockNix
 	var systems []string
 	if evaluates || named {
 		if systems, err = opts.systems(ctx); err != nil {
@@ -134,7 +135,7 @@ func packagesFrom(ctx context.Context, opts *changeOptions, says *output, args [
 		}
 	}
 	if evaluates {
-		if nix, err = newStockNix(ctx, opts.globals, says.w); err != nil {
+		if stock, err = newStockNix(ctx, opts.globals, says.w); err != nil {
 			return nil, err
 		}
 	}
@@ -147,7 +148,7 @@ func packagesFrom(ctx context.Context, opts *changeOptions, says *output, args [
 		case i.name != "":
 			p, err = fromChannel(ctx, opts.globals, says, i, systems, opts.dryRun)
 		default:
-			p, err = nix.packageOf(ctx, i, systems, opts.dryRun)
+			p, err = stock.packageOf(ctx, i, systems, opts.dryRun)
 		}
 		if err != nil {
 			return nil, err
@@ -169,7 +170,7 @@ func (i *installable) stored() (*floxv1.Package, error) {
 		return nil, err
 	}
 	p := &floxv1.Package{Priority: defaultPriority, Source: i.arg, Paths: []*floxv1.PackagePaths{{System: systemOr(i.system), Paths: []string{string(path)}}}}
-	p.Name, p.Version = nameAndVersion(path.Name())
+	p.Name, p.Version = nix.NameAndVersion(path.Name())
 	return p, nil
 }
 
@@ -220,18 +221,6 @@ func storePathIn(text string) (flox.StorePath, error) {
 		}
 	}
 	return "", fmt.Errorf("%s is in no store: %w", text, flox.ErrBadInput)
-}
-
-// nameAndVersion splits a derivation's name as Nix's builtins.parseDrvName does: the
-// version begins behind the first dash that no letter follows.
-func nameAndVersion(s string) (name, version string) {
-	for i := 0; i+1 < len(s); i++ {
-		c := s[i+1]
-		if s[i] == '-' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') {
-			return s[:i], s[i+1:]
-		}
-	}
-	return s, ""
 }
 
 // runChange changes a profile. One's own is made if it is not there.

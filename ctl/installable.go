@@ -21,6 +21,7 @@ import (
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/ctl/cli"
 	"github.com/floxctl/flox/ctl/room"
+	"github.com/floxctl/flox/nix"
 	"github.com/floxctl/flox/profile/upgrade"
 )
 
@@ -251,7 +252,7 @@ func (n *stockNix) fromFlake(ctx context.Context, i *installable, try bool) (*fl
 		return nil, err
 	}
 	p := &floxv1.Package{Source: i.arg, Priority: defaultPriority, Paths: []*floxv1.PackagePaths{{System: systemOr(i.system), Paths: paths}}}
-	p.Name, p.Version = nameAndVersion(flox.StorePath(paths[0]).Name())
+	p.Name, p.Version = nix.NameAndVersion(flox.StorePath(paths[0]).Name())
 	return p, nil
 }
 

@@ -55,7 +55,7 @@ What is in a profile: floxctl install, uninstall, list, show, history, rollback.
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(newProfileCreateCmd(g), newProfileListCmd(g), newProfileRenameCmd(g), newProfileDeleteCmd(g), newProfileRetentionCmd(g), newProfileTagCmd(g), newProfileScheduleCmd(g),
-		newProfileShowCmd(g), newProfileAssignCmd(g), newProfileUnassignCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
+		newProfileShowCmd(g), newProfileAssignCmd(g), newProfileUnassignCmd(g), newProfileBindCmd(g), newProfileUnbindCmd(g), newProfileGrantCmd(g), newProfileExportCmd(g), newProfileImportCmd(g))
 	return cmd
 }
 

@@ -93,7 +93,7 @@ func newProfileShowCmd(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use:     "show OWNER/NAME",
 		Short:   "Show who may do what with a profile, when it is upgraded, what of it is kept, and where it is shown",
-		Long:    "Show who may do what with a profile, when it is upgraded by itself, what of it is kept,\nand on which machines it is shown. What is in it: floxctl list -p OWNER/NAME.\n\n" + cli.ExitCodes,
+		Long:    "Show who may do what with a profile, when it is upgraded by itself, what of it is kept,\non which machines it is shown, and what is bound to it on this one. What is in it: floxctl list -p OWNER/NAME.\n\n" + cli.ExitCodes,
 		Example: "  floxctl profile show acme/ci",
 		Args:    cli.Args(1, 1, "OWNER/NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -106,6 +106,7 @@ func newProfileShowCmd(g *globals) *cobra.Command {
 			if out.json {
 				facts := profileWithRuns(at)
 				facts.RollbackHere = g.rollbackHere(cmd.Context(), p.GetName())
+				facts.Bindings = bindingsOn(cmd.Context(), g, p.GetName())
 				return out.printJSON(facts)
 			}
 			out.printf("%s: generation %d lives, for %s, changed %s ago\n", clean(p.GetName()), p.GetLive(), clean(strings.Join(p.GetSystems(), ", ")), ago(p.GetChangedUnixMs(), time.Now()))
@@ -121,6 +122,9 @@ func newProfileShowCmd(g *globals) *cobra.Command {
 			}
 			for _, name := range p.GetFormerly() {
 				out.printf("Formerly: %s\n", clean(name))
+			}
+			for _, b := range bindingsOn(cmd.Context(), g, p.GetName()) {
+				out.printf("Bound here: %s\n", b.words())
 			}
 			tellSchedule(out, at)
 			return tellRetention(out, p)

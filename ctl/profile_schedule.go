@@ -141,8 +141,9 @@ type runFacts struct {
 // scheduledFacts is a profile with what becomes of its schedule, as JSON.
 type scheduledFacts struct {
 	sharedProfileFacts
-	NextUpgrade *string   `json:"nextUpgrade"` // null = never; in the past, it is due
-	LastUpgrade *runFacts `json:"lastUpgrade"` // by its schedule; null = there was none
+	NextUpgrade *string        `json:"nextUpgrade"`        // null = never; in the past, it is due
+	LastUpgrade *runFacts      `json:"lastUpgrade"`        // by its schedule; null = there was none
+	Bindings    []bindingFacts `json:"bindings,omitempty"` // of profiles of stock Nix on this machine, if it was asked for
 
 	RollbackHere *hereFacts `json:"rollbackHere"` // that the storehouse has not heard of, or refused; null = there is none
 }

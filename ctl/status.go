@@ -55,6 +55,7 @@ type statusFacts struct {
 	LocalStore   *localStoreFacts  `json:"localStore,omitempty"` // none = nothing of one is shown
 	Offline      offlineFacts      `json:"offline"`
 	Prefetch     prefetchFacts     `json:"prefetch"`
+	Bindings     []bindingFacts    `json:"bindings"`          // profiles of stock Nix that are one with profiles here
 	Session      *sessionFacts     `json:"session,omitempty"` // of a profile's session, which asks
 	Problems     []string          `json:"problems"`
 }
@@ -157,6 +158,7 @@ func runStatus(ctx context.Context, g *globals, out *output) error {
 		Cache: cacheOf(m.GetCache()), Staged: stagedOf(m.GetStaged()), Traffic: trafficOf(m.GetTraffic()), FuseRequests: m.GetFuseRequests(),
 		FuseRead: m.GetFuseReadBytes(), Heap: m.GetHeapBytes(), Waiting: m.GetWaiting(), PathsKnown: m.GetPathsKnown(),
 		Offline: offlineOf(m.GetOffline()), Prefetch: prefetchOf(m.GetPrefetch()), Problems: some(m.GetProblems()),
+		Bindings: bindingsOf(m.GetBindings()),
 	}
 	if s.FuseRequests == nil {
 		s.FuseRequests = map[string]uint64{}
@@ -199,6 +201,9 @@ func printStatus(out *output, s statusFacts, m *floxv1.StatusResponse, now time.
 	printOffline(out, s.Offline)
 	if s.Session != nil {
 		line("session", "%s", s.Session.words())
+	}
+	for _, b := range s.Bindings {
+		line("bound", "%s", b.words())
 	}
 	line("served", "%s to other machines", cli.FormatBytes(s.Traffic.ServedBytes))
 	line("peers", "%s connected%s", plural(uint64(s.Peers), "machine", "machines"), siteSuffix(s.Site))

@@ -3,6 +3,7 @@ package integration
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/floxctl/flox/integration/hosts"
@@ -50,6 +51,15 @@ func (l *lab) everyday(t *testing.T, house *hosts.Storehouse, a *hosts.Agent) {
 	flakes("profile", "install", "--profile", profile+"2", ripgrep).want(t, 0)
 	do(t, a.Host, profile+"2/bin/rg", "--version").want(t, 0, "ripgrep ")
 	flakes("profile", "list", "--profile", profile+"2").want(t, 0, ripgrep)
+	// What both made becomes a profile of the storehouse.
+	for made, shared := range map[string]string{profile: "root/env", profile + "2": "root/profile"} {
+		do(t, a.Host, l.programs.Floxctl, "profile", "bind", made, shared).want(t, 0, made)
+		eventually(t, made+" is one with "+shared, func() bool {
+			return strings.HasPrefix(do(t, a.Host, "/flox/"+shared+"/bin/rg", "--version").out, "ripgrep ")
+		})
+		do(t, a.Host, l.programs.Floxctl, "history", "-p", shared).want(t, 0, "nix-env", "+ripgrep 13.0.0")
+		do(t, a.Host, made+"/bin/rg", "--version").want(t, 0, "ripgrep ")
+	}
 	flakes("shell", ripgrep, "-c", "rg", "--version").want(t, 0, "ripgrep ")
 	nix("env", "NIX_BUILD_SHELL=/bin/bash", "nix-shell", filepath.Join(dir, "shell.nix"), "--run", "greet; $tool/bin/rg --version").want(t, 0, "hello from shell", "ripgrep ")
 }

@@ -52,6 +52,7 @@ func TestProfiles(t *testing.T) {
 		{"OneVersion", u.oneVersion},
 		{"Tag", u.tag},
 		{"Cut", u.cut},
+		{"Bound", u.bound},
 		{"Systems", u.systems},
 	} {
 		if !t.Run(part.name, func(t *testing.T) { u.t, h.t = t, t; part.do() }) {
@@ -304,6 +305,73 @@ func (u *upgrades) rollbackCut() {
 	if err != nil || !strings.Contains(string(out), `"rollback"`) {
 		u.t.Errorf("the last change is %s, %v; want the rollback", out, err)
 	}
+}
+
+// bound has stock Nix on the second machine change a profile, which the first one shows, and
+// the first one change it, which Nix's profile follows; also what was done without a network.
+func (u *upgrades) bound() {
+	const profile, shown, dir = "root/bound", "/flox/root/bound/bin/tool", "/root/nix/p"
+	a, b := u.r.agents[0], u.r.agents[1]
+	ctl := func(args ...string) {
+		u.t.Helper()
+		_, err := a.Ctl(u.t.Context(), append(args, "-p", profile)...)
+		must(u.t, err)
+	}
+	env := func(args ...string) result {
+		u.t.Helper()
+		return stockNix(u.t, b.Host, append([]string{"nix-env", "-p", dir}, args...)...)
+	}
+	says := func(where int, path, want string) {
+		u.t.Helper()
+		eventually(u.t, fmt.Sprintf("%s on machine %d says %s", path, where, want), func() bool {
+			out, err := u.r.run(u.t.Context(), where, path)
+			return err == nil && string(out) == want+"\n"
+		})
+	}
+	generation := func(want string) {
+		u.t.Helper()
+		eventually(u.t, "Nix has "+want, func() bool { return strings.TrimSpace(do(u.t, b.Host, "readlink", dir).out) == "p-"+want+"-link" })
+	}
+	_, err := a.Ctl(u.t.Context(), "profile", "create", profile)
+	must(u.t, err)
+	ctl("install", u.tools[0], "--as", "tool")
+	do(u.t, b.Host, "mkdir", "-p", filepath.Dir(dir)).want(u.t, 0)
+	env("--set", u.tools[0]).want(u.t, 0)
+	do(u.t, b.Host, u.r.h.programs.Floxctl, "profile", "bind", dir, profile).want(u.t, 0, dir)
+	generation("2")
+
+	env("--set", u.tools[1]).want(u.t, 0)
+	says(0, shown, "tool 1")
+	out, err := a.Ctl(u.t.Context(), "history", "-p", profile)
+	must(u.t, err)
+	if !strings.Contains(string(out), "nix-env") || !strings.Contains(string(out), dir) {
+		u.t.Errorf("the history says\n%s", out)
+	}
+	generation("3")
+	ctl("install", u.tools[0], "--as", "other", "--priority", "3")
+	generation("4")
+	says(1, dir+"/bin/tool", "tool 0")
+	env("--list-generations").want(u.t, 0, "  1 ", "  2 ", "  3 ", "  4 ", "(current)")
+	env("--rollback").want(u.t, 0)
+	says(0, shown, "tool 1")
+	generation("3")
+
+	must(u.t, b.Host.Unplug(u.t.Context()))
+	env("--set", u.tools[0]).want(u.t, 0)
+	eventually(u.t, "status says what is not in the profile yet", func() bool {
+		said := do(u.t, b.Host, u.r.h.programs.Floxctl, "status").out
+		return strings.Contains(said, dir+" and "+profile+" differ: what "+dir+" has is not in "+profile+" yet, and is tried again")
+	})
+	ctl("install", u.tools[1], "--as", "another", "--priority", "9")
+	must(u.t, b.Host.Plug(u.t.Context()))
+	says(0, shown, "tool 0")
+	generation("5")
+	out, err = a.Ctl(u.t.Context(), "list", "-p", profile)
+	must(u.t, err)
+	if !strings.Contains(string(out), "another") {
+		u.t.Errorf("what was installed meanwhile is gone:\n%s", out)
+	}
+	do(u.t, b.Host, u.r.h.programs.Floxctl, "profile", "unbind", dir).want(u.t, 0, profile)
 }
 
 // systems has the second machine be one of another system: at one path each has what is

@@ -226,3 +226,15 @@ func (d *Derivation) References() []flox.StorePath {
 	slices.Sort(refs)
 	return slices.Compact(refs)
 }
+
+// NameAndVersion splits a derivation's name as Nix's builtins.parseDrvName does: the
+// version begins behind the first dash that no letter follows.
+func NameAndVersion(s string) (name, version string) {
+	for i := 0; i+1 < len(s); i++ {
+		c := s[i+1]
+		if s[i] == '-' && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') {
+			return s[:i], s[i+1:]
+		}
+	}
+	return s, ""
+}

@@ -70,7 +70,7 @@ func (k *clerk) serve(ctx context.Context, line *net.UnixConn, heard func(questi
 			continue
 		}
 		room := quick
-		if q.Ask == askRoots || q.Ask == askRoot || q.Ask == askProfile {
+		if slices.Contains([]string{askRoots, askRoot, askProfile, askNixProfile, askMoveNix}, q.Ask) {
 			if room = slow; len(room) == cap(room) {
 				k.send(line, refusal(q.ID, fmt.Errorf("%d questions for roots wait already: %w", slowAtOnce, flox.ErrBusy)))
 				continue
@@ -124,8 +124,9 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 	case askRoot:
 		a.Text, a.Unread, err = k.rootTarget(q.Link)
 	case askProfile:
-		profiles := &Profiles{storeDir: k.roots.storeDir, mountDir: k.mountDir, reads: &k.roots.reads}
-		a.Text, err = profiles.Read(q.Link)
+		a.Text, err = k.profiles().Read(q.Link)
+	case askNixProfile, askMoveNix:
+		a.Nix, err = k.nixProfile(q)
 	case askRoots:
 		if err = k.sendRoots(func(a answer) { k.send(line, a) }, q.ID); err == nil {
 			return
@@ -157,6 +158,19 @@ func (k *clerk) answer(ctx context.Context, line *net.UnixConn, q question) {
 		a = refusal(q.ID, err)
 	}
 	k.send(line, a)
+}
+
+func (k *clerk) profiles() *Profiles {
+	return &Profiles{storeDir: k.roots.storeDir, mountDir: k.mountDir, reads: &k.roots.reads}
+}
+
+func (k *clerk) nixProfile(q question) (*NixProfile, error) {
+	if q.Ask == askMoveNix {
+		is, err := k.profiles().MoveNixProfile(q.Link, *q.Move)
+		return &is, err
+	}
+	is, err := k.profiles().NixProfile(q.Link)
+	return &is, err
 }
 
 // sendUsage answers in as many parts as it takes.

@@ -27,15 +27,17 @@ const (
 
 // What a child may ask. There is nothing else.
 const (
-	askExe       = "exe"       // PID: what it executes
-	askInUse     = "inuse"     // the inodes of the mount that are in use
-	askMapped    = "mapped"    // Node: whether it is mapped or executed; PID: the thread that reads it
-	askRoot      = "root"      // Link: where it points
-	askRoots     = "roots"     // all roots of this machine
-	askProfile   = "profile"   // Link: the store path it leads to, over other links
-	askReadAhead = "readahead" // KiB: set it
-	askPages     = "pages"     // PID: what of the mount's files is in its page tables
-	askWaiting   = "waiting"   // how many requests of the mount are not answered
+	askExe        = "exe"        // PID: what it executes
+	askInUse      = "inuse"      // the inodes of the mount that are in use
+	askMapped     = "mapped"     // Node: whether it is mapped or executed; PID: the thread that reads it
+	askRoot       = "root"       // Link: where it points
+	askRoots      = "roots"      // all roots of this machine
+	askProfile    = "profile"    // Link: the store path it leads to, over other links
+	askNixProfile = "nixprofile" // Link: a profile of stock Nix, as it is
+	askMoveNix    = "movenix"    // Link, Move: have it lead to another store path
+	askReadAhead  = "readahead"  // KiB: set it
+	askPages      = "pages"      // PID: what of the mount's files is in its page tables
+	askWaiting    = "waiting"    // how many requests of the mount are not answered
 
 	// What a child tells of itself, with its Version. There is no answer.
 	tellServing = "serving" // requests are read
@@ -47,10 +49,11 @@ const (
 type question struct {
 	ID   uint64
 	Ask  string
-	PID  uint32 `json:",omitempty"`
-	Node uint64 `json:",omitempty"`
-	Link string `json:",omitempty"`
-	KiB  int    `json:",omitempty"`
+	PID  uint32   `json:",omitempty"`
+	Node uint64   `json:",omitempty"`
+	Link string   `json:",omitempty"`
+	KiB  int      `json:",omitempty"`
+	Move *NixMove `json:",omitempty"`
 
 	Version     string `json:",omitempty"`
 	StateFormat int    `json:",omitempty"` // see Conn
@@ -59,17 +62,18 @@ type question struct {
 // answer goes from the parent to the child.
 type answer struct {
 	ID     uint64
-	Error  string   `json:",omitempty"` // a key of errorKinds
-	Why    string   `json:",omitempty"`
-	Text   string   `json:",omitempty"`
-	Open   []uint64 `json:",omitempty"` // inodes open, or somebody's directory
-	Mapped []uint64 `json:",omitempty"` // inodes mapped or executed
-	Runs   []uint64 `json:",omitempty"` // inode, offset, length; and so on
-	Roots  []Root   `json:",omitempty"`
-	Yes    bool     `json:",omitempty"`
-	Count  int      `json:",omitempty"`
-	Unread []string `json:",omitempty"` // what does not answer, and is told as it was
-	More   bool     `json:",omitempty"` // another part follows
+	Error  string      `json:",omitempty"` // a key of errorKinds
+	Why    string      `json:",omitempty"`
+	Text   string      `json:",omitempty"`
+	Open   []uint64    `json:",omitempty"` // inodes open, or somebody's directory
+	Mapped []uint64    `json:",omitempty"` // inodes mapped or executed
+	Runs   []uint64    `json:",omitempty"` // inode, offset, length; and so on
+	Roots  []Root      `json:",omitempty"`
+	Yes    bool        `json:",omitempty"`
+	Count  int         `json:",omitempty"`
+	Unread []string    `json:",omitempty"` // what does not answer, and is told as it was
+	Nix    *NixProfile `json:",omitempty"`
+	More   bool        `json:",omitempty"` // another part follows
 }
 
 // ErrUnread says that what a root points to cannot be read now, and was not before.
@@ -103,9 +107,17 @@ func parseQuestion(b []byte) (question, error) {
 		if q.PID == 0 || q.PID > 1<<22 { // PID_MAX_LIMIT
 			return bad(q, fmt.Sprintf("process %d", q.PID))
 		}
-	case askRoot, askProfile:
+	case askRoot, askProfile, askNixProfile, askMoveNix:
 		if len(q.Link) >= maxLink || !filepath.IsAbs(q.Link) || filepath.Clean(q.Link) != q.Link || strings.ContainsRune(q.Link, 0) {
 			return bad(q, "a link must be a clean absolute path")
+		}
+		if q.Ask == askMoveNix {
+			if q.Move == nil {
+				return bad(q, "it does not say where to")
+			}
+			if _, err := flox.ParseStorePath(q.Move.To); err != nil || q.Move.Was.Number == 0 { // only what is a profile already
+				return bad(q, "want a profile that is there, and a store path to lead it to")
+			}
 		}
 	case askReadAhead:
 		if q.KiB < 0 || q.KiB > maxReadAhead {

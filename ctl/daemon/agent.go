@@ -313,6 +313,7 @@ func runAgentChild(ctx context.Context, cfg *Config, embedded bool, log *slog.Lo
 
 // agentConfig is what the agent's child needs of the configuration.
 func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config {
+	bind, _ := cfg.Agent.bindings() // which was checked
 	return agent.Config{
 		StateDir: filepath.Join(cfg.StateDir, agentDir), StoreDir: flox.StoreDir(cfg.StoreDir),
 		Socket: filepath.Join(cfg.RunDir, cli.SocketName), NixSocket: nixSocket(cfg), NixConf: nixKeysFile(cfg), ShellList: shellList(cfg),
@@ -321,7 +322,7 @@ func agentConfig(cfg *Config, invite *api.Invite, log *slog.Logger) agent.Config
 		CacheBudget: int64(cfg.Agent.CacheBudget), CacheReserve: int64(cfg.Agent.CacheReserve),
 		LookupTimeout: time.Duration(cfg.Agent.LookupTimeout), ReadTimeout: time.Duration(cfg.Agent.ReadTimeout),
 		NoPrefetch: !cfg.Agent.Prefetch, PrefetchRate: int64(cfg.Agent.PrefetchRate), NoTraces: !cfg.Agent.StartTraces,
-		System:  cfg.Agent.System,
+		System: cfg.Agent.System, Bind: bind,
 		Offline: cfg.Agent.Offline, ListValid: cfg.Agent.List == "valid",
 		Metrics: cfg.Agent.Metrics,
 		Version: cli.ReadVersion().Version, Log: log,

@@ -54,7 +54,24 @@ type AgentConfig struct {
 	NixLogDir     string   `toml:"nix-log-dir" help:"where nix log finds build logs, Nix's log-dir; none = nowhere (default: var/log/nix beside the store directory, if no Nix has its logs there)"`
 	System        string   `toml:"system" help:"for which system profiles are shown, in Nix's words (default: this machine's, such as x86_64-linux)"`
 	Metrics       string   `toml:"metrics" help:"host:port at which Prometheus gets metrics at /metrics; whoever reaches it may read them (default: nowhere)"`
+	Bind          []string `toml:"bind" help:"profiles of stock Nix that are one with profiles of the storehouse, DIR=OWNER/NAME (floxctl profile bind --help)"`
 	ReadAhead     Size     `toml:"read-ahead" help:"the kernel's read-ahead on the mount; what is read in order is fetched ahead in any case"`
+}
+
+// bindings are the profiles of storehouses that are one with those of stock Nix, by these.
+func (c *AgentConfig) bindings() (map[string]string, error) {
+	out := make(map[string]string)
+	for _, text := range c.Bind {
+		dir, name, ok := strings.Cut(text, "=")
+		if !ok {
+			return nil, cli.Explain(flox.ErrBadInput, "agent.bind %q: want DIR=OWNER/NAME, such as /nix/var/nix/profiles/default=acme/base", text)
+		}
+		if _, twice := out[dir]; twice {
+			return nil, cli.Explain(flox.ErrBadInput, "agent.bind %q: %s is bound twice", text, dir)
+		}
+		out[dir] = name
+	}
+	return out, nil
 }
 
 // StorehouseConfig is the [storehouse] part.
@@ -139,6 +156,7 @@ start-traces   = true          # what programs read when they start, without say
 offline        = "used"        # completed in the background of what ran: closure, used, none
 nix-socket     = ""            # stock Nix uses it as its daemon's: nix.socket in run-dir; none: no socket
 nix-log-dir    = ""            # build logs for nix log: var/log/nix beside the store directory; none: nowhere
+bind           = []            # "DIR=OWNER/NAME": what nix-env does to DIR changes the profile, and the other way round
 system         = ""            # for which system profiles are shown: this machine's, such as x86_64-linux
 metrics        = ""            # host:port at which Prometheus gets metrics; "": nowhere
 list           = "here"        # ls of the store directory: here, or valid (all there is)
@@ -287,6 +305,9 @@ func (c *Config) check() error {
 		}
 	}
 	if err := c.checkProfilesDir(); err != nil {
+		return err
+	}
+	if _, err := c.Agent.bindings(); err != nil {
 		return err
 	}
 	if !slices.Contains([]string{"", mountSession, mountSystem}, c.Mount) {

@@ -83,7 +83,8 @@ type StatusResponse struct {
 	HeapBytes     uint64                 `protobuf:"varint,31,opt,name=heap_bytes,json=heapBytes,proto3" json:"heap_bytes,omitempty"`               // live Go heap after the last collection
 	Staged        *StagedUse             `protobuf:"bytes,32,opt,name=staged,proto3" json:"staged,omitempty"`                                       // paths that were added on this machine
 	NixSocket     string                 `protobuf:"bytes,40,opt,name=nix_socket,json=nixSocket,proto3" json:"nix_socket,omitempty"`                // what stock Nix uses as its daemon's; "" = none
-	LocalStore    *LocalStore            `protobuf:"bytes,41,opt,name=local_store,json=localStore,proto3" json:"local_store,omitempty"`             // the Nix store of this machine that is shown, too; unset = none is
+	Bindings      []*Binding             `protobuf:"bytes,42,rep,name=bindings,proto3" json:"bindings,omitempty"`
+	LocalStore    *LocalStore            `protobuf:"bytes,41,opt,name=local_store,json=localStore,proto3" json:"local_store,omitempty"` // the Nix store of this machine that is shown, too; unset = none is
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -270,6 +271,13 @@ func (x *StatusResponse) GetNixSocket() string {
 		return x.NixSocket
 	}
 	return ""
+}
+
+func (x *StatusResponse) GetBindings() []*Binding {
+	if x != nil {
+		return x.Bindings
+	}
+	return nil
 }
 
 func (x *StatusResponse) GetLocalStore() *LocalStore {
@@ -713,6 +721,291 @@ func (x *Prefetch) GetLoaderBytes() uint64 {
 	return 0
 }
 
+// Binding is a profile of stock Nix that is one with one of the storehouse's.
+type Binding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
+	Profile       string                 `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`        // OWNER/NAME
+	User          string                 `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`              // on whose behalf what nix-env does there is a change of the profile; "" = not known yet
+	Generation    uint64                 `protobuf:"varint,4,opt,name=generation,proto3" json:"generation,omitempty"` // of the profile, as which it was last; 0 = none yet
+	Number        uint64                 `protobuf:"varint,5,opt,name=number,proto3" json:"number,omitempty"`         // of Nix's generation; 0 = there is none
+	Path          string                 `protobuf:"bytes,6,opt,name=path,proto3" json:"path,omitempty"`              // where it leads
+	Problem       string                 `protobuf:"bytes,7,opt,name=problem,proto3" json:"problem,omitempty"`        // why it is not as the profile is; "" = it is
+	Configured    bool                   `protobuf:"varint,8,opt,name=configured,proto3" json:"configured,omitempty"` // by agent.bind
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Binding) Reset() {
+	*x = Binding{}
+	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Binding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Binding) ProtoMessage() {}
+
+func (x *Binding) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Binding.ProtoReflect.Descriptor instead.
+func (*Binding) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Binding) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *Binding) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *Binding) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *Binding) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Binding) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Binding) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Binding) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *Binding) GetConfigured() bool {
+	if x != nil {
+		return x.Configured
+	}
+	return false
+}
+
+type BindRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
+	Profile       string                 `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BindRequest) Reset() {
+	*x = BindRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BindRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BindRequest) ProtoMessage() {}
+
+func (x *BindRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BindRequest.ProtoReflect.Descriptor instead.
+func (*BindRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *BindRequest) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+func (x *BindRequest) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+type BindResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bindings      []*Binding             `protobuf:"bytes,1,rep,name=bindings,proto3" json:"bindings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BindResponse) Reset() {
+	*x = BindResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BindResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BindResponse) ProtoMessage() {}
+
+func (x *BindResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BindResponse.ProtoReflect.Descriptor instead.
+func (*BindResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *BindResponse) GetBindings() []*Binding {
+	if x != nil {
+		return x.Bindings
+	}
+	return nil
+}
+
+type UnbindRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Dir           string                 `protobuf:"bytes,1,opt,name=dir,proto3" json:"dir,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbindRequest) Reset() {
+	*x = UnbindRequest{}
+	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbindRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbindRequest) ProtoMessage() {}
+
+func (x *UnbindRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbindRequest.ProtoReflect.Descriptor instead.
+func (*UnbindRequest) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *UnbindRequest) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+type UnbindResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Profile       string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbindResponse) Reset() {
+	*x = UnbindResponse{}
+	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbindResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbindResponse) ProtoMessage() {}
+
+func (x *UnbindResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbindResponse.ProtoReflect.Descriptor instead.
+func (*UnbindResponse) Descriptor() ([]byte, []int) {
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *UnbindResponse) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
 type StorehouseLink struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	PeerId        string                 `protobuf:"bytes,1,opt,name=peer_id,json=peerId,proto3" json:"peer_id,omitempty"`
@@ -730,7 +1023,7 @@ type StorehouseLink struct {
 
 func (x *StorehouseLink) Reset() {
 	*x = StorehouseLink{}
-	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	mi := &file_flox_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +1035,7 @@ func (x *StorehouseLink) String() string {
 func (*StorehouseLink) ProtoMessage() {}
 
 func (x *StorehouseLink) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[7]
+	mi := &file_flox_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +1048,7 @@ func (x *StorehouseLink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StorehouseLink.ProtoReflect.Descriptor instead.
 func (*StorehouseLink) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StorehouseLink) GetPeerId() string {
@@ -835,7 +1128,7 @@ type HouseServer struct {
 
 func (x *HouseServer) Reset() {
 	*x = HouseServer{}
-	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	mi := &file_flox_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -847,7 +1140,7 @@ func (x *HouseServer) String() string {
 func (*HouseServer) ProtoMessage() {}
 
 func (x *HouseServer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[8]
+	mi := &file_flox_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -860,7 +1153,7 @@ func (x *HouseServer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HouseServer.ProtoReflect.Descriptor instead.
 func (*HouseServer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *HouseServer) GetPeerId() string {
@@ -918,7 +1211,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	mi := &file_flox_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -930,7 +1223,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[9]
+	mi := &file_flox_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -943,7 +1236,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Traffic) GetLanBytes() uint64 {
@@ -1017,7 +1310,7 @@ type PeersRequest struct {
 
 func (x *PeersRequest) Reset() {
 	*x = PeersRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	mi := &file_flox_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1322,7 @@ func (x *PeersRequest) String() string {
 func (*PeersRequest) ProtoMessage() {}
 
 func (x *PeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[10]
+	mi := &file_flox_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1335,7 @@ func (x *PeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
 func (*PeersRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 type PeersResponse struct {
@@ -1054,7 +1347,7 @@ type PeersResponse struct {
 
 func (x *PeersResponse) Reset() {
 	*x = PeersResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1359,7 @@ func (x *PeersResponse) String() string {
 func (*PeersResponse) ProtoMessage() {}
 
 func (x *PeersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[11]
+	mi := &file_flox_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1372,7 @@ func (x *PeersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersResponse.ProtoReflect.Descriptor instead.
 func (*PeersResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PeersResponse) GetPeers() []*Peer {
@@ -1110,7 +1403,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_flox_v1_agent_proto_msgTypes[12]
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1122,7 +1415,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[12]
+	mi := &file_flox_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1135,7 +1428,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Peer) GetId() string {
@@ -1238,7 +1531,7 @@ type WatchReadsRequest struct {
 
 func (x *WatchReadsRequest) Reset() {
 	*x = WatchReadsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[13]
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1543,7 @@ func (x *WatchReadsRequest) String() string {
 func (*WatchReadsRequest) ProtoMessage() {}
 
 func (x *WatchReadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[13]
+	mi := &file_flox_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1556,7 @@ func (x *WatchReadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReadsRequest.ProtoReflect.Descriptor instead.
 func (*WatchReadsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WatchReadsRequest) GetIntervalMs() uint32 {
@@ -1286,7 +1579,7 @@ type WatchReads struct {
 
 func (x *WatchReads) Reset() {
 	*x = WatchReads{}
-	mi := &file_flox_v1_agent_proto_msgTypes[14]
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1298,7 +1591,7 @@ func (x *WatchReads) String() string {
 func (*WatchReads) ProtoMessage() {}
 
 func (x *WatchReads) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[14]
+	mi := &file_flox_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1311,7 +1604,7 @@ func (x *WatchReads) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchReads.ProtoReflect.Descriptor instead.
 func (*WatchReads) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WatchReads) GetReads() []*WaitingRead {
@@ -1368,7 +1661,7 @@ type WaitingRead struct {
 
 func (x *WaitingRead) Reset() {
 	*x = WaitingRead{}
-	mi := &file_flox_v1_agent_proto_msgTypes[15]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1673,7 @@ func (x *WaitingRead) String() string {
 func (*WaitingRead) ProtoMessage() {}
 
 func (x *WaitingRead) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[15]
+	mi := &file_flox_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1686,7 @@ func (x *WaitingRead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitingRead.ProtoReflect.Descriptor instead.
 func (*WaitingRead) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WaitingRead) GetPid() uint32 {
@@ -1482,7 +1775,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1494,7 +1787,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[16]
+	mi := &file_flox_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1507,7 +1800,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExplainRequest) GetPath() string {
@@ -1539,7 +1832,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1844,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[17]
+	mi := &file_flox_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1857,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainResponse) GetPath() string {
@@ -1687,7 +1980,7 @@ type FetchStep struct {
 
 func (x *FetchStep) Reset() {
 	*x = FetchStep{}
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1992,7 @@ func (x *FetchStep) String() string {
 func (*FetchStep) ProtoMessage() {}
 
 func (x *FetchStep) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[18]
+	mi := &file_flox_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +2005,7 @@ func (x *FetchStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchStep.ProtoReflect.Descriptor instead.
 func (*FetchStep) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *FetchStep) GetAtUnixUs() int64 {
@@ -1810,7 +2103,7 @@ type FetchSource struct {
 
 func (x *FetchSource) Reset() {
 	*x = FetchSource{}
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1822,7 +2115,7 @@ func (x *FetchSource) String() string {
 func (*FetchSource) ProtoMessage() {}
 
 func (x *FetchSource) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[19]
+	mi := &file_flox_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1835,7 +2128,7 @@ func (x *FetchSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchSource.ProtoReflect.Descriptor instead.
 func (*FetchSource) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FetchSource) GetPeer() string {
@@ -1911,7 +2204,7 @@ type PathRequest struct {
 
 func (x *PathRequest) Reset() {
 	*x = PathRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2216,7 @@ func (x *PathRequest) String() string {
 func (*PathRequest) ProtoMessage() {}
 
 func (x *PathRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[20]
+	mi := &file_flox_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2229,7 @@ func (x *PathRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathRequest.ProtoReflect.Descriptor instead.
 func (*PathRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PathRequest) GetPath() string {
@@ -1962,7 +2255,7 @@ type PathResponse struct {
 
 func (x *PathResponse) Reset() {
 	*x = PathResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2267,7 @@ func (x *PathResponse) String() string {
 func (*PathResponse) ProtoMessage() {}
 
 func (x *PathResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[21]
+	mi := &file_flox_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2280,7 @@ func (x *PathResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathResponse.ProtoReflect.Descriptor instead.
 func (*PathResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PathResponse) GetPaths() []*PathDetails {
@@ -2011,7 +2304,7 @@ type PathDetails struct {
 
 func (x *PathDetails) Reset() {
 	*x = PathDetails{}
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +2316,7 @@ func (x *PathDetails) String() string {
 func (*PathDetails) ProtoMessage() {}
 
 func (x *PathDetails) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[22]
+	mi := &file_flox_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2329,7 @@ func (x *PathDetails) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PathDetails.ProtoReflect.Descriptor instead.
 func (*PathDetails) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PathDetails) GetInfo() *PathInfo {
@@ -2091,7 +2384,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2103,7 +2396,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[23]
+	mi := &file_flox_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2116,7 +2409,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListRequest) GetPath() string {
@@ -2147,7 +2440,7 @@ type ListEntry struct {
 
 func (x *ListEntry) Reset() {
 	*x = ListEntry{}
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2159,7 +2452,7 @@ func (x *ListEntry) String() string {
 func (*ListEntry) ProtoMessage() {}
 
 func (x *ListEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[24]
+	mi := &file_flox_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2172,7 +2465,7 @@ func (x *ListEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntry.ProtoReflect.Descriptor instead.
 func (*ListEntry) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListEntry) GetPath() string {
@@ -2226,7 +2519,7 @@ type CatRequest struct {
 
 func (x *CatRequest) Reset() {
 	*x = CatRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2238,7 +2531,7 @@ func (x *CatRequest) String() string {
 func (*CatRequest) ProtoMessage() {}
 
 func (x *CatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[25]
+	mi := &file_flox_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2251,7 +2544,7 @@ func (x *CatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatRequest.ProtoReflect.Descriptor instead.
 func (*CatRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CatRequest) GetPath() string {
@@ -2270,7 +2563,7 @@ type CatResponse struct {
 
 func (x *CatResponse) Reset() {
 	*x = CatResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2575,7 @@ func (x *CatResponse) String() string {
 func (*CatResponse) ProtoMessage() {}
 
 func (x *CatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[26]
+	mi := &file_flox_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2588,7 @@ func (x *CatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatResponse.ProtoReflect.Descriptor instead.
 func (*CatResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CatResponse) GetData() []byte {
@@ -2314,7 +2607,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2619,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[27]
+	mi := &file_flox_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2632,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *VerifyRequest) GetPaths() []string {
@@ -2361,7 +2654,7 @@ type VerifyProgress struct {
 
 func (x *VerifyProgress) Reset() {
 	*x = VerifyProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2373,7 +2666,7 @@ func (x *VerifyProgress) String() string {
 func (*VerifyProgress) ProtoMessage() {}
 
 func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[28]
+	mi := &file_flox_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2386,7 +2679,7 @@ func (x *VerifyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyProgress.ProtoReflect.Descriptor instead.
 func (*VerifyProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *VerifyProgress) GetDoneBytes() uint64 {
@@ -2428,7 +2721,7 @@ type DownloadRequest struct {
 
 func (x *DownloadRequest) Reset() {
 	*x = DownloadRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2440,7 +2733,7 @@ func (x *DownloadRequest) String() string {
 func (*DownloadRequest) ProtoMessage() {}
 
 func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[29]
+	mi := &file_flox_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2453,7 +2746,7 @@ func (x *DownloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadRequest.ProtoReflect.Descriptor instead.
 func (*DownloadRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DownloadRequest) GetPaths() []string {
@@ -2492,7 +2785,7 @@ type DownloadProgress struct {
 
 func (x *DownloadProgress) Reset() {
 	*x = DownloadProgress{}
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2504,7 +2797,7 @@ func (x *DownloadProgress) String() string {
 func (*DownloadProgress) ProtoMessage() {}
 
 func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[30]
+	mi := &file_flox_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2517,7 +2810,7 @@ func (x *DownloadProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadProgress.ProtoReflect.Descriptor instead.
 func (*DownloadProgress) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DownloadProgress) GetPath() string {
@@ -2580,7 +2873,7 @@ type AddRequest struct {
 
 func (x *AddRequest) Reset() {
 	*x = AddRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2885,7 @@ func (x *AddRequest) String() string {
 func (*AddRequest) ProtoMessage() {}
 
 func (x *AddRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[31]
+	mi := &file_flox_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2898,7 @@ func (x *AddRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddRequest.ProtoReflect.Descriptor instead.
 func (*AddRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *AddRequest) GetName() string {
@@ -2639,7 +2932,7 @@ type AddResponse struct {
 
 func (x *AddResponse) Reset() {
 	*x = AddResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2651,7 +2944,7 @@ func (x *AddResponse) String() string {
 func (*AddResponse) ProtoMessage() {}
 
 func (x *AddResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[32]
+	mi := &file_flox_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2664,7 +2957,7 @@ func (x *AddResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddResponse.ProtoReflect.Descriptor instead.
 func (*AddResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AddResponse) GetInfo() *PathInfo {
@@ -2691,7 +2984,7 @@ type ShownProfilesRequest struct {
 
 func (x *ShownProfilesRequest) Reset() {
 	*x = ShownProfilesRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2703,7 +2996,7 @@ func (x *ShownProfilesRequest) String() string {
 func (*ShownProfilesRequest) ProtoMessage() {}
 
 func (x *ShownProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[33]
+	mi := &file_flox_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2716,7 +3009,7 @@ func (x *ShownProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShownProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ShownProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ShownProfilesRequest) GetName() string {
@@ -2738,7 +3031,7 @@ type ShownProfilesResponse struct {
 
 func (x *ShownProfilesResponse) Reset() {
 	*x = ShownProfilesResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2750,7 +3043,7 @@ func (x *ShownProfilesResponse) String() string {
 func (*ShownProfilesResponse) ProtoMessage() {}
 
 func (x *ShownProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[34]
+	mi := &file_flox_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2763,7 +3056,7 @@ func (x *ShownProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShownProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ShownProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ShownProfilesResponse) GetDir() string {
@@ -2807,7 +3100,7 @@ type ShownProfile struct {
 
 func (x *ShownProfile) Reset() {
 	*x = ShownProfile{}
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2819,7 +3112,7 @@ func (x *ShownProfile) String() string {
 func (*ShownProfile) ProtoMessage() {}
 
 func (x *ShownProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[35]
+	mi := &file_flox_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2832,7 +3125,7 @@ func (x *ShownProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShownProfile.ProtoReflect.Descriptor instead.
 func (*ShownProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ShownProfile) GetName() string {
@@ -2881,7 +3174,7 @@ type RollbackHereRequest struct {
 
 func (x *RollbackHereRequest) Reset() {
 	*x = RollbackHereRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2893,7 +3186,7 @@ func (x *RollbackHereRequest) String() string {
 func (*RollbackHereRequest) ProtoMessage() {}
 
 func (x *RollbackHereRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[36]
+	mi := &file_flox_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2906,7 +3199,7 @@ func (x *RollbackHereRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackHereRequest.ProtoReflect.Descriptor instead.
 func (*RollbackHereRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RollbackHereRequest) GetName() string {
@@ -2941,7 +3234,7 @@ type RollbackHereResponse struct {
 
 func (x *RollbackHereResponse) Reset() {
 	*x = RollbackHereResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2953,7 +3246,7 @@ func (x *RollbackHereResponse) String() string {
 func (*RollbackHereResponse) ProtoMessage() {}
 
 func (x *RollbackHereResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[37]
+	mi := &file_flox_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2966,7 +3259,7 @@ func (x *RollbackHereResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RollbackHereResponse.ProtoReflect.Descriptor instead.
 func (*RollbackHereResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RollbackHereResponse) GetName() string {
@@ -2999,7 +3292,7 @@ type ShareRequest struct {
 
 func (x *ShareRequest) Reset() {
 	*x = ShareRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3011,7 +3304,7 @@ func (x *ShareRequest) String() string {
 func (*ShareRequest) ProtoMessage() {}
 
 func (x *ShareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[38]
+	mi := &file_flox_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3024,7 +3317,7 @@ func (x *ShareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareRequest.ProtoReflect.Descriptor instead.
 func (*ShareRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ShareRequest) GetPaths() []string {
@@ -3044,7 +3337,7 @@ type ShareResponse struct {
 
 func (x *ShareResponse) Reset() {
 	*x = ShareResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3056,7 +3349,7 @@ func (x *ShareResponse) String() string {
 func (*ShareResponse) ProtoMessage() {}
 
 func (x *ShareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[39]
+	mi := &file_flox_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3069,7 +3362,7 @@ func (x *ShareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShareResponse.ProtoReflect.Descriptor instead.
 func (*ShareResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ShareResponse) GetPaths() uint32 {
@@ -3101,7 +3394,7 @@ type KeepRequest struct {
 
 func (x *KeepRequest) Reset() {
 	*x = KeepRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3113,7 +3406,7 @@ func (x *KeepRequest) String() string {
 func (*KeepRequest) ProtoMessage() {}
 
 func (x *KeepRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[40]
+	mi := &file_flox_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3126,7 +3419,7 @@ func (x *KeepRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepRequest.ProtoReflect.Descriptor instead.
 func (*KeepRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *KeepRequest) GetPaths() []string {
@@ -3167,7 +3460,7 @@ type KeepResponse struct {
 
 func (x *KeepResponse) Reset() {
 	*x = KeepResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3179,7 +3472,7 @@ func (x *KeepResponse) String() string {
 func (*KeepResponse) ProtoMessage() {}
 
 func (x *KeepResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[41]
+	mi := &file_flox_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3192,7 +3485,7 @@ func (x *KeepResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepResponse.ProtoReflect.Descriptor instead.
 func (*KeepResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *KeepResponse) GetKept() []string {
@@ -3224,7 +3517,7 @@ type KeptProfile struct {
 
 func (x *KeptProfile) Reset() {
 	*x = KeptProfile{}
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3236,7 +3529,7 @@ func (x *KeptProfile) String() string {
 func (*KeptProfile) ProtoMessage() {}
 
 func (x *KeptProfile) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[42]
+	mi := &file_flox_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3249,7 +3542,7 @@ func (x *KeptProfile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptProfile.ProtoReflect.Descriptor instead.
 func (*KeptProfile) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *KeptProfile) GetLink() string {
@@ -3302,7 +3595,7 @@ type KeptRequest struct {
 
 func (x *KeptRequest) Reset() {
 	*x = KeptRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3607,7 @@ func (x *KeptRequest) String() string {
 func (*KeptRequest) ProtoMessage() {}
 
 func (x *KeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[43]
+	mi := &file_flox_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3620,7 @@ func (x *KeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRequest.ProtoReflect.Descriptor instead.
 func (*KeptRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 type KeptResponse struct {
@@ -3340,7 +3633,7 @@ type KeptResponse struct {
 
 func (x *KeptResponse) Reset() {
 	*x = KeptResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3645,7 @@ func (x *KeptResponse) String() string {
 func (*KeptResponse) ProtoMessage() {}
 
 func (x *KeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[44]
+	mi := &file_flox_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3658,7 @@ func (x *KeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptResponse.ProtoReflect.Descriptor instead.
 func (*KeptResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *KeptResponse) GetPaths() []*OfflinePath {
@@ -3390,7 +3683,7 @@ type CacheUsageRequest struct {
 
 func (x *CacheUsageRequest) Reset() {
 	*x = CacheUsageRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3402,7 +3695,7 @@ func (x *CacheUsageRequest) String() string {
 func (*CacheUsageRequest) ProtoMessage() {}
 
 func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[45]
+	mi := &file_flox_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3415,7 +3708,7 @@ func (x *CacheUsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageRequest.ProtoReflect.Descriptor instead.
 func (*CacheUsageRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 type CacheUsageResponse struct {
@@ -3436,7 +3729,7 @@ type CacheUsageResponse struct {
 
 func (x *CacheUsageResponse) Reset() {
 	*x = CacheUsageResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[46]
+	mi := &file_flox_v1_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3448,7 +3741,7 @@ func (x *CacheUsageResponse) String() string {
 func (*CacheUsageResponse) ProtoMessage() {}
 
 func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[46]
+	mi := &file_flox_v1_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3461,7 +3754,7 @@ func (x *CacheUsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheUsageResponse.ProtoReflect.Descriptor instead.
 func (*CacheUsageResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CacheUsageResponse) GetBytes() uint64 {
@@ -3543,7 +3836,7 @@ type CacheGCRequest struct {
 
 func (x *CacheGCRequest) Reset() {
 	*x = CacheGCRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[47]
+	mi := &file_flox_v1_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3555,7 +3848,7 @@ func (x *CacheGCRequest) String() string {
 func (*CacheGCRequest) ProtoMessage() {}
 
 func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[47]
+	mi := &file_flox_v1_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3568,7 +3861,7 @@ func (x *CacheGCRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCRequest.ProtoReflect.Descriptor instead.
 func (*CacheGCRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *CacheGCRequest) GetTargetBytes() uint64 {
@@ -3588,7 +3881,7 @@ type CacheGCResponse struct {
 
 func (x *CacheGCResponse) Reset() {
 	*x = CacheGCResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[48]
+	mi := &file_flox_v1_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3600,7 +3893,7 @@ func (x *CacheGCResponse) String() string {
 func (*CacheGCResponse) ProtoMessage() {}
 
 func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[48]
+	mi := &file_flox_v1_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3613,7 +3906,7 @@ func (x *CacheGCResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CacheGCResponse.ProtoReflect.Descriptor instead.
 func (*CacheGCResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CacheGCResponse) GetFreedBytes() uint64 {
@@ -3640,7 +3933,7 @@ type ListPathsRequest struct {
 
 func (x *ListPathsRequest) Reset() {
 	*x = ListPathsRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[49]
+	mi := &file_flox_v1_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3652,7 +3945,7 @@ func (x *ListPathsRequest) String() string {
 func (*ListPathsRequest) ProtoMessage() {}
 
 func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[49]
+	mi := &file_flox_v1_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3665,7 +3958,7 @@ func (x *ListPathsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsRequest.ProtoReflect.Descriptor instead.
 func (*ListPathsRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ListPathsRequest) GetValid() bool {
@@ -3691,7 +3984,7 @@ type ListPathsResponse struct {
 
 func (x *ListPathsResponse) Reset() {
 	*x = ListPathsResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[50]
+	mi := &file_flox_v1_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3703,7 +3996,7 @@ func (x *ListPathsResponse) String() string {
 func (*ListPathsResponse) ProtoMessage() {}
 
 func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[50]
+	mi := &file_flox_v1_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3716,7 +4009,7 @@ func (x *ListPathsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPathsResponse.ProtoReflect.Descriptor instead.
 func (*ListPathsResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{50}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ListPathsResponse) GetPaths() []*ListedPath {
@@ -3736,7 +4029,7 @@ type ListedPath struct {
 
 func (x *ListedPath) Reset() {
 	*x = ListedPath{}
-	mi := &file_flox_v1_agent_proto_msgTypes[51]
+	mi := &file_flox_v1_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3748,7 +4041,7 @@ func (x *ListedPath) String() string {
 func (*ListedPath) ProtoMessage() {}
 
 func (x *ListedPath) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[51]
+	mi := &file_flox_v1_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3761,7 +4054,7 @@ func (x *ListedPath) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListedPath.ProtoReflect.Descriptor instead.
 func (*ListedPath) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{51}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ListedPath) GetPath() string {
@@ -3786,7 +4079,7 @@ type DoctorRequest struct {
 
 func (x *DoctorRequest) Reset() {
 	*x = DoctorRequest{}
-	mi := &file_flox_v1_agent_proto_msgTypes[52]
+	mi := &file_flox_v1_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3798,7 +4091,7 @@ func (x *DoctorRequest) String() string {
 func (*DoctorRequest) ProtoMessage() {}
 
 func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[52]
+	mi := &file_flox_v1_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3811,7 +4104,7 @@ func (x *DoctorRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorRequest.ProtoReflect.Descriptor instead.
 func (*DoctorRequest) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{52}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{57}
 }
 
 type DoctorResponse struct {
@@ -3823,7 +4116,7 @@ type DoctorResponse struct {
 
 func (x *DoctorResponse) Reset() {
 	*x = DoctorResponse{}
-	mi := &file_flox_v1_agent_proto_msgTypes[53]
+	mi := &file_flox_v1_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3835,7 +4128,7 @@ func (x *DoctorResponse) String() string {
 func (*DoctorResponse) ProtoMessage() {}
 
 func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[53]
+	mi := &file_flox_v1_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3848,7 +4141,7 @@ func (x *DoctorResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DoctorResponse.ProtoReflect.Descriptor instead.
 func (*DoctorResponse) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{53}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *DoctorResponse) GetFindings() []*Finding {
@@ -3870,7 +4163,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_flox_v1_agent_proto_msgTypes[54]
+	mi := &file_flox_v1_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3882,7 +4175,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_flox_v1_agent_proto_msgTypes[54]
+	mi := &file_flox_v1_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3895,7 +4188,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_flox_v1_agent_proto_rawDescGZIP(), []int{54}
+	return file_flox_v1_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Finding) GetCheck() string {
@@ -3931,7 +4224,7 @@ var File_flox_v1_agent_proto protoreflect.FileDescriptor
 const file_flox_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"\x13flox/v1/agent.proto\x12\aflox.v1\x1a\x16flox/v1/profiles.proto\x1a\x11flox/v1/log.proto\"\x0f\n" +
-	"\rStatusRequest\"\x9e\a\n" +
+	"\rStatusRequest\"\xcc\a\n" +
 	"\x0eStatusResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1b\n" +
 	"\tstore_dir\x18\x02 \x01(\tR\bstoreDir\x12\x1b\n" +
@@ -3960,7 +4253,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"heap_bytes\x18\x1f \x01(\x04R\theapBytes\x12*\n" +
 	"\x06staged\x18  \x01(\v2\x12.flox.v1.StagedUseR\x06staged\x12\x1d\n" +
 	"\n" +
-	"nix_socket\x18( \x01(\tR\tnixSocket\x124\n" +
+	"nix_socket\x18( \x01(\tR\tnixSocket\x12,\n" +
+	"\bbindings\x18* \x03(\v2\x10.flox.v1.BindingR\bbindings\x124\n" +
 	"\vlocal_store\x18) \x01(\v2\x13.flox.v1.LocalStoreR\n" +
 	"localStore\x1a?\n" +
 	"\x11FuseRequestsEntry\x12\x10\n" +
@@ -4006,7 +4300,29 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x0fstarts_recorded\x18\b \x01(\x04R\x0estartsRecorded\x12'\n" +
 	"\x0fstarts_replayed\x18\t \x01(\x04R\x0estartsReplayed\x12!\n" +
 	"\floader_bytes\x18\n" +
-	" \x01(\x04R\vloaderBytes\"\x92\x02\n" +
+	" \x01(\x04R\vloaderBytes\"\xcf\x01\n" +
+	"\aBinding\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x18\n" +
+	"\aprofile\x18\x02 \x01(\tR\aprofile\x12\x12\n" +
+	"\x04user\x18\x03 \x01(\tR\x04user\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x04 \x01(\x04R\n" +
+	"generation\x12\x16\n" +
+	"\x06number\x18\x05 \x01(\x04R\x06number\x12\x12\n" +
+	"\x04path\x18\x06 \x01(\tR\x04path\x12\x18\n" +
+	"\aproblem\x18\a \x01(\tR\aproblem\x12\x1e\n" +
+	"\n" +
+	"configured\x18\b \x01(\bR\n" +
+	"configured\"9\n" +
+	"\vBindRequest\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\x12\x18\n" +
+	"\aprofile\x18\x02 \x01(\tR\aprofile\"<\n" +
+	"\fBindResponse\x12,\n" +
+	"\bbindings\x18\x01 \x03(\v2\x10.flox.v1.BindingR\bbindings\"!\n" +
+	"\rUnbindRequest\x12\x10\n" +
+	"\x03dir\x18\x01 \x01(\tR\x03dir\"*\n" +
+	"\x0eUnbindResponse\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\"\x92\x02\n" +
 	"\x0eStorehouseLink\x12\x17\n" +
 	"\apeer_id\x18\x01 \x01(\tR\x06peerId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
@@ -4276,7 +4592,8 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x14\n" +
 	"\x05level\x18\x02 \x01(\tR\x05level\x12\x12\n" +
 	"\x04what\x18\x03 \x01(\tR\x04what\x12\x10\n" +
-	"\x03fix\x18\x04 \x01(\tR\x03fix2\xbd\t\n" +
+	"\x03fix\x18\x04 \x01(\tR\x03fix2\xad\n" +
+	"\n" +
 	"\x05Agent\x129\n" +
 	"\x06Status\x12\x16.flox.v1.StatusRequest\x1a\x17.flox.v1.StatusResponse\x126\n" +
 	"\x05Peers\x12\x15.flox.v1.PeersRequest\x1a\x16.flox.v1.PeersResponse\x12:\n" +
@@ -4293,7 +4610,9 @@ const file_flox_v1_agent_proto_rawDesc = "" +
 	"\fRollbackHere\x12\x1c.flox.v1.RollbackHereRequest\x1a\x1d.flox.v1.RollbackHereResponse\x123\n" +
 	"\x04Keep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x125\n" +
 	"\x06Unkeep\x12\x14.flox.v1.KeepRequest\x1a\x15.flox.v1.KeepResponse\x123\n" +
-	"\x04Kept\x12\x14.flox.v1.KeptRequest\x1a\x15.flox.v1.KeptResponse\x12E\n" +
+	"\x04Kept\x12\x14.flox.v1.KeptRequest\x1a\x15.flox.v1.KeptResponse\x123\n" +
+	"\x04Bind\x12\x14.flox.v1.BindRequest\x1a\x15.flox.v1.BindResponse\x129\n" +
+	"\x06Unbind\x12\x16.flox.v1.UnbindRequest\x1a\x17.flox.v1.UnbindResponse\x12E\n" +
 	"\n" +
 	"CacheUsage\x12\x1a.flox.v1.CacheUsageRequest\x1a\x1b.flox.v1.CacheUsageResponse\x12<\n" +
 	"\aCacheGC\x12\x17.flox.v1.CacheGCRequest\x1a\x18.flox.v1.CacheGCResponse\x12@\n" +
@@ -4312,7 +4631,7 @@ func file_flox_v1_agent_proto_rawDescGZIP() []byte {
 	return file_flox_v1_agent_proto_rawDescData
 }
 
-var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_flox_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_flox_v1_agent_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: flox.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: flox.v1.StatusResponse
@@ -4321,131 +4640,142 @@ var file_flox_v1_agent_proto_goTypes = []any{
 	(*OfflineState)(nil),          // 4: flox.v1.OfflineState
 	(*OfflinePath)(nil),           // 5: flox.v1.OfflinePath
 	(*Prefetch)(nil),              // 6: flox.v1.Prefetch
-	(*StorehouseLink)(nil),        // 7: flox.v1.StorehouseLink
-	(*HouseServer)(nil),           // 8: flox.v1.HouseServer
-	(*Traffic)(nil),               // 9: flox.v1.Traffic
-	(*PeersRequest)(nil),          // 10: flox.v1.PeersRequest
-	(*PeersResponse)(nil),         // 11: flox.v1.PeersResponse
-	(*Peer)(nil),                  // 12: flox.v1.Peer
-	(*WatchReadsRequest)(nil),     // 13: flox.v1.WatchReadsRequest
-	(*WatchReads)(nil),            // 14: flox.v1.WatchReads
-	(*WaitingRead)(nil),           // 15: flox.v1.WaitingRead
-	(*ExplainRequest)(nil),        // 16: flox.v1.ExplainRequest
-	(*ExplainResponse)(nil),       // 17: flox.v1.ExplainResponse
-	(*FetchStep)(nil),             // 18: flox.v1.FetchStep
-	(*FetchSource)(nil),           // 19: flox.v1.FetchSource
-	(*PathRequest)(nil),           // 20: flox.v1.PathRequest
-	(*PathResponse)(nil),          // 21: flox.v1.PathResponse
-	(*PathDetails)(nil),           // 22: flox.v1.PathDetails
-	(*ListRequest)(nil),           // 23: flox.v1.ListRequest
-	(*ListEntry)(nil),             // 24: flox.v1.ListEntry
-	(*CatRequest)(nil),            // 25: flox.v1.CatRequest
-	(*CatResponse)(nil),           // 26: flox.v1.CatResponse
-	(*VerifyRequest)(nil),         // 27: flox.v1.VerifyRequest
-	(*VerifyProgress)(nil),        // 28: flox.v1.VerifyProgress
-	(*DownloadRequest)(nil),       // 29: flox.v1.DownloadRequest
-	(*DownloadProgress)(nil),      // 30: flox.v1.DownloadProgress
-	(*AddRequest)(nil),            // 31: flox.v1.AddRequest
-	(*AddResponse)(nil),           // 32: flox.v1.AddResponse
-	(*ShownProfilesRequest)(nil),  // 33: flox.v1.ShownProfilesRequest
-	(*ShownProfilesResponse)(nil), // 34: flox.v1.ShownProfilesResponse
-	(*ShownProfile)(nil),          // 35: flox.v1.ShownProfile
-	(*RollbackHereRequest)(nil),   // 36: flox.v1.RollbackHereRequest
-	(*RollbackHereResponse)(nil),  // 37: flox.v1.RollbackHereResponse
-	(*ShareRequest)(nil),          // 38: flox.v1.ShareRequest
-	(*ShareResponse)(nil),         // 39: flox.v1.ShareResponse
-	(*KeepRequest)(nil),           // 40: flox.v1.KeepRequest
-	(*KeepResponse)(nil),          // 41: flox.v1.KeepResponse
-	(*KeptProfile)(nil),           // 42: flox.v1.KeptProfile
-	(*KeptRequest)(nil),           // 43: flox.v1.KeptRequest
-	(*KeptResponse)(nil),          // 44: flox.v1.KeptResponse
-	(*CacheUsageRequest)(nil),     // 45: flox.v1.CacheUsageRequest
-	(*CacheUsageResponse)(nil),    // 46: flox.v1.CacheUsageResponse
-	(*CacheGCRequest)(nil),        // 47: flox.v1.CacheGCRequest
-	(*CacheGCResponse)(nil),       // 48: flox.v1.CacheGCResponse
-	(*ListPathsRequest)(nil),      // 49: flox.v1.ListPathsRequest
-	(*ListPathsResponse)(nil),     // 50: flox.v1.ListPathsResponse
-	(*ListedPath)(nil),            // 51: flox.v1.ListedPath
-	(*DoctorRequest)(nil),         // 52: flox.v1.DoctorRequest
-	(*DoctorResponse)(nil),        // 53: flox.v1.DoctorResponse
-	(*Finding)(nil),               // 54: flox.v1.Finding
-	nil,                           // 55: flox.v1.StatusResponse.FuseRequestsEntry
-	(*PathInfo)(nil),              // 56: flox.v1.PathInfo
-	(*HereRollback)(nil),          // 57: flox.v1.HereRollback
+	(*Binding)(nil),               // 7: flox.v1.Binding
+	(*BindRequest)(nil),           // 8: flox.v1.BindRequest
+	(*BindResponse)(nil),          // 9: flox.v1.BindResponse
+	(*UnbindRequest)(nil),         // 10: flox.v1.UnbindRequest
+	(*UnbindResponse)(nil),        // 11: flox.v1.UnbindResponse
+	(*StorehouseLink)(nil),        // 12: flox.v1.StorehouseLink
+	(*HouseServer)(nil),           // 13: flox.v1.HouseServer
+	(*Traffic)(nil),               // 14: flox.v1.Traffic
+	(*PeersRequest)(nil),          // 15: flox.v1.PeersRequest
+	(*PeersResponse)(nil),         // 16: flox.v1.PeersResponse
+	(*Peer)(nil),                  // 17: flox.v1.Peer
+	(*WatchReadsRequest)(nil),     // 18: flox.v1.WatchReadsRequest
+	(*WatchReads)(nil),            // 19: flox.v1.WatchReads
+	(*WaitingRead)(nil),           // 20: flox.v1.WaitingRead
+	(*ExplainRequest)(nil),        // 21: flox.v1.ExplainRequest
+	(*ExplainResponse)(nil),       // 22: flox.v1.ExplainResponse
+	(*FetchStep)(nil),             // 23: flox.v1.FetchStep
+	(*FetchSource)(nil),           // 24: flox.v1.FetchSource
+	(*PathRequest)(nil),           // 25: flox.v1.PathRequest
+	(*PathResponse)(nil),          // 26: flox.v1.PathResponse
+	(*PathDetails)(nil),           // 27: flox.v1.PathDetails
+	(*ListRequest)(nil),           // 28: flox.v1.ListRequest
+	(*ListEntry)(nil),             // 29: flox.v1.ListEntry
+	(*CatRequest)(nil),            // 30: flox.v1.CatRequest
+	(*CatResponse)(nil),           // 31: flox.v1.CatResponse
+	(*VerifyRequest)(nil),         // 32: flox.v1.VerifyRequest
+	(*VerifyProgress)(nil),        // 33: flox.v1.VerifyProgress
+	(*DownloadRequest)(nil),       // 34: flox.v1.DownloadRequest
+	(*DownloadProgress)(nil),      // 35: flox.v1.DownloadProgress
+	(*AddRequest)(nil),            // 36: flox.v1.AddRequest
+	(*AddResponse)(nil),           // 37: flox.v1.AddResponse
+	(*ShownProfilesRequest)(nil),  // 38: flox.v1.ShownProfilesRequest
+	(*ShownProfilesResponse)(nil), // 39: flox.v1.ShownProfilesResponse
+	(*ShownProfile)(nil),          // 40: flox.v1.ShownProfile
+	(*RollbackHereRequest)(nil),   // 41: flox.v1.RollbackHereRequest
+	(*RollbackHereResponse)(nil),  // 42: flox.v1.RollbackHereResponse
+	(*ShareRequest)(nil),          // 43: flox.v1.ShareRequest
+	(*ShareResponse)(nil),         // 44: flox.v1.ShareResponse
+	(*KeepRequest)(nil),           // 45: flox.v1.KeepRequest
+	(*KeepResponse)(nil),          // 46: flox.v1.KeepResponse
+	(*KeptProfile)(nil),           // 47: flox.v1.KeptProfile
+	(*KeptRequest)(nil),           // 48: flox.v1.KeptRequest
+	(*KeptResponse)(nil),          // 49: flox.v1.KeptResponse
+	(*CacheUsageRequest)(nil),     // 50: flox.v1.CacheUsageRequest
+	(*CacheUsageResponse)(nil),    // 51: flox.v1.CacheUsageResponse
+	(*CacheGCRequest)(nil),        // 52: flox.v1.CacheGCRequest
+	(*CacheGCResponse)(nil),       // 53: flox.v1.CacheGCResponse
+	(*ListPathsRequest)(nil),      // 54: flox.v1.ListPathsRequest
+	(*ListPathsResponse)(nil),     // 55: flox.v1.ListPathsResponse
+	(*ListedPath)(nil),            // 56: flox.v1.ListedPath
+	(*DoctorRequest)(nil),         // 57: flox.v1.DoctorRequest
+	(*DoctorResponse)(nil),        // 58: flox.v1.DoctorResponse
+	(*Finding)(nil),               // 59: flox.v1.Finding
+	nil,                           // 60: flox.v1.StatusResponse.FuseRequestsEntry
+	(*PathInfo)(nil),              // 61: flox.v1.PathInfo
+	(*HereRollback)(nil),          // 62: flox.v1.HereRollback
 }
 var file_flox_v1_agent_proto_depIdxs = []int32{
-	7,  // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
-	46, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
-	55, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
-	9,  // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
+	12, // 0: flox.v1.StatusResponse.storehouse:type_name -> flox.v1.StorehouseLink
+	51, // 1: flox.v1.StatusResponse.cache:type_name -> flox.v1.CacheUsageResponse
+	60, // 2: flox.v1.StatusResponse.fuse_requests:type_name -> flox.v1.StatusResponse.FuseRequestsEntry
+	14, // 3: flox.v1.StatusResponse.traffic:type_name -> flox.v1.Traffic
 	4,  // 4: flox.v1.StatusResponse.offline:type_name -> flox.v1.OfflineState
 	6,  // 5: flox.v1.StatusResponse.prefetch:type_name -> flox.v1.Prefetch
 	3,  // 6: flox.v1.StatusResponse.staged:type_name -> flox.v1.StagedUse
-	2,  // 7: flox.v1.StatusResponse.local_store:type_name -> flox.v1.LocalStore
-	5,  // 8: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
-	42, // 9: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
-	8,  // 10: flox.v1.StorehouseLink.servers:type_name -> flox.v1.HouseServer
-	12, // 11: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
-	15, // 12: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
-	9,  // 13: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
-	7,  // 14: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
-	18, // 15: flox.v1.ExplainResponse.steps:type_name -> flox.v1.FetchStep
-	19, // 16: flox.v1.ExplainResponse.sources:type_name -> flox.v1.FetchSource
-	22, // 17: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
-	56, // 18: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
-	56, // 19: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
-	35, // 20: flox.v1.ShownProfilesResponse.profiles:type_name -> flox.v1.ShownProfile
-	57, // 21: flox.v1.ShownProfile.here:type_name -> flox.v1.HereRollback
-	42, // 22: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
-	5,  // 23: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
-	42, // 24: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
-	51, // 25: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
-	54, // 26: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
-	0,  // 27: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
-	10, // 28: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
-	13, // 29: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
-	20, // 30: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
-	16, // 31: flox.v1.Agent.Explain:input_type -> flox.v1.ExplainRequest
-	23, // 32: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
-	25, // 33: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
-	27, // 34: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
-	29, // 35: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
-	31, // 36: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
-	38, // 37: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
-	33, // 38: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
-	36, // 39: flox.v1.Agent.RollbackHere:input_type -> flox.v1.RollbackHereRequest
-	40, // 40: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
-	40, // 41: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
-	43, // 42: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
-	45, // 43: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
-	47, // 44: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
-	49, // 45: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
-	52, // 46: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
-	1,  // 47: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
-	11, // 48: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
-	14, // 49: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
-	21, // 50: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
-	17, // 51: flox.v1.Agent.Explain:output_type -> flox.v1.ExplainResponse
-	24, // 52: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
-	26, // 53: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
-	28, // 54: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
-	30, // 55: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
-	32, // 56: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
-	39, // 57: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
-	34, // 58: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
-	37, // 59: flox.v1.Agent.RollbackHere:output_type -> flox.v1.RollbackHereResponse
-	41, // 60: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
-	41, // 61: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
-	44, // 62: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
-	46, // 63: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
-	48, // 64: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
-	50, // 65: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
-	53, // 66: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
-	47, // [47:67] is the sub-list for method output_type
-	27, // [27:47] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	7,  // 7: flox.v1.StatusResponse.bindings:type_name -> flox.v1.Binding
+	2,  // 8: flox.v1.StatusResponse.local_store:type_name -> flox.v1.LocalStore
+	5,  // 9: flox.v1.OfflineState.missing:type_name -> flox.v1.OfflinePath
+	47, // 10: flox.v1.OfflineState.profiles:type_name -> flox.v1.KeptProfile
+	7,  // 11: flox.v1.BindResponse.bindings:type_name -> flox.v1.Binding
+	13, // 12: flox.v1.StorehouseLink.servers:type_name -> flox.v1.HouseServer
+	17, // 13: flox.v1.PeersResponse.peers:type_name -> flox.v1.Peer
+	20, // 14: flox.v1.WatchReads.reads:type_name -> flox.v1.WaitingRead
+	14, // 15: flox.v1.WatchReads.traffic:type_name -> flox.v1.Traffic
+	12, // 16: flox.v1.WatchReads.storehouse:type_name -> flox.v1.StorehouseLink
+	23, // 17: flox.v1.ExplainResponse.steps:type_name -> flox.v1.FetchStep
+	24, // 18: flox.v1.ExplainResponse.sources:type_name -> flox.v1.FetchSource
+	27, // 19: flox.v1.PathResponse.paths:type_name -> flox.v1.PathDetails
+	61, // 20: flox.v1.PathDetails.info:type_name -> flox.v1.PathInfo
+	61, // 21: flox.v1.AddResponse.info:type_name -> flox.v1.PathInfo
+	40, // 22: flox.v1.ShownProfilesResponse.profiles:type_name -> flox.v1.ShownProfile
+	62, // 23: flox.v1.ShownProfile.here:type_name -> flox.v1.HereRollback
+	47, // 24: flox.v1.KeepResponse.profiles:type_name -> flox.v1.KeptProfile
+	5,  // 25: flox.v1.KeptResponse.paths:type_name -> flox.v1.OfflinePath
+	47, // 26: flox.v1.KeptResponse.profiles:type_name -> flox.v1.KeptProfile
+	56, // 27: flox.v1.ListPathsResponse.paths:type_name -> flox.v1.ListedPath
+	59, // 28: flox.v1.DoctorResponse.findings:type_name -> flox.v1.Finding
+	0,  // 29: flox.v1.Agent.Status:input_type -> flox.v1.StatusRequest
+	15, // 30: flox.v1.Agent.Peers:input_type -> flox.v1.PeersRequest
+	18, // 31: flox.v1.Agent.Watch:input_type -> flox.v1.WatchReadsRequest
+	25, // 32: flox.v1.Agent.Path:input_type -> flox.v1.PathRequest
+	21, // 33: flox.v1.Agent.Explain:input_type -> flox.v1.ExplainRequest
+	28, // 34: flox.v1.Agent.List:input_type -> flox.v1.ListRequest
+	30, // 35: flox.v1.Agent.Cat:input_type -> flox.v1.CatRequest
+	32, // 36: flox.v1.Agent.Verify:input_type -> flox.v1.VerifyRequest
+	34, // 37: flox.v1.Agent.Download:input_type -> flox.v1.DownloadRequest
+	36, // 38: flox.v1.Agent.Add:input_type -> flox.v1.AddRequest
+	43, // 39: flox.v1.Agent.Share:input_type -> flox.v1.ShareRequest
+	38, // 40: flox.v1.Agent.ShownProfiles:input_type -> flox.v1.ShownProfilesRequest
+	41, // 41: flox.v1.Agent.RollbackHere:input_type -> flox.v1.RollbackHereRequest
+	45, // 42: flox.v1.Agent.Keep:input_type -> flox.v1.KeepRequest
+	45, // 43: flox.v1.Agent.Unkeep:input_type -> flox.v1.KeepRequest
+	48, // 44: flox.v1.Agent.Kept:input_type -> flox.v1.KeptRequest
+	8,  // 45: flox.v1.Agent.Bind:input_type -> flox.v1.BindRequest
+	10, // 46: flox.v1.Agent.Unbind:input_type -> flox.v1.UnbindRequest
+	50, // 47: flox.v1.Agent.CacheUsage:input_type -> flox.v1.CacheUsageRequest
+	52, // 48: flox.v1.Agent.CacheGC:input_type -> flox.v1.CacheGCRequest
+	54, // 49: flox.v1.Agent.Paths:input_type -> flox.v1.ListPathsRequest
+	57, // 50: flox.v1.Agent.Doctor:input_type -> flox.v1.DoctorRequest
+	1,  // 51: flox.v1.Agent.Status:output_type -> flox.v1.StatusResponse
+	16, // 52: flox.v1.Agent.Peers:output_type -> flox.v1.PeersResponse
+	19, // 53: flox.v1.Agent.Watch:output_type -> flox.v1.WatchReads
+	26, // 54: flox.v1.Agent.Path:output_type -> flox.v1.PathResponse
+	22, // 55: flox.v1.Agent.Explain:output_type -> flox.v1.ExplainResponse
+	29, // 56: flox.v1.Agent.List:output_type -> flox.v1.ListEntry
+	31, // 57: flox.v1.Agent.Cat:output_type -> flox.v1.CatResponse
+	33, // 58: flox.v1.Agent.Verify:output_type -> flox.v1.VerifyProgress
+	35, // 59: flox.v1.Agent.Download:output_type -> flox.v1.DownloadProgress
+	37, // 60: flox.v1.Agent.Add:output_type -> flox.v1.AddResponse
+	44, // 61: flox.v1.Agent.Share:output_type -> flox.v1.ShareResponse
+	39, // 62: flox.v1.Agent.ShownProfiles:output_type -> flox.v1.ShownProfilesResponse
+	42, // 63: flox.v1.Agent.RollbackHere:output_type -> flox.v1.RollbackHereResponse
+	46, // 64: flox.v1.Agent.Keep:output_type -> flox.v1.KeepResponse
+	46, // 65: flox.v1.Agent.Unkeep:output_type -> flox.v1.KeepResponse
+	49, // 66: flox.v1.Agent.Kept:output_type -> flox.v1.KeptResponse
+	9,  // 67: flox.v1.Agent.Bind:output_type -> flox.v1.BindResponse
+	11, // 68: flox.v1.Agent.Unbind:output_type -> flox.v1.UnbindResponse
+	51, // 69: flox.v1.Agent.CacheUsage:output_type -> flox.v1.CacheUsageResponse
+	53, // 70: flox.v1.Agent.CacheGC:output_type -> flox.v1.CacheGCResponse
+	55, // 71: flox.v1.Agent.Paths:output_type -> flox.v1.ListPathsResponse
+	58, // 72: flox.v1.Agent.Doctor:output_type -> flox.v1.DoctorResponse
+	51, // [51:73] is the sub-list for method output_type
+	29, // [29:51] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_flox_v1_agent_proto_init() }
@@ -4461,7 +4791,7 @@ func file_flox_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flox_v1_agent_proto_rawDesc), len(file_flox_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   56,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -67,6 +67,10 @@ const (
 	AgentUnkeepProcedure = "/flox.v1.Agent/Unkeep"
 	// AgentKeptProcedure is the fully-qualified name of the Agent's Kept RPC.
 	AgentKeptProcedure = "/flox.v1.Agent/Kept"
+	// AgentBindProcedure is the fully-qualified name of the Agent's Bind RPC.
+	AgentBindProcedure = "/flox.v1.Agent/Bind"
+	// AgentUnbindProcedure is the fully-qualified name of the Agent's Unbind RPC.
+	AgentUnbindProcedure = "/flox.v1.Agent/Unbind"
 	// AgentCacheUsageProcedure is the fully-qualified name of the Agent's CacheUsage RPC.
 	AgentCacheUsageProcedure = "/flox.v1.Agent/CacheUsage"
 	// AgentCacheGCProcedure is the fully-qualified name of the Agent's CacheGC RPC.
@@ -111,6 +115,9 @@ type AgentClient interface {
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
 	Kept(context.Context, *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error)
+	// Bind binds a profile of stock Nix to one of the storehouse, or says which are bound.
+	Bind(context.Context, *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error)
+	Unbind(context.Context, *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.UnbindResponse], error)
 	CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error)
 	CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error)
 	// Paths lists store paths by name: those known here, or everything valid.
@@ -226,6 +233,18 @@ func NewAgentClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(agentMethods.ByName("Kept")),
 			connect.WithClientOptions(opts...),
 		),
+		bind: connect.NewClient[v1.BindRequest, v1.BindResponse](
+			httpClient,
+			baseURL+AgentBindProcedure,
+			connect.WithSchema(agentMethods.ByName("Bind")),
+			connect.WithClientOptions(opts...),
+		),
+		unbind: connect.NewClient[v1.UnbindRequest, v1.UnbindResponse](
+			httpClient,
+			baseURL+AgentUnbindProcedure,
+			connect.WithSchema(agentMethods.ByName("Unbind")),
+			connect.WithClientOptions(opts...),
+		),
 		cacheUsage: connect.NewClient[v1.CacheUsageRequest, v1.CacheUsageResponse](
 			httpClient,
 			baseURL+AgentCacheUsageProcedure,
@@ -271,6 +290,8 @@ type agentClient struct {
 	keep          *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	unkeep        *connect.Client[v1.KeepRequest, v1.KeepResponse]
 	kept          *connect.Client[v1.KeptRequest, v1.KeptResponse]
+	bind          *connect.Client[v1.BindRequest, v1.BindResponse]
+	unbind        *connect.Client[v1.UnbindRequest, v1.UnbindResponse]
 	cacheUsage    *connect.Client[v1.CacheUsageRequest, v1.CacheUsageResponse]
 	cacheGC       *connect.Client[v1.CacheGCRequest, v1.CacheGCResponse]
 	paths         *connect.Client[v1.ListPathsRequest, v1.ListPathsResponse]
@@ -357,6 +378,16 @@ func (c *agentClient) Kept(ctx context.Context, req *connect.Request[v1.KeptRequ
 	return c.kept.CallUnary(ctx, req)
 }
 
+// Bind calls flox.v1.Agent.Bind.
+func (c *agentClient) Bind(ctx context.Context, req *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error) {
+	return c.bind.CallUnary(ctx, req)
+}
+
+// Unbind calls flox.v1.Agent.Unbind.
+func (c *agentClient) Unbind(ctx context.Context, req *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.UnbindResponse], error) {
+	return c.unbind.CallUnary(ctx, req)
+}
+
 // CacheUsage calls flox.v1.Agent.CacheUsage.
 func (c *agentClient) CacheUsage(ctx context.Context, req *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error) {
 	return c.cacheUsage.CallUnary(ctx, req)
@@ -411,6 +442,9 @@ type AgentHandler interface {
 	Unkeep(context.Context, *connect.Request[v1.KeepRequest]) (*connect.Response[v1.KeepResponse], error)
 	// Kept lists what is kept.
 	Kept(context.Context, *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error)
+	// Bind binds a profile of stock Nix to one of the storehouse, or says which are bound.
+	Bind(context.Context, *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error)
+	Unbind(context.Context, *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.UnbindResponse], error)
 	CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error)
 	CacheGC(context.Context, *connect.Request[v1.CacheGCRequest]) (*connect.Response[v1.CacheGCResponse], error)
 	// Paths lists store paths by name: those known here, or everything valid.
@@ -522,6 +556,18 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(agentMethods.ByName("Kept")),
 		connect.WithHandlerOptions(opts...),
 	)
+	agentBindHandler := connect.NewUnaryHandler(
+		AgentBindProcedure,
+		svc.Bind,
+		connect.WithSchema(agentMethods.ByName("Bind")),
+		connect.WithHandlerOptions(opts...),
+	)
+	agentUnbindHandler := connect.NewUnaryHandler(
+		AgentUnbindProcedure,
+		svc.Unbind,
+		connect.WithSchema(agentMethods.ByName("Unbind")),
+		connect.WithHandlerOptions(opts...),
+	)
 	agentCacheUsageHandler := connect.NewUnaryHandler(
 		AgentCacheUsageProcedure,
 		svc.CacheUsage,
@@ -580,6 +626,10 @@ func NewAgentHandler(svc AgentHandler, opts ...connect.HandlerOption) (string, h
 			agentUnkeepHandler.ServeHTTP(w, r)
 		case AgentKeptProcedure:
 			agentKeptHandler.ServeHTTP(w, r)
+		case AgentBindProcedure:
+			agentBindHandler.ServeHTTP(w, r)
+		case AgentUnbindProcedure:
+			agentUnbindHandler.ServeHTTP(w, r)
 		case AgentCacheUsageProcedure:
 			agentCacheUsageHandler.ServeHTTP(w, r)
 		case AgentCacheGCProcedure:
@@ -659,6 +709,14 @@ func (UnimplementedAgentHandler) Unkeep(context.Context, *connect.Request[v1.Kee
 
 func (UnimplementedAgentHandler) Kept(context.Context, *connect.Request[v1.KeptRequest]) (*connect.Response[v1.KeptResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Kept is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Bind(context.Context, *connect.Request[v1.BindRequest]) (*connect.Response[v1.BindResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Bind is not implemented"))
+}
+
+func (UnimplementedAgentHandler) Unbind(context.Context, *connect.Request[v1.UnbindRequest]) (*connect.Response[v1.UnbindResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("flox.v1.Agent.Unbind is not implemented"))
 }
 
 func (UnimplementedAgentHandler) CacheUsage(context.Context, *connect.Request[v1.CacheUsageRequest]) (*connect.Response[v1.CacheUsageResponse], error) {
