@@ -72,9 +72,11 @@ func (a *Agent) boundPackages(ctx context.Context, as actingFor, c boundChange, 
 }
 
 // asPackages makes packages of a profile of what is installed for a system. One that the
-// profile has as it is stays; of one that is another now, what it has for other systems.
+// profile has as it is stays, by its name there, which Nix does not keep; of one that is
+// another now, what it has for other systems.
 func asPackages(base []*floxv1.Package, has []environment.Package, system string) (out []*floxv1.Package) {
-	for _, h := range has {
+	names := boundNames(base, has, system)
+	for i, h := range has {
 		if !h.Active {
 			continue
 		}
@@ -82,6 +84,7 @@ func asPackages(base []*floxv1.Package, has []environment.Package, system string
 		for _, p := range h.Paths {
 			paths = append(paths, string(p))
 		}
+		h.Name = names[i]
 		priority := uint32(max(h.Priority, 0)) //nolint:gosec // 32 bits, see environment
 		p := &floxv1.Package{Name: h.Name}
 		if i := slices.IndexFunc(base, func(b *floxv1.Package) bool { return b.GetName() == h.Name }); i >= 0 {
@@ -104,6 +107,31 @@ func asPackages(base []*floxv1.Package, has []environment.Package, system string
 		out = append(out, p)
 	}
 	return out
+}
+
+// boundNames gives each of what is installed its name in a profile: those of the same paths
+// have theirs there, others the one they came with, if it is not taken.
+func boundNames(base []*floxv1.Package, has []environment.Package, system string) []string {
+	names, taken := make([]string, len(has)), make(map[string]bool)
+	for i, h := range has {
+		for _, b := range base {
+			if !taken[b.GetName()] && slices.ContainsFunc(b.GetPaths(), func(s *floxv1.PackagePaths) bool {
+				return s.GetSystem() == system && slices.EqualFunc(slices.Sorted(slices.Values(s.GetPaths())), h.Paths, func(x string, y flox.StorePath) bool { return x == string(y) })
+			}) {
+				names[i], taken[b.GetName()] = b.GetName(), true
+				break
+			}
+		}
+	}
+	for i, h := range has {
+		for n := 2; names[i] == ""; n++ {
+			if !taken[h.Name] {
+				names[i], taken[h.Name] = h.Name, true
+			}
+			h.Name = fmt.Sprintf("%s-%d", has[i].Name, n)
+		}
+	}
+	return names
 }
 
 // packagesAt are those that a store path says it has: an environment of nix-env or nix
@@ -140,17 +168,25 @@ func (a *Agent) packagesAt(ctx context.Context, p flox.StorePath) ([]environment
 	return []environment.Package{{Name: name, Priority: environment.DefaultPriority, Paths: []flox.StorePath{p}, Active: true}}, nil
 }
 
-// whole reads a file that is no larger than most bytes. ErrNotFound: there is none.
+// whole reads a file that is no larger than most bytes, also where a link leads to it, as
+// nix-env makes it. ErrNotFound: there is none.
 func (t *tree) whole(ctx context.Context, name string, most uint64) ([]byte, error) {
+	at := t
 	i, e, err := t.Find(ctx, name)
-	if err != nil || e.Kind != flox.Regular {
+	if err == nil && e.Kind == flox.Symlink {
+		at, i, e, err = t.a.find(ctx, e.Target)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if e.Kind != flox.Regular {
 		return nil, fmt.Errorf("%s of %s: %w", name, t.path, flox.ErrNotFound)
 	}
 	if e.Size > most {
 		return nil, fmt.Errorf("%s of %s has %d bytes, want at most %d: %w", name, t.path, e.Size, most, flox.ErrFull)
 	}
 	b := make([]byte, e.Size)
-	n, err := t.ReadAt(ctx, i, b, 0, flox.Reader{})
+	n, err := at.ReadAt(ctx, i, b, 0, flox.Reader{})
 	return b[:n], err
 }
 

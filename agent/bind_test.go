@@ -279,6 +279,10 @@ func TestPackagesOfABoundProfile(t *testing.T) {
 	if set, drop = whatChanged(base, asPackages(base, has, "x"), true); len(drop) != 0 || len(set) != 1 || set[0].GetName() != "hello" {
 		t.Errorf("what is bound first drops %q and sets %v", drop, set)
 	}
+	has[0].Name, has[1].Name = "other", "fd" // Nix keeps no names
+	if set, _ = whatChanged(base, asPackages(base, has[:2], "x"), true); len(set) != 1 || set[0].GetName() != "fd-2" {
+		t.Errorf("what has the paths of fd is another package: %v", set)
+	}
 }
 
 var (

@@ -49,12 +49,13 @@ func newProfileBindCmd(g *globals) *cobra.Command {
 		Use:   "bind [DIR OWNER/NAME]",
 		Short: "Make a profile of stock Nix one with a profile here, or list those that are",
 		Long: `Make a profile of stock Nix, such as ~/.nix-profile or /nix/var/nix/profiles/default, one
-with a profile of the storehouse. What nix-env --set, nix-env -i, nix profile install or
+with a profile of the storehouse. What nix-env --set, nix profile install and remove, or
 a rollback of theirs does to DIR is then a change of the profile on every machine, on
 behalf of whose the directory is, with the usual merges and refusals; and where the
 profile goes otherwise, DIR goes, as a new generation of its own. What is refused, or
 done without a network, stays in DIR, is said by floxctl status and floxctl profile show,
-and is tried again.
+and is tried again. What nix-env -i made can be bound, but is then for nix profile: Nix
+has nix-env -i, -e and -q refuse what that can read.
 
 When it is bound, what DIR has beside the profile is added to that. Only whose the
 directory is and root can bind it. Without arguments it lists what is bound; what

@@ -321,3 +321,11 @@ func (s *scripted) RollbackHere(_ context.Context, r *connect.Request[floxv1.Rol
 func (s *scripted) Share(_ context.Context, r *connect.Request[floxv1.ShareRequest]) (*connect.Response[floxv1.ShareResponse], error) {
 	return unary[floxv1.ShareRequest, floxv1.ShareResponse](s, "Share", r)
 }
+
+func (s *scripted) Bind(_ context.Context, r *connect.Request[floxv1.BindRequest]) (*connect.Response[floxv1.BindResponse], error) {
+	return unary[floxv1.BindRequest, floxv1.BindResponse](s, "Bind", r)
+}
+
+func (s *scripted) Unbind(_ context.Context, r *connect.Request[floxv1.UnbindRequest]) (*connect.Response[floxv1.UnbindResponse], error) {
+	return unary[floxv1.UnbindRequest, floxv1.UnbindResponse](s, "Unbind", r)
+}

@@ -310,8 +310,9 @@ func (u *upgrades) rollbackCut() {
 // bound has stock Nix on the second machine change a profile, which the first one shows, and
 // the first one change it, which Nix's profile follows; also what was done without a network.
 func (u *upgrades) bound() {
-	const profile, shown, dir = "root/bound", "/flox/root/bound/bin/tool", "/root/nix/p"
+	const profile, shown = "root/bound", "/flox/root/bound/bin/tool"
 	a, b := u.r.agents[0], u.r.agents[1]
+	dir := filepath.Join(b.Host.Dir, "home/nix/p")
 	ctl := func(args ...string) {
 		u.t.Helper()
 		_, err := a.Ctl(u.t.Context(), append(args, "-p", profile)...)

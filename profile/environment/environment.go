@@ -37,7 +37,7 @@ const manifestName = "manifest.json"
 
 // Package is an element of a profile.
 type Package struct {
-	Name string // unique in an environment; the key in manifest.json
+	Name string // unique in an environment
 	// Priority decides who has a file that several packages have: the lower one.
 	Priority int
 	Paths    []flox.StorePath // the outputs to install, at least one

@@ -117,9 +117,9 @@ func TestReferencesAndManifest(t *testing.T) {
 	if diff := cmp.Diff(want, e.References()); diff != "" {
 		t.Error(diff)
 	}
-	wantJSON := fmt.Sprintf(`{"elements":{"a":{"active":true,"priority":3,"storePaths":[%q]},`+
-		`"b":{"active":true,"attrPath":"packages.x86_64-linux.b","originalUrl":"flake:nixpkgs","outputs":null,"priority":4,"storePaths":[%q],"url":"github:NixOS/nixpkgs/abc?a=<&>"},`+
-		`"c":{"active":false,"priority":5,"storePaths":[%q]}},"version":3}`,
+	wantJSON := fmt.Sprintf(`{"elements":[{"active":true,"priority":3,"storePaths":[%q]},`+
+		`{"active":true,"attrPath":"packages.x86_64-linux.b","originalUrl":"flake:nixpkgs","outputs":null,"priority":4,"storePaths":[%q],"url":"github:NixOS/nixpkgs/abc?a=<&>"},`+
+		`{"active":false,"priority":5,"storePaths":[%q]}],"version":2}`,
 		testDir.Join(name("a")), testDir.Join(name("b")), testDir.Join(name("c")))
 	if got := string(e.Manifest()); got != wantJSON {
 		t.Errorf("manifest\n%s, want\n%s", got, wantJSON)

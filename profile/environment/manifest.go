@@ -63,28 +63,28 @@ type plain struct {
 	StorePaths []string `json:"storePaths"`
 }
 
-// encodeManifest gives version 3 of manifest.json.
+// encodeManifest gives version 2 of manifest.json, which every Nix with `nix profile` reads:
+// Nix before 2.20 refuses version 3, whose elements have names.
 func encodeManifest(dir flox.StoreDir, packages []Package) ([]byte, error) {
-	elements := make(map[string]any, len(packages))
-	for _, p := range packages {
+	elements := make([]any, len(packages))
+	for i, p := range packages {
 		paths := make([]string, len(p.Paths))
 		for i, out := range p.Paths {
 			paths[i] = dir.Join(out)
 		}
+		elements[i] = plain{p.Active, p.Priority, paths}
 		if s := p.Source; s != nil {
 			outputs := slices.Clone(s.Outputs)
 			slices.Sort(outputs)
-			elements[p.Name] = element{p.Active, s.AttrPath, s.OriginalURL, outputs, p.Priority, paths, s.URL}
-		} else {
-			elements[p.Name] = plain{p.Active, p.Priority, paths}
+			elements[i] = element{p.Active, s.AttrPath, s.OriginalURL, outputs, p.Priority, paths, s.URL}
 		}
 	}
 	var out bytes.Buffer
 	enc := json.NewEncoder(&out)
 	enc.SetEscapeHTML(false)
 	err := enc.Encode(struct {
-		Elements map[string]any `json:"elements"`
-		Version  int            `json:"version"`
-	}{elements, 3})
+		Elements []any `json:"elements"`
+		Version  int   `json:"version"`
+	}{elements, 2})
 	return bytes.TrimSuffix(out.Bytes(), []byte("\n")), err
 }
