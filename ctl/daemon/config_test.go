@@ -31,7 +31,7 @@ func TestExampleIsTheDefault(t *testing.T) {
 	if err := ReadConfig(cfg, writeConfig(t, ExampleConfig), true); err != nil {
 		t.Fatal(err)
 	}
-	for _, list := range []*[]string{&cfg.Agent.Advertise, &cfg.Storehouse.Advertise, &cfg.Storehouse.Visible} {
+	for _, list := range []*[]string{&cfg.Agent.Advertise, &cfg.Agent.Bind, &cfg.Storehouse.Advertise, &cfg.Storehouse.Visible} {
 		if len(*list) == 0 {
 			*list = nil
 		}
