@@ -36,6 +36,7 @@ type buildShow struct {
 	running          map[string]*worker.Activity
 	asked            map[string]bool // derivations whose failure is the answer
 	check            bool
+	waited           bool // somebody was told that a build waits
 	done, total, bad uint64
 }
 
@@ -102,7 +103,21 @@ func (s *buildShow) event(m *floxv1.BuildEvent) {
 	case m.GetNote() != nil:
 		log.Message(worker.Level(m.GetNote().GetLevel()), m.GetNote().GetText())
 	case m.GetWait() != nil:
-		log.Message(worker.LevelTalkative, fmt.Sprintf("'%s' waits for a builder, behind %d others",
-			s.n.a.cfg.StoreDir.Join(flox.StorePath(m.GetWait().GetDrv())), m.GetWait().GetPlace()))
+		level, text := s.waits(m.GetWait())
+		log.Message(level, text)
 	}
+}
+
+// waits says why a build waits: that one of the call does, and what nobody takes, to
+// everybody, the rest to those who want to hear more.
+func (s *buildShow) waits(w *floxv1.BuildWait) (worker.Level, string) {
+	level := worker.LevelTalkative
+	if w.GetStuck() || !s.waited {
+		level, s.waited = worker.LevelInfo, true
+	}
+	drv := s.n.a.cfg.StoreDir.Join(flox.StorePath(w.GetDrv()))
+	if w.GetWhy() == "" {
+		return level, fmt.Sprintf("'%s' waits for a builder, behind %d others", drv, w.GetPlace())
+	}
+	return level, fmt.Sprintf("'%s' waits for a builder: %s", drv, w.GetWhy())
 }
