@@ -278,6 +278,28 @@ func TestFailuresSpread(t *testing.T) {
 	}
 }
 
+// What needs a build that leaves the queue is given to a worker, and waits for it if it
+// comes again before that.
+func TestNeedsThatLeave(t *testing.T) {
+	t.Parallel()
+	l := newLog(t)
+	d := New(schedule.Config{})
+	l.enqueue("other", false, "b")
+	l.enqueue("me", false, "a", "b:a")
+	l.dispatch(d, all)
+	l.leave("me")
+	l.dispatch(d, all)
+	l.enqueue("me", false, "a")
+	l.worker("w", 1)
+	if got := names(l.dispatch(d, all)); got != "a@w" {
+		t.Fatalf("leases %q, want what b needs first", got)
+	}
+	l.leave("me")
+	if got := names(l.dispatch(d, all)); got != "b@w" {
+		t.Errorf("leases %q, want b, as what it needs has left", got)
+	}
+}
+
 // stands is where every build stands for a Dispatcher.
 func stands(d *Dispatcher, keys []string) string {
 	var out []string
@@ -394,6 +416,11 @@ func (r *run) end(d *Dispatcher) {
 	r.update(d)
 	if left := stands(d, r.keys()); left != "" {
 		r.rt.Fatalf("these are not built:\n%s", left)
+	}
+	for _, key := range r.keys() {
+		if b := d.builds[key]; b != nil && b.GetState() != done && b.GetState() != failed {
+			r.rt.Fatalf("nothing is left to be given, and this one is not over: %v", b)
+		}
 	}
 	for _, want := range []string{"x", "y"} {
 		r.leave(want + r.check)

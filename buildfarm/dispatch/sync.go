@@ -71,24 +71,31 @@ func (d *Dispatcher) moved(key string, at time.Time) (todo []string) {
 			d.sched.Done(key, at, took)
 			delete(d.placed, key)
 		}
-		for u := range d.users[key] {
-			if d.placed[u] == nil {
-				todo = append(todo, u)
-			}
-		}
 	case p != nil && (b == nil || b.GetState() == failed || !slices.Equal(p.needs, d.open(b))):
 		todo = d.unplace(key)
+	}
+	open := b != nil && b.GetState() != done
+	for u := range d.users[key] {
+		switch p := d.placed[u]; {
+		case p == nil && !open:
+			todo = append(todo, u)
+		case p != nil && !open:
+			p.needs = slices.DeleteFunc(slices.Clone(p.needs), func(in string) bool { return in == key })
+		case p != nil && d.builds[u].GetState() != leased && !slices.Contains(p.needs, key): // it has come again
+			todo = append(todo, d.unplace(u)...)
+		}
 	}
 	return todo
 }
 
-// open are the needs of a build that are not done; a build that is leased waits for none.
+// open are the needs of a build that are in the queue and not done; a build that is
+// leased waits for none.
 func (d *Dispatcher) open(b *floxv1.QueuedBuild) (needs []string) {
 	if b.GetState() == leased {
 		return nil
 	}
 	for _, in := range b.GetNeeds() {
-		if d.builds[in].GetState() != done || d.builds[in] == nil {
+		if n := d.builds[in]; n != nil && n.GetState() != done {
 			needs = append(needs, in)
 		}
 	}
@@ -115,7 +122,7 @@ func (d *Dispatcher) unplace(key string) (gone []string) {
 }
 
 // add notes that a build and what it needs are to be taken in, if nothing that it needs
-// has failed or is not in the queue.
+// has failed.
 func (d *Dispatcher) add(key string, adds *[]schedule.Build) bool {
 	b := d.builds[key]
 	if d.placed[key] != nil {

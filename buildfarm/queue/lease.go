@@ -28,8 +28,9 @@ func (a *applying) lease(c *floxv1.LeaseBuild) error {
 		return err
 	}
 	for _, need := range b.GetNeeds() {
+		// One that has left the queue holds nothing up: the worker sees whether it is valid.
 		in, err := a.build(need)
-		if err != nil || in.GetState() != floxv1.BuildState_BUILD_STATE_DONE {
+		if err != nil || in != nil && in.GetState() != floxv1.BuildState_BUILD_STATE_DONE {
 			return err
 		}
 	}

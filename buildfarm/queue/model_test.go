@@ -112,7 +112,7 @@ func (m *modelQueue) leaves() {
 func (m *modelQueue) leases() {
 	n := rapid.SampledFrom(modelNames).Draw(m.rt, "build")
 	b := m.builds[n]
-	may := b != nil && b.state == waiting && !slices.ContainsFunc(b.needs, func(in string) bool { return m.builds[in] == nil || m.builds[in].state != done })
+	may := b != nil && b.state == waiting && !slices.ContainsFunc(b.needs, func(in string) bool { return m.builds[in] != nil && m.builds[in].state != done })
 	m.now = m.now.Add(Delay(maxTries))
 	token := m.lease(m.name(n), "w")
 	if (token != 0) != may {

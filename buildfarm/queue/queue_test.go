@@ -279,6 +279,23 @@ func TestWantedByTwo(t *testing.T) {
 	}
 }
 
+// What needs a build that has left the queue with its last want does not wait for it.
+func TestNeedsThatLeave(t *testing.T) {
+	t.Parallel()
+	l := newLog(t, Processor{})
+	l.register("w")
+	l.enqueue("two", "b")
+	l.enqueue("one", "a", "b:a")
+	if l.lease("b", "w") != 0 {
+		t.Error("b is leased before a is done")
+	}
+	l.leave("one")
+	l.states("a gone, b waiting")
+	if l.lease("b", "w") == 0 {
+		t.Error("b waits for what is not in the queue")
+	}
+}
+
 // A worker that has lost its lease changes nothing, though it has the build again.
 func TestFencing(t *testing.T) {
 	t.Parallel()
