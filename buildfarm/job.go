@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/floxctl/flox"
@@ -189,10 +190,15 @@ func (h *happening) take(e Event) {
 		if len(h.Tail) == tailLines {
 			h.Tail = append(h.Tail[:0], h.Tail[1:]...)
 		}
-		h.Tail = append(h.Tail, e.Text[:min(len(e.Text), maxTailLine)])
+		h.Tail = append(h.Tail, short(e.Text))
 		_, _ = io.WriteString(h.log, e.Text+"\n") // who keeps it knows when it fails
 	case e.Kind == EventMessage:
-		h.last = e.Text[:min(len(e.Text), maxTailLine)]
+		h.last = short(e.Text)
 	}
 	h.emit(e)
+}
+
+// short is the beginning of a line, without a character that is cut or none.
+func short(line string) string {
+	return strings.ToValidUTF8(line[:min(len(line), maxTailLine)], "")
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/floxctl/flox"
@@ -189,6 +190,7 @@ func (b *builds) land(f *buildFlight) {
 // heard passes on what a builder says.
 func (b *builds) heard(f *buildFlight, e buildfarm.Event) {
 	drv := string(f.key.drv) // also of what it was resolved to
+	text := strings.ToValidUTF8(e.Text, "?")
 	out := &floxv1.BuildEvent{}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -197,14 +199,14 @@ func (b *builds) heard(f *buildFlight, e buildfarm.Event) {
 		f.started = true
 		out.Event = &floxv1.BuildEvent_Start{Start: &floxv1.BuildStart{Drv: drv, Machine: b.s.cfg.Name}}
 	case buildfarm.EventLine:
-		out.Event = &floxv1.BuildEvent_Line{Line: &floxv1.BuildLine{Drv: drv, Text: e.Text}}
+		out.Event = &floxv1.BuildEvent_Line{Line: &floxv1.BuildLine{Drv: drv, Text: text}}
 	case buildfarm.EventPhase:
-		out.Event = &floxv1.BuildEvent_Phase{Phase: &floxv1.BuildPhase{Drv: drv, Phase: e.Text}}
+		out.Event = &floxv1.BuildEvent_Phase{Phase: &floxv1.BuildPhase{Drv: drv, Phase: text}}
 	case buildfarm.EventMessage:
 		if e.Level == 0 {
 			return // it comes with the outcome
 		}
-		out.Event = &floxv1.BuildEvent_Note{Note: &floxv1.BuildNote{Drv: drv, Text: e.Text, Level: uint32(e.Level)}} //nolint:gosec // 0 to 7
+		out.Event = &floxv1.BuildEvent_Note{Note: &floxv1.BuildNote{Drv: drv, Text: text, Level: uint32(e.Level)}} //nolint:gosec // 0 to 7
 	default:
 		return // the end is told with the outcome
 	}

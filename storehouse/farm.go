@@ -3,6 +3,7 @@ package storehouse
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -77,11 +78,11 @@ func (f *farming) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// propose puts a command into the log.
+// propose puts a command into the log. ErrBadInput also if it holds what is no text.
 func (f *farming) propose(ctx context.Context, session *cluster.Session, c *floxv1.QueueCommand) (*floxv1.QueueReply, error) {
 	b, err := stable.Marshal(c)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("a command about the queue of builds cannot be written: %w: %w", err, flox.ErrBadInput)
 	}
 	answer, err := enterAt(ctx, session, queue.Level, queue.Kind, b)
 	if err != nil {

@@ -30,7 +30,8 @@ type journal struct {
 	file  *os.File // nil = it could not be made, or is closed
 	out   *bufio.Writer
 	size  int64 // written, with what out holds
-	full  bool
+	most  int64 // that size may be
+	full  bool  // what comes is not kept
 	ended bool
 	more  bell
 	users int // that read, and the build
@@ -38,7 +39,7 @@ type journal struct {
 
 // newJournal makes one in a directory. Without a file it has nothing to say.
 func newJournal(dir string) *journal {
-	j := &journal{users: 1}
+	j := &journal{users: 1, most: maxJournal}
 	file, err := os.CreateTemp(dir, "build-events-")
 	if err == nil {
 		err = os.Remove(file.Name())
@@ -62,15 +63,16 @@ func (j *journal) put(e *floxv1.BuildEvent) {
 	if err == nil {
 		var n [binary.MaxVarintLen64]byte
 		head := n[:binary.PutUvarint(n[:], uint64(len(b)))]
-		if j.full = j.size+int64(len(head)+len(b)) > maxJournal; j.full {
-			return
+		if size := j.size + int64(len(head)+len(b)); size <= j.most {
+			_, failed := j.out.Write(head)
+			_, err = j.out.Write(b)
+			j.size = size
+			err = errors.Join(failed, err)
+		} else {
+			j.full = true
 		}
-		_, failed := j.out.Write(head)
-		_, err = j.out.Write(b)
-		j.size += int64(len(head) + len(b))
-		err = errors.Join(failed, err)
 	}
-	j.full = err != nil // what comes is in the log
+	j.full = j.full || err != nil // what comes is in the log
 	j.more.ring()
 }
 
@@ -106,14 +108,20 @@ func (j *journal) close() {
 // ReadAt is io.ReaderAt of what is written so far.
 func (j *journal) ReadAt(p []byte, at int64) (int, error) { return j.file.ReadAt(p, at) }
 
+// errJournalFull ends what is read while a build goes on.
+var errJournalFull = fmt.Errorf("it has said more than is kept while it is under way; all of it is in its log once it is over: floxctl queue log: %w", flox.ErrNotFound)
+
 // upTo waits until more than at bytes can be read, and gives how many; as many as at =
-// that is all, or soFar and there is no more yet.
+// that is all, or soFar and there is no more yet. errJournalFull if more is not kept.
 func (j *journal) upTo(ctx context.Context, at int64, soFar bool) (int64, error) {
 	for {
 		rung := j.more.wait()
 		j.mu.Lock()
 		size, ended := j.size, j.ended
 		var err error
+		if size == at && j.full && !soFar {
+			err = errJournalFull
+		}
 		if size > at && j.out != nil {
 			err = j.out.Flush()
 		}
@@ -130,7 +138,8 @@ func (j *journal) upTo(ctx context.Context, at int64, soFar bool) (int64, error)
 }
 
 // read calls yield with all that happens, from the beginning, until the build has ended,
-// or soFar, with what has happened. Who reads has used it.
+// or soFar, with what has happened. Who reads has used it. ErrNotFound, behind all that
+// is kept, if there was more.
 func (j *journal) read(ctx context.Context, soFar bool, yield func(*floxv1.BuildEvent) error) error {
 	for at := int64(0); ; {
 		size, err := j.upTo(ctx, at, soFar)
@@ -178,7 +187,11 @@ func (f *farming) events(ctx context.Context, q *floxv1.BuildEventsRequest, yiel
 		return fmt.Errorf("build %.300s does not run here under lease %d: %w", l.GetBuild(), l.GetToken(), flox.ErrNotFound)
 	}
 	defer run.events.close()
-	return run.events.read(ctx, q.GetSoFar(), yield)
+	err := run.events.read(ctx, q.GetSoFar(), yield)
+	if errors.Is(err, errJournalFull) {
+		err = fmt.Errorf("build %.300s: %w", l.GetBuild(), err)
+	}
+	return err
 }
 
 // eventsOf is events of the server that has a lease.

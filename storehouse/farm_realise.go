@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -307,7 +308,7 @@ func (q *queueing) rest(ctx context.Context, n *node, v *viewing, out *floxv1.Bu
 			skip--
 			continue
 		}
-		text := string(bytes.TrimRight(line, "\n"))
+		text := strings.ToValidUTF8(string(bytes.TrimRight(line, "\n")), "?")
 		err := q.pass(ctx, v, &floxv1.BuildEvent{Event: &floxv1.BuildEvent_Line{Line: &floxv1.BuildLine{Drv: string(n.path), Text: text}}})
 		if err != nil {
 			return err

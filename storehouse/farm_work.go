@@ -90,6 +90,8 @@ func (f *farming) carryOut(ctx context.Context, run *leased) {
 func came(run *leased, of *buildFlight, err error) *floxv1.FinishBuild {
 	c := &floxv1.FinishBuild{Key: run.lease.GetKey(), Token: run.lease.GetToken()}
 	switch {
+	case errors.Is(err, flox.ErrUnreachable): // also where something was not found because of that
+		c.Fault = clip(err.Error())
 	case errors.Is(err, flox.ErrNotFound) || errors.Is(err, flox.ErrBadInput):
 		c.Outcome = failedOutcome(buildfarm.MiscFailure, "%s", clip(err.Error()))
 	case err != nil:
@@ -97,6 +99,9 @@ func came(run *leased, of *buildFlight, err error) *floxv1.FinishBuild {
 	default:
 		c.Outcome, c.Evidence = of.outcome, of.measured
 		c.Outcome.Message = clip(c.GetOutcome().GetMessage())
+		for i, line := range c.GetOutcome().GetTail() {
+			c.Outcome.Tail[i] = clip(line)
+		}
 	}
 	return c
 }
