@@ -116,7 +116,7 @@ func TestQueueShowsWhyBuildsWait(t *testing.T) {
 	// A machine that is no server, and is not heard, is no worker any more.
 	s.farm.mu.Lock()
 	delete(s.farm.beats, "12D3elsewhere")
-	s.farm.since, s.farm.here["somebody"] = time.Now().Add(-2*time.Hour), time.Now()
+	s.farm.since, s.farm.here["somebody"], s.farm.here[s.farm.id()] = time.Now().Add(-2*time.Hour), time.Now(), time.Now()
 	s.farm.mu.Unlock()
 	eventually(t, "what it had waits, as nobody is there", func() bool {
 		st := standingOf(t, operator, "q-a")

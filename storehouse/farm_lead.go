@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -45,9 +46,7 @@ func (f *farming) lead(ctx context.Context, now time.Time) error {
 	case <-ctx.Done():
 		return nil
 	}
-	if term := f.s.node.Status().Term; term != f.term || f.since.IsZero() {
-		f.term, f.since = term, now // whoever is there has some time to say so
-	}
+	f.begins(f.s.node.Status().Term, now)
 	if f.decides == nil {
 		f.decides = dispatch.New(schedule.Config{})
 	}
@@ -72,6 +71,23 @@ func (f *farming) lead(ctx context.Context, now time.Time) error {
 	return nil
 }
 
+// begins notes in which term this server leads.
+func (f *farming) begins(term uint64, now time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if term != f.term || f.since.IsZero() {
+		f.term, f.since = term, now // whoever is there has some time to say so
+	}
+}
+
+// awake gives the others time, as at a new term, if this server heard not even itself for
+// long: it stood still, and what the others said meanwhile was lost. It needs f.mu.
+func (f *farming) awake(now time.Time) {
+	if now.Sub(f.here[f.id()]) > max(3*beatEvery, f.patience()/2) {
+		f.since = now
+	}
+}
+
 // patience is how long a worker may be silent.
 func (f *farming) patience() time.Duration { return cmp.Or(f.s.cfg.workerLost, workerLost) }
 
@@ -94,18 +110,19 @@ func (f *farming) decide(ctx context.Context, now time.Time, tends bool) (more b
 	}
 	there := func(worker string) bool { return f.there(f.beats, worker, now, f.patience()) }
 	if tends {
+		f.mu.Lock()
+		f.awake(now)
+		f.mu.Unlock()
 		if err := f.decides.Present(there); err != nil {
 			return more, err
 		}
 		lost, given := f.decides.Lost(there)
-		if len(lost) > 0 {
-			fault := fmt.Sprintf("worker %s was not heard for %s", f.decides.Name(lost[0].GetWorker()), f.patience())
-			if _, err := do(releasing(lost, fault)); err != nil {
-				return more, err
-			}
-		}
+		commands := lostCommands(f.decides, lost, f.patience())
 		if len(given) > 0 {
-			if _, err := do(releasing(given, "")); err != nil {
+			commands = append(commands, releasing(given, ""))
+		}
+		for _, c := range commands {
+			if _, err := do(c); err != nil {
 				return more, err
 			}
 		}
@@ -129,6 +146,22 @@ func (f *farming) decide(ctx context.Context, now time.Time, tends bool) (more b
 		}
 	}
 	return more, nil
+}
+
+// lostCommands take leases back of those who are not there, worker by worker.
+func lostCommands(d *dispatch.Dispatcher, lost []*floxv1.BuildLease, patience time.Duration) (all []*floxv1.QueueCommand) {
+	of := map[string][]*floxv1.BuildLease{}
+	for _, l := range lost {
+		of[l.GetWorker()] = append(of[l.GetWorker()], l)
+	}
+	for _, worker := range slices.Sorted(maps.Keys(of)) {
+		fault := fmt.Sprintf("worker %s was not heard for %s", d.Name(worker), patience)
+		if !d.Knows(worker) {
+			fault = fmt.Sprintf("worker %s does not build for the storehouse any more", worker)
+		}
+		all = append(all, releasing(of[worker], fault))
+	}
+	return all
 }
 
 // releasing takes leases back.
@@ -180,12 +213,18 @@ func leaving(want string) *floxv1.QueueCommand {
 func (f *farming) tend(ctx context.Context) error {
 	tick := time.NewTicker(beatEvery)
 	defer tick.Stop()
-	for {
+	for led := time.Now(); ; {
 		rung := f.tended.wait()
 		if f.on() {
 			limited, cancel := context.WithTimeout(ctx, beatEvery)
-			err := errors.Join(f.beat(limited), f.enlist(limited))
+			leads, err := f.beat(limited)
+			err = errors.Join(err, f.enlist(limited))
 			cancel()
+			if leads {
+				led = time.Now()
+			} else if time.Since(led) > f.patience() {
+				f.cutOff()
+			}
 			if err != nil && ctx.Err() == nil {
 				f.s.cfg.Log.Warn("this server's part in the queue of builds is not what it should be, trying again", "error", err)
 			}
@@ -200,24 +239,24 @@ func (f *farming) tend(ctx context.Context) error {
 }
 
 // beat tells the leader that this server is there, and asks why builds wait that are
-// wanted here.
-func (f *farming) beat(ctx context.Context) error {
+// wanted here. It gives whether there is a leader that hears it.
+func (f *farming) beat(ctx context.Context) (leads bool, err error) {
 	self, asks := f.s.builds.self(), f.asks()
 	st := f.s.node.Status()
 	switch {
 	case st.State == "leader":
 		f.heard(f.id(), self != nil)
 		f.told(f.standings(ctx, asks))
-		return nil
+		return true, nil
 	case st.Leader == "":
-		return nil // there is an election
+		return false, nil // there is an election
 	}
 	resp, err := f.s.servers.client(p2p.PeerID(st.Leader)).Beat(ctx, connect.NewRequest(&floxv1.BeatRequest{Builds: self != nil, Asks: asks}))
 	if err != nil {
-		return api.FromConnect(err)
+		return false, api.FromConnect(err)
 	}
 	f.told(resp.Msg.GetStandings())
-	return nil
+	return true, nil
 }
 
 // heard notes that a server is there.
@@ -225,6 +264,9 @@ func (f *farming) heard(id string, builds bool) {
 	now := time.Now()
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if id == f.id() {
+		f.awake(now)
+	}
 	for _, book := range []map[string]time.Time{f.beats, f.here} {
 		for id, at := range book {
 			if now.Sub(at) > holderLost {

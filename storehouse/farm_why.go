@@ -67,6 +67,33 @@ func (f *farming) told(all []*floxv1.BuildStanding) {
 	}
 }
 
+// cutOff has the callers of this server hear that nobody decides anything.
+func (f *farming) cutOff() {
+	why := fmt.Sprintf("no server that leads was heard for %s: nothing more is given to builders, and nothing that ends is recorded, until a majority of the servers reach each other again; see: floxctl storehouse servers", f.patience())
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, w := range f.wants {
+		w.mu.Lock()
+		w.standings = []*floxv1.BuildStanding{{Why: why}}
+		w.rouse()
+		w.mu.Unlock()
+	}
+}
+
+// waits gives a build that waits, or else one that is not over; nil = all are.
+func (q *queueing) waits() (begun *node) {
+	for _, n := range q.graph.order {
+		switch {
+		case q.outcome[n] != nil || q.ending[n]:
+		case q.views[n] == nil:
+			return n
+		case begun == nil:
+			begun = n
+		}
+	}
+	return begun
+}
+
 // explain notes why a build waits.
 func (w *want) explain(s *floxv1.BuildStanding) {
 	w.mu.Lock()
@@ -78,11 +105,15 @@ func (w *want) explain(s *floxv1.BuildStanding) {
 	w.rouse()
 }
 
-// why tells the caller where builds stand, if that is not what was told last.
+// why tells the caller where builds stand, if that is not what was told last. One without
+// a key is about all.
 func (q *queueing) why(all []*floxv1.BuildStanding) {
 	for _, s := range all {
 		n := q.nodes[s.GetKey()]
-		if q.outcome[n] != nil || q.ending[n] || s.GetState() == dispatch.StateReady && s.GetFree() > 0 && s.GetAhead() == 0 {
+		if s.GetKey() == "" {
+			n = q.waits()
+		}
+		if n == nil || q.outcome[n] != nil || q.ending[n] || s.GetState() == dispatch.StateReady && s.GetFree() > 0 && s.GetAhead() == 0 {
 			continue // it is about to begin
 		}
 		text := strings.ReplaceAll(s.GetWhy(), "\n", "; ")

@@ -176,6 +176,9 @@ func (d *Dispatcher) Present(there func(worker string) bool) error {
 	return nil
 }
 
+// Knows reports whether a worker is one now.
+func (d *Dispatcher) Knows(worker string) bool { return d.workers[worker] != nil }
+
 // Name is how people know a worker.
 func (d *Dispatcher) Name(worker string) string { return cmp.Or(d.workers[worker].GetName(), worker) }
 
