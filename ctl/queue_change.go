@@ -39,7 +39,9 @@ func newQueueRetryCmd(g *globals) *cobra.Command {
 		Use:   "retry BUILD...",
 		Short: "Try builds again that failed, and forget that they did",
 		Long: `Try builds again that failed and that somebody still waits for, and forget failures that
-are remembered: then the next one who wants them has them built.
+are remembered: then the next one who wants them has them built. What they need is tried
+again with them if it failed. A call that has already heard of the failure does not
+change: it has to be made again.
 
 ` + buildNames + "\n\n" + cli.ExitCodes,
 		Example: "  floxctl queue retry /nix/store/...-hello-2.12.drv",
@@ -57,7 +59,8 @@ func newQueueBumpCmd(g *globals) *cobra.Command {
 		Use:   "bump BUILD... [--priority N]",
 		Short: "Have builds go before others, with all that they need",
 		Long: `Have builds go before others of their class (those that somebody waits for go before
-those of schedules), and with them all that they need. Usual is priority 0.
+those of schedules), and with them all that they need. Usual is priority 0. What is being
+built stays as it is; what others want too, an admin alone puts back.
 
 ` + buildNames + "\n\n" + cli.ExitCodes,
 		Example: "  floxctl queue bump hello-2.12\n  floxctl queue bump big-thing --priority -10     rather later",
@@ -74,7 +77,8 @@ those of schedules), and with them all that they need. Usual is priority 0.
 	return cmd
 }
 
-// runQueueChange changes builds, all or none, and says which were meant.
+// runQueueChange changes builds, all or none, and says which; one that ended meanwhile is
+// not cancelled any more.
 func runQueueChange(ctx context.Context, g *globals, out *output, args []string, req *floxv1.ChangeBuildsRequest, did string) error {
 	for _, arg := range args {
 		name, err := buildArg(arg)
@@ -96,6 +100,9 @@ func runQueueChange(ctx context.Context, g *globals, out *output, args []string,
 	}
 	for _, key := range m.GetKeys() {
 		out.printf("%s is %s.\n", clean(key), did)
+	}
+	if n := len(args) - len(m.GetKeys()); n > 0 {
+		out.printf("%s over already.\n", plural(uint64(n), "build was", "builds were"))
 	}
 	if n, all := m.GetChanged(), uint64(len(m.GetKeys())); n > all {
 		out.printf("So is what they need: %s.\n", plural(n-all, "build", "builds"))

@@ -60,10 +60,14 @@ func (a *admin) changeBuilds(ctx context.Context, who person, action string, q *
 			out.Keys = append(out.Keys, key)
 		}
 		if keys = out.GetKeys(); !who.admin {
-			err = own(r, who, action, keys)
+			err = own(r, who, action, keys, q.GetBump())
 		}
-		if err == nil && action == actionBump {
+		switch {
+		case err != nil:
+		case action == actionBump:
 			keys, err = behind(r, keys, q.GetBump().GetPriority())
+		case action == actionRetry:
+			keys, err = failedBehind(r, keys)
 		}
 		return err
 	})
@@ -82,12 +86,15 @@ func (a *admin) changeBuilds(ctx context.Context, who person, action string, q *
 	case actionBump:
 		detail = fmt.Sprintf("priority %d", q.GetBump().GetPriority())
 	}
-	for part := range slices.Chunk(keys, queue.MaxKeys) {
-		reply, err := a.s.farm.propose(ctx, a.s.node.NewSession(), changing(who, q, part))
-		if err != nil {
-			return nil, err
+	changed, err := a.change(ctx, who, q, keys)
+	if err != nil {
+		return nil, err
+	}
+	out.Changed = uint64(len(changed))
+	if action == actionCancel { // one may have ended meanwhile
+		if out.Keys = changed; len(changed) == 0 {
+			return nil, fmt.Errorf("build %s is over: %w", strings.Join(keys, ", "), flox.ErrBadInput)
 		}
-		out.Changed += uint64(len(reply.GetBuilds()))
 	}
 	for _, key := range out.GetKeys() {
 		if err := a.s.note(ctx, who.Actor, action, key, detail); err != nil {
@@ -95,6 +102,20 @@ func (a *admin) changeBuilds(ctx context.Context, who person, action string, q *
 		}
 	}
 	return out, nil
+}
+
+// change has the log change builds, and gives those that it did change.
+func (a *admin) change(ctx context.Context, who person, q *floxv1.ChangeBuildsRequest, keys []string) (changed []string, err error) {
+	for part := range slices.Chunk(keys, queue.MaxKeys) {
+		reply, err := a.s.farm.propose(ctx, a.s.node.NewSession(), changing(who, q, part))
+		if err != nil {
+			return nil, err
+		}
+		for _, b := range reply.GetBuilds() {
+			changed = append(changed, b.GetKey())
+		}
+	}
+	return changed, nil
 }
 
 // changing is the command for a change of builds.
@@ -131,20 +152,26 @@ func (a *admin) changeable(r *cluster.Reader, action, key string) error {
 		return fmt.Errorf("build %s has not failed: there is nothing to try again: %w", key, flox.ErrBadInput)
 	case action != actionRetry && over:
 		return fmt.Errorf("build %s is over: %w", key, flox.ErrBadInput)
+	case action == actionBump && b.GetState() == floxv1.BuildState_BUILD_STATE_LEASED:
+		return fmt.Errorf("build %s is being built, it does not wait behind others: %w", key, flox.ErrBadInput)
 	}
 	return nil
 }
 
 // own refuses a machine what others want, ErrDenied: each of the builds must be wanted by
-// it, and one that is cancelled by nobody else. What is only remembered to have failed may
-// be tried again by everybody, as who has it built does.
-func own(r *cluster.Reader, who person, action string, keys []string) error {
+// it, and one that is cancelled, or put back, by nobody else. What is only remembered to
+// have failed may be tried again by everybody, as who has it built does.
+func own(r *cluster.Reader, who person, action string, keys []string, bump *floxv1.BumpThem) error {
 	me := nameOr(who.GetMachine(), who.GetPeer())
 	owners, err := ownersOf(r, keys)
 	if err != nil {
 		return err
 	}
 	for _, key := range keys {
+		b, err := queue.Find(r, key)
+		if err != nil && !errors.Is(err, flox.ErrNotFound) {
+			return err
+		}
 		all := owners[key]
 		others := slices.DeleteFunc(slices.Clone(all), func(o string) bool { return o == me })
 		switch {
@@ -153,6 +180,8 @@ func own(r *cluster.Reader, who person, action string, keys []string) error {
 			return fmt.Errorf("%s: build %s is wanted by %s and not by %s: an admin may do it: %w", action, key, nameOr(strings.Join(all, ", "), "nobody"), me, flox.ErrDenied)
 		case action == actionCancel && len(others) > 0:
 			return fmt.Errorf("%s: build %s is wanted by %s as well: an admin may do it; to leave it to them, stop what waits for it (Ctrl-C): %w", action, key, strings.Join(others, ", "), flox.ErrDenied)
+		case action == actionBump && bump.GetPriority() < b.GetPriority() && len(others) > 0:
+			return fmt.Errorf("%s: build %s has priority %d and is wanted by %s as well: an admin may put it back: %w", action, key, b.GetPriority(), strings.Join(others, ", "), flox.ErrDenied)
 		}
 	}
 	return nil
@@ -161,6 +190,31 @@ func own(r *cluster.Reader, who person, action string, keys []string) error {
 // behind gives builds and what they need that is not over, of those what has another
 // priority; what is needed is not put back.
 func behind(r *cluster.Reader, keys []string, priority int32) (ranked []string, err error) {
+	err = withNeeds(r, keys, func(key string, b *floxv1.QueuedBuild) bool {
+		waits := b != nil && b.GetState() == floxv1.BuildState_BUILD_STATE_WAITING
+		if waits && (b.GetPriority() < priority || slices.Contains(keys, key)) {
+			ranked = append(ranked, key)
+		}
+		return waits
+	})
+	return ranked, err
+}
+
+// failedBehind gives builds and what they need that failed, as they would fail again with it.
+func failedBehind(r *cluster.Reader, keys []string) (all []string, err error) {
+	err = withNeeds(r, keys, func(key string, b *floxv1.QueuedBuild) bool {
+		failed := b.GetState() == floxv1.BuildState_BUILD_STATE_FAILED
+		if failed || slices.Contains(keys, key) {
+			all = append(all, key)
+		}
+		return failed
+	})
+	return all, err
+}
+
+// withNeeds calls visit once with each of some builds, nil = it is not in the queue, and
+// with what those need for which visit returns true.
+func withNeeds(r *cluster.Reader, keys []string, visit func(key string, b *floxv1.QueuedBuild) bool) error {
 	seen := map[string]bool{}
 	for stack := slices.Clone(keys); len(stack) > 0; {
 		key := stack[len(stack)-1]
@@ -171,20 +225,16 @@ func behind(r *cluster.Reader, keys []string, priority int32) (ranked []string, 
 		seen[key] = true
 		b, err := queue.Find(r, key)
 		if errors.Is(err, flox.ErrNotFound) {
-			continue
+			b, err = nil, nil
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
-		if b.GetState() != floxv1.BuildState_BUILD_STATE_WAITING {
-			continue
+		if visit(key, b) {
+			stack = append(stack, b.GetNeeds()...)
 		}
-		if b.GetPriority() < priority || slices.Contains(keys, key) {
-			ranked = append(ranked, key)
-		}
-		stack = append(stack, b.GetNeeds()...)
 	}
-	return ranked, nil
+	return nil
 }
 
 // BuildOutput is floxv1connect.AdminHandler.
@@ -222,13 +272,15 @@ func (a *admin) buildOutput(ctx context.Context, q *floxv1.BuildOutputRequest, s
 	}
 	if lease != nil {
 		send(&floxv1.BuildOutputPiece{Ongoing: true})
+		said := false
 		err := a.s.farm.eventsOf(ctx, lease, !q.GetFollow(), func(e *floxv1.BuildEvent) error {
 			if e.GetLine() != nil {
+				said = true
 				send(&floxv1.BuildOutputPiece{Data: []byte(e.GetLine().GetText() + "\n"), Ongoing: true})
 			}
 			return ctx.Err()
 		})
-		if !errors.Is(err, flox.ErrNotFound) { // else it has ended just now
+		if said || !errors.Is(err, flox.ErrNotFound) { // else it has ended just now
 			return err
 		}
 	}

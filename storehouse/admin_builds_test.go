@@ -161,6 +161,12 @@ func TestWhoMayChangeTheQueue(t *testing.T) {
 	if _, err := change(laptop, &floxv1.ChangeBuildsRequest{Change: bump}, "q-old"); !errors.Is(err, flox.ErrDenied) {
 		t.Errorf("a build of others is bumped: %v", err)
 	}
+	if _, err := change(laptop, &floxv1.ChangeBuildsRequest{Change: &floxv1.ChangeBuildsRequest_Bump{Bump: &floxv1.BumpThem{Priority: 3}}}, "q-b"); !errors.Is(err, flox.ErrDenied) || !strings.Contains(err.Error(), "has priority 7 and is wanted by desk as well") {
+		t.Errorf("a build that others want, too, is put back: %v", err)
+	}
+	if _, err := change(laptop, &floxv1.ChangeBuildsRequest{Change: bump}, "q-a"); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), "is being built") {
+		t.Errorf("one that is being built is bumped: %v", err)
+	}
 	if _, err := change(laptop, &floxv1.ChangeBuildsRequest{Change: cancelThem}, "q-arm"); err != nil || !strings.HasSuffix(found("q-arm").GetOutcome().GetMessage(), "on laptop: enough") &&
 		!strings.HasSuffix(found("q-arm").GetOutcome().GetMessage(), "by laptop: enough") {
 		t.Errorf("cancelled: %v, %v", found("q-arm"), err)
@@ -180,6 +186,10 @@ func TestWhoMayChangeTheQueue(t *testing.T) {
 		t.Errorf("an admin cancels: %v", err)
 	}
 	eventually(t, "what needs it fails", func() bool { return found("q-top").GetState() == floxv1.BuildState_BUILD_STATE_FAILED })
+	if m, err := change(laptop, &floxv1.ChangeBuildsRequest{Change: retry}, "q-top"); err != nil || m.GetChanged() != 2 || found("q-top").GetState() != floxv1.BuildState_BUILD_STATE_WAITING ||
+		found("q-b").GetState() != floxv1.BuildState_BUILD_STATE_WAITING {
+		t.Errorf("tried again with what it needs: %v, %v", m, err)
+	}
 
 	drain := &floxv1.SetWorkerRequest{Worker: "w1", State: floxv1.WorkerState_WORKER_STATE_DRAINING}
 	if _, err := laptop.SetWorker(within(t), connect.NewRequest(drain)); !errors.Is(api.FromConnect(err), flox.ErrDenied) {
@@ -196,7 +206,7 @@ func TestWhoMayChangeTheQueue(t *testing.T) {
 	if err != nil || len(workers.Msg.GetWorkers()) != 1 || workers.Msg.GetWorkers()[0].GetWorker().GetState() != drain.GetState() || workers.Msg.GetWorkers()[0].GetAway() {
 		t.Errorf("workers: %v, %v", workers, err)
 	}
-	want := "build.bump !build.cancel !build.bump build.cancel build.retry build.cancel !worker.drain worker.drain"
+	want := "build.bump !build.cancel !build.bump build.cancel build.retry build.cancel build.retry !worker.drain worker.drain"
 	got := strings.Join(append(auditOf(t, operator, &floxv1.AuditRequest{Action: "build."}), auditOf(t, operator, &floxv1.AuditRequest{Action: "worker."})...), " ")
 	if got != want {
 		t.Errorf("the audit log has %q, want %q", got, want)

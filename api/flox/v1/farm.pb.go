@@ -733,7 +733,7 @@ func (x *BumpThem) GetPriority() int32 {
 
 type ChangeBuildsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Keys          []string               `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`        // that were meant
+	Keys          []string               `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`        // that were meant, less what was over before it was cancelled
 	Changed       uint64                 `protobuf:"varint,2,opt,name=changed,proto3" json:"changed,omitempty"` // builds, with those they need
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
