@@ -47,7 +47,7 @@ demo: setup world build
 	@$(SUDO) env KEEP="$(KEEP)" bin/demo
 
 test:
-	@scripts/test setup world build ahead unit cross race integration
+	@scripts/test setup world build cross unit race integration
 
 unit race integration fuzz:
 	@scripts/test $@

@@ -28,6 +28,8 @@ const (
 	bindRetryMax = time.Minute
 	// bindTimeout bounds one change of a profile.
 	bindTimeout = 2 * time.Minute
+	// unseen is for how long somebody who changes one may not have seen where it was led.
+	unseen = 10 * time.Minute
 	// bindKind is what history says of such a change.
 	bindKind = "nix-env"
 )
@@ -43,6 +45,12 @@ type binding struct {
 	Created    int64          `json:"created,omitempty"` // ProfileNews.created_unix_ms of the profile it is of
 	Epoch      uint64         `json:"epoch,omitempty"`
 	Index      uint64         `json:"index,omitempty"` // of the log, of the profile's newest change that is known here
+	// Before is the generation it was at before it was led to that of Path, which was at Led,
+	// Unix seconds.
+	Before uint64 `json:"before,omitempty"`
+	Led    int64  `json:"led,omitempty"`
+	// Configured says that it is bound by the configuration, as long as that says so.
+	Configured bool `json:"configured,omitempty"`
 	// Next is where it is about to be led.
 	Next *boundMove `json:"next,omitempty"`
 }
@@ -100,6 +108,7 @@ type binder struct {
 	change     func(ctx context.Context, c boundChange) (*floxv1.ChangeProfileResponse, error)
 	system     string
 	storeDir   flox.StoreDir
+	elsewhere  func(flox.StorePath) bool // whether another Nix store of this machine has a path; nil = there is none
 	log        *slog.Logger
 	asked      chan struct{} // has one while there is something to be looked at
 	turn       chan struct{} // has room for the one that looks
@@ -120,6 +129,9 @@ func openBinder(a *Agent, file string) (*binder, error) {
 		s.system = nixSystem()
 	}
 	s.live, s.change = a.boundLives, a.changeBound
+	if a.local != nil {
+		s.elsewhere = a.local.Has
+	}
 	s.watch = &dirWatch{tell: s.asked, dirs: make(map[string]int32)}
 	if s.links = nixLinks(a.cfg.Warden); a.cfg.Warden == nil {
 		s.links = ownLinks{warden.NewProfiles(string(a.cfg.StoreDir))}
@@ -129,19 +141,20 @@ func openBinder(a *Agent, file string) (*binder, error) {
 	if err != nil {
 		return nil, err
 	}
+	maps.DeleteFunc(s.list, func(dir string, b binding) bool { return b.Configured && s.configured[dir] == "" })
 	for dir, name := range s.configured {
-		if err := checkBinding(dir, name); err != nil {
+		if err := CheckBinding(dir, name); err != nil {
 			return nil, err
 		}
 		if b := s.list[dir]; shared.Folded(b.Profile) != shared.Folded(name) {
-			s.list[dir] = binding{Profile: name}
+			s.list[dir] = binding{Profile: name, Configured: true}
 		}
 	}
 	return s, nil
 }
 
-// checkBinding refuses what cannot be bound.
-func checkBinding(dir, name string) error {
+// CheckBinding refuses what cannot be bound.
+func CheckBinding(dir, name string) error {
 	if !filepath.IsAbs(dir) || filepath.Clean(dir) != dir || len(dir) >= maxProfileLink || strings.ContainsRune(dir, 0) || dir == "/" {
 		return fmt.Errorf("bind %.200q: want the absolute name of a profile of Nix's, such as /nix/var/nix/profiles/default: %w", dir, flox.ErrBadInput)
 	}
@@ -192,7 +205,7 @@ func (s *binder) put(dir string, b *binding) error {
 
 // bind binds one to a profile for a user, 0 = root. Who binds a directory has to own it.
 func (s *binder) bind(ctx context.Context, dir, name string, user int) error {
-	if err := checkBinding(dir, name); err != nil {
+	if err := CheckBinding(dir, name); err != nil {
 		return err
 	}
 	if as, fixed := s.configured[dir]; fixed {
@@ -209,21 +222,41 @@ func (s *binder) bind(ctx context.Context, dir, name string, user int) error {
 	if user != 0 && int64(user) != int64(is.User) {
 		return fmt.Errorf("profile %s is in a directory of %s: only they and root may bind it; try sudo: %w", dir, userName(int(is.User)), flox.ErrDenied)
 	}
+	if err := s.foreign(dir, is); err != nil {
+		return err
+	}
 	list, _ := s.all()
 	old, known := list[dir]
-	if known && shared.Folded(old.Profile) == shared.Folded(name) {
+	same := known && shared.Folded(old.Profile) == shared.Folded(name)
+	switch {
+	case same && (old.User == user || old.User == 0):
 		return nil
+	case known && old.User == 0 && user != 0:
+		return fmt.Errorf("%s was bound to %s by root: only root may bind it to another profile: %w", dir, old.Profile, flox.ErrDenied)
 	}
 	own, users := chosenBy(list, user)
 	if !known && (len(list) >= maxBindings || user != 0 && (own >= maxBindingsOf || users >= maxBindingsOfUsers)) {
 		return fmt.Errorf("%d profiles are bound, %d of them by %s, and no more may be; unbind one of those that floxctl profile bind shows: %w", len(list), own, userName(user), flox.ErrFull)
 	}
 	b := binding{Profile: name, User: user}
+	if same {
+		b = old
+		b.User = user
+	}
 	if err := s.put(dir, &b); err != nil {
 		return err
 	}
 	s.look(ctx, dir, b)
 	poke(s.asked)
+	return nil
+}
+
+// foreign refuses a profile of the Nix that this machine has beside the agent's store: what the
+// storehouse makes of it that one has not, so that the profile would lead nowhere.
+func (s *binder) foreign(dir string, is warden.NixProfile) error {
+	if is.Path != "" && s.elsewhere != nil && s.elsewhere(flox.StorePath(is.Path)) {
+		return fmt.Errorf("profile %s is of this machine's own Nix, which has not what the storehouse makes of it; bind one that is made with the agent's store (floxctl nix -- nix-env -p DIR --set PATH): %w", dir, flox.ErrBadInput)
+	}
 	return nil
 }
 

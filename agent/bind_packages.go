@@ -32,7 +32,11 @@ func (a *Agent) changeBound(ctx context.Context, c boundChange) (*floxv1.ChangeP
 		return nil, err
 	}
 	q := &floxv1.ChangeProfileRequest{Name: c.profile, Parent: c.base, Kind: bindKind, Reason: c.dir}
-	q.Set, q.Drop = whatChanged(base, has, c.first)
+	before, err := as.before(ctx, c, base)
+	if err != nil {
+		return nil, err
+	}
+	q.Set, q.Drop = whatChanged(base, has, before, c.first)
 	var paths []flox.StorePath
 	for _, p := range q.GetSet() {
 		for _, s := range p.GetPaths() {
@@ -46,7 +50,7 @@ func (a *Agent) changeBound(ctx context.Context, c boundChange) (*floxv1.ChangeP
 	}
 	resp, err := as.change(ctx, q)
 	if owner, _, _ := strings.Cut(c.profile, "/"); errors.Is(err, flox.ErrNotFound) && c.base == 0 && shared.Folded(owner) == shared.Folded(as.user) {
-		if made := as.create(ctx, &floxv1.CreateProfileRequest{Name: c.profile, Systems: []string{c.system}}); made == nil {
+		if err = as.create(ctx, &floxv1.CreateProfileRequest{Name: c.profile, Systems: []string{c.system}}); err == nil {
 			resp, err = as.change(ctx, q)
 		}
 	}
@@ -103,7 +107,9 @@ func asPackages(base []*floxv1.Package, has []environment.Package, system string
 				p.Source = h.Source.URL + "#" + h.Source.AttrPath
 			}
 		}
-		p.Priority = priority
+		if !h.NoPriority || p.Priority == 0 { // else it is as it was
+			p.Priority = priority
+		}
 		out = append(out, p)
 	}
 	return out
@@ -112,23 +118,35 @@ func asPackages(base []*floxv1.Package, has []environment.Package, system string
 // boundNames gives each of what is installed its name in a profile: those of the same paths
 // have theirs there, others the one they came with, if it is not taken.
 func boundNames(base []*floxv1.Package, has []environment.Package, system string) []string {
-	names, taken := make([]string, len(has)), make(map[string]bool)
-	for i, h := range has {
-		for _, b := range base {
-			if !taken[b.GetName()] && slices.ContainsFunc(b.GetPaths(), func(s *floxv1.PackagePaths) bool {
-				return s.GetSystem() == system && slices.EqualFunc(slices.Sorted(slices.Values(s.GetPaths())), h.Paths, func(x string, y flox.StorePath) bool { return x == string(y) })
-			}) {
-				names[i], taken[b.GetName()] = b.GetName(), true
-				break
+	named := make(map[string][]string) // by their paths
+	for _, b := range base {
+		for _, s := range b.GetPaths() {
+			if s.GetSystem() == system {
+				key := strings.Join(slices.Sorted(slices.Values(s.GetPaths())), " ")
+				named[key] = append(named[key], b.GetName())
 			}
 		}
 	}
+	names, taken := make([]string, len(has)), make(map[string]bool)
 	for i, h := range has {
-		for n := 2; names[i] == ""; n++ {
-			if !taken[h.Name] {
-				names[i], taken[h.Name] = h.Name, true
-			}
-			h.Name = fmt.Sprintf("%s-%d", has[i].Name, n)
+		var paths []string
+		for _, p := range h.Paths {
+			paths = append(paths, string(p))
+		}
+		key := strings.Join(paths, " ")
+		if left := named[key]; len(left) > 0 {
+			names[i], taken[left[0]], named[key] = left[0], true, left[1:]
+		}
+	}
+	next := make(map[string]int)
+	for i, h := range has {
+		name := h.Name
+		for names[i] == "" && taken[name] {
+			next[h.Name] = max(next[h.Name], 1) + 1
+			name = fmt.Sprintf("%s-%d", h.Name, next[h.Name])
+		}
+		if names[i] == "" {
+			names[i], taken[name] = name, true
 		}
 	}
 	return names
@@ -146,6 +164,7 @@ func (a *Agent) packagesAt(ctx context.Context, p flox.StorePath) ([]environment
 		return nil, err
 	}
 	name, _ := nix.NameAndVersion(p.Name())
+	made := slices.Contains([]string{"user-environment", "profile", "environment"}, name) // by Nix: it has packages
 	for _, m := range []struct {
 		file  string
 		parse func([]byte, flox.StoreDir) ([]environment.Package, error)
@@ -161,9 +180,12 @@ func (a *Agent) packagesAt(ctx context.Context, p flox.StorePath) ([]environment
 		if err == nil {
 			return has, nil
 		}
-		if slices.Contains([]string{"user-environment", "profile", "environment"}, name) {
+		if made {
 			return nil, fmt.Errorf("%s: %w", a.cfg.StoreDir.Join(p), err)
 		}
+	}
+	if made {
+		return nil, fmt.Errorf("%s has neither a %s nor a %s that says what is in it: %w", a.cfg.StoreDir.Join(p), environment.ManifestName, environment.UserEnvName, flox.ErrBadInput)
 	}
 	return []environment.Package{{Name: name, Priority: environment.DefaultPriority, Paths: []flox.StorePath{p}, Active: true}}, nil
 }
@@ -216,6 +238,19 @@ func (as actingFor) base(ctx context.Context, c *boundChange) ([]*floxv1.Package
 		err = nil // it is to be made
 	}
 	c.first, c.base = true, g.GetNumber()
+	return g.GetPackages(), err
+}
+
+// before gives the packages of what the profile of Nix's led to before, if it was led from there
+// so lately that who changes it may not have seen that; else base.
+func (as actingFor) before(ctx context.Context, c boundChange, base []*floxv1.Package) ([]*floxv1.Package, error) {
+	if c.first || c.before == 0 {
+		return base, nil
+	}
+	g, err := as.generation(ctx, c.profile, c.before)
+	if errors.Is(err, flox.ErrNotFound) {
+		return base, nil
+	}
 	return g.GetPackages(), err
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	flox "github.com/floxctl/flox"
@@ -17,6 +18,7 @@ type boundChange struct {
 	dir, profile string
 	user         uint32         // who did
 	base         uint64         // the generation it was done to
+	before       uint64         // the one it was at before, if that was a moment ago; 0 = it was not
 	path         flox.StorePath // what it leads to now
 	system       string
 	// first says that it was never like the profile: what it has beside the one that lives is
@@ -35,6 +37,9 @@ func (s *binder) settle(ctx context.Context, dir string, b binding, st *boundSta
 	}
 	if st.is.Number == 0 {
 		return fmt.Errorf("there is no profile %s yet; it is made by: nix-env -p %s --set PATH: %w", dir, dir, flox.ErrNotFound)
+	}
+	if err := s.foreign(dir, st.is); err != nil {
+		return err
 	}
 	if b, err = s.finish(ctx, dir, b, st); err != nil {
 		return err
@@ -88,6 +93,9 @@ func (s *binder) finish(ctx context.Context, dir string, b binding, st *boundSta
 		}
 		fallthrough
 	case n.To:
+		if b.Generation != n.Generation && !n.Again {
+			b.Before, b.Led = b.Generation, time.Now().Unix()
+		}
 		b.Path, b.Generation = n.To, n.Generation
 	}
 	return b, s.put(dir, &b)
@@ -114,6 +122,9 @@ func (s *binder) tell(ctx context.Context, dir string, b binding, st *boundState
 	c := boundChange{
 		dir: dir, profile: b.Profile, user: st.is.User, base: b.Generation, path: flox.StorePath(st.is.Path), system: s.system,
 		first: b.Path == "" || b.Generation == 0 && at.generation > 0,
+	}
+	if time.Since(time.Unix(b.Led, 0)) < unseen {
+		c.before = b.Before
 	}
 	ctx, cancel := context.WithTimeout(ctx, bindTimeout)
 	defer cancel()
@@ -156,15 +167,25 @@ func (a *Agent) boundLives(ctx context.Context, name string) (lives, error) {
 }
 
 // whatChanged gives what is to be done to a generation's packages to have what a profile of
-// stock Nix has.
-func whatChanged(base, has []*floxv1.Package, first bool) (set []*floxv1.Package, drop []string) {
+// stock Nix has. Nix reads a profile when it begins and writes it when it has fetched or
+// built: what others brought in between, which is not in before, it leaves out without
+// anybody's having said so. That is dropped only if nothing else is done.
+func whatChanged(base, has, before []*floxv1.Package, first bool) (set []*floxv1.Package, drop []string) {
+	var unseen []string
 	for _, d := range shared.Differences(base, has) {
 		switch {
 		case d.After == nil && !first:
-			drop = append(drop, d.Name)
+			if slices.ContainsFunc(before, func(p *floxv1.Package) bool { return p.GetName() == d.Name }) {
+				drop = append(drop, d.Name)
+			} else {
+				unseen = append(unseen, d.Name)
+			}
 		case d.After != nil && (d.Before == nil || !first):
 			set = append(set, d.After)
 		}
+	}
+	if len(set) == 0 && len(drop) == 0 {
+		drop = unseen
 	}
 	return set, drop
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -85,7 +86,7 @@ func (r *bindRig) doChange(_ context.Context, c boundChange) (*floxv1.ChangeProf
 		base = r.generations[c.base-1]
 	}
 	has := r.held(c.path)
-	set, drop := whatChanged(letters(base), letters(has), c.first)
+	set, drop := whatChanged(letters(base), letters(has), letters(r.before(base, c)), c.first)
 	for _, d := range drop {
 		live = strings.ReplaceAll(live, d, "")
 	}
@@ -103,6 +104,13 @@ func (r *bindRig) doChange(_ context.Context, c boundChange) (*floxv1.ChangeProf
 		Profile:    &floxv1.Profile{CreatedUnixMs: 7, ChangedIndex: n},
 		Generation: &floxv1.Generation{Number: n, Environments: []*floxv1.Environment{{System: "x", Path: string(boundEnv(live))}}},
 	}, nil
+}
+
+func (r *bindRig) before(base string, c boundChange) string {
+	if c.first || c.before == 0 {
+		return base
+	}
+	return r.generations[c.before-1]
 }
 
 // held is what packages an environment has.
@@ -251,6 +259,70 @@ func TestWhoBindsAProfile(t *testing.T) {
 	}
 }
 
+// What others brought while Nix was at work is not dropped by what Nix makes of what it read
+// before; dropping it alone is, and so is anything once that is a while ago.
+func TestWhatNixDidNotSeeStays(t *testing.T) {
+	for _, c := range []struct{ base, before, has, set, drop string }{
+		{"ab", "a", "ac", "c", ""},     // b came meanwhile, c was installed
+		{"ab", "a", "a", "", "b"},      // b was removed
+		{"abc", "ac", "a", "", "c"},    // b came meanwhile, c was removed
+		{"ab", "ab", "ac", "c", "b"},   // b had been there
+		{"ab", "a", "ab", "", ""},      // nothing
+		{"abc", "a", "ad", "d", ""},    // b and c came meanwhile
+		{"abc", "ab", "cd", "d", "ab"}, // another environment
+	} {
+		set, drop := whatChanged(letters(c.base), letters(c.has), letters(c.before), false)
+		got := ""
+		for _, p := range set {
+			got += p.GetName()
+		}
+		if got != c.set || strings.Join(drop, "") != c.drop {
+			t.Errorf("%+v: set %q, dropped %q", c, got, drop)
+		}
+	}
+}
+
+// A profile of another Nix of this machine is refused: what the storehouse makes is not there.
+func TestProfilesOfAnotherNixAreNotBound(t *testing.T) {
+	r := newBindRig(t)
+	r.set(1, userEnv("a"))
+	r.elsewhere = func(p flox.StorePath) bool { return p == userEnv("a") }
+	if err := r.bind(t.Context(), r.dir, "root/p", 0); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), "this machine's own Nix") {
+		t.Errorf("bound: %v", err)
+	}
+	r.set(2, userEnv("b"))
+	if err := r.bind(t.Context(), r.dir, "root/p", 0); err != nil {
+		t.Errorf("made with ours: %v", err)
+	}
+	r.set(3, userEnv("a"))
+	list, _ := r.all()
+	r.look(t.Context(), r.dir, list[r.dir])
+	if _, states := r.all(); !strings.Contains(states[r.dir].problem, "this machine's own Nix") {
+		t.Errorf("led there later: %+v", states[r.dir])
+	}
+}
+
+// What is bound by the configuration is so as long as that says so.
+func TestConfiguredBindingsEnd(t *testing.T) {
+	home := t.TempDir()
+	dir, file := filepath.Join(home, "p"), filepath.Join(home, "bound.json")
+	a := &Agent{cfg: Config{StoreDir: flox.DefaultStoreDir, System: "x", Bind: map[string]string{dir: "root/p"}}, log: slog.New(slog.DiscardHandler)}
+	b, err := openBinder(a, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.put("/other/p", &binding{Profile: "root/q"}); err != nil { // writes them all
+		t.Fatal(err)
+	}
+	a.cfg.Bind = nil
+	if b, err = openBinder(a, file); err != nil {
+		t.Fatal(err)
+	}
+	if list, _ := b.all(); len(list) != 1 || list["/other/p"].Profile != "root/q" {
+		t.Errorf("bound: %+v", list)
+	}
+}
+
 // A package that is as it was stays what the profile says of it; one that is not keeps what it
 // is for other systems.
 func TestPackagesOfABoundProfile(t *testing.T) {
@@ -269,18 +341,18 @@ func TestPackagesOfABoundProfile(t *testing.T) {
 		{Name: "jq", Priority: 5, Active: true, Paths: []flox.StorePath{at(7, "jq-1.7")}},
 		{Name: "off", Priority: 5, Paths: []flox.StorePath{at(7, "off-1")}},
 	}
-	set, drop := whatChanged(base, asPackages(base, has, "x"), false)
+	set, drop := whatChanged(base, asPackages(base, has, "x"), base, false)
 	hello := pkg("hello", "2.12", string(at(9, "hello-2.12")), at(8, "hello-2.12-man"), "")
 	hello.Paths[0].Paths = append(hello.Paths[0].Paths, string(at(9, "hello-2.12")))
 	want := []*floxv1.Package{hello, pkg("jq", "1.7", string(at(7, "jq-1.7")), at(7, "jq-1.7"), at(4, "jq-1.6"))}
 	if d := cmp.Diff(want, set, protocmp.Transform()); d != "" || len(drop) != 1 || drop[0] != "rg" {
 		t.Errorf("dropped %q, set -want +got\n%s", drop, d)
 	}
-	if set, drop = whatChanged(base, asPackages(base, has, "x"), true); len(drop) != 0 || len(set) != 1 || set[0].GetName() != "hello" {
+	if set, drop = whatChanged(base, asPackages(base, has, "x"), base, true); len(drop) != 0 || len(set) != 1 || set[0].GetName() != "hello" {
 		t.Errorf("what is bound first drops %q and sets %v", drop, set)
 	}
 	has[0].Name, has[1].Name = "other", "fd" // Nix keeps no names
-	if set, _ = whatChanged(base, asPackages(base, has[:2], "x"), true); len(set) != 1 || set[0].GetName() != "fd-2" {
+	if set, _ = whatChanged(base, asPackages(base, has[:2], "x"), base, true); len(set) != 1 || set[0].GetName() != "fd-2" {
 		t.Errorf("what has the paths of fd is another package: %v", set)
 	}
 }

@@ -86,7 +86,7 @@ func loadKept[V any](file, what string, check func(V) error) (map[string]V, erro
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s in %s: %w; delete the file to begin anew, and say again with floxctl keep --offline what is to be here", what, file, err)
+		return nil, fmt.Errorf("%s in %s: %w; delete the file to begin anew, and say again what was in it (floxctl keep --offline, floxctl profile bind)", what, file, err)
 	}
 	return kept, nil
 }

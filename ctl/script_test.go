@@ -27,9 +27,12 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"floxctl": func() { os.Exit(Main()) }, "stands": standStill})
 }
 
-// standStill is an agent that listens at a socket and is then stopped.
+// standStill is an agent that listens at a socket, says so by a file, and is then stopped.
 func standStill() {
 	l, err := net.Listen("unix", os.Args[1])
+	if err == nil {
+		err = os.WriteFile(os.Args[1]+".ready", nil, 0o600)
+	}
 	if err == nil {
 		err = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
 	}

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
@@ -30,8 +31,9 @@ const (
 	// broadcastFirst is the first pause between packets, which doubles up to broadcastEvery.
 	broadcastFirst = 500 * time.Millisecond
 	broadcastEvery = time.Minute
-	// maxHeard is how many packets of others are looked at per second.
-	maxHeard = 64
+	// maxHeard is how many packets of others are looked at per second, heardAgain after how
+	// long one that names the same machine is, and maxKnown how many of those are known.
+	maxHeard, heardAgain, maxKnown = 64, 30 * time.Second, 1024
 )
 
 // broadcast tells the subnets of this machine of it, and hears of others there. Who
@@ -126,6 +128,7 @@ func broadcastOf(ip net.IP) net.IP {
 func (h *Host) hearBroadcasts(conn net.PacketConn) {
 	packet := make([]byte, maxBroadcast)
 	second, n := time.Now(), 0
+	known := make(map[peer.ID]time.Time)
 	for {
 		size, from, err := conn.ReadFrom(packet)
 		if errors.Is(err, net.ErrClosed) {
@@ -141,9 +144,15 @@ func (h *Host) hearBroadcasts(conn net.PacketConn) {
 		if err != nil {
 			continue
 		}
-		if info, err := parseBroadcast(packet[:size], from); err == nil {
-			lanNotifee{h}.HandlePeerFound(info)
+		info, err := parseBroadcast(packet[:size], from)
+		if err != nil || info.ID == h.self || time.Since(known[info.ID]) < heardAgain || h.net.Network().Connectedness(info.ID) == network.Connected {
+			continue
 		}
+		if len(known) >= maxKnown {
+			dropOldest(known, func(at time.Time) time.Time { return at })
+		}
+		known[info.ID] = time.Now()
+		h.heardOf(info)
 	}
 }
 

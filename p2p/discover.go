@@ -251,12 +251,16 @@ func (n lanNotifee) HandlePeerFound(info peer.AddrInfo) {
 		return
 	}
 	n.h.peers.sawOnLAN(info.ID)
-	if n.h.net.Network().Connectedness(info.ID) == network.Connected {
-		return
+	if n.h.net.Network().Connectedness(info.ID) != network.Connected {
+		n.h.heardOf(info)
 	}
-	n.h.net.Peerstore().AddAddrs(info.ID, info.Addrs, peerstore.TempAddrTTL)
+}
+
+// heardOf has a machine be met that may be at some addresses.
+func (h *Host) heardOf(info peer.AddrInfo) {
+	h.net.Peerstore().AddAddrs(info.ID, info.Addrs, peerstore.TempAddrTTL)
 	select {
-	case n.h.found <- info:
+	case h.found <- info:
 	default: // it is shown again
 	}
 }

@@ -431,12 +431,7 @@ func TestHurryGoesFirst(t *testing.T) {
 		}
 		urgent <- held.gets.Load()
 	}()
-	eventually(t, "the urgent ones joined", func() bool {
-		me.peers.mu.Lock()
-		defer me.peers.mu.Unlock()
-		r := me.peers.remotes[store.self]
-		return r.link.queues[0].peek() != nil || len(r.link.lanes) == 0
-	})
+	eventually(t, "the urgent ones joined", func() bool { return me.hurries(wants[2990:]) })
 	close(gate)
 	if n := <-urgent; n > 500 {
 		t.Errorf("the urgent blocks came after %d of 3000", n)
@@ -444,6 +439,16 @@ func TestHurryGoesFirst(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+}
+
+// hurries reports whether somebody is asked for all of wants, at once or next.
+func (h *Host) hurries(wants []Want) bool {
+	h.peers.mu.Lock()
+	defer h.peers.mu.Unlock()
+	return !slices.ContainsFunc(wants, func(w Want) bool {
+		f := h.sched.flights[flightKey{id: w.ID}]
+		return f == nil || f.background || len(f.active) == 0
+	})
 }
 
 // So do those that were asked for in the background only, once somebody says that
@@ -475,12 +480,7 @@ func TestHurriedBackgroundGoesFirst(t *testing.T) {
 	}()
 	eventually(t, "background work is queued", func() bool { return held.gets.Load() > 0 })
 	me.Hurry([]flox.CID{wants[2990].ID, {1}}) // the second is of nobody's
-	eventually(t, "the urgent one is in front", func() bool {
-		me.peers.mu.Lock()
-		defer me.peers.mu.Unlock()
-		r := me.peers.remotes[store.self]
-		return r.link.queues[0].peek() != nil || len(r.link.lanes) == 0
-	})
+	eventually(t, "the urgent one is in front", func() bool { return me.hurries(wants[2990:2991]) })
 	close(gate)
 	if err := <-done; err != nil {
 		t.Fatal(err)

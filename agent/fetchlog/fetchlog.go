@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"container/list"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,6 +22,8 @@ const (
 	maxFirst, maxLast = 40, 24
 	// maxSources bounds the machines told apart per path.
 	maxSources = 32
+	// maxWhy bounds what is kept of why something failed, in bytes: others may have said it.
+	maxWhy = 512
 	// usual is how many fetches, and blocks asked for and given, are steps of their own;
 	// of the others only those that took longer than slow are.
 	usual = 4
@@ -257,6 +260,9 @@ func (l *Log) of(p flox.StorePath) *path {
 // add appends a step; one that is like the last counts with it.
 func (p *path) add(s Step) {
 	s.Times = 1
+	if len(s.Why) > maxWhy {
+		s.Why = strings.ToValidUTF8(s.Why[:maxWhy], "") + "…"
+	}
 	steps := &p.first
 	if len(p.last) > 0 {
 		steps = &p.last

@@ -80,9 +80,13 @@ func (p *Profiles) readNix(dir string) (NixProfile, error) {
 	return p.nixAt(d, dir, owner)
 }
 
-// openParent opens the directory in which a profile lies, and says whose it is.
+// openParent opens the directory in which a profile lies, and says whose it is. Its name must
+// lead over no link: whoever may write on the way could have somebody else's profile moved.
 func openParent(dir string) (d int, owner uint32, err error) {
-	d, err = unix.Open(filepath.Dir(dir), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	d, err = unix.Openat2(unix.AT_FDCWD, filepath.Dir(dir), &unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS})
+	if errors.Is(err, unix.ELOOP) {
+		return -1, 0, fmt.Errorf("profile %s: its name leads over a link; give it without links (realpath %s): %w", dir, filepath.Dir(dir), flox.ErrBadInput)
+	}
 	var st unix.Stat_t
 	if err == nil {
 		if err = unix.Fstat(d, &st); err != nil {

@@ -96,6 +96,13 @@ func TestOnlyNixProfilesAreMoved(t *testing.T) {
 	if _, err := p.NixProfile("/nix/store/p"); !errors.Is(err, flox.ErrBadInput) {
 		t.Errorf("in the store: %v", err)
 	}
+	link := filepath.Join(t.TempDir(), "link") // its owner could have it lead to somebody else's directory
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.NixProfile(filepath.Join(link, "p")); !errors.Is(err, flox.ErrBadInput) || !strings.Contains(err.Error(), "without links") {
+		t.Errorf("over a link: %v", err)
+	}
 	if err := os.Chmod(dir, 0o777); err != nil {
 		t.Fatal(err)
 	}

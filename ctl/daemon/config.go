@@ -12,6 +12,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	flox "github.com/floxctl/flox"
+	"github.com/floxctl/flox/agent"
 	"github.com/floxctl/flox/ctl/cli"
 )
 
@@ -65,6 +66,9 @@ func (c *AgentConfig) bindings() (map[string]string, error) {
 		dir, name, ok := strings.Cut(text, "=")
 		if !ok {
 			return nil, cli.Explain(flox.ErrBadInput, "agent.bind %q: want DIR=OWNER/NAME, such as /nix/var/nix/profiles/default=acme/base", text)
+		}
+		if err := agent.CheckBinding(dir, name); err != nil {
+			return nil, fmt.Errorf("agent.bind: %w", err)
 		}
 		if _, twice := out[dir]; twice {
 			return nil, cli.Explain(flox.ErrBadInput, "agent.bind %q: %s is bound twice", text, dir)

@@ -40,7 +40,9 @@ type Package struct {
 	Name string // unique in an environment
 	// Priority decides who has a file that several packages have: the lower one.
 	Priority int
-	Paths    []flox.StorePath // the outputs to install, at least one
+	// NoPriority says of a package of a manifest that the manifest tells none.
+	NoPriority bool
+	Paths      []flox.StorePath // the outputs to install, at least one
 	// Active packages are linked; others are only kept in manifest.json.
 	Active bool
 	Source *Source // nil = not from a flake

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"path"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -17,9 +16,37 @@ import (
 const (
 	ManifestName = manifestName
 	UserEnvName  = "manifest.nix"
-	// MaxManifest bounds what is read of either, in bytes.
+	// MaxManifest bounds what is read of either, in bytes, maxHeld the packages in it.
 	MaxManifest = 8 << 20
+	maxHeld     = 4096
 )
+
+// names gives each package one of its own.
+type names struct {
+	taken map[string]bool
+	next  map[string]int
+}
+
+func newNames() *names { return &names{make(map[string]bool), make(map[string]int)} }
+
+// free is name, or the first of name-2, name-3, ... that is not taken yet; it is from then on.
+func (n *names) free(name string) string {
+	free := name
+	for n.taken[free] {
+		n.next[name] = max(n.next[name], 1) + 1
+		free = fmt.Sprintf("%s-%d", name, n.next[name])
+	}
+	n.taken[free] = true
+	return free
+}
+
+// fit refuses more packages than a profile may have.
+func fit(n int) error {
+	if n > maxHeld {
+		return fmt.Errorf("it has %d packages, at most %d fit into a profile: %w", n, maxHeld, flox.ErrFull)
+	}
+	return nil
+}
 
 // ParseManifest reads manifest.json (Nix src/nix/profile.cc, versions 1 to 3), in the order
 // of names. ErrBadInput: it is none.
@@ -41,13 +68,21 @@ func ParseManifest(b []byte, dir flox.StoreDir) ([]Package, error) {
 		if err := json.Unmarshal(m.Elements, &list); err != nil {
 			return bad(err)
 		}
+		if err := fit(len(list)); err != nil {
+			return bad(err)
+		}
+		names := newNames()
 		for _, e := range list {
 			if e != nil {
-				named[free(e.name(), func(name string) bool { return named[name] != nil })] = e
+				named[names.free(e.name())] = e
 			}
 		}
 	case 3:
-		if err := json.Unmarshal(m.Elements, &named); err != nil {
+		err := json.Unmarshal(m.Elements, &named)
+		if err == nil {
+			err = fit(len(named))
+		}
+		if err != nil {
 			return bad(err)
 		}
 	default:
@@ -82,9 +117,9 @@ func (e *element) name() string {
 }
 
 func (e *element) pkg(name string, dir flox.StoreDir) (Package, error) {
-	p := Package{Name: name, Priority: e.Priority, Active: e.Active}
-	if p.Priority == 0 {
-		p.Priority = DefaultPriority
+	p := Package{Name: name, Priority: DefaultPriority, Active: e.Active, NoPriority: e.Priority == nil}
+	if e.Priority != nil && *e.Priority != 0 {
+		p.Priority = *e.Priority
 	}
 	if e.URL != "" {
 		p.Source = &Source{OriginalURL: e.OriginalURL, URL: e.URL, AttrPath: e.AttrPath, Outputs: e.Outputs}
@@ -108,19 +143,6 @@ func inStore(text string, dir flox.StoreDir) (flox.StorePath, error) {
 	return sp, err
 }
 
-// free gives a name that is not taken yet.
-func free(name string, taken func(string) bool) string {
-	for n := 1; ; n++ {
-		next := name
-		if n > 1 {
-			next = fmt.Sprintf("%s-%d", name, n)
-		}
-		if !taken(next) {
-			return next
-		}
-	}
-}
-
 // ParseUserEnv reads manifest.nix (Nix src/nix-env/user-env.cc), in the order of names.
 // ErrBadInput: it is none.
 func ParseUserEnv(b []byte, dir flox.StoreDir) ([]Package, error) {
@@ -136,15 +158,17 @@ func ParseUserEnv(b []byte, dir flox.StoreDir) ([]Package, error) {
 	if r.blank(); !ok || r.text != "" {
 		return bad(fmt.Errorf("want a list of derivations"))
 	}
+	if err := fit(len(list)); err != nil {
+		return bad(err)
+	}
 	var out []Package
+	names := newNames()
 	for _, v := range list {
 		p, err := userPackage(v, dir)
 		if err != nil {
 			return bad(err)
 		}
-		p.Name = free(p.Name, func(name string) bool {
-			return slices.ContainsFunc(out, func(o Package) bool { return o.Name == name })
-		})
+		p.Name = names.free(p.Name)
 		out = append(out, p)
 	}
 	return checkPackages(out)

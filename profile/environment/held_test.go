@@ -51,6 +51,25 @@ func TestManifestsAreRead(t *testing.T) {
 	}
 }
 
+// Of a priority that is not told that is known; more packages than a profile has are refused,
+// before they are named.
+func TestLargeManifests(t *testing.T) {
+	dir := flox.DefaultStoreDir
+	element := `{"active":true,"storePaths":["` + dir.Join(heldHello) + `"]}`
+	got, err := ParseManifest([]byte(`{"version":2,"elements":[`+element+`,`+element+`,`+element+`]}`), dir)
+	if err != nil || len(got) != 3 || !got[0].NoPriority || got[0].Priority != DefaultPriority || got[1].Name != "hello-2" || got[2].Name != "hello-3" {
+		t.Errorf("three of one name: %+v, %v", got, err)
+	}
+	many := strings.Repeat(element+",", maxHeld) + element
+	if _, err := ParseManifest([]byte(`{"version":2,"elements":[`+many+`]}`), dir); !errors.Is(err, flox.ErrFull) {
+		t.Errorf("manifest.json: %v, want ErrFull", err)
+	}
+	many = strings.Repeat(`{ name = "x"; outPath = "`+dir.Join(heldHello)+`"; } `, maxHeld+1)
+	if _, err := ParseUserEnv([]byte("[ "+many+"]"), dir); !errors.Is(err, flox.ErrFull) {
+		t.Errorf("manifest.nix: %v, want ErrFull", err)
+	}
+}
+
 // What is none is refused.
 func TestOtherManifestsAreRefused(t *testing.T) {
 	for _, text := range []string{"", "{}", `{"version":4,"elements":{}}`, `{"version":3,"elements":{"x":null}}`, `{"version":3,"elements":{"x":{"active":true,"storePaths":["/etc/passwd"]}}}`} {

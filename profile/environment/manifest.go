@@ -50,8 +50,8 @@ type element struct {
 	AttrPath string `json:"attrPath"`
 	// OriginalURL is where the user found it.
 	OriginalURL string   `json:"originalUrl"`
-	Outputs     []string `json:"outputs"` // null = the default ones
-	Priority    int      `json:"priority"`
+	Outputs     []string `json:"outputs"`  // null = the default ones
+	Priority    *int     `json:"priority"` // nil = Nix before 2.9 writes none
 	StorePaths  []string `json:"storePaths"`
 	URL         string   `json:"url"`
 }
@@ -76,7 +76,7 @@ func encodeManifest(dir flox.StoreDir, packages []Package) ([]byte, error) {
 		if s := p.Source; s != nil {
 			outputs := slices.Clone(s.Outputs)
 			slices.Sort(outputs)
-			elements[i] = element{p.Active, s.AttrPath, s.OriginalURL, outputs, p.Priority, paths, s.URL}
+			elements[i] = element{p.Active, s.AttrPath, s.OriginalURL, outputs, &p.Priority, paths, s.URL}
 		}
 	}
 	var out bytes.Buffer
