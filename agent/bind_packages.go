@@ -127,7 +127,7 @@ func boundNames(base []*floxv1.Package, has []environment.Package, system string
 			}
 		}
 	}
-	names, taken := make([]string, len(has)), make(map[string]bool)
+	names, free := make([]string, len(has)), environment.NewNames()
 	for i, h := range has {
 		var paths []string
 		for _, p := range h.Paths {
@@ -135,18 +135,13 @@ func boundNames(base []*floxv1.Package, has []environment.Package, system string
 		}
 		key := strings.Join(paths, " ")
 		if left := named[key]; len(left) > 0 {
-			names[i], taken[left[0]], named[key] = left[0], true, left[1:]
+			names[i], named[key] = left[0], left[1:]
+			free.Take(left[0])
 		}
 	}
-	next := make(map[string]int)
 	for i, h := range has {
-		name := h.Name
-		for names[i] == "" && taken[name] {
-			next[h.Name] = max(next[h.Name], 1) + 1
-			name = fmt.Sprintf("%s-%d", h.Name, next[h.Name])
-		}
 		if names[i] == "" {
-			names[i], taken[name] = name, true
+			names[i] = free.Free(h.Name)
 		}
 	}
 	return names

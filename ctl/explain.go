@@ -240,15 +240,12 @@ func fetchWords(s *floxv1.FetchStep, who, after string) string {
 	return s.GetKind() // of a newer agent
 }
 
-// peerName is a machine's name, or the end of its ID: all begin alike.
+// peerName is a machine's name, or the end of its ID.
 func peerName(id, name string) string {
-	switch {
-	case name != "":
+	if name != "" {
 		return name
-	case len(id) > 8:
-		return "…" + id[len(id)-8:]
 	}
-	return id
+	return shortPeer(id)
 }
 
 func printSources(out *output, m *floxv1.ExplainResponse) {

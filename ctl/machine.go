@@ -119,8 +119,8 @@ func runMachineList(ctx context.Context, g *globals, out *output, long bool) err
 		if m.GetEphemeral() {
 			role += ", ephemeral"
 		}
-		if !long && len(peer) > 8 {
-			peer = "…" + peer[len(peer)-8:]
+		if !long {
+			peer = shortPeer(peer)
 		}
 		rows = append(rows, []string{
 			clean(m.GetName()), clean(role), seen(s, now), ago(m.GetJoinedUnixMs(), now), orDash(grantsOf(m.GetUsers())),

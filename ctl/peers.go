@@ -97,9 +97,7 @@ func printPeers(out *output, peers []*floxv1.Peer, long bool, now time.Time) {
 	for _, p := range peers {
 		id, addr := clean(p.GetId()), strings.Join(p.GetAddrs(), " ")
 		if !long {
-			if len(id) > 8 {
-				id = "…" + id[len(id)-8:]
-			}
+			id = shortPeer(id)
 			if len(p.GetAddrs()) > 1 {
 				addr = fmt.Sprintf("%s +%d", p.GetAddrs()[0], len(p.GetAddrs())-1)
 			}
@@ -119,6 +117,14 @@ func printPeers(out *output, peers []*floxv1.Peer, long bool, now time.Time) {
 		})
 	}
 	out.table(rows, map[int]bool{5: true, 6: true, 7: true, 8: true})
+}
+
+// shortPeer is the end of a peer ID: all begin alike.
+func shortPeer(id string) string {
+	if len(id) > 8 {
+		return "…" + id[len(id)-8:]
+	}
+	return id
 }
 
 // orDash keeps a column from looking forgotten.

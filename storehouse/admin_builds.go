@@ -14,6 +14,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/buildfarm/dispatch"
 	"github.com/floxctl/flox/buildfarm/queue"
 	"github.com/floxctl/flox/nix"
@@ -214,22 +215,8 @@ func (a *admin) WhyBuild(ctx context.Context, req *connect.Request[floxv1.WhyBui
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
-	leader, err := a.leader(ctx, req.Header().Get(actorHeader) != "")
-	if err != nil {
-		return nil, api.ToConnect(err)
-	}
-	if leader == nil {
-		return answer(a.whyBuild(ctx, req.Msg.GetBuild()))
-	}
-	there, err := passedFor(who, req.Msg)
-	if err != nil {
-		return nil, api.ToConnect(err)
-	}
-	resp, err := leader.WhyBuild(ctx, there)
-	if err != nil {
-		return nil, api.ToConnect(api.FromConnect(err))
-	}
-	return connect.NewResponse(resp.Msg), nil
+	own := func() (*floxv1.WhyBuildResponse, error) { return a.whyBuild(ctx, req.Msg.GetBuild()) }
+	return byLeader(ctx, a, who, req, own, floxv1connect.AdminClient.WhyBuild)
 }
 
 func (a *admin) whyBuild(ctx context.Context, text string) (*floxv1.WhyBuildResponse, error) {

@@ -16,7 +16,6 @@ import (
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
-	"github.com/floxctl/flox/members"
 )
 
 // queueOf is a storehouse with a worker of one slot, and builds that laptop (q-a, q-b, q-arm, and
@@ -24,17 +23,7 @@ import (
 func queueOf(t *testing.T) (s *Server, operator, laptop floxv1connect.AdminClient) {
 	t.Helper()
 	s, operator = closedHouse(t, func(c *Config) { c.workerLost = time.Hour })
-	text := makeInvite(t, operator, &floxv1.MakeInviteRequest{Role: members.Agent})
-	machine := newComputer(t)
-	joined, err := machine.join(s, text, "laptop")
-	if err != nil {
-		t.Fatal(err)
-	}
-	keep, err := api.ParseInvite(joined.GetInvite())
-	if err != nil {
-		t.Fatal(err)
-	}
-	machine.online(s, keep.Secret)
+	machine := joinedLaptop(t, s, operator)
 	commanded(t, s, &floxv1.QueueCommand{Command: &floxv1.QueueCommand_Register{Register: &floxv1.FarmWorker{
 		Id: "12D3elsewhere", Name: "w1", Systems: []string{"x86_64-linux"}, Features: []string{"kvm"}, Slots: 1,
 	}}})

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/floxctl/flox"
+	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
 	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/p2p"
@@ -96,4 +97,27 @@ func (s *Server) whoLeads(ctx context.Context, passed bool) (p2p.PeerID, error) 
 			return "", s.disagreed(ctx, wait, patience, wait.Err())
 		}
 	}
+}
+
+// byLeader has the server that leads answer: this one by own, or else another, which is asked
+// on behalf of who.
+func byLeader[Q, R any](ctx context.Context, a *admin, who *floxv1.Actor, req *connect.Request[Q], own func() (*R, error),
+	ask func(floxv1connect.AdminClient, context.Context, *connect.Request[Q]) (*connect.Response[R], error),
+) (*connect.Response[R], error) {
+	leader, err := a.leader(ctx, req.Header().Get(actorHeader) != "")
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	if leader == nil {
+		return answer(own())
+	}
+	there, err := passedFor(who, req.Msg)
+	if err != nil {
+		return nil, api.ToConnect(err)
+	}
+	resp, err := ask(leader, ctx, there)
+	if err != nil {
+		return nil, api.ToConnect(api.FromConnect(err))
+	}
+	return connect.NewResponse(resp.Msg), nil
 }

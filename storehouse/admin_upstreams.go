@@ -16,6 +16,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/nix"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -221,22 +222,8 @@ func (a *admin) TestUpstream(ctx context.Context, req *connect.Request[floxv1.Te
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
-	leader, err := a.leader(ctx, req.Header().Get(actorHeader) != "")
-	if err != nil {
-		return nil, api.ToConnect(err)
-	}
-	if leader == nil {
-		return answer(a.testUpstream(ctx, req.Msg))
-	}
-	there, err := passedFor(who, req.Msg)
-	if err != nil {
-		return nil, api.ToConnect(err)
-	}
-	resp, err := leader.TestUpstream(ctx, there)
-	if err != nil {
-		return nil, api.ToConnect(api.FromConnect(err))
-	}
-	return connect.NewResponse(resp.Msg), nil
+	own := func() (*floxv1.TestUpstreamResponse, error) { return a.testUpstream(ctx, req.Msg) }
+	return byLeader(ctx, a, who, req, own, floxv1connect.AdminClient.TestUpstream)
 }
 
 func (a *admin) testUpstream(ctx context.Context, q *floxv1.TestUpstreamRequest) (*floxv1.TestUpstreamResponse, error) {

@@ -12,6 +12,7 @@ import (
 	"github.com/floxctl/flox"
 	"github.com/floxctl/flox/api"
 	floxv1 "github.com/floxctl/flox/api/flox/v1"
+	"github.com/floxctl/flox/api/flox/v1/floxv1connect"
 	"github.com/floxctl/flox/buildfarm/queue"
 	cluster "github.com/floxctl/flox/raft"
 )
@@ -22,22 +23,8 @@ func (a *admin) ListWorkers(ctx context.Context, req *connect.Request[floxv1.Lis
 	if err != nil {
 		return nil, api.ToConnect(err)
 	}
-	leader, err := a.leader(ctx, req.Header().Get(actorHeader) != "")
-	if err != nil {
-		return nil, api.ToConnect(err)
-	}
-	if leader == nil {
-		return answer(a.listWorkers(ctx))
-	}
-	there, err := passedFor(who, req.Msg)
-	if err != nil {
-		return nil, api.ToConnect(err)
-	}
-	resp, err := leader.ListWorkers(ctx, there)
-	if err != nil {
-		return nil, api.ToConnect(api.FromConnect(err))
-	}
-	return connect.NewResponse(resp.Msg), nil
+	own := func() (*floxv1.ListWorkersResponse, error) { return a.listWorkers(ctx) }
+	return byLeader(ctx, a, who, req, own, floxv1connect.AdminClient.ListWorkers)
 }
 
 func (a *admin) listWorkers(ctx context.Context) (*floxv1.ListWorkersResponse, error) {

@@ -63,16 +63,7 @@ func TestMachinesDoNotTakeUsersThatAreThere(t *testing.T) {
 func TestUsersReadWhatIsAssignedToTheirMachine(t *testing.T) {
 	t.Parallel()
 	s, operator := closedHouse(t, nil)
-	laptop := newComputer(t)
-	joined, err := laptop.join(s, makeInvite(t, operator, &floxv1.MakeInviteRequest{Role: members.Agent}), "laptop")
-	if err != nil {
-		t.Fatal(err)
-	}
-	keep, err := api.ParseInvite(joined.GetInvite())
-	if err != nil {
-		t.Fatal(err)
-	}
-	laptop.online(s, keep.Secret)
+	laptop := joinedLaptop(t, s, operator)
 	a := floxv1connect.NewAdminClient(laptop.web(s), "http://storehouse")
 	boss := person{Actor: &floxv1.Actor{User: "boss"}, admin: true}
 	for _, name := range []string{"acme/base", "acme/secret", "acme/old"} {

@@ -69,6 +69,22 @@ func newComputer(t *testing.T) *computer {
 	return &computer{t: t, key: key}
 }
 
+// joinedLaptop is one that has joined as an agent, "laptop", and is connected.
+func joinedLaptop(t *testing.T, s *Server, operator floxv1connect.AdminClient) *computer {
+	t.Helper()
+	c := newComputer(t)
+	joined, err := c.join(s, makeInvite(t, operator, &floxv1.MakeInviteRequest{Role: members.Agent}), "laptop")
+	if err != nil {
+		t.Fatal(err)
+	}
+	keep, err := api.ParseInvite(joined.GetInvite())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.online(s, keep.Secret)
+	return c
+}
+
 func (c *computer) id() p2p.PeerID {
 	public, _ := c.key.Public().(ed25519.PublicKey)
 	id, err := p2p.IDFromKey(public)

@@ -87,16 +87,7 @@ func (p *profileStream) until(want map[string]uint64) {
 func TestMachinesHearOfTheProfilesOfTheirUsers(t *testing.T) {
 	t.Parallel()
 	s, operator := closedHouse(t, nil)
-	laptop := newComputer(t)
-	joined, err := laptop.join(s, makeInvite(t, operator, &floxv1.MakeInviteRequest{Role: members.Agent}), "laptop")
-	if err != nil {
-		t.Fatal(err)
-	}
-	keep, err := api.ParseInvite(joined.GetInvite())
-	if err != nil {
-		t.Fatal(err)
-	}
-	laptop.online(s, keep.Secret)
+	laptop := joinedLaptop(t, s, operator)
 	tool, other := makeTool(t, "tool"), makeTool(t, "other")
 	for _, p := range []testPath{tool, other} {
 		publish(t, s, p)

@@ -21,16 +21,20 @@ const (
 	maxHeld     = 4096
 )
 
-// names gives each package one of its own.
-type names struct {
+// Names gives each package one of its own.
+type Names struct {
 	taken map[string]bool
 	next  map[string]int
 }
 
-func newNames() *names { return &names{make(map[string]bool), make(map[string]int)} }
+// NewNames gives one by which all are free.
+func NewNames() *Names { return &Names{make(map[string]bool), make(map[string]int)} }
 
-// free is name, or the first of name-2, name-3, ... that is not taken yet; it is from then on.
-func (n *names) free(name string) string {
+// Take has a name be taken.
+func (n *Names) Take(name string) { n.taken[name] = true }
+
+// Free is name, or the first of name-2, name-3, ... that is not taken yet; it is from then on.
+func (n *Names) Free(name string) string {
 	free := name
 	for n.taken[free] {
 		n.next[name] = max(n.next[name], 1) + 1
@@ -71,10 +75,10 @@ func ParseManifest(b []byte, dir flox.StoreDir) ([]Package, error) {
 		if err := fit(len(list)); err != nil {
 			return bad(err)
 		}
-		names := newNames()
+		names := NewNames()
 		for _, e := range list {
 			if e != nil {
-				named[names.free(e.name())] = e
+				named[names.Free(e.name())] = e
 			}
 		}
 	case 3:
@@ -162,13 +166,13 @@ func ParseUserEnv(b []byte, dir flox.StoreDir) ([]Package, error) {
 		return bad(err)
 	}
 	var out []Package
-	names := newNames()
+	names := NewNames()
 	for _, v := range list {
 		p, err := userPackage(v, dir)
 		if err != nil {
 			return bad(err)
 		}
-		p.Name = names.free(p.Name)
+		p.Name = names.Free(p.Name)
 		out = append(out, p)
 	}
 	return checkPackages(out)
